@@ -1,0 +1,68 @@
+"""What can be known to be wrong before any training time is spent."""
+
+from datasets import Dataset
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import CrossTokenizerGKDConfig
+
+
+def check_arguments(model, teacher_model, args, train_dataset):
+    """Raises `TypeError` or `ValueError` for arguments of the trainer that cannot work together."""
+    if not isinstance(args, CrossTokenizerGKDConfig):
+        raise TypeError(f"`args` must be a CrossTokenizerGKDConfig, got {type(args).__name__}.")
+    if teacher_model is None:
+        raise ValueError("No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` in the config.")
+    if teacher_model is model and not isinstance(model, str):
+        raise ValueError("Teacher and student are the same module; load the teacher apart, since it is frozen.")
+    if not isinstance(teacher_model, str) and args.teacher_model_init_kwargs:
+        raise ValueError(
+            f"`teacher_model_init_kwargs` {sorted(args.teacher_model_init_kwargs)} are for a teacher given by name, but "
+            f"`teacher_model` is a {type(teacher_model).__name__} that is loaded already."
+        )
+    if train_dataset is None or (isinstance(train_dataset, Dataset) and not len(train_dataset)):
+        raise ValueError(f"`train_dataset` is {'missing' if train_dataset is None else 'empty'}: it gives the prompts.")
+    if args.packing or args.padding_free:
+        raise ValueError("`packing` and `padding_free` do not apply: the student writes its own sequences.")
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None):
+    """Gives `tokenizer` a pad token: the one asked for, its own, or its EOS. Raises `ValueError` where there is none."""
+    pad_token = pad_token or tokenizer.pad_token or tokenizer.eos_token
+    if pad_token is None or pad_token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no pad token (asked for: {pad_token!r}) and no eos_token to pad with: set "
+            "`pad_token` in the config to a token of its vocabulary."
+        )
+    tokenizer.pad_token = pad_token
+
+
+def check_vocabulary(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    """Raises `ValueError` where the tokenizer has ids that the model does not embed."""
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ValueError(
+            f"The {side}'s tokenizer has ids up to {highest}, but its model embeds {rows} tokens: this is not the model's "
+            "tokenizer, or `model.resize_token_embeddings(len(tokenizer))` is missing."
+        )
+
+
+def context_length(model, args: CrossTokenizerGKDConfig) -> int | None:
+    """
+    Longest prompt plus completion in student tokens: `max_length` or the model's own context, whichever is shorter.
+
+    Raises `ValueError` where `max_new_tokens` leaves no room for a prompt in it.
+    """
+    if isinstance(model, str):
+        revision = (args.model_init_kwargs or {}).get("revision")
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    else:
+        config = model.config
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = min((limit for limit in (args.max_length, own) if limit is not None), default=None)
+    if context is not None and args.max_new_tokens >= context:
+        raise ValueError(
+            f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt in a context of {context} tokens "
+            f"(max_length={args.max_length}, the student's own {own})."
+        )
+    return context

@@ -1,0 +1,173 @@
+"""The settings: `GKDConfig` plus what a second tokenizer brings, with the paper's defaults."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl.experimental.gkd import GKDConfig
+
+from .credit import CREDITS
+from .losses import LOSSES
+
+
+EOS_POLICIES = ("bridge", "mask")
+
+
+@dataclass
+class CrossTokenizerGKDConfig(GKDConfig):
+    r"""
+    Configuration of [`CrossTokenizerGKDTrainer`]: only what is new or has another default than in
+    [`~trl.experimental.gkd.GKDConfig`], which see for the rest. `loss_type` keeps its SFT meaning and is not used here;
+    the method is `distillation_loss`. `beta` belongs to GKD's own loss and has no effect.
+
+    A prompt is never truncated. `per_device_train_batch_size` counts prompts: a micro-batch holds
+    `per_device_train_batch_size * num_generations` completions.
+    """
+
+    _VALID_DICT_FIELDS = GKDConfig._VALID_DICT_FIELDS + [
+        "distillation_loss_kwargs",
+        "off_policy_loss_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+        "teacher_chat_template_kwargs",
+    ]
+
+    # Other defaults
+    learning_rate: float = field(
+        default=1e-6,
+        metadata={"help": "Initial learning rate of AdamW. The paper's 1e-6 is for full fine-tuning; LoRA takes 10 to 100 times more."},
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Sampling temperature of the student. Both models' log-probs are taken at the same temperature, so "
+            "that what is scored is the distribution that wrote; at 1.0 the gap is the reverse KL itself."
+        },
+    )
+    lmbda: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of micro-batches that the student writes itself (1.0: all, fully on-policy). The others use "
+            "the dataset's completions, or the teacher's with `seq_kd`, and `off_policy_loss`."
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt plus completion in student tokens. None: the student's context. A prompt that leaves "
+            "no room for `max_new_tokens` is an error; nothing is truncated."
+        },
+    )
+
+    # The method
+    distillation_loss: str = field(
+        default="dpca",
+        metadata={
+            "help": f"Method: one of {', '.join(LOSSES)}; in Python also a callable `loss(batch, num_items) -> (value, "
+            "metrics)`."
+        },
+    )
+    credit: str = field(
+        default="semantic",
+        metadata={
+            "help": "How dpca shares a chunk's gap among its student tokens: semantic (by log-prob, the paper's), uniform, "
+            "byte_length, last, or macro (each token gets the whole gap: the chunk as one action, unbiased)."
+        },
+    )
+    advantage_clip: float | None = field(
+        default=10.0,
+        metadata={"help": "Bound in nats on each token's advantage in dpca; lower is steadier and slower. None: no bound."},
+    )
+    distillation_loss_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further settings of `distillation_loss`; an unknown one is an error that lists the known."},
+    )
+    off_policy_loss: str = field(
+        default="alm",
+        metadata={
+            "help": "Loss for text the student did not write (`lmbda` < 1), where a policy gradient is wrong: alm (matches "
+            "chunk likelihoods) or sft (cross-entropy). A `distillation_loss` that is right on any text uses itself."
+        },
+    )
+    off_policy_loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further settings of `off_policy_loss`."}
+    )
+    eos_policy: str = field(
+        default="bridge",
+        metadata={
+            "help": "The end of a turn: bridge (the student's stop token and the teacher's turn end are one chunk, so the "
+            "student learns when to stop) or mask (the end is not scored)."
+        },
+    )
+
+    # Writing
+    num_generations: int = field(
+        default=1,
+        metadata={"help": "Completions a prompt. More lower the gradient's variance a prompt, at proportional cost."},
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "Nucleus sampling. Below 1 the rollouts no longer follow the policy that is scored."},
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "Sample among the k likeliest tokens only; 0: all. See `top_p` for the price."}
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata={"help": "Drop tokens below this share of the likeliest one's probability. See `top_p` for the price."},
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Further `GenerationConfig` fields, e.g. repetition_penalty; they win over the fields above."},
+    )
+
+    # The two conversations
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Variables for the student's chat template, e.g. enable_thinking. A row's own column wins."},
+    )
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Variables for the teacher's chat template. None: the student's, row by row too."},
+    )
+
+    # The teacher
+    teacher_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions in one teacher forward pass; a memory setting that changes no result. None: as many as a "
+            "student micro-batch holds."
+        },
+    )
+
+    # Looking at it
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print a table of sampled completions with their gap at each logging step."}
+    )
+    num_completions_to_print: int = field(
+        default=4, metadata={"help": "Rows of that table."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, known in (("credit", CREDITS), ("eos_policy", EOS_POLICIES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
+        for name in ("max_new_tokens", "num_generations", "teacher_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be positive, got {self.temperature}: on-policy distillation samples; for greedy "
+                "evaluation call `model.generate` yourself."
+            )
+        if isinstance(self.distillation_loss, str) and self.distillation_loss not in LOSSES:
+            raise ValueError(
+                f"Unknown distillation_loss {self.distillation_loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable."
+            )
+        if self.off_policy_loss not in LOSSES or LOSSES[self.off_policy_loss].policy == "on":
+            allowed = [name for name, loss in LOSSES.items() if loss.policy != "on"]
+            raise ValueError(
+                f"off_policy_loss {self.off_policy_loss!r} cannot learn from text the student did not write: choose one "
+                f"of {', '.join(allowed)}."
+            )

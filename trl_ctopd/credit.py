@@ -1,0 +1,114 @@
+"""Credit: a chunk's teacher/student budget in, one advantage per student token out (DPCA, arXiv 2606.09456).
+
+Chunk c holds the student tokens i with log-probs log p_i and the teacher tokens j with log-probs log q_j. Its budgets are
+L_S = Σ log p_i and L_T = Σ log q_j, in nats. The paper's target keeps the student's own shape and spends the teacher's
+budget, log q̂_i = (L_T / L_S) · log p_i, so the advantage is
+
+    A_i = log q̂_i − log p_i = (L_T − L_S) · w_i,    w_i = log p_i / L_S,    Σ_{i∈c} w_i = 1.
+
+Written as gap × share, every other way to hand out the gap is the same line with another w (`CREDITS`).
+
+Shapes: B sequences, S student tokens, T teacher tokens, C chunks a sequence at most. `chunks` tensors hold each token's
+chunk number in its own sequence, -1 where the token takes no part. Nothing here carries gradient.
+"""
+
+import torch
+
+
+CREDITS = ("semantic", "uniform", "byte_length", "last", "macro")
+
+
+def chunk_sum(values: torch.Tensor, chunks: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """
+    Sum of `values` over each chunk: `[[v[c == k].sum() for k in range(C)] for v, c in zip(values, chunks)]`.
+
+    Args:
+        values (`torch.Tensor` of shape (B, L)): one number a token.
+        chunks (`torch.LongTensor` of shape (B, L)): chunk of each token, -1 for none.
+        num_chunks (`int`): C.
+
+    Returns:
+        `torch.Tensor` of shape (B, C), in the dtype of `values`.
+    """
+    inside = torch.where(chunks >= 0, values, torch.zeros_like(values))
+    return inside.new_zeros(values.shape[0], num_chunks).scatter_add(1, chunks.clamp(min=0), inside)
+
+
+def spread(per_chunk: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+    """Each token's chunk value: (B, C) and `chunks` (B, L) in, (B, L) out, 0 where a token takes no part."""
+    return per_chunk.gather(1, chunks.clamp(min=0)).masked_fill(chunks < 0, 0)
+
+
+def shares(
+    credit: str,
+    log_probs: torch.Tensor,
+    chunks: torch.Tensor,
+    widths: torch.Tensor,
+    num_chunks: int,
+) -> torch.Tensor:
+    """
+    The part w_i of its chunk's gap that each student token answers for.
+
+    Args:
+        credit (`str`):
+            `"semantic"`: log p_i / L_S, the paper's; a chunk the student is certain of (L_S = 0) is shared evenly.
+            `"uniform"`: 1/m for a chunk of m student tokens. `"byte_length"`: by the bytes a token spells (evenly where
+            none does, as at a turn end). `"last"`: all to the chunk's last token. `"macro"`: w_i = 1, the chunk as one
+            action, whose policy gradient is the unbiased gradient of the chunk's reverse KL.
+        log_probs (`torch.Tensor` of shape (B, S)): student log-probs in nats, detached.
+        chunks (`torch.LongTensor` of shape (B, S)): chunk of each student token, -1 for none.
+        widths (`torch.LongTensor` of shape (B, S)): bytes of text each student token spells.
+        num_chunks (`int`): C.
+
+    Returns:
+        `torch.Tensor` of shape (B, S): shares that sum to 1 over each chunk (`"macro"`: that are 1), 0 where a token
+        takes no part.
+
+    Raises:
+        ValueError: for an unknown `credit`, naming the known ones.
+    """
+    taking_part = (chunks >= 0).to(log_probs.dtype)
+    if credit == "macro":
+        return taking_part
+    if credit == "semantic":
+        weights = (-log_probs).clamp(min=0)  # rounding can leave a log-prob at +1e-7
+    elif credit == "uniform":
+        weights = taking_part
+    elif credit == "byte_length":
+        weights = widths.to(log_probs.dtype)
+    elif credit == "last":
+        position = torch.arange(chunks.shape[1], device=chunks.device).expand_as(chunks)
+        last = position.new_full((chunks.shape[0], num_chunks), -1)
+        last = last.scatter_reduce(1, chunks.clamp(min=0), position.masked_fill(chunks < 0, -1), "amax")
+        weights = (position == spread(last, chunks)).to(log_probs.dtype)
+    else:
+        raise ValueError(f"Unknown credit {credit!r}: choose one of {', '.join(CREDITS)}.")
+    weights = weights * taking_part
+    total = spread(chunk_sum(weights, chunks, num_chunks), chunks)
+    size = spread(chunk_sum(taking_part, chunks, num_chunks), chunks)
+    return torch.where(total > 0, weights / total.clamp(min=torch.finfo(total.dtype).tiny), taking_part / size.clamp(min=1))
+
+
+def gaps(
+    student_log_probs: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    student_chunks: torch.Tensor,
+    teacher_chunks: torch.Tensor,
+    num_chunks: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Each chunk's gap L_T − L_S in nats, with the chunks neutralised whose teacher log-probs are NaN or infinite.
+
+    Args:
+        student_log_probs (`torch.Tensor` of shape (B, S)), teacher_log_probs (`torch.Tensor` of shape (B, T)): in nats.
+        student_chunks (`torch.LongTensor` of shape (B, S)), teacher_chunks (`torch.LongTensor` of shape (B, T)).
+        num_chunks (`int`): C.
+
+    Returns:
+        `gap` (`torch.Tensor` of shape (B, C)), 0 in neutralised chunks, and `neutral` (`torch.BoolTensor` of shape
+        (B, C)), True where the teacher's budget was not finite.
+    """
+    student_budget = chunk_sum(student_log_probs, student_chunks, num_chunks)
+    teacher_budget = chunk_sum(teacher_log_probs, teacher_chunks, num_chunks)
+    neutral = ~torch.isfinite(teacher_budget)
+    return (teacher_budget - student_budget).masked_fill(neutral, 0), neutral

@@ -1,0 +1,49 @@
+"""The dataset, rendered and tokenized once for both models."""
+
+from collections.abc import Mapping
+
+from .chat import Speaker, read_example
+from .rollouts import Prompt
+
+
+COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids"]
+
+
+def render_row(
+    example: Mapping,
+    index: int,
+    student: Speaker,
+    teacher: Speaker,
+    longest_prompt: int | None,
+    needs_reference: bool,
+) -> dict[str, list[int]]:
+    """
+    The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`.
+
+    Raises:
+        ValueError: naming the row, where it has no prompt, cannot be rendered, has no reference though one is needed, or
+            is longer than `longest_prompt` student tokens.
+    """
+    try:
+        conversation = read_example(example)
+        prompt_ids = student.prompt_ids(conversation)
+        teacher_prompt_ids = teacher.prompt_ids(conversation)
+        if needs_reference and conversation.reference is None:
+            raise ValueError(
+                "no completion and no final assistant message, which `lmbda` < 1 learns from: add one, or set lmbda=1.0, "
+                "or seq_kd=True to let the teacher write it"
+            )
+        reference_ids = student.reference_ids(conversation) if needs_reference else []
+    except ValueError as error:
+        raise ValueError(f"Row {index} of the dataset: {error}.") from error
+    if longest_prompt is not None and len(prompt_ids) > longest_prompt:
+        raise ValueError(
+            f"Row {index} of the dataset: its prompt has {len(prompt_ids)} student tokens, and context and max_new_tokens "
+            f"leave room for {longest_prompt}. Filter such rows out, lower max_new_tokens or raise max_length."
+        )
+    return {"prompt_ids": prompt_ids, "teacher_prompt_ids": teacher_prompt_ids, "reference_ids": reference_ids}
+
+
+def collate_prompts(rows: list[dict]) -> dict:
+    """A batch of rendered rows; `Prompt` objects pass through data loaders and device placement as they are."""
+    return {"prompts": [Prompt(row["prompt_ids"], row["teacher_prompt_ids"], row["reference_ids"]) for row in rows]}

@@ -1,0 +1,23 @@
+"""Sequence-level distillation: cross-entropy on completions the student did not write (Kim & Rush, 1606.07947).
+
+With `seq_kd=True` the teacher writes the completions, otherwise they are the dataset's references.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .base import Loss, Metrics, ScoredChunks
+
+
+@dataclass
+class SFT(Loss):
+    """loss = −Σ_i log p_i / N over the scored student tokens."""
+
+    signal: ClassVar[str] = "none"
+    policy: ClassVar[str] = "off"
+
+    def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
+        scored = batch.student_chunks >= 0
+        return -(batch.student_log_probs * scored).sum() / num_items, {}

@@ -1,0 +1,65 @@
+"""What is logged: every figure is a sum over a weight, so that it can be added up over micro-batches and processes."""
+
+from collections import defaultdict
+
+import torch
+
+from .credit import gaps
+from .losses import Metrics, ScoredChunks
+
+
+@torch.no_grad()
+def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
+    """
+    The figures every method shares. Log-probs of the turn's end count, its zero bytes do not; neutralised chunks count in
+    neither.
+
+    Args:
+        batch (`ScoredChunks`): the micro-batch.
+        entropy (`torch.Tensor` of shape (B, S)): of the student's next-token distribution, in nats.
+
+    Returns:
+        `gap/nats_per_byte`: student minus teacher log-prob of the text, the sampled reverse KL a byte; the two models'
+        own nats a byte; token and chunk counts of the alignment; entropy in nats a token.
+    """
+    student = batch.student_log_probs.detach()
+    gap, neutral = gaps(student, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
+    m = batch.student_sum(torch.ones_like(student))
+    k = batch.teacher_sum(torch.ones_like(batch.teacher_log_probs))
+    student_nats = -batch.student_sum(student).masked_fill(neutral, 0).sum()
+    num_bytes = batch.student_sum(batch.student_widths).masked_fill(neutral, 0).sum()
+    chunks = (m > 0).sum()
+    scored = batch.student_chunks >= 0
+    return {
+        "gap/nats_per_byte": (-gap.sum(), num_bytes),
+        "student/nats_per_byte": (student_nats, num_bytes),
+        "teacher/nats_per_byte": (student_nats - gap.sum(), num_bytes),
+        "alignment/one_to_one_fraction": (((m == 1) & (k == 1)).sum(), scored.sum()),
+        "alignment/student_tokens_per_chunk": (m.sum(), chunks),
+        "alignment/teacher_tokens_per_chunk": (k.sum(), chunks),
+        "alignment/neutralised_fraction": (neutral.sum(), chunks),
+        "entropy": ((entropy * scored).sum(), scored.sum()),
+    }
+
+
+class Meter:
+    """Adds up metrics on the device and brings them together over processes only when they are read."""
+
+    def __init__(self):
+        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2))
+
+    def add(self, metrics: Metrics | dict[str, tuple[float, float]]):
+        for name, pair in metrics.items():
+            pair = torch.stack([torch.as_tensor(part, dtype=torch.float32) for part in pair])
+            self._sums[name] = self._sums[name].to(pair.device) + pair
+
+    def read(self, accelerator) -> dict[str, float]:
+        """All figures over all processes, in the order of their names; the meter starts anew. Every process must call
+        it, with the same names. A figure without weight is left out."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = torch.stack([self._sums[name].to(accelerator.device) for name in names])
+        self._sums.clear()
+        totals = accelerator.reduce(sums, reduction="sum").tolist()
+        return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight > 0}

@@ -1,0 +1,139 @@
+"""A rollout: one completion, written down once in student tokens and once in the teacher's, with their chunks.
+
+Lists of ids in, padded tensors out. Rows are prompt + completion padded on the right, so that positions are right for
+every kind of position embedding; index i of a chunk tensor belongs to the token at i + 1, as log-probs do.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .align import TextAligner, TextAlignment
+
+
+@dataclass
+class Prompt:
+    """One dataset row, rendered for both models: token ids, and the reference in student ids if there is one."""
+
+    student_ids: list[int]
+    teacher_ids: list[int]
+    reference_ids: list[int] | None = None
+
+
+@dataclass
+class Rollout:
+    """
+    A completion of `prompt`: `student_ids` with their chunk and their bytes, `teacher_ids` with their chunk; -1 takes no
+    part. `ended` tells whether the writer ended its turn, `unread` whether the teacher's context is too short for it.
+    """
+
+    prompt: Prompt
+    student_ids: list[int]
+    student_chunks: list[int]
+    student_widths: list[int]
+    teacher_ids: list[int]
+    teacher_chunks: list[int]
+    num_chunks: int
+    ended: bool
+    unread: bool
+    alignment: TextAlignment
+
+
+def pair(
+    prompts: Sequence[Prompt],
+    completions: Sequence[list[int]],
+    aligner: TextAligner,
+    *,
+    stop_ids: Collection[int],
+    turn_end: Sequence[int],
+    eos_policy: str = "bridge",
+    teacher_context: int | None = None,
+) -> list[Rollout]:
+    """
+    Sets each completion beside the teacher's tokenization of its text.
+
+    The end of the turn is one event with two spellings: with `eos_policy="bridge"` the student's stop token and the
+    teacher's `turn_end` are one chunk; with `"mask"` the student's stop token takes no part and the teacher reads no end.
+    A completion cut off before its end has none on either side. Where prompt and completion exceed `teacher_context`
+    the row takes no part.
+
+    Args:
+        prompts: B prompts.
+        completions: B lists of student ids, up to and including the first stop token.
+        aligner: of the two tokenizers.
+        stop_ids: student ids that end a turn.
+        turn_end: teacher ids that end a turn.
+        eos_policy: `"bridge"` or `"mask"`.
+        teacher_context: tokens the teacher can read, None for no limit.
+    """
+    ended = [bool(ids) and ids[-1] in stop_ids for ids in completions]
+    contents = [ids[:-1] if end else ids for ids, end in zip(completions, ended, strict=True)]
+    rollouts = []
+    for prompt, ids, end, alignment in zip(prompts, completions, ended, aligner(contents), strict=True):
+        student_chunks, student_widths = list(alignment.student_chunks), list(alignment.student_widths)
+        teacher_ids, teacher_chunks = list(alignment.teacher_ids), list(alignment.teacher_chunks)
+        num_chunks = len(alignment.chunk_bytes)
+        if end:
+            bridged = eos_policy == "bridge"
+            student_chunks.append(num_chunks if bridged else -1)
+            student_widths.append(0)
+            if bridged:
+                teacher_ids += turn_end
+                teacher_chunks += [num_chunks] * len(turn_end)
+                num_chunks += 1
+        unread = teacher_context is not None and len(prompt.teacher_ids) + len(teacher_ids) > teacher_context
+        if unread:
+            student_chunks = [-1] * len(student_chunks)
+            teacher_ids, teacher_chunks, num_chunks = [], [], 0
+        rollouts.append(
+            Rollout(
+                prompt, ids, student_chunks, student_widths, teacher_ids, teacher_chunks, num_chunks, end, unread, alignment
+            )
+        )
+    return rollouts
+
+
+def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: int | None = None) -> dict:
+    """
+    A micro-batch of tensors on the CPU.
+
+    Returns:
+        `input_ids`, `attention_mask`, `labels` (B, 1 + S): `labels` holds the ids that are scored, -100 elsewhere;
+        `student_chunks`, `student_widths` (B, S); `teacher_chunks` (B, T); `prompt_lengths` (B,), the index of each
+        row's first completion token; `num_chunks` (`int`), at least 1.
+    """
+    rows = [[*rollout.prompt.student_ids, *rollout.student_ids] for rollout in rollouts]
+    length = max(len(row) for row in rows)
+    if pad_to_multiple_of:
+        length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+    starts = [len(rollout.prompt.student_ids) for rollout in rollouts]
+    input_ids = _pad(rows, [0] * len(rows), length, pad_token_id)
+    chunks = _pad([rollout.student_chunks for rollout in rollouts], starts, length, -1)
+    widths = _pad([rollout.student_widths for rollout in rollouts], starts, length, 0)
+    teacher_length = max(1, *(len(rollout.teacher_ids) for rollout in rollouts))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": _pad([[1] * len(row) for row in rows], [0] * len(rows), length, 0),
+        "labels": input_ids.masked_fill(chunks < 0, -100),
+        "student_chunks": chunks[:, 1:],
+        "student_widths": widths[:, 1:],
+        "teacher_chunks": _pad([rollout.teacher_chunks for rollout in rollouts], [0] * len(rows), teacher_length, -1),
+        "prompt_lengths": torch.tensor(starts),
+        "num_chunks": max(1, *(rollout.num_chunks for rollout in rollouts)),
+    }
+
+
+def pad_scores(scores: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+    """B teacher log-prob rows of shape (T_b,) as one (B, `length`) tensor, 0 where a row has ended."""
+    padded = torch.zeros(len(scores), length)
+    for row, score in enumerate(scores):
+        padded[row, : len(score)] = score
+    return padded
+
+
+def _pad(rows: Sequence[Sequence[int]], starts: Sequence[int], length: int, value: int) -> torch.Tensor:
+    padded = torch.full((len(rows), length), value, dtype=torch.long)
+    for target, row, start in zip(padded, rows, starts, strict=True):
+        target[start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded

@@ -1,0 +1,93 @@
+"""A teacher in this process: token ids in, log-probs of those tokens out, without a (B, T, V) tensor."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path
+
+
+class LocalTeacher:
+    """
+    A frozen causal language model, sharded as the student is (ZeRO-3, FSDP), that scores text it did not write.
+
+    Args:
+        model (`PreTrainedModel`): the teacher; it is put in eval mode and its parameters are frozen.
+        accelerator (`accelerate.Accelerator`): the run's.
+        temperature (`float`): the logits are divided by it, as the student's are.
+        batch_size (`int`): rows in one forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, accelerator, temperature: float = 1.0, batch_size: int = 8):
+        model.requires_grad_(False)
+        model.eval()
+        add_fused_lm_head(model, temperature=temperature)
+        self.config = model.config
+        self.generation_config = model.generation_config
+        self.batch_size = batch_size
+        self._padding = 0  # masked out, so any id within the vocabulary will do
+        if accelerator.state.deepspeed_plugin is not None:
+            self.model = prepare_deepspeed(model, accelerator)
+        elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
+            self.model = prepare_fsdp(model, accelerator)
+        elif getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False):
+            self.model = model  # placed by the user
+        else:
+            self.model = model.to(accelerator.device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def log_probs(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
+        """
+        Log-probs of each completion's tokens given its prompt and the tokens before.
+
+        Args:
+            prompts, completions: token ids, B of each. Prompts have at least one id.
+
+        Returns:
+            B float32 tensors on the CPU, the b-th of shape (len(completions[b]),), in nats. Rows are scored
+            `batch_size` at a time, long ones together, and come back in the order given.
+        """
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(completions[row]))
+        scores: list[torch.Tensor | None] = [None] * len(prompts)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            for row, score in zip(rows, self._forward([prompts[r] for r in rows], [completions[r] for r in rows]), strict=True):
+                scores[row] = score
+        return scores
+
+    def _forward(self, prompts, completions):
+        lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        input_ids = torch.full((len(prompts), max(lengths)), self._padding)
+        labels = torch.full_like(input_ids, -100)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            input_ids[row, : lengths[row]] = torch.tensor([*prompt, *completion])
+            labels[row, len(prompt) : lengths[row]] = torch.tensor(completion, dtype=torch.long)
+            attention_mask[row, : lengths[row]] = 1
+        device = self.device
+        outputs = self.model(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            labels=labels.to(device),
+            fused_lm_head=True,
+        )
+        log_probs = outputs.log_probs.float().cpu()
+        return [
+            log_probs[row, len(prompt) - 1 : length - 1]
+            for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+        ]
+
+
+def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, distributed: bool) -> PreTrainedModel:
+    """
+    The teacher from a hub name or folder; `init_kwargs` go to `from_pretrained` (dtype, quantization_config, device_map,
+    revision, ...). Each process of a distributed run places the whole teacher itself unless `device_map` says otherwise.
+    """
+    kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    if distributed:
+        kwargs.setdefault("device_map", None)
+    return create_model_from_path(path, **kwargs)

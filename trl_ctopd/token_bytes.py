@@ -1,0 +1,228 @@
+"""The exact bytes that each token id stands for, for every family of tokenizer.
+
+Decisions. A fast tokenizer is judged by its own `decoder` and `model`, never by its class name; a slow one by what it
+carries (a SentencePiece processor, a tiktoken encoding, a WordPiece vocabulary, raw UTF-8 bytes). `decode([id])` is
+never called: it loses half characters and leading spaces. Special tokens, the unknown token and holes in the numbering
+stand for no text: b"".
+
+Left out: decoders that cannot be read token by token (regular expressions, end-of-word suffixes, CTC). They raise.
+"""
+
+import json
+import re
+import weakref
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+_BYTE_ROW = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class UnsupportedTokenizerError(ValueError):
+    """The exact bytes of this tokenizer's tokens cannot be known."""
+
+    def __init__(self, tokenizer: Any, reason: str):
+        super().__init__(
+            f"{type(tokenizer).__name__}: {reason}, so the exact bytes of its tokens cannot be known. Load the model's "
+            "fast tokenizer (a `tokenizer.json` with a ByteLevel, Metaspace, Replace/ByteFallback or WordPiece "
+            "decoder), or convert it to one."
+        )
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """What aligning needs to know of a tokenizer.
+
+    Attributes:
+        rows: the bytes of each id; index = id.
+        silent: ids that stand for no text: special tokens and the unknown token.
+        word_starts: ids before which the tokenizer has thrown whitespace away (WordPiece only, else empty).
+        prefix_space: when a space is put before a text that is encoded: "never", "unless_space" (where the text has
+            none: the tokenizers library's Metaspace) or "always" (SentencePiece's own dummy prefix).
+    """
+
+    rows: list[bytes]
+    silent: frozenset[int]
+    word_starts: frozenset[int]
+    prefix_space: str
+
+
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """The bytes of every token id: `b"".join(rows[i] for i in ids)` is what the ids spell.
+
+    Index = id, up to the greatest one. Special and padding rows are b"". Added tokens that are not special are their
+    content in UTF-8. A WordPiece's word-initial piece is the bare word (`##x` is b"x"): its whitespace is lost.
+    Raises `UnsupportedTokenizerError` where exact bytes cannot be known.
+    """
+    return list(token_table(tokenizer).rows)
+
+
+_tables: weakref.WeakKeyDictionary[Any, tuple[Any, TokenTable]] = weakref.WeakKeyDictionary()
+
+
+def token_table(tokenizer: Any) -> TokenTable:
+    """`token_bytes` with what aligning needs besides; kept for as long as the tokenizer's tokens stay as they are."""
+    fingerprint = _fingerprint(tokenizer)
+    if tokenizer not in _tables or _tables[tokenizer][0] != fingerprint:
+        _tables[tokenizer] = (fingerprint, _build_table(tokenizer))
+    return _tables[tokenizer][1]
+
+
+def _fingerprint(tokenizer: Any) -> tuple[Any, ...]:
+    """Changes whenever tokens are added to the tokenizer or made special."""
+    added = tuple((i, token.content, token.special) for i, token in sorted(_added_tokens(tokenizer).items()))
+    return len(tokenizer), added, tuple(tokenizer.all_special_ids)
+
+
+def _build_table(tokenizer: Any) -> TokenTable:
+    read = _fast_pieces if getattr(tokenizer, "backend_tokenizer", None) is not None else _slow_pieces
+    spelled, silent, word_starts = read(tokenizer)
+    added = _added_tokens(tokenizer)
+    # An added token that the model's own vocabulary has too (Gemma's `▁▁`) keeps the model's spelling.
+    spelled = {i: token.content.encode() for i, token in added.items()} | spelled
+    silent = silent | set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+    rows = [b""] * (max(spelled, default=-1) + 1)
+    for i, row in spelled.items():
+        if i not in silent:
+            rows[i] = row
+    return TokenTable(rows, silent, word_starts - silent, _prefix_space(tokenizer, rows))
+
+
+def _prefix_space(tokenizer: Any, rows: list[bytes]) -> str:
+    """Found by trying, whichever normalizer or pre-tokenizer does it."""
+    bare, spaced = (b"".join(rows[i] for i in tokenizer.encode(text, add_special_tokens=False)) for text in ("a", " a"))
+    if bare != b" a":
+        return "never"
+    return "always" if spaced == b"  a" else "unless_space"
+
+
+def _added_tokens(tokenizer: Any) -> dict[int, Any]:
+    """Id to `AddedToken`; mistral-common has none, its control tokens are in `all_special_ids`."""
+    return {} if _mistral_common(tokenizer) is not None else tokenizer.added_tokens_decoder
+
+
+class _Pieces(NamedTuple):
+    """A vocabulary as read: the bytes by id, the ids that spell nothing, the ids that whitespace was lost before."""
+
+    spelled: dict[int, bytes]
+    silent: frozenset[int] = frozenset()
+    word_starts: frozenset[int] = frozenset()
+
+
+def _fast_pieces(tokenizer: Any) -> _Pieces:
+    backend = tokenizer.backend_tokenizer
+    if backend.decoder is None:
+        raise UnsupportedTokenizerError(tokenizer, "its backend has no decoder")
+    decoder = json.loads(backend.decoder.__getstate__())
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    steps = [step for step in steps if step["type"] not in ("Fuse", "Strip")]  # Strip: the dummy prefix, see align.py
+    kinds = {step["type"] for step in steps}
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    unknown_token, byte_fallback = _fast_model(tokenizer)
+    silent = frozenset({vocabulary[unknown_token]} if unknown_token in vocabulary else ())
+    if kinds == {"ByteLevel"}:
+        return _Pieces({i: _byte_level(piece) for piece, i in vocabulary.items()}, silent)
+    if kinds == {"WordPiece"}:
+        return _word_pieces(vocabulary, steps[0]["prefix"], silent)
+    if kinds and kinds <= {"Replace", "Metaspace", "ByteFallback"}:
+        replacements = [_replacement(tokenizer, step) for step in steps if step["type"] != "ByteFallback"]
+        return _Pieces({i: _spaced(piece, replacements, byte_fallback) for piece, i in vocabulary.items()}, silent)
+    raise UnsupportedTokenizerError(tokenizer, f"its decoder is {'+'.join(sorted(kinds)) or 'empty'}")
+
+
+def _fast_model(tokenizer: Any) -> tuple[str | None, bool]:
+    """The unknown token, and whether a row `<0x0A>` is the byte and not six characters."""
+    model = tokenizer.backend_tokenizer.model
+    if getattr(model, "end_of_word_suffix", None):
+        raise UnsupportedTokenizerError(tokenizer, f"it marks word ends by {model.end_of_word_suffix!r}")
+    if type(model).__name__ != "Unigram":
+        return getattr(model, "unk_token", None), getattr(model, "byte_fallback", False)
+    state = json.loads(model.__getstate__())  # the only way to a Unigram's settings
+    unknown_token = None if state["unk_id"] is None else state["vocab"][state["unk_id"]][0]
+    return unknown_token, state["byte_fallback"]
+
+
+def _replacement(tokenizer: Any, step: dict[str, Any]) -> tuple[str, str]:
+    if step["type"] == "Metaspace":
+        return step["replacement"], " "
+    if "String" not in step["pattern"]:
+        raise UnsupportedTokenizerError(tokenizer, f"its decoder replaces the pattern {step['pattern']}")
+    return step["pattern"]["String"], step["content"]
+
+
+def _slow_pieces(tokenizer: Any) -> _Pieces:
+    ids = range(len(tokenizer))
+    if (mistral := _mistral_common(tokenizer)) is not None:
+        if hasattr(mistral, "id_to_byte_piece"):  # Tekken
+            return _Pieces({i: mistral.id_to_byte_piece(i) for i in ids if not mistral.is_special(i)})
+        return _sentencepiece(mistral._model, {i: mistral.id_to_piece(i) for i in ids})
+    if (encoding := _tiktoken(tokenizer)) is not None:
+        return _Pieces({encoding.encode_single_token(row): row for row in encoding.token_byte_values()})
+    if hasattr(tokenizer, "sp_model"):
+        # By the tokenizer's own numbering, which may differ from its SentencePiece model's (fairseq offsets).
+        return _sentencepiece(tokenizer.sp_model, dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)))
+    if getattr(tokenizer, "_utf_vocab_size", None) == 256:  # ByT5
+        return _Pieces({byte + tokenizer.offset: bytes([byte]) for byte in range(256)})
+    if hasattr(tokenizer, "wordpiece_tokenizer"):
+        silent = frozenset({tokenizer.vocab[tokenizer.wordpiece_tokenizer.unk_token]})
+        return _word_pieces(tokenizer.vocab, "##", silent)
+    raise UnsupportedTokenizerError(tokenizer, "it is a slow tokenizer of a kind not known here")
+
+
+def _mistral_common(tokenizer: Any) -> Any | None:
+    """The Tekken or SentencePiece tokenizer inside transformers' `MistralCommonBackend`."""
+    instruct = getattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer", None)
+    return getattr(instruct, "tokenizer", None)
+
+
+def _tiktoken(tokenizer: Any) -> Any | None:
+    """The `tiktoken.Encoding` that tokenizers loaded with `trust_remote_code` (Qwen-1, Kimi) keep in an attribute."""
+    return next((value for value in vars(tokenizer).values() if hasattr(value, "token_byte_values")), None)
+
+
+def _sentencepiece(model: Any, pieces: dict[int, str]) -> _Pieces:
+    """`model` is a `SentencePieceProcessor`, `pieces` the tokenizer's own numbering of its pieces."""
+    spelled, silent = {}, set()
+    for i, piece in pieces.items():
+        row = model.piece_to_id(piece)
+        if model.id_to_piece(row) != piece:  # an added token, not the model's
+            continue
+        if model.is_control(row) or model.is_unknown(row) or model.is_unused(row):
+            silent.add(i)
+        else:
+            spelled[i] = _spaced(piece, [("▁", " ")], model.is_byte(row))
+    return _Pieces(spelled, frozenset(silent))
+
+
+def _word_pieces(vocabulary: dict[str, int], prefix: str, silent: frozenset[int]) -> _Pieces:
+    starts = {i for piece, i in vocabulary.items() if not piece.startswith(prefix)}
+    return _Pieces({i: piece.removeprefix(prefix).encode() for piece, i in vocabulary.items()}, silent, starts)
+
+
+def _spaced(piece: str, replacements: list[tuple[str, str]], byte_fallback: bool) -> bytes:
+    if byte_fallback and (byte := _BYTE_ROW.fullmatch(piece)):
+        return bytes([int(byte[1], 16)])
+    for old, new in replacements:
+        piece = piece.replace(old, new)
+    return piece.encode()
+
+
+def _byte_level(piece: str) -> bytes:
+    """A character of GPT-2's alphabet is a byte; a piece with any other is its UTF-8, as the library decodes it."""
+    try:
+        return piece.translate(_BYTE_LEVEL).encode("latin-1")
+    except UnicodeEncodeError:
+        return piece.encode()
+
+
+def _byte_level_alphabet() -> dict[int, str]:
+    """Code point to the Latin-1 character of its byte (GPT-2's `bytes_to_unicode`, inverted).
+
+    Printable Latin-1 stands for itself, the other 68 bytes for U+0100 onwards; Latin-1 outside the alphabet is sent
+    where encoding fails.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict.fromkeys(others, "\uffff") | {256 + n: chr(byte) for n, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level_alphabet()

@@ -1,0 +1,443 @@
+"""`CrossTokenizerGKDTrainer`: the wiring between TRL's GKD trainer and the maths of this package."""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl.experimental.gkd import GKDTrainer
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    disable_dropout_in_model,
+    get_config_model_id,
+    print_prompt_completions_sample,
+)
+
+from . import card, data
+from .align import TextAligner
+from .chat import Speaker, unshared_markup
+from .checks import check_arguments, check_vocabulary, context_length, ensure_pad_token
+from .config import CrossTokenizerGKDConfig
+from .generation import sampling_config, write
+from .losses import ScoredChunks, build_loss
+from .metrics import Meter, chunk_metrics
+from .rollouts import Prompt, Rollout, collate, pad_scores, pair
+from .teachers.local import LocalTeacher, load_teacher
+
+
+_STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
+
+
+class CrossTokenizerGKDTrainer(GKDTrainer):
+    """
+    On-policy distillation from a teacher with another tokenizer and another chat template.
+
+    Each optimizer step, the student writes a completion for every prompt of the step, the teacher scores their text in its
+    own tokens, and the loss maps the scores back onto the student's tokens (DPCA, arXiv 2606.09456, by default).
+
+    Overrides of `GKDTrainer`: building (`__init__`, `_prepare_dataset`), where rollouts enter (`get_batch_samples`,
+    `prediction_step`), the loss (`compute_loss`, `training_step`), what is logged (`log`) and the model card. All else
+    is inherited from `GKDTrainer`, `SFTTrainer` and `Trainer`.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): the student.
+        teacher_model (`str` or `PreTrainedModel`): the teacher; `args.teacher_model_name_or_path` when `None`. A module
+            is frozen and put in eval mode.
+        args ([`CrossTokenizerGKDConfig`], *optional*): the settings.
+        train_dataset (`Dataset` or `IterableDataset`): rows with `prompt`, `prompt` and `completion`, or `messages`, each
+            conversational or (the first two) plain text; optional `tools` and `chat_template_kwargs`.
+        eval_dataset (`Dataset`, `IterableDataset` or `dict` of them, *optional*): prompts to evaluate on, on-policy.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer; loaded from the model when `None`.
+        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; loaded from the teacher when `None`.
+        callbacks (`list` of `TrainerCallback`, *optional*), optimizers (`tuple`): as in `Trainer`.
+        peft_config (`PeftConfig`, *optional*): train an adapter instead of the whole student.
+    """
+
+    _tag_names = ["trl", "ctopd", "on-policy-distillation"]
+    _name = "DPCA"
+    _paper = dict(zip(("title", "authors", "id"), card.PAPERS["dpca"], strict=True))
+    loss_is_scaled_for_ga = True  # every loss is a sum divided by the step's own token count
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: CrossTokenizerGKDConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = CrossTokenizerGKDConfig(f"{Path(model_id).name}-ctopd") if args is None else args
+        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+        check_arguments(model, teacher_model, args, train_dataset)
+
+        teacher_id = teacher_model if isinstance(teacher_model, str) else get_config_model_id(teacher_model.config)
+        revision, teacher_revision = (
+            (kwargs or {}).get("revision") for kwargs in (args.model_init_kwargs, args.teacher_model_init_kwargs)
+        )
+        processing_class = _load_tokenizer(processing_class, model_id, revision, args.trust_remote_code)
+        ensure_pad_token(processing_class, args.pad_token)
+        self.teacher_processing_class = _load_tokenizer(
+            teacher_processing_class, teacher_id, teacher_revision, args.trust_remote_code
+        )
+        self.args = args  # the dataset is rendered before Trainer sets it
+        self.distillation_loss = self.off_policy_loss = _distillation_loss(args)
+        if getattr(self.distillation_loss, "policy", "both") == "on":
+            self.off_policy_loss = build_loss(args.off_policy_loss, **(args.off_policy_loss_kwargs or {}))
+        self._context = context_length(model, args)
+        self._meters = {"train": Meter(), "eval": Meter()}
+        self._samples: list[tuple[str, str, float]] = []
+
+        self._init_without_shared_vocabulary(
+            model,
+            args=args,
+            data_collator=data.collate_prompts,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        self._finish_student()
+        self._finish_teacher(teacher_model)
+        # What GKDTrainer's own methods and callers read
+        self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
+        set_seed(args.seed, device_specific=True)
+
+    def _init_without_shared_vocabulary(self, model, **kwargs):
+        """`GKDTrainer.__init__` refuses two vocabularies, and what else it sets up is replaced here; so its own parent,
+        `SFTTrainer`, is built instead."""
+        super(GKDTrainer, self).__init__(model, **kwargs)
+
+    def _finish_student(self):
+        student = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        check_vocabulary("student", student, self.processing_class)
+        if self.args.disable_dropout:
+            disable_dropout_in_model(self.model)
+        if self.args.temperature != 1.0:
+            # SFTTrainer's fused head scores at temperature 1, the rollouts are drawn at `temperature`
+            add_fused_lm_head(student, temperature=self.args.temperature, outputs=("log_probs", "entropy"))
+        pad_token_id = self.processing_class.pad_token_id
+        student.config.get_text_config().pad_token_id = pad_token_id
+        student.generation_config.pad_token_id = pad_token_id
+        # Trainer counts a step's tokens only for models that take loss kwargs; the loss here always needs the count
+        self.model_accepts_loss_kwargs = True
+        self.stop_ids = self.student_side.stop_ids(student.generation_config)
+        if not self.stop_ids:
+            raise ValueError(
+                f"Nothing ends the student's turn: {type(self.processing_class).__name__} has no eos_token and its "
+                "generation config no eos_token_id. Set one of them."
+            )
+        self.generation_config = sampling_config(self.args, self.stop_ids, pad_token_id)
+
+    def _finish_teacher(self, model: str | PreTrainedModel):
+        args = self.args
+        if isinstance(model, str):
+            distributed = self.accelerator.num_processes > 1
+            model = load_teacher(model, args.teacher_model_init_kwargs, args.trust_remote_code, distributed)
+        check_vocabulary("teacher", model, self.teacher_processing_class)
+        rows = args.per_device_train_batch_size * args.num_generations
+        self.teacher = LocalTeacher(model, self.accelerator, args.temperature, args.teacher_batch_size or rows)
+        self.teacher_model = self.teacher.model
+
+    # The two conversations
+
+    @cached_property
+    def student_side(self) -> Speaker:
+        return Speaker(self._tokenizer, self.args.chat_template_kwargs)
+
+    @cached_property
+    def teacher_side(self) -> Speaker:
+        kwargs = self.args.teacher_chat_template_kwargs
+        return Speaker(self.teacher_processing_class, self.args.chat_template_kwargs if kwargs is None else kwargs)
+
+    @cached_property
+    def aligner(self) -> TextAligner:
+        return TextAligner(
+            self._tokenizer,
+            self.teacher_processing_class,
+            masked_strings=unshared_markup(self.student_side, self.teacher_side),
+            teacher_control_ids=self.teacher_side.control_ids,
+        )
+
+    # Data
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """Renders and tokenizes every row for both models, once; a dataset that has been through it comes back as it is."""
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(f"The {dataset_name} dataset is empty.")
+        if dataset.column_names is not None and set(data.COLUMNS) <= set(dataset.column_names):
+            return dataset
+        options = {}
+        if isinstance(dataset, Dataset):
+            options = {"num_proc": args.dataset_num_proc, "desc": f"Rendering {dataset_name} dataset for both models"}
+        with args.main_process_first(local=True, desc="dataset rendering"):
+            return dataset.map(
+                data.render_row,
+                with_indices=True,
+                fn_kwargs={
+                    "student": self.student_side,
+                    "teacher": self.teacher_side,
+                    "longest_prompt": None if self._context is None else self._context - args.max_new_tokens,
+                    "needs_reference": args.lmbda < 1 and not args.seq_kd and dataset_name == "train",
+                },
+                remove_columns=dataset.column_names or list(next(iter(dataset))),
+                **options,
+            )
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = data.COLUMNS
+
+    # Rollouts
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """One optimizer step's micro-batches: prompts in, rollouts scored by the teacher out, and the number of scored
+        student tokens over all micro-batches and processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        with self._rollout_seed(self.state.global_step):
+            batches = self._roll_out(self.model_wrapped, [batch["prompts"] for batch in batches], "train")
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _roll_out(self, model: nn.Module, window: list[list[Prompt]], mode: str) -> list[dict]:
+        """Completions for all prompts of `window` in one go, scored by the teacher and cut into micro-batches again."""
+        meter = self._meters[mode]
+        repeats = self.args.num_generations if mode == "train" else 1
+        window = [[prompt for prompt in prompts for _ in range(repeats)] for prompts in window]
+        on_policy = [mode == "eval" or draw < self.args.lmbda for draw in self._lmbda_draws(len(window))]
+
+        start = time.perf_counter()
+        written = [prompt for prompts, on in zip(window, on_policy, strict=True) if on for prompt in prompts]
+        completions = iter(self._write(model, written))
+        given = [prompt for prompts, on in zip(window, on_policy, strict=True) if not on for prompt in prompts]
+        references = iter(self._references(given))
+        drawn = [
+            next(completions if on else references) for prompts, on in zip(window, on_policy, strict=True) for _ in prompts
+        ]
+        meter.add({"seconds/generation": (time.perf_counter() - start, 1)})
+
+        start = time.perf_counter()
+        rollouts = pair(
+            [prompt for prompts in window for prompt in prompts],
+            drawn,
+            self.aligner,
+            stop_ids=self.stop_ids,
+            turn_end=self.teacher_side.turn_end,
+            eos_policy=self.args.eos_policy,
+            teacher_context=getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None),
+        )
+        meter.add({"seconds/alignment": (time.perf_counter() - start, 1)})
+
+        start = time.perf_counter()
+        scores = self.teacher.log_probs(*_teacher_rows(rollouts))
+        meter.add({"seconds/teacher": (time.perf_counter() - start, 1), "seconds/student": (0, 1)})
+        meter.add(_rollout_metrics(rollouts, on_policy))
+
+        batches = []
+        rows = iter(zip(rollouts, scores, strict=True))
+        for prompts, on in zip(window, on_policy, strict=True):
+            batch_rollouts, batch_scores = zip(*(next(rows) for _ in prompts), strict=True)
+            batch = collate(batch_rollouts, self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
+            batch["teacher_log_probs"] = pad_scores(batch_scores, batch["teacher_chunks"].shape[1])
+            batches.append({**batch, "on_policy": on})
+        return batches
+
+    def _write(self, model: nn.Module, prompts: list[Prompt]) -> list[list[int]]:
+        """The student's completions, up to and including the first stop token."""
+        return write(
+            model,
+            [prompt.student_ids for prompt in prompts],
+            self.generation_config,
+            self.accelerator,
+            self.args.gradient_checkpointing_kwargs,
+        )
+
+    def _references(self, prompts: list[Prompt]) -> list[list[int]]:
+        """Completions the student did not write, in student ids: the dataset's, or the teacher's with `seq_kd`."""
+        if not self.args.seq_kd:
+            return [prompt.reference_ids[: self.args.max_new_tokens] for prompt in prompts]
+        stop_ids = self.teacher_side.stop_ids(self.teacher.generation_config)
+        pad_token_id = self.teacher_processing_class.pad_token_id
+        config = sampling_config(self.args, stop_ids, stop_ids[0] if pad_token_id is None else pad_token_id)
+        written = write(self.teacher.model, [prompt.teacher_ids for prompt in prompts], config, self.accelerator)
+        return [self._respell(ids, stop_ids) for ids in written]
+
+    def _respell(self, teacher_ids: list[int], teacher_stop_ids: list[int]) -> list[int]:
+        """What the student would write for the teacher's completion."""
+        ended = bool(teacher_ids) and teacher_ids[-1] in teacher_stop_ids
+        text = self.aligner.teacher_text(teacher_ids[:-1] if ended else teacher_ids)
+        ids = self.processing_class.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids + self.student_side.turn_end[-1:] if ended else ids
+
+    def _lmbda_draws(self, count: int) -> list[float]:
+        """The same on every process: all of them write, or none does."""
+        generator = torch.Generator().manual_seed(self.args.seed + _STRIDE * self.state.global_step)
+        return torch.rand(count, generator=generator).tolist()
+
+    @contextmanager
+    def _rollout_seed(self, step: int):
+        """Draws within depend on seed, step and process alone, so that evaluating or resuming changes no rollout."""
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.args.seed + _STRIDE * (step + 1) + self.accelerator.process_index)
+            yield
+
+    # Loss
+
+    def training_step(self, *args, **kwargs):
+        start = time.perf_counter()
+        loss = super(GKDTrainer, self).training_step(*args, **kwargs)  # GKDTrainer's own would generate here
+        self._meters["train"].add({"seconds/student": (time.perf_counter() - start, 0)})
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a micro-batch of scored rollouts. `num_items_in_batch` is the step's N; without it, the batch's own."""
+        if return_outputs:
+            raise ValueError("The logits are never built, so compute_loss has no outputs to return.")
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=inputs["labels"],
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        length = inputs["student_chunks"].shape[1]  # prompt-learning adapters put virtual tokens in front
+        batch = ScoredChunks(
+            student_log_probs=outputs.log_probs[:, -length:],
+            teacher_log_probs=inputs["teacher_log_probs"],
+            student_chunks=inputs["student_chunks"],
+            teacher_chunks=inputs["teacher_chunks"],
+            student_widths=inputs["student_widths"],
+            num_chunks=inputs["num_chunks"],
+        )
+        num_items = (batch.student_chunks >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        loss_function = self.distillation_loss if inputs["on_policy"] else self.off_policy_loss
+        loss, metrics = loss_function(batch, torch.as_tensor(num_items).clamp(min=1))
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # N counts every process, and DDP averages over them
+
+        meter = self._meters["train" if model.training else "eval"]
+        meter.add({**chunk_metrics(batch, outputs.entropy[:, -length:].detach()), **metrics})
+        if self.args.log_completions:
+            self._keep_samples(inputs, batch)
+        return loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """On-policy evaluation: the student answers the prompts and the teacher scores the answers."""
+        [batch] = self._roll_out(model, [inputs["prompts"]], "eval")
+        start = time.perf_counter()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(batch))
+        self._meters["eval"].add({"seconds/student": (time.perf_counter() - start, 0)})
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args, **kwargs):
+        with self._rollout_seed(0):  # the same draws at every evaluation, so that two of them compare
+            return super().evaluation_loop(*args, **kwargs)
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        figures = self._meters[mode].read(self.accelerator)
+        logs.update({f"eval_{name}": value for name, value in figures.items()} if mode == "eval" else figures)
+        if self._samples:
+            if self.accelerator.is_main_process:
+                prompts, completions, gaps = zip(*self._samples, strict=True)
+                shown = self.args.num_completions_to_print
+                print_prompt_completions_sample(
+                    prompts, completions, {"gap, nats/byte": gaps}, None, self.state.global_step, shown
+                )
+            self._samples.clear()
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def _keep_samples(self, inputs: dict, batch: ScoredChunks):
+        """The micro-batch's texts with their gap, replacing the ones kept before."""
+        ids = zip(inputs["input_ids"].tolist(), inputs["prompt_lengths"].tolist(), inputs["attention_mask"].sum(1).tolist())
+        nats = batch.student_sum(batch.student_log_probs).sum(1) - batch.teacher_sum(batch.teacher_log_probs).sum(1)
+        gaps = nats / (batch.student_widths * (batch.student_chunks >= 0)).sum(1).clamp(min=1)
+        self._samples = [
+            (self.processing_class.decode(row[:start]), self.processing_class.decode(row[start:end]), gap)
+            for (row, start, end), gap in zip(ids, gaps.tolist(), strict=True)
+        ]
+
+    # Card
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ):
+        if not self.is_world_process_zero():
+            return
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        text = card.model_card(
+            model_name=model_name or Path(self.args.output_dir).name,
+            hub_model_id=self.hub_model_id,
+            student=get_config_model_id(self.model.config),
+            teacher=get_config_model_id(self.teacher.config),
+            student_tokenizer=self.processing_class,
+            teacher_tokenizer=self.teacher_processing_class,
+            args=self.args,
+            adapter=isinstance(self.model, PeftModel),
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *tags],
+            log_history=self.state.log_history,
+        )
+        text.save(os.path.join(self.args.output_dir, "README.md"))
+
+
+def _load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        return AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"A processing class must be a text tokenizer, got {type(tokenizer).__name__}: pass its `.tokenizer`.")
+    return tokenizer
+
+
+def _distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
+    kwargs = dict(args.distillation_loss_kwargs or {})
+    if args.distillation_loss == "dpca":
+        kwargs = {"credit": args.credit, "advantage_clip": args.advantage_clip, **kwargs}
+    loss = build_loss(args.distillation_loss, **kwargs)
+    if getattr(loss, "policy", "both") == "off" and args.lmbda > 0:
+        raise ValueError(
+            f"{args.distillation_loss!r} learns from text the student did not write, but lmbda={args.lmbda} lets the "
+            "student write: set lmbda=0.0."
+        )
+    return loss
+
+
+def _teacher_rows(rollouts: list[Rollout]) -> tuple[list[list[int]], list[list[int]]]:
+    """What the teacher reads. A row beyond its context keeps its place with one prompt token and nothing to score, so that
+    all processes run the same number of forward passes."""
+    prompts = [rollout.prompt.teacher_ids[:1] if rollout.unread else rollout.prompt.teacher_ids for rollout in rollouts]
+    return prompts, [rollout.teacher_ids for rollout in rollouts]
+
+
+def _rollout_metrics(rollouts: list[Rollout], on_policy: list[bool]) -> dict[str, tuple[float, float]]:
+    rows = len(rollouts)
+    tokens = sum(len(rollout.student_ids) for rollout in rollouts)
+    masked = sum(chunk < 0 for rollout in rollouts for chunk in rollout.student_chunks)
+    return {
+        "alignment/masked_fraction": (masked, tokens),
+        "alignment/teacher_context_exceeded_fraction": (sum(rollout.unread for rollout in rollouts), rows),
+        "completions/mean_length": (tokens, rows),
+        "completions/truncated_fraction": (sum(not rollout.ended for rollout in rollouts), rows),
+        "completions/empty_fraction": (sum(len(rollout.student_ids) <= rollout.ended for rollout in rollouts), rows),
+        "off_policy_fraction": (sum(not on for on in on_policy), len(on_policy)),
+    }
