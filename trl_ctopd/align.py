@@ -29,8 +29,9 @@ from .token_bytes import TokenTable, token_table
 class MaskedStretch:
     """Bytes `start:end` of `text.encode()` that no chunk holds.
 
-    `reason`: "invalid_utf8" (the student wrote it), "whitespace" (lost by the student's WordPiece), "normalized" (the
-    teacher's tokens do not spell the text as it stands: normalizer, lost whitespace, unknown token), "markup".
+    `reason`: "invalid_utf8" (the student wrote it), "whitespace" (lost by the student's WordPiece), "unknown_token" (the
+    teacher's vocabulary has none for it), "normalized" (the teacher's tokens do not spell the text as it stands: its
+    normalizer changed it, or dropped whitespace), "markup".
     """
 
     start: int
@@ -377,9 +378,10 @@ def _by_cells(
     done = 0
     for cell in _cells(spans):
         tokens = slice(cell.first, cell.last)
+        reason = "unknown_token" if any(unknown[tokens]) else "normalized"
         spelled = b"".join(rows[tokens])
         start = cell.end - len(spelled)
-        if start >= done and data.startswith(spelled, start) and spelled and not any(unknown[tokens]):
+        if reason == "normalized" and spelled and start >= done and data.startswith(spelled, start):
             widths[tokens] = [len(row) for row in rows[tokens]]
             ends[tokens] = start + np.cumsum(widths[tokens])
         else:
@@ -387,7 +389,7 @@ def _by_cells(
             ends[tokens] = done
             ends[cell.last - 1], widths[cell.last - 1] = cell.end, cell.end - done
         if done < start:
-            masked.append(MaskedStretch(done, start, "normalized"))
+            masked.append(MaskedStretch(done, start, reason))
         done = cell.end
     if done < len(data):
         masked.append(MaskedStretch(done, len(data), "normalized"))

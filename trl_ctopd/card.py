@@ -1,14 +1,22 @@
-"""The model card: what the student is, from whom and how it learned, with the figures of the run."""
+"""The model card: what the student is, from whom and how it learned, with the figures of the run.
 
+- It states what the run knows. No license, language or intended use is made up.
+- What is on the hub is linked and enters the metadata. A folder is named by its last part alone, and stays out of both.
+"""
+
+import re
+from dataclasses import fields
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
 from . import __version__
 from .config import CrossTokenizerGKDConfig
+from .losses import LOSSES
 
 
 PAPERS = {
@@ -25,20 +33,34 @@ PAPERS = {
     "sft": ("Sequence-Level Knowledge Distillation", "Kim, Yoon and Rush, Alexander M.", "1606.07947"),
 }
 SETTINGS = (
-    "credit",
-    "advantage_clip",
     "eos_policy",
     "lmbda",
     "temperature",
     "max_new_tokens",
+    "num_generations",
     "learning_rate",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
-    "num_generations",
     "seed",
 )
-METRICS = ("loss", "gap/nats_per_byte", "student/nats_per_byte", "teacher/nats_per_byte", "alignment/one_to_one_fraction",
-           "alignment/masked_fraction", "completions/truncated_fraction", "entropy")  # fmt: skip
+SETTINGS_IF_CHANGED = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "teacher_chat_template_kwargs",
+)
+METRICS = {
+    "loss": "what was minimised",
+    "gap/nats_per_byte": "student's minus teacher's log-probability of the text; 0: the student writes as the teacher would",
+    "student/nats_per_byte": "student's negative log-probability of the text",
+    "teacher/nats_per_byte": "teacher's negative log-probability of the text",
+    "alignment/one_to_one_fraction": "share of scored student tokens that match a single teacher token byte for byte",
+    "alignment/masked_fraction": "share of student tokens left out of the loss",
+    "completions/truncated_fraction": "share of completions cut off at `max_new_tokens`",
+    "entropy": "of the student's next-token distribution, in nats",
+}
 PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "tokenizers", "torch")
 
 
@@ -57,17 +79,16 @@ def model_card(
     log_history: list[dict],
 ) -> ModelCard:
     """
-    The card of a run. `student` and `teacher` are hub names or folders; a folder is shown by its last part alone and
-    never enters the metadata. `log_history` is the trainer state's: the last value logged of each figure is shown.
+    The card of a run. `student` and `teacher` are hub names, folders, or "" for a model made in place. `log_history` is
+    the trainer state's: the last value logged of each figure is shown.
     """
-    own_loss = callable(args.distillation_loss)
-    paper = PAPERS["dpca" if own_loss else args.distillation_loss]  # the method whose chunks a loss of one's own uses
-    last = {name: value for entry in log_history for name, value in entry.items()}
-    names = [name for stem in METRICS for name in (stem, f"eval_{stem}") if name in last]
+    student, teacher = _hub_name(student), _hub_name(teacher)
+    template_kwargs = {name: value for name, value in (args.chat_template_kwargs or {}).items() if value is not None}
+    metrics = _metrics(log_history)
     return ModelCard.from_template(
         ModelCardData(
             base_model=student if _on_hub(student) else None,
-            datasets=dataset_name,
+            datasets=dataset_name if _on_hub(dataset_name) else None,
             library_name="peft" if adapter else "transformers",
             pipeline_tag="text-generation",
             model_name=model_name,
@@ -78,36 +99,117 @@ def model_card(
         hub_model_id=hub_model_id or model_name,
         student=_link(student),
         teacher=_link(teacher),
+        base_on_hub=_on_hub(student),
         student_tokenizer=_describe(student_tokenizer),
         teacher_tokenizer=_describe(teacher_tokenizer),
-        method=_own_name(args.distillation_loss)
-        if own_loss
-        else f"`{args.distillation_loss}`, [{paper[0]}](https://huggingface.co/papers/{paper[2]})",
-        citation=_citation(*paper),
-        dataset_name=dataset_name,
+        story=_story(args, student_tokenizer.get_vocab() == teacher_tokenizer.get_vocab()),
+        method=_method(args),
+        citation=_citation(*_paper(args)),
+        dataset=_link(dataset_name, "datasets/") if dataset_name else "",
         adapter=adapter,
-        chat=bool(student_tokenizer.chat_template),
+        chat=bool(student_tokenizer.chat_template or template_kwargs.get("chat_template")),
+        template_kwargs={name: repr(value) for name, value in template_kwargs.items()},
+        max_new_tokens=args.max_new_tokens,
         steps=max((entry.get("step", 0) for entry in log_history), default=0),
-        settings={name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None},
-        metrics={name: f"{last[name]:.4g}" for name in names},
+        settings=_settings(args),
+        metrics=metrics,
+        evaluated=any(evaluation for _, evaluation, _ in metrics.values()),
         versions={"trl_ctopd": __version__, **{name: version(name) for name in PACKAGES}},
     )
 
 
-def _on_hub(name: str) -> bool:
-    return bool(name) and name.count("/") == 1 and not Path(name).exists()
+def _hub_name(name: str) -> str:
+    """The hub's name of a model read from its cache folder; any other name as it is."""
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", name)
+    return "/".join(cached.groups()) if cached else name
 
 
-def _link(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if _on_hub(name) else f"`{Path(name).name or 'a model made in place'}`"
+def _on_hub(name: str | None) -> bool:
+    if not name or "/" not in name or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _link(name: str, kind: str = "") -> str:
+    if _on_hub(name):
+        return f"[{name}](https://huggingface.co/{kind}{name})"
+    return f"`{Path(name).name}`" if Path(name).name else "an unnamed model"
 
 
 def _describe(tokenizer: PreTrainedTokenizerBase) -> str:
-    return f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kind = type(tokenizer).__name__ if backend is None else type(backend.model).__name__
+    return f"{kind}, {len(tokenizer):,} tokens"
 
 
-def _own_name(loss) -> str:
-    return f"`{getattr(loss, '__name__', type(loss).__name__)}`, a loss of the author's own"
+def _story(args: CrossTokenizerGKDConfig, one_tokenizer: bool) -> str:
+    """Who wrote, and how the teacher's judgement reached the student."""
+    given = "the teacher's" if args.seq_kd else "the dataset's"
+    if args.lmbda >= 1:
+        written = "The student wrote completions itself"
+    elif args.lmbda > 0:
+        written = f"The student wrote about {args.lmbda:.0%} of the completions itself, and the others were {given}"
+    else:
+        written = f"The completions were {given}"
+    if args.distillation_loss == "sft":
+        return f"{written}; the student learned them by cross-entropy."
+    if one_tokenizer:
+        return f"{written}; the teacher, which has the same tokenizer, scored them token by token."
+    return (
+        f"{written}; the teacher, which has another tokenizer, scored the same text in its own tokens, and its scores were "
+        "carried over to the student's tokens by the bytes that both stand for."
+    )
+
+
+def _paper(args: CrossTokenizerGKDConfig) -> tuple[str, str, str]:
+    """A loss of one's own works on the chunks of the default method."""
+    return PAPERS["dpca" if callable(args.distillation_loss) else args.distillation_loss]
+
+
+def _method(args: CrossTokenizerGKDConfig) -> str:
+    loss, (title, _, arxiv) = args.distillation_loss, _paper(args)
+    link = f"[{title}](https://huggingface.co/papers/{arxiv})"
+    if callable(loss):
+        return f"`{getattr(loss, '__name__', type(loss).__name__)}`, a loss of the author's own, on text aligned as in {link}"
+    return f"`{loss}`, {link}"
+
+
+def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
+    """What shaped the result, by the names of the config: no knob of a method that did not run."""
+    loss, kwargs = args.distillation_loss, args.distillation_loss_kwargs or {}
+    settings = {}
+    if loss == "dpca":
+        settings |= {"credit": args.credit, "advantage_clip": args.advantage_clip, **kwargs}
+        if settings["advantage_clip"] is None:
+            settings["advantage_clip"] = "no bound"
+    elif kwargs:
+        settings["distillation_loss_kwargs"] = kwargs
+    if args.lmbda < 1 and getattr(loss if callable(loss) else LOSSES[loss], "policy", "both") == "on":
+        settings |= {"off_policy_loss": args.off_policy_loss, "off_policy_loss_kwargs": args.off_policy_loss_kwargs}
+    settings |= {name: getattr(args, name) for name in SETTINGS}
+    defaults = {field.name: field.default for field in fields(args)}
+    settings |= {name: getattr(args, name) for name in SETTINGS_IF_CHANGED if getattr(args, name) != defaults[name]}
+    settings |= {"num_processes": args.world_size} if args.world_size > 1 else {}
+    return {name: _cell(value) for name, value in settings.items() if value is not None}
+
+
+def _metrics(log_history: list[dict]) -> dict[str, tuple[str, str, str]]:
+    """Last training value, last evaluation value ("" where there is none) and meaning of each figure logged."""
+    last = {name: value for entry in log_history for name, value in entry.items()}
+    last = {name: f"{value:.4g}" for name, value in last.items() if name.removeprefix("eval_") in METRICS}
+    rows = {name: (last.get(name, ""), last.get(f"eval_{name}", ""), meaning) for name, meaning in METRICS.items()}
+    return {name: row for name, row in rows.items() if row[0] or row[1]}
+
+
+def _cell(value) -> str:
+    """In a Markdown table."""
+    if isinstance(value, dict):
+        value = ", ".join(f"{name}={item!r}" for name, item in value.items() if item is not None)
+    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|")
 
 
 def _citation(title: str, authors: str, arxiv: str) -> str:

@@ -1,12 +1,18 @@
 """The settings: `GKDConfig` plus what a second tokenizer brings, with the paper's defaults."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl.experimental.gkd import GKDConfig
+from transformers.utils import is_torch_bf16_gpu_available
 
 from .credit import CREDITS
 from .losses import LOSSES
+
+
+with warnings.catch_warnings():  # TRL's version is pinned, and a test watches what is used of it
+    warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
+    from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: F401  the trainer takes it from here
 
 
 EOS_POLICIES = ("bridge", "mask")
@@ -148,6 +154,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
     )
 
     def __post_init__(self):
+        if self.bf16 is None and not self.use_cpu and not is_torch_bf16_gpu_available():
+            self.bf16 = False  # TRL's default of True is an error on a machine without bfloat16
         super().__post_init__()
         for name, known in (("credit", CREDITS), ("eos_policy", EOS_POLICIES)):
             if getattr(self, name) not in known:

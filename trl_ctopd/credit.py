@@ -54,7 +54,8 @@ def shares(
             `"semantic"`: log p_i / L_S, the paper's; a chunk the student is certain of (L_S = 0) is shared evenly.
             `"uniform"`: 1/m for a chunk of m student tokens. `"byte_length"`: by the bytes a token spells (evenly where
             none does, as at a turn end). `"last"`: all to the chunk's last token. `"macro"`: w_i = 1, the chunk as one
-            action, whose policy gradient is the unbiased gradient of the chunk's reverse KL.
+            action: unclipped, and where later text moves no boundary, its expectation is the gradient of the reverse KL
+            of each chunk given the text before it. Later chunks' gaps are not credited to it.
         log_probs (`torch.Tensor` of shape (B, S)): student log-probs in nats, detached.
         chunks (`torch.LongTensor` of shape (B, S)): chunk of each student token, -1 for none.
         widths (`torch.LongTensor` of shape (B, S)): bytes of text each student token spells.

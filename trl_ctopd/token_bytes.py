@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 _BYTE_ROW = re.compile(r"<0x([0-9A-F]{2})>")
+# A decoder's step that takes the dummy prefix off the whole text: no token's bytes change.
+_PREFIX_SPACE_STRIPPED = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
 
 
 class UnsupportedTokenizerError(ValueError):
@@ -61,6 +63,8 @@ _tables: weakref.WeakKeyDictionary[Any, tuple[Any, TokenTable]] = weakref.WeakKe
 
 def token_table(tokenizer: Any) -> TokenTable:
     """`token_bytes` with what aligning needs besides; kept for as long as the tokenizer's tokens stay as they are."""
+    if not hasattr(tokenizer, "all_special_ids"):
+        raise UnsupportedTokenizerError(tokenizer, "it is not a transformers tokenizer")
     fingerprint = _fingerprint(tokenizer)
     if tokenizer not in _tables or _tables[tokenizer][0] != fingerprint:
         _tables[tokenizer] = (fingerprint, _build_table(tokenizer))
@@ -114,7 +118,7 @@ def _fast_pieces(tokenizer: Any) -> _Pieces:
         raise UnsupportedTokenizerError(tokenizer, "its backend has no decoder")
     decoder = json.loads(backend.decoder.__getstate__())
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    steps = [step for step in steps if step["type"] not in ("Fuse", "Strip")]  # Strip: the dummy prefix, see align.py
+    steps = [step for step in steps if step["type"] != "Fuse" and step not in _PREFIX_SPACE_STRIPPED]
     kinds = {step["type"] for step in steps}
     vocabulary = backend.get_vocab(with_added_tokens=False)
     unknown_token, byte_fallback = _fast_model(tokenizer)

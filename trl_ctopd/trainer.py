@@ -13,7 +13,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl.experimental.gkd import GKDTrainer
 from trl.trainer.utils import (
     add_fused_lm_head,
     disable_dropout_in_model,
@@ -22,13 +21,14 @@ from trl.trainer.utils import (
 )
 
 from . import card, data
-from .align import TextAligner
+from .align import TextAligner, align_text
 from .chat import Speaker, unshared_markup
 from .checks import check_arguments, check_vocabulary, context_length, ensure_pad_token
-from .config import CrossTokenizerGKDConfig
+from .config import CrossTokenizerGKDConfig, GKDTrainer
 from .generation import sampling_config, write
 from .losses import ScoredChunks, build_loss
 from .metrics import Meter, chunk_metrics
+from .one_tokenizer import OneTokenizer, is_one_tokenizer
 from .rollouts import Prompt, Rollout, collate, pad_scores, pair
 from .teachers.local import LocalTeacher, load_teacher
 
@@ -166,7 +166,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         return Speaker(self.teacher_processing_class, self.args.chat_template_kwargs if kwargs is None else kwargs)
 
     @cached_property
-    def aligner(self) -> TextAligner:
+    def aligner(self) -> TextAligner | OneTokenizer:
+        if is_one_tokenizer(self._tokenizer, self.teacher_processing_class):
+            return OneTokenizer(self._tokenizer)
         return TextAligner(
             self._tokenizer,
             self.teacher_processing_class,
@@ -280,7 +282,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def _respell(self, teacher_ids: list[int], teacher_stop_ids: list[int]) -> list[int]:
         """What the student would write for the teacher's completion."""
         ended = bool(teacher_ids) and teacher_ids[-1] in teacher_stop_ids
-        text = self.aligner.teacher_text(teacher_ids[:-1] if ended else teacher_ids)
+        tokenizer = self.teacher_processing_class
+        text = align_text(teacher_ids[:-1] if ended else teacher_ids, tokenizer, tokenizer).text
         ids = self.processing_class.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids + self.student_side.turn_end[-1:] if ended else ids
 
@@ -347,7 +350,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args, **kwargs):
-        with self._rollout_seed(0):  # the same draws at every evaluation, so that two of them compare
+        with self._rollout_seed(-1):  # the same draws at every evaluation, so that two of them compare
             return super().evaluation_loop(*args, **kwargs)
 
     # Logging

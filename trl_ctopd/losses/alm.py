@@ -12,12 +12,18 @@ import torch
 from .base import Loss, Metrics, ScoredChunks
 
 
-_FLOOR = 1e-6  # nats; the paper's code subtracts the same from every chunk log-prob, so that log(1 − p) exists
+_FLOOR = 1e-6  # nats off every chunk log-prob, so that log(1 − p) exists; the paper's code takes it off after dividing by τ
 
 
 def _log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """log(1 − exp(x)) for x < 0, accurate at both ends."""
-    return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    """log(1 − exp(x)) for x < 0, accurate at both ends. Each branch is kept off the other's end, where its slope is NaN."""
+    near, far = x.clamp(min=-0.6931), x.clamp(max=-0.6931)
+    return torch.where(x > -0.6931, torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least float32: half precision has no digits for 1 − p^{1/τ}."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass
@@ -37,9 +43,9 @@ class ALM(Loss):
             raise ValueError(f"temperature must be positive, got {self.temperature}.")
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
-        teacher = batch.teacher_sum(batch.teacher_log_probs)
+        teacher = batch.teacher_sum(_wide(batch.teacher_log_probs))
         used = torch.isfinite(teacher) & (batch.student_sum(torch.ones_like(batch.student_log_probs)) > 0)
-        student = batch.student_sum(batch.student_log_probs).clamp(max=0) - _FLOOR
+        student = batch.student_sum(_wide(batch.student_log_probs)).clamp(max=0) - _FLOOR
         teacher = torch.where(used, teacher, torch.zeros_like(teacher)).clamp(max=0) - _FLOOR
         divergence = torch.where(used, self._divergence(teacher, student), torch.zeros_like(student))
         return divergence.sum() / num_items, {}

@@ -1,7 +1,7 @@
 """A teacher in this process: token ids in, log-probs of those tokens out, without a (B, T, V) tensor."""
 
 import torch
-from torch import nn
+from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
@@ -21,10 +21,11 @@ class LocalTeacher:
     def __init__(self, model: PreTrainedModel, accelerator, temperature: float = 1.0, batch_size: int = 8):
         model.requires_grad_(False)
         model.eval()
-        add_fused_lm_head(model, temperature=temperature)
+        add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model, temperature=temperature)
         self.config = model.config
         self.generation_config = model.generation_config
         self.batch_size = batch_size
+        self._accelerator = accelerator
         self._padding = 0  # masked out, so any id within the vocabulary will do
         if accelerator.state.deepspeed_plugin is not None:
             self.model = prepare_deepspeed(model, accelerator)
@@ -69,12 +70,13 @@ class LocalTeacher:
             labels[row, len(prompt) : lengths[row]] = torch.tensor(completion, dtype=torch.long)
             attention_mask[row, : lengths[row]] = 1
         device = self.device
-        outputs = self.model(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            labels=labels.to(device),
-            fused_lm_head=True,
-        )
+        with self._accelerator.autocast():  # the precision the student is scored in
+            outputs = self.model(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                labels=labels.to(device),
+                fused_lm_head=True,
+            )
         log_probs = outputs.log_probs.float().cpu()
         return [
             log_probs[row, len(prompt) - 1 : length - 1]
@@ -85,9 +87,10 @@ class LocalTeacher:
 def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, distributed: bool) -> PreTrainedModel:
     """
     The teacher from a hub name or folder; `init_kwargs` go to `from_pretrained` (dtype, quantization_config, device_map,
-    revision, ...). Each process of a distributed run places the whole teacher itself unless `device_map` says otherwise.
+    revision, ...), in the dtype it was saved in unless they say otherwise. Each process of a distributed run places the
+    whole teacher itself unless `device_map` does.
     """
-    kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if distributed:
         kwargs.setdefault("device_map", None)
     return create_model_from_path(path, **kwargs)

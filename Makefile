@@ -1,0 +1,31 @@
+# `make demo` and `make test` set up what they need in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+DEMO_ARGS ?=
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed-bench
+	$(VENV)/bin/python examples/demo/run.py --seed $(SEED) $(DEMO_ARGS)
+
+# One thread a process: the models are tiny, and more threads only wait for each other.
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(VENV)/bin/python -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check --line-length 120 --extend-select I,B,UP,SIM --isolated .
+	$(VENV)/bin/ruff format --line-length 120 --isolated --check .
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"trl_ctopd needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and pinned: left to the others' ranges, pip may pick another build
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo_output build *.egg-info

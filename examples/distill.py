@@ -1,0 +1,94 @@
+"""
+Distil a student from a teacher with another tokenizer, from the command line.
+
+One GPU, LoRA:
+
+```bash
+python examples/distill.py \
+    --model_name_or_path meta-llama/Llama-3.2-1B-Instruct \
+    --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \
+    --dataset_name openai/gsm8k --dataset_config main --prompt_column question \
+    --dtype bfloat16 --use_peft --lora_r 32 --lora_target_modules all-linear --learning_rate 5e-5 \
+    --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --max_new_tokens 512 \
+    --max_steps 200 --logging_steps 5 --output_dir distill_output
+```
+
+The same from a file, on four GPUs; what the command line says wins over the file:
+
+```bash
+accelerate launch --num_processes 4 examples/distill.py \
+    --config examples/configs/distill_lora.yaml --gradient_accumulation_steps 2
+```
+
+Decisions:
+- `--dataset_name` is a name on the hub, a local folder, or a local .jsonl, .json or .parquet file (no test split then).
+- `--prompt_column` is for rows without `prompt` and `messages`: one column's text becomes a user message, and the others,
+  with whatever answers they hold, are left out.
+- `--dtype`, `--load_in_4bit` and `--load_in_8bit` are the student's. The teacher keeps the dtype it was saved in, unless
+  `--teacher_model_init_kwargs '{"dtype": "float16"}'` says otherwise.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+
+
+@dataclass
+class DistillArguments(ScriptArguments):
+    prompt_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text column that becomes the prompt, as one user message, in a dataset with neither `prompt` nor "
+            "`messages` (GSM8K: question). The other columns are left out."
+        },
+    )
+
+
+def load_splits(args: DistillArguments):
+    if args.dataset_name is None:
+        raise ValueError("No prompts: pass `--dataset_name`.")
+    path = Path(args.dataset_name)
+    if path.is_file():
+        kind, files = path.suffix[1:].replace("jsonl", "json"), {args.dataset_train_split: str(path)}
+        splits = load_dataset(kind, data_files=files, streaming=args.dataset_streaming)
+    else:
+        splits = load_dataset(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
+    if args.prompt_column is None:
+        return splits
+    return splits.map(
+        lambda row: {"prompt": [{"role": "user", "content": row[args.prompt_column]}]},
+        remove_columns=splits[args.dataset_train_split].column_names,
+    )
+
+
+def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, model_args: ModelConfig):
+    init_kwargs = {
+        "revision": model_args.model_revision,
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+        "quantization_config": get_quantization_config(model_args),
+    }
+    training_args.model_init_kwargs = {**init_kwargs, **(training_args.model_init_kwargs or {})}
+    splits = load_splits(script_args)
+    trainer = CrossTokenizerGKDTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=splits[script_args.dataset_train_split],
+        eval_dataset=None if training_args.eval_strategy == "no" else splits.get(script_args.dataset_test_split),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=None if Path(script_args.dataset_name).exists() else script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    parser = TrlParser((DistillArguments, CrossTokenizerGKDConfig, ModelConfig))
+    main(*parser.parse_args_and_config())

@@ -1,0 +1,116 @@
+"""Bad input is refused before any training time is spent, with both values and the way out in the message."""
+
+import pytest
+from datasets import Dataset
+from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
+from trl.experimental.gkd import GKDConfig
+
+from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+
+
+@pytest.fixture
+def build(tmp_path):
+    def build(settings=None, **arguments):
+        defaults = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "max_new_tokens": 8}
+        arguments = {
+            "model": student_model(),
+            "teacher_model": teacher_model(),
+            "train_dataset": prompts(4),
+            "processing_class": student_tokenizer(),
+            "teacher_processing_class": teacher_tokenizer(),
+            **arguments,
+        }
+        args = arguments.pop("args", None) or CrossTokenizerGKDConfig(**{**defaults, **(settings or {})})
+        return CrossTokenizerGKDTrainer(args=args, **arguments)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"credit": "fair"}, "'fair'.*semantic, uniform"),
+        ({"eos_policy": "drop"}, "'drop'.*bridge, mask"),
+        ({"distillation_loss": "kl"}, "'kl'.*dpca"),
+        ({"distillation_loss_kwargs": {"clip": 1}}, "'clip'.*credit, advantage_clip"),
+        ({"off_policy_loss": "dpca"}, "'dpca'.*did not write.*alm, sft"),
+        ({"distillation_loss": "sft"}, "'sft'.*lmbda=1.0"),
+        ({"advantage_clip": -1.0}, "positive or None, got -1.0"),
+        ({"temperature": 0.0}, "positive, got 0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"num_generations": 0}, "num_generations must be at least 1, got 0"),
+        ({"lmbda": 1.5}, "lmbda"),
+        ({"max_new_tokens": 300}, "max_new_tokens=300.*256"),
+        ({"max_new_tokens": 8, "max_length": 8}, "max_new_tokens=8.*8 tokens"),
+        ({"max_new_tokens": 240}, "Row 0.*prompt has .* student tokens.*room for 16"),
+        ({"packing": True}, "packing"),
+        ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "teacher_model_init_kwargs.*loaded already"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(build, setting, message):
+    with pytest.raises(ValueError, match=message):
+        build(setting)
+
+
+def test_a_missing_teacher_is_named(build):
+    with pytest.raises(ValueError, match="No teacher: pass `teacher_model`"):
+        build(teacher_model=None)
+
+
+def test_the_student_cannot_teach_itself_in_place(build):
+    model = student_model()
+    with pytest.raises(ValueError, match="same module"):
+        build(model=model, teacher_model=model)
+
+
+def test_another_trainers_config_is_refused(build, tmp_path):
+    with pytest.raises(TypeError, match="CrossTokenizerGKDConfig, got GKDConfig"):
+        build(args=GKDConfig(str(tmp_path), bf16=False, use_cpu=True))
+
+
+@pytest.mark.parametrize(("dataset", "state"), [(None, "missing"), (Dataset.from_list([]), "empty")])
+def test_no_prompts_is_an_error(build, dataset, state):
+    with pytest.raises(ValueError, match=f"train_dataset` is {state}"):
+        build(train_dataset=dataset)
+
+
+def test_an_empty_evaluation_set_is_an_error(build):
+    with pytest.raises(ValueError, match="eval dataset is empty"):
+        build(eval_dataset=prompts(4).select([]))
+
+
+def test_a_row_without_prompt_is_named_with_its_columns(build):
+    with pytest.raises(ValueError, match="Row 0.*question"):
+        build(train_dataset=Dataset.from_list([{"question": "two?"}]))
+
+
+def test_a_row_without_reference_is_an_error_only_off_policy(build):
+    rows = prompts(4).remove_columns("completion")
+    build(train_dataset=rows)
+    with pytest.raises(ValueError, match="Row 0.*lmbda=1.0.*seq_kd=True"):
+        build({"lmbda": 0.5}, train_dataset=rows)
+
+
+def test_no_pad_token_and_none_derivable_is_an_error(build):
+    tokenizer = student_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no pad token.*pad_token"):
+        build(processing_class=tokenizer)
+
+
+def test_the_eos_token_pads_where_there_is_no_pad_token(build):
+    tokenizer = student_tokenizer()
+    tokenizer.pad_token = None
+    assert build(processing_class=tokenizer).processing_class.pad_token == "<|eot|>"
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_tokenizer_larger_than_the_embedding_is_an_error(build, side):
+    small = {"student": {"model": student_model(vocab_size=100)}, "teacher": {"teacher_model": teacher_model(vocab_size=100)}}
+    with pytest.raises(ValueError, match=f"The {side}'s tokenizer has ids up to .* embeds 100 tokens"):
+        build(**small[side])
+
+
+def test_a_processor_is_refused_with_the_way_out(build):
+    with pytest.raises(TypeError, match=r"got object: pass its `.tokenizer`"):
+        build(processing_class=object())
