@@ -4,13 +4,13 @@ Real input through the real script: `examples/distill.py` with published tokeniz
     CTOPD_ASSETS=<folder> python benchmarks/real_input.py
 
 The folder holds `tokenizers/<name>` as published on the hub and `datasets/gsm8k/{train,test}.jsonl`. Each run is a process
-of its own; figures go to `benchmarks/results/real_input.json`.
+of its own; figures go to `benchmarks/results/real_input.json`, and two alignments a pair are printed to be looked at.
 
 Decisions:
 - Models have random weights and two narrow layers, but every row of the real vocabulary. So the student writes random
   tokens, half characters included: the hardest text for the alignment, and no statement about learning.
-- A random student would never end its turn, so a bias at sampling makes the end as likely as 2 % a token. It is not part of
-  the scored distribution, which does not matter to what is measured here.
+- A random student would never end its turn, so a bias at sampling makes the end as likely as 2 % a token. The scored
+  distribution knows nothing of it, which does not matter to what is measured here.
 - How the two tokenizers meet on sensible text is measured apart, on GSM8K's reference answers.
 - Peak memory is that of the whole process: Python, torch, two models, dataset.
 """
@@ -25,15 +25,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import date
-from itertools import groupby
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
 
 from trl_ctopd import TextAligner, TextAlignment, token_bytes
+from trl_ctopd.chat import Conversation, Speaker, unshared_markup
+from trl_ctopd.rollouts import Prompt, Rollout, pair
 
 
 ROOT = Path(__file__).parents[1]
@@ -42,8 +51,8 @@ PAIRS = (("llama-3.2", "qwen2.5"), ("qwen2.5", "llama-3.2"), ("mistral-v3", "dee
 MODELS = {  # architecture, rows of the published embedding, stop ids of the published generation config
     "llama-3.2": (LlamaConfig, 128256, [128001, 128008, 128009]),
     "qwen2.5": (Qwen2Config, 151936, [151645, 151643]),
-    "mistral-v3": (MistralConfig, 32768, 2),
-    "deepseek-v3": (LlamaConfig, 129280, 1),
+    "mistral-v3": (MistralConfig, 32768, [2]),
+    "deepseek-v3": (LlamaConfig, 129280, [1]),
 }
 SHAPE = {
     "hidden_size": 64,
@@ -54,7 +63,8 @@ SHAPE = {
     "max_position_embeddings": 4096,
 }
 STOP_PROBABILITY = 0.02
-MEANS = (
+SETTINGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_new_tokens": 64}
+FIGURES = (
     "alignment/one_to_one_fraction",
     "alignment/masked_fraction",
     "alignment/neutralised_fraction",
@@ -63,6 +73,7 @@ MEANS = (
     "completions/truncated_fraction",
     "completions/empty_fraction",
     "completions/mean_length",
+    "gap/nats_per_byte",
     "seconds/generation",
     "seconds/alignment",
     "seconds/teacher",
@@ -72,7 +83,7 @@ MEANS = (
 
 @dataclass(frozen=True)
 class Overlap:
-    """How a student's and a teacher's tokens meet on some texts; fractions of the student's tokens."""
+    """How two tokenizers meet on some texts. `one_to_one_fraction` is of the student tokens that are not masked."""
 
     texts: int
     student_tokens: int
@@ -94,114 +105,147 @@ def build_model(name: str, assets: Path, folder: Path) -> Path:
     return folder / name
 
 
-def distill(student: Path, teacher: Path, dataset: Path, output: Path, steps: int, max_new_tokens: int = 64) -> dict:
-    """Runs the script; returns wall seconds, peak memory in MiB and the log of every step."""
-    stop_id = AutoTokenizer.from_pretrained(student).eos_token_id
-    bias = math.log(STOP_PROBABILITY * AutoModelForCausalLM.from_pretrained(student).config.vocab_size)
+def sampling(name: str) -> dict:
+    """`GenerationConfig` fields that let a random model of this vocabulary end its turn."""
+    _, rows, stop_ids = MODELS[name]
+    return {"sequence_bias": [[[stop_ids[-1]], math.log(STOP_PROBABILITY * rows)]]}
+
+
+def distill(student: str, teacher: str, folder: Path, dataset: Path, steps: int) -> dict:
+    """Runs the script on two models in `folder`; returns wall seconds, peak memory in MiB and the log of every step."""
+    options = {
+        "model_name_or_path": folder / student,
+        "teacher_model_name_or_path": folder / teacher,
+        "dataset_name": dataset,
+        "prompt_column": "question",
+        "use_peft": True,
+        "lora_r": 8,
+        "lora_target_modules": "all-linear",
+        "learning_rate": 1e-4,
+        **SETTINGS,
+        "generation_kwargs": json.dumps(sampling(student)),
+        "max_steps": steps,
+        "logging_steps": 1,
+        "output_dir": folder / "output",
+    }
     command = [sys.executable, str(ROOT / "examples" / "distill.py")]
-    command += f"--model_name_or_path {student} --teacher_model_name_or_path {teacher}".split()
-    command += f"--dataset_name {dataset} --prompt_column question --output_dir {output}".split()
-    command += "--use_peft --lora_r 8 --lora_target_modules all-linear --learning_rate 1e-4".split()
-    command += f"--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --max_steps {steps}".split()
-    command += f"--max_new_tokens {max_new_tokens} --logging_steps 1 --disable_tqdm True".split()
-    command += ["--generation_kwargs", json.dumps({"sequence_bias": [[[stop_id], bias]]})]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(output.parent / "datasets_cache")}
+    command += [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets_cache")}
     start = time.perf_counter()
-    with open(output.with_suffix(".log"), "w+") as log:
+    with open(folder / "output.log", "w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - start
-        if os.waitstatus_to_exitcode(status) != 0:
+        if process.returncode != 0:
             log.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{log.read()}")
-    [state] = output.glob(f"checkpoint-{steps}/trainer_state.json")
-    steps_log = [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
-    return {"wall_seconds": seconds, "peak_memory_mib": usage.ru_maxrss / 1024, "steps": steps_log}
+    state = json.loads((folder / "output" / f"checkpoint-{steps}" / "trainer_state.json").read_text())
+    log_of_steps = [entry for entry in state["log_history"] if "loss" in entry]
+    return {"wall_seconds": seconds, "peak_memory_mib": usage.ru_maxrss / 1024, "log": log_of_steps}
 
 
 def overlap(alignments: list[TextAlignment]) -> Overlap:
-    student_tokens = sum(len(alignment.student_ids) for alignment in alignments)
     one_to_one = masked = 0
     for alignment in alignments:
-        sizes = [_sizes(chunks) for chunks in (alignment.student_chunks, alignment.teacher_chunks)]
-        one_to_one += sum(m == k == 1 for m, k in zip(*sizes, strict=True))
-        masked += alignment.student_chunks.count(-1)
+        m, k = Counter(alignment.student_chunks), Counter(alignment.teacher_chunks)
+        one_to_one += sum(m[chunk] == k[chunk] == 1 for chunk in range(len(alignment.chunk_bytes)))
+        masked += m[-1]
+    student_tokens = sum(len(alignment.student_ids) for alignment in alignments)
     return Overlap(
         texts=len(alignments),
         student_tokens=student_tokens,
         teacher_tokens=sum(len(alignment.teacher_ids) for alignment in alignments),
         chunks=sum(len(alignment.chunk_bytes) for alignment in alignments),
-        one_to_one_fraction=one_to_one / student_tokens,
+        one_to_one_fraction=one_to_one / (student_tokens - masked),
         masked_fraction=masked / student_tokens,
     )
 
 
-def _sizes(chunks: list[int]) -> list[int]:
-    return [len(list(run)) for chunk, run in groupby(chunk for chunk in chunks if chunk >= 0)]
+class Pair:
+    """A student's and a teacher's tokenizer, set up as the trainer does it."""
+
+    def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase):
+        self.student, self.teacher = Speaker(student), Speaker(teacher)
+        self.aligner = TextAligner(
+            student,
+            teacher,
+            masked_strings=unshared_markup(self.student, self.teacher),
+            teacher_control_ids=self.teacher.control_ids,
+        )
+
+    def rollouts(self, completions: list[list[int]]) -> list[Rollout]:
+        nothing = [Prompt([], [])] * len(completions)
+        stop_ids, turn_end = self.student.stop_ids(), self.teacher.turn_end
+        return pair(nothing, completions, self.aligner, stop_ids=stop_ids, turn_end=turn_end)
+
+    def show(self, rollout: Rollout) -> str:
+        """One line a chunk: its bytes, the student's tokens, the teacher's. `----` are tokens that take no part."""
+        students = _spelled_tokens(rollout.student_ids, rollout.student_chunks, self.student.tokenizer)
+        teachers = _spelled_tokens(rollout.teacher_ids, rollout.teacher_chunks, self.teacher.tokenizer)
+        labels = [_spelled(data) for data in rollout.alignment.chunk_bytes]
+        labels += ["(end of turn)"] * (rollout.num_chunks - len(labels)) + [""]
+        lines = [f"{'chunk':30} {'student':44} teacher"]
+        for chunk, label in enumerate(labels):
+            left, right = _take(students, chunk), _take(teachers, chunk)
+            for name, ours, theirs in zip(("----", label), left, right, strict=True):
+                if ours or theirs:
+                    lines.append(f"{name:30} {' | '.join(ours):44} {' | '.join(theirs)}")
+        return "\n".join(lines)
 
 
-def show(alignment: TextAlignment, student_bytes: list[bytes], teacher_bytes: list[bytes]) -> str:
-    """One line a chunk: its bytes, the student's tokens, the teacher's. `----` are tokens that take no part."""
-    students = _runs(alignment.student_ids, alignment.student_chunks, student_bytes)
-    teachers = _runs(alignment.teacher_ids, alignment.teacher_chunks, teacher_bytes)
-    lines = []
-    for chunk in [*range(len(alignment.chunk_bytes)), None]:
-        left, right = _until(students, chunk), _until(teachers, chunk)
-        for side in ("skipped", "tokens"):
-            if left[side] or right[side]:
-                label = "----" if side == "skipped" else _spelled(alignment.chunk_bytes[chunk])
-                lines.append(f"{label:30} {' | '.join(left[side]):44} {' | '.join(right[side])}")
-    return "\n".join(lines)
+def _spelled_tokens(ids: list[int], chunks: list[int], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, str]]:
+    table, names = token_bytes(tokenizer), tokenizer.convert_ids_to_tokens(ids)
+    spelled = [_spelled(table[i] if i < len(table) else b"") or str(name) for i, name in zip(ids, names, strict=True)]
+    return list(zip(chunks, spelled, strict=True))
 
 
-def _runs(ids: list[int], chunks: list[int], table: list[bytes]) -> list[tuple[int, str]]:
-    spelled = [_spelled(table[i] if i < len(table) else b"") or f"<{i}>" for i in ids]
-    return list(zip(chunks, spelled, strict=True))[::-1]
-
-
-def _until(tokens: list[tuple[int, str]], chunk: int | None) -> dict[str, list[str]]:
-    """Takes off `tokens` (last first) those up to and including the ones of `chunk`."""
-    taken = {"skipped": [], "tokens": []}
-    while tokens and (tokens[-1][0] == chunk or (tokens[-1][0] == -1 and not taken["tokens"])):
-        taken["skipped" if tokens[-1][0] == -1 else "tokens"].append(tokens.pop()[1])
-    return taken
+def _take(tokens: list[tuple[int, str]], chunk: int) -> tuple[list[str], list[str]]:
+    """Removes from the front of `tokens`, and returns, those that take no part and then those of `chunk`."""
+    taken = []
+    for wanted in (-1, chunk):
+        count = next((n for n, (found, _) in enumerate(tokens) if found != wanted), len(tokens))
+        taken.append([text for _, text in tokens[:count]])
+        del tokens[:count]
+    return taken[0], taken[1]
 
 
 def _spelled(data: bytes) -> str:
-    """As text where it is printable UTF-8, as escaped bytes where not."""
-    text = data.decode(errors="backslashreplace")
-    return text.replace(" ", "␣") if text.isprintable() else repr(text)[1:-1].replace(" ", "␣").replace("\\\\x", "\\x")
+    text = data.decode(errors="backslashreplace").replace(" ", "␣")
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
-def sample_completion(student: Path, question: str, max_new_tokens: int = 32) -> list[int]:
-    tokenizer = AutoTokenizer.from_pretrained(student)
-    model = AutoModelForCausalLM.from_pretrained(student)
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    set_seed(0)
-    pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id)
-    return ids[0, inputs["input_ids"].shape[1] :].tolist()
+def sample(name: str, folder: Path, questions: list[str], max_new_tokens: int = 32) -> list[list[int]]:
+    """The random student's completions."""
+    model, speaker = AutoModelForCausalLM.from_pretrained(folder / name), Speaker(AutoTokenizer.from_pretrained(folder / name))
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens, "pad_token_id": 0, **sampling(name)}
+    torch.manual_seed(0)
+    completions = []
+    for question in questions:
+        prompt = speaker.prompt_ids(Conversation([{"role": "user", "content": question}]))
+        completions.append(model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist())
+    return completions
 
 
 def measure(student: str, teacher: str, assets: Path, steps: int, folder: Path) -> dict:
-    student_path, teacher_path = (build_model(name, assets, folder) for name in (student, teacher))
-    run = distill(student_path, teacher_path, assets / "datasets" / "gsm8k", folder / "output", steps)
-    log = run.pop("steps")
+    for name in (student, teacher):
+        build_model(name, assets, folder)
+    run = distill(student, teacher, folder, assets / "datasets" / "gsm8k", steps)
+    log = run.pop("log")
 
-    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (student_path, teacher_path)]
-    tables = [token_bytes(tokenizer) for tokenizer in tokenizers]
-    aligner = TextAligner(*tokenizers)
+    tokenizers = [AutoTokenizer.from_pretrained(folder / name) for name in (student, teacher)]
+    both = Pair(*tokenizers)
     rows = [json.loads(line) for line in (assets / "datasets/gsm8k/test.jsonl").read_text().splitlines()]
     encoded = [tokenizers[0].encode(row["answer"], add_special_tokens=False) for row in rows]
     start = time.perf_counter()
-    answers = aligner(encoded)
+    answers = both.aligner(encoded)
     seconds = time.perf_counter() - start
-    [written] = aligner([sample_completion(student_path, rows[0]["question"])])
-    for title, alignment in (("a random completion", written), ("the first reference answer", answers[0])):
-        print(f"\n{student} <- {teacher}, {title}\n{'chunk':30} {'student':44} teacher")
-        print(show(alignment, *tables))
+
+    written = both.rollouts(sample(student, folder, [row["question"] for row in rows[:8]]))
+    hardest = max(written, key=lambda rollout: rollout.student_chunks.count(-1) + rollout.ended)
+    [reference] = both.rollouts([encoded[0] + both.student.turn_end[-1:]])
+    print(f"\n{student} <- {teacher}: of 8 random completions, the one with the most masked tokens\n{both.show(hardest)}")
+    print(f"\n{student} <- {teacher}: the first reference answer\n{both.show(reference)}")
     return {
         "student": student,
         "teacher": teacher,
@@ -209,16 +253,22 @@ def measure(student: str, teacher: str, assets: Path, steps: int, folder: Path) 
         "teacher_rows": MODELS[teacher][1],
         "optimizer_steps": len(log),
         **run,
-        "mean_over_steps": {name: sum(entry[name] for entry in log) / len(log) for name in MEANS},
+        "mean_over_steps": {name: sum(entry[name] for entry in log) / len(log) for name in FIGURES},
         "largest_gradient_norm": max(entry["grad_norm"] for entry in log),
         "reference_answers": {**asdict(overlap(answers)), "alignment_seconds": seconds},
     }
 
 
 def machine() -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(), "device": "cpu"}
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average_before": round(os.getloadavg()[0], 2),
+    }
 
 
 def main():
@@ -227,14 +277,18 @@ def main():
     steps = parser.parse_args().steps
     if not os.environ.get("CTOPD_ASSETS"):
         parser.error("CTOPD_ASSETS names no folder with the real tokenizers and data")
-    runs = []
+    packages = ("trl_ctopd", "trl", "transformers", "tokenizers", "torch", "peft", "accelerate", "datasets")
+    report = {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
+        "settings": {**SHAPE, **SETTINGS, "stop_probability": STOP_PROBABILITY},
+        "runs": [],
+    }
     for student, teacher in PAIRS:
         with tempfile.TemporaryDirectory() as folder:
-            runs.append(measure(student, teacher, Path(os.environ["CTOPD_ASSETS"]), steps, Path(folder)))
-        print(f"\n{json.dumps(runs[-1], indent=2)}")
-    packages = ("trl_ctopd", "trl", "transformers", "tokenizers", "torch", "peft", "accelerate", "datasets")
-    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
-    report = {"date": date.today().isoformat(), "machine": machine(), "versions": versions, "runs": runs}
+            report["runs"].append(measure(student, teacher, Path(os.environ["CTOPD_ASSETS"]), steps, Path(folder)))
+        print(f"\n{json.dumps(report['runs'][-1], indent=2)}")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\nFigures: {RESULTS.relative_to(ROOT)}")

@@ -30,10 +30,8 @@ def two_pointers(student: list[Token], teacher: list[Token], length: int, masked
         if not any(low < end and start < high for low, high in masked)
     ]
 
-    def number(token: Token) -> int:
-        return next((n for n, (start, end) in enumerate(chunks) if start <= token[0] < end), -1)
-
-    return chunks, [number(token) for token in student], [number(token) for token in teacher]
+    chunk_of = {at: n for n, (start, end) in enumerate(chunks) for at in range(start, end)}
+    return chunks, *([chunk_of.get(start, -1) for start, _ in side] for side in (student, teacher))
 
 
 def vectorised(texts: list[Text]):

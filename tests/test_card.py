@@ -53,7 +53,11 @@ VARIANTS = {
     "adapter": {"adapter": True},
     "made in place": {"student": "", "teacher": ""},
     "adapter on a model made in place": {"student": "", "adapter": True},
-    "folders": {"student": "/data/runs/student", "teacher": "/data/models/teacher/", "dataset_name": "/data/prompts.jsonl"},
+    "folders": {
+        "student": "/data/runs/student",
+        "teacher": "/data/models/teacher/",
+        "dataset_name": "/data/prompts.jsonl",
+    },
     "alm": {"config": {"distillation_loss": "alm"}},
     "sft": {"config": {"distillation_loss": "sft", "lmbda": 0.0, "seq_kd": True}},
     "own loss": {"config": {"distillation_loss": my_loss}},
@@ -228,6 +232,11 @@ def test_a_setting_of_the_loss_is_not_taken_for_one_of_sampling_by_the_same_name
     assert table["distillation_loss_kwargs"] == ["temperature=50.0"]
 
 
+def test_a_setting_with_a_bar_or_a_gap_in_it_stays_one_row_of_the_table(make):
+    text = make(config={"generation_kwargs": {"stop_strings": "a|b", "min_length": None, "suffix": "x  y"}}).content
+    assert "| `generation_kwargs` | stop_strings='a\\|b', suffix='x y' |\n" in text
+
+
 def test_no_clip_is_said_to_be_no_bound(make):
     assert rows(make(config={"advantage_clip": None}).content)["advantage_clip"] == ["no bound"]
 
@@ -243,8 +252,14 @@ def test_a_loss_of_ones_own_is_named_and_takes_no_papers_name(make):
     [
         ({}, "The student wrote completions itself; the teacher, which has another tokenizer, scored"),
         ({"lmbda": 0.25}, "The student wrote about 25% of the completions itself, and the others were the dataset's;"),
-        ({"lmbda": 0.0, "distillation_loss": "alm"}, "The completions were the dataset's; the teacher, which has another"),
-        ({"lmbda": 0.0, "seq_kd": True, "distillation_loss": "sft"}, "The completions were the teacher's; the student learned"),
+        (
+            {"lmbda": 0.0, "distillation_loss": "alm"},
+            "The completions were the dataset's; the teacher, which has another",
+        ),
+        (
+            {"lmbda": 0.0, "seq_kd": True, "distillation_loss": "sft"},
+            "The completions were the teacher's; the student learned",
+        ),
     ],
 )
 def test_the_card_tells_who_wrote_and_who_scored(make, config, told):

@@ -366,6 +366,31 @@ def test_a_saved_student_loads_and_writes(build, tmp_path):
     assert model.generate(torch.arange(4)[None], max_new_tokens=3, do_sample=False).shape[1] > 4
 
 
+def test_a_saved_folder_has_our_card_with_lora_too(build, tmp_path):
+    trainer = build(peft_config=LoraConfig(r=4), save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    for folder in (tmp_path / "adapter", tmp_path / "run" / "checkpoint-1"):
+        assert "2606.09456" in (folder / "README.md").read_text()
+
+
+def test_the_saved_student_stops_at_every_stop_token_it_learned(build, tmp_path):
+    model = student_model()
+    model.generation_config.eos_token_id = 9
+    trainer = build(model=model)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert set(saved.eos_token_id) == set(trainer.stop_ids) > {9}
+
+
+def test_each_of_several_evaluation_sets_keeps_its_own_figures(build):
+    trainer = build(eval_dataset={"short": prompts(3), "long": prompts(6)})
+    figures = trainer.evaluate()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {"eval_short_gap/nats_per_byte", "eval_long_gap/nats_per_byte"} <= logged & set(figures)
+
+
 @pytest.mark.parametrize("window", [1, 2])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(build, tmp_path, window):
     # two steps in the first epoch, so that resuming has data to skip
@@ -390,9 +415,10 @@ def test_a_callable_is_a_loss(build):
     def likelihood(batch, num_items):
         return -(batch.student_log_probs * (batch.student_chunks >= 0)).sum() / num_items, {"own": (torch.ones(()), torch.ones(()))}
 
-    trainer = build(distillation_loss=likelihood)
+    trainer = build(distillation_loss=likelihood, save_strategy="steps", save_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["own"] == 1
+    assert "likelihood" in trainer.args.to_json_string()
 
 
 def test_trl_still_has_what_this_trainer_stands_on():

@@ -125,7 +125,7 @@ def _hub_name(name: str) -> str:
 
 
 def _on_hub(name: str | None) -> bool:
-    if not name or "/" not in name :
+    if not name or "/" not in name or Path(name).exists():
         return False
     try:
         validate_repo_id(name)

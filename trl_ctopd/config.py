@@ -179,3 +179,15 @@ class CrossTokenizerGKDConfig(GKDConfig):
                 f"off_policy_loss {self.off_policy_loss!r} cannot learn from text the student did not write: choose one "
                 f"of {', '.join(allowed)}."
             )
+
+    def to_dict(self):
+        return {**super().to_dict(), "distillation_loss": self._loss_name}
+
+    def __getstate__(self):
+        # saved beside checkpoints, where a function of a notebook or a closure could not be
+        return {**self.__dict__, "distillation_loss": self._loss_name}
+
+    @property
+    def _loss_name(self) -> str:
+        loss = self.distillation_loss
+        return loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__qualname__)

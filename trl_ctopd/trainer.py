@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -143,6 +143,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 "generation config no eos_token_id. Set one of them."
             )
         self.generation_config = sampling_config(self.args, self.stop_ids, pad_token_id)
+        student.generation_config.eos_token_id = self.stop_ids  # the saved student stops where it learned to
 
     def _finish_teacher(self, model: str | PreTrainedModel):
         args = self.args
@@ -358,7 +359,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         figures = self._meters[mode].read(self.accelerator)
-        logs.update({f"eval_{name}": value for name, value in figures.items()} if mode == "eval" else figures)
+        if mode == "eval":  # `eval_math_runtime` for the dataset "math" of several
+            prefix = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "eval_")
+            figures = {f"{prefix}{name}": value for name, value in figures.items()}
+        logs.update(figures)
         if self._samples:
             if self.accelerator.is_main_process:
                 prompts, completions, gaps = zip(*self._samples, strict=True)
@@ -385,11 +389,18 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ):
-        if not self.is_world_process_zero():
-            return
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        text = card.model_card(
-            model_name=model_name or Path(self.args.output_dir).name,
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            self._model_card(model_name, dataset_name, tags).save(os.path.join(self.args.output_dir, "README.md"))
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        # over the placeholder card that PEFT leaves, which names the base model's folder
+        self._model_card().save(os.path.join(output_dir or self.args.output_dir, "README.md"))
+
+    def _model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] = ()):
+        return card.model_card(
+            model_name=model_name or Path(self.args.output_dir).resolve().name,
             hub_model_id=self.hub_model_id,
             student=get_config_model_id(self.model.config),
             teacher=get_config_model_id(self.teacher.config),
@@ -401,7 +412,6 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             tags=[*self._tag_names, *tags],
             log_history=self.state.log_history,
         )
-        text.save(os.path.join(self.args.output_dir, "README.md"))
 
 
 def _load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrainedTokenizerBase:
