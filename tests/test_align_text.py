@@ -29,7 +29,16 @@ from trl_ctopd.align import MaskedStretch
 from trl_ctopd.token_bytes import token_table
 
 # On text in NFC: Qwen's tokenizer normalizes.
-REAL_LOSSLESS = ["deepseek-v3", "gpt2", "llama-2", "llama-3.2", "mistral-v3", "phi-3-mini", "qwen2.5", "smollm2-instruct"]
+REAL_LOSSLESS = [
+    "deepseek-v3",
+    "gpt2",
+    "llama-2",
+    "llama-3.2",
+    "mistral-v3",
+    "phi-3-mini",
+    "qwen2.5",
+    "smollm2-instruct",
+]
 REAL = [*REAL_LOSSLESS, "bert-base-uncased", "t5-small"]
 
 MORSELS = ["the ", " ", "\n", "1234", "é", "e\u0301", "你好", "ভাষা", "👩‍👩‍👧", "ไทย", "<|end|>", "<tool_call>", "\ufffd"]
@@ -82,7 +91,8 @@ def check(alignment, student, teacher, written: bytes | None = None):
     ours = token_spans(alignment.student_ids, student, alignment.text, written)
     theirs = token_spans(alignment.teacher_ids, teacher, alignment.text)
     chunks, student_chunks, teacher_chunks = two_pointers(ours, theirs, len(data), masked)
-    silent = {n for n, i in enumerate(alignment.student_ids) if not token_table(student).rows[i]}
+    rows = token_bytes(student)
+    silent = {n for n, i in enumerate(alignment.student_ids) if not rows[i]}
     assert alignment.student_chunks == [-1 if n in silent else chunk for n, chunk in enumerate(student_chunks)]
     assert alignment.teacher_chunks == teacher_chunks
     assert alignment.chunk_bytes == [data[start:end] for start, end in chunks]
@@ -150,7 +160,9 @@ def real_texts(assets) -> list[str]:
     texts += [json.loads(line)["code"] for line in (folder / "mbpp/mbpp.jsonl").open()][::200]
     rows = [json.loads(line) for line in (folder / "multilingual/sample.jsonl").open()][::90]
     assert {"zh", "ar", "hi", "th", "ja", "bn", "te", "ru"} <= {row["lang"] for row in rows}
-    return [unicodedata.normalize("NFC", text) for text in [*texts, *(row["text"] for row in rows), "🏴‍☠️ 👩🏽‍🚀 🇰🇷 다람쥐"]]
+    return [
+        unicodedata.normalize("NFC", text) for text in [*texts, *(row["text"] for row in rows), "🏴‍☠️ 👩🏽‍🚀 🇰🇷 다람쥐"]
+    ]
 
 
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.product(REAL_LOSSLESS, REAL_LOSSLESS)))
@@ -177,6 +189,8 @@ def test_real_text_is_masked_only_where_a_lossy_tokenizer_changed_it(student, te
         for stretch in alignment.masked:
             text = data[stretch.start : stretch.end].decode()
             if stretch.reason == "normalized":
+                # Half of a composed character is unchanged by itself.
+                text = data[: stretch.start].decode()[-1:] + text + data[stretch.end :].decode()[:1]
                 assert any(map(str.isspace, text)) or normalizer.normalize_str(text) != text
             elif stretch.reason == "unknown_token":
                 assert teacher.unk_token_id in teacher.encode(text, add_special_tokens=False)
@@ -262,10 +276,9 @@ class TestHardCases:
 
     def test_a_completion_cut_inside_a_character_masks_its_end(self, real_tokenizer):
         gpt2, deepseek = real_tokenizer("gpt2"), real_tokenizer("deepseek-v3")
-        ids = encode(gpt2, "ok 🙂")
-        alignment = align_text(ids[:-1], gpt2, deepseek)
-        assert alignment.chunk_bytes == [b"ok"]
-        assert [reason for _, reason in reasons(alignment)] == ["invalid_utf8"]
+        alignment = align_text(ids_of(gpt2, "ok", "Ġ", "ð", "Ł"), gpt2, deepseek)
+        assert reasons(alignment) == [("\ufffd", "invalid_utf8")]
+        assert alignment.student_chunks[0] == 0 and alignment.student_chunks[-2:] == [-1, -1]
 
     def test_nfc_masks_the_decomposed_letters_only(self, real_tokenizer):
         gpt2, qwen = real_tokenizer("gpt2"), real_tokenizer("qwen2.5")
@@ -289,9 +302,9 @@ class TestHardCases:
 
     def test_collapsed_whitespace_is_masked_and_a_single_space_is_not(self, real_tokenizer):
         gpt2, t5 = real_tokenizer("gpt2"), real_tokenizer("t5-small")
-        alignment = align_text(encode(gpt2, "one two\nthree\n"), gpt2, t5)
-        assert reasons(alignment) == [("\n", "normalized"), ("\n", "normalized")]
-        assert b"".join(alignment.chunk_bytes) == b"one twothree"
+        alignment = align_text(encode(gpt2, "one two\nthree\n"), gpt2, t5)  # T5's token is " three"
+        assert reasons(alignment) == [("\nthree", "normalized"), ("\n", "normalized")]
+        assert alignment.chunk_bytes == [b"one", b" two"]
 
     def test_word_pieces_are_aligned_inside_words_and_masked_at_their_spaces(self, real_tokenizer):
         gpt2, bert = real_tokenizer("gpt2"), real_tokenizer("bert-base-uncased")
@@ -301,11 +314,11 @@ class TestHardCases:
 
     def test_a_word_piece_student_is_read_with_spaces_between_its_words(self, real_tokenizer):
         bert, gpt2 = real_tokenizer("bert-base-uncased"), real_tokenizer("gpt2")
-        alignment = align_text(ids_of(bert, "un", "##want", "##ed", "running"), bert, gpt2)
-        assert alignment.text == "unwanted running"
+        alignment = align_text(ids_of(bert, "play", "##ing", "games"), bert, gpt2)
+        assert alignment.text == "playing games"
         assert reasons(alignment) == [(" ", "whitespace")]
-        assert alignment.chunk_bytes == [b"unwanted"]
-        assert alignment.student_widths == [2, 4, 2, 7]
+        assert alignment.chunk_bytes == [b"playing"]
+        assert alignment.student_widths == [4, 3, 5]
 
     def test_special_tokens_and_ids_past_the_vocabulary_take_no_part(self, real_tokenizer):
         qwen, llama3 = real_tokenizer("qwen2.5"), real_tokenizer("llama-3.2")
@@ -334,7 +347,7 @@ class TestHardCases:
     def test_a_literal_control_string_never_becomes_the_teachers_control_token(self, teacher, literal, real_tokenizer):
         gpt2, teacher = real_tokenizer("gpt2"), real_tokenizer(teacher)
         alignment = align_text(encode(gpt2, f"say {literal}{literal} now"), gpt2, teacher)
-        assert not set(alignment.teacher_ids) & (token_table(teacher).silent - {teacher.unk_token_id})
+        assert not set(alignment.teacher_ids) & token_table(teacher).special
         check_spelling(alignment, gpt2, teacher)
 
     @pytest.mark.parametrize(
@@ -349,7 +362,7 @@ class TestHardCases:
         assert control not in alignment.teacher_ids
         assert not alignment.masked
         assert b"".join(alignment.chunk_bytes) == f"a{literal} b {literal}{literal}".encode()
-        check_spelling(alignment, gpt2, teacher)
+        assert alignment.teacher_chunks.count(-1) == 0
 
 
 def test_every_occurrence_of_a_masked_string_is_masked_overlapping_ones_too():
@@ -382,7 +395,8 @@ def test_a_literal_of_one_character_that_is_a_control_token_is_left_out_and_mask
 @pytest.mark.parametrize("teacher", [metaspace_bpe, legacy_llama, gemma_like, slow_sentencepiece])
 def test_a_literal_metaspace_is_masked_since_the_teacher_reads_a_space(teacher):
     alignment = align_text(encode(byte_level(), "the ▁ dog"), byte_level(), teacher())
-    assert ("▁" in "".join(text for text, _ in reasons(alignment))) and alignment.chunk_bytes[-1] == b"g"
+    assert "".join(text for text, _ in reasons(alignment)).strip() == "▁"
+    assert alignment.chunk_bytes[-1] == b" dog"
 
 
 def test_the_space_a_tokenizer_puts_after_an_added_token_masks_what_it_is_joined_to():
@@ -409,7 +423,6 @@ class TestSlowTeachers:
             ("the dog  over the fox", " "),
             ("the dog\u3000over", "\u3000"),
             ("the dog jumps ", " "),
-            (" the dog", " "),
         ],
     )
     def test_nfkc_masks_the_altered_stretch_and_its_tokens_only(self, text, altered):
@@ -434,7 +447,7 @@ class TestSlowTeachers:
         for text in ("the quick, brown-fox", "The Dog [SEP] jumps", "lazy!dog"):
             alignment = align_text(encode(student, text), student, slow)
             check_spelling(alignment, student, slow)
-            assert not set(alignment.teacher_ids) & (token_table(slow).silent - {slow.unk_token_id})
+            assert not set(alignment.teacher_ids) & token_table(slow).special
             assert alignment.chunk_bytes == align_text(encode(student, text), student, word_piece()).chunk_bytes
 
 

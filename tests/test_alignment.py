@@ -18,16 +18,16 @@ Text = tuple[list[Token], list[Token], int, list[Token]]  # student tokens, teac
 def two_pointers(student: list[Token], teacher: list[Token], length: int, masked: list[Token]):
     """The slow, readable reference: chunks as byte intervals, and the chunk number of each token on both sides."""
     inside = {at for start, end in masked for at in range(start + 1, end)}
-    ours, theirs = (sorted({0, length, *(at for token in side for at in token)} - inside) for side in (student, teacher))
+    ours, theirs = (
+        sorted({0, length, *(at for token in side for at in token)} - inside) for side in (student, teacher)
+    )
     shared, i, j = [], 0, 0
     while i < len(ours) and j < len(theirs):
         if ours[i] == theirs[j]:
             shared.append(ours[i])
         i, j = i + (ours[i] <= theirs[j]), j + (theirs[j] <= ours[i])
     chunks = [
-        (start, end)
-        for start, end in pairwise(shared)
-        if not any(low < end and start < high for low, high in masked)
+        (start, end) for start, end in pairwise(shared) if not any(low < end and start < high for low, high in masked)
     ]
 
     chunk_of = {at: n for n, (start, end) in enumerate(chunks) for at in range(start, end)}
@@ -65,7 +65,9 @@ def sides(draw, length: int, masked: list[Token]) -> list[Token]:
     """Tokens that tile the text, some without width; masked ones may be missing."""
     ends = sorted(draw(st.lists(st.integers(0, length), max_size=12)) + ([length] if length else []))
     tokens = list(pairwise([0, *ends]))
-    missing = [any(low <= start and end <= high for low, high in masked) and draw(st.booleans()) for start, end in tokens]
+    missing = [
+        any(low <= start and end <= high for low, high in masked) and draw(st.booleans()) for start, end in tokens
+    ]
     return [token for token, gone in zip(tokens, missing, strict=True) if not gone]
 
 
@@ -104,9 +106,9 @@ def test_a_token_without_width_takes_no_part_at_the_end_of_a_text_or_before_a_ma
 
 def test_a_boundary_inside_a_masked_stretch_is_none_and_its_edges_are():
     tokens = [(0, 2), (2, 4), (4, 6)]
-    (chunks, student, _), = vectorised([(tokens, tokens, 6, [(1, 3)])])
+    ((chunks, student, _),) = vectorised([(tokens, tokens, 6, [(1, 3)])])
     assert chunks == [(4, 6)] and student == [-1, -1, 0]
-    (chunks, student, _), = vectorised([(tokens, tokens, 6, [(2, 4)])])
+    ((chunks, student, _),) = vectorised([(tokens, tokens, 6, [(2, 4)])])
     assert chunks == [(0, 2), (4, 6)] and student == [0, -1, 1]
 
 

@@ -15,18 +15,23 @@ BAD = [math.nan, math.inf, -math.inf]
 # A row is (student, teacher): tuples (log_prob, chunk, width) and (log_prob, chunk), chunk -1 for a token without part.
 
 
+def random_log_prob(rng):
+    """A few nats, and now and then tens of them."""
+    return -rng.expovariate(0.5) * rng.choice((1, 1, 1, 1, 15))
+
+
 def random_row(rng, num_chunks):
     """Chunks of 1 to 5 tokens on either side, with tokens without part before, after and within them."""
     student, teacher = [], []
     for chunk in range(num_chunks):
         for _ in range(rng.choice([1, 1, 2, 3, 5])):
             if rng.random() < 0.2:
-                student.append((-rng.expovariate(0.5), -1, rng.randrange(4)))
-            student.append((-rng.expovariate(0.5), chunk, rng.randrange(6)))
+                student.append((random_log_prob(rng), -1, rng.randrange(4)))
+            student.append((random_log_prob(rng), chunk, rng.randrange(6)))
         for _ in range(rng.choice([1, 1, 2, 3, 5])):
             if rng.random() < 0.2:
-                teacher.append((-rng.expovariate(0.5), -1))
-            teacher.append((-rng.expovariate(0.5), chunk))
+                teacher.append((random_log_prob(rng), -1))
+            teacher.append((random_log_prob(rng), chunk))
     if rng.random() < 0.5:
         student.append((-1.0, -1, 2))
     return student, teacher

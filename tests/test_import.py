@@ -47,7 +47,13 @@ def test_the_maths_imports_without_trl():
 
 @pytest.mark.parametrize(
     ("module", "allowed"),
-    [("token_bytes", set()), ("align", {"numpy"}), ("alignment", {"numpy"}), ("credit", {"torch"}), ("losses", {"torch"})],
+    [
+        ("token_bytes", set()),
+        ("align", {"numpy"}),
+        ("alignment", {"numpy"}),
+        ("credit", {"torch"}),
+        ("losses", {"torch"}),
+    ],
 )
 def test_a_module_of_the_maths_asks_for_no_framework(module, allowed):
     path = PACKAGE / module

@@ -13,7 +13,7 @@ from trl_ctopd import TextAligner, token_bytes
 from trl_ctopd.losses import DPCA, ScoredChunks
 from trl_ctopd.rollouts import Prompt, collate, pad_scores, pair
 
-CORPUS = ["the seven hens then saw that there were three", "zwölf Hühner sahen dreißig Häuser", "1 + 12 = 13, 123 456"] * 9
+CORPUS = ["the seven hens then saw that there were three", "zwölf Hühner sahen dreißig Häuser", "1 + 12 = 13, 456"] * 9
 TEXTS = ["the hens saw three", "zwölf Häuser", "12 + 456 = 468", "x", "then there were seven 🐔 hens"]
 PROMPT = Prompt([2, 3, 5], [7, 11])
 
@@ -229,10 +229,10 @@ def rollouts():
     """Rows of all kinds, with prompts of all lengths."""
     rng = random.Random(0)
     completions = [ids_of(text) + end for text, end in zip(TEXTS, [[EOS], [], [STOP], [EOS], []], strict=True)]
-    completions += [[], [EOS], [*ids_of("the "), ids_of("🐔")[0], *ids_of(" hens"), EOS], [*ids_of(" ".join(TEXTS)), EOS]]
-    prompts = [
-        Prompt(rng.sample(range(300), rng.randint(1, 9)), rng.sample(range(300), rng.randint(1, 9))) for _ in completions
-    ]
+    invalid = [*ids_of("the "), ids_of("🐔")[0], *ids_of(" hens"), EOS]
+    completions += [[], [EOS], invalid, [*ids_of(" ".join(TEXTS)), EOS]]
+    lengths = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in completions]
+    prompts = [Prompt(rng.sample(range(300), ours), rng.sample(range(300), theirs)) for ours, theirs in lengths]
     made = paired(completions, prompts, teacher_context=45)
     assert [rollout.unread for rollout in made] == [False] * 8 + [True]
     return made

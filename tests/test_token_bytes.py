@@ -28,7 +28,16 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from trl_ctopd import UnsupportedTokenizerError, token_bytes
 from trl_ctopd.token_bytes import token_table
 
-REAL_LOSSLESS = ["deepseek-v3", "gpt2", "llama-2", "llama-3.2", "mistral-v3", "phi-3-mini", "qwen2.5", "smollm2-instruct"]
+REAL_LOSSLESS = [
+    "deepseek-v3",
+    "gpt2",
+    "llama-2",
+    "llama-3.2",
+    "mistral-v3",
+    "phi-3-mini",
+    "qwen2.5",
+    "smollm2-instruct",
+]
 REAL = [*REAL_LOSSLESS, "bert-base-uncased", "t5-small"]
 PREFIX_SPACE = {"llama-2", "mistral-v3", "phi-3-mini"}
 
@@ -88,9 +97,9 @@ def test_single_bytes_have_rows_of_their_own(name, real_tokenizer):
 @pytest.mark.parametrize("name", REAL)
 def test_the_table_covers_every_id_and_builds_in_under_a_second(name, real_tokenizer):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=real_tokenizer(name).backend_tokenizer)
-    started = time.perf_counter()
+    started = time.process_time()
     rows = token_bytes(tokenizer)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert len(rows) == max(tokenizer.get_vocab().values()) + 1
 
 
@@ -185,7 +194,9 @@ class TiktokenTokenizer(PreTrainedTokenizer):
 
     def __init__(self, **kwargs):
         ranks = {bytes([byte]): byte for byte in range(256)} | {b" a": 256, b"\xe4\xbd": 257}
-        self.model = tiktoken.Encoding("toy", pat_str=r"\s?\S+|\s+", mergeable_ranks=ranks, special_tokens={"<end>": 258})
+        self.model = tiktoken.Encoding(
+            "toy", pat_str=r"\s?\S+|\s+", mergeable_ranks=ranks, special_tokens={"<end>": 258}
+        )
         super().__init__(eos_token="<end>", **kwargs)
 
     @property

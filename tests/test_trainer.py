@@ -216,7 +216,7 @@ def test_every_promised_figure_is_logged(build):
     log = trainer.state.log_history[0]
     assert log["gap/nats_per_byte"] == pytest.approx(log["teacher/nats_per_byte"] - log["student/nats_per_byte"], abs=1e-5)
     promised = """loss alignment/one_to_one_fraction alignment/masked_fraction alignment/student_tokens_per_chunk
-        alignment/teacher_tokens_per_chunk alignment/neutralised_fraction alignment/teacher_context_exceeded_fraction
+        masked_bytes/invalid_utf8 masked_bytes/markup alignment/teacher_tokens_per_chunk alignment/neutralised_fraction alignment/teacher_context_exceeded_fraction
         advantage/clipped_fraction entropy completions/mean_length completions/truncated_fraction
         completions/empty_fraction off_policy_fraction seconds/generation seconds/teacher seconds/student
         seconds/alignment"""

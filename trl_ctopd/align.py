@@ -16,13 +16,16 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, compress, pairwise
 from typing import Any
 
 import numpy as np
 
 from .alignment import Side, synchronized_chunks
 from .token_bytes import TokenTable, token_table
+
+
+REASONS = ("invalid_utf8", "whitespace", "unknown_token", "normalized", "markup")
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,7 @@ class TextAligner:
         self._teacher = token_table(teacher_tokenizer)
         self._teacher_tokenizer = teacher_tokenizer
         self._markup = [string.encode() for string in masked_strings]
-        special = self._teacher.silent - {teacher_tokenizer.unk_token_id}  # the unknown token controls nothing
-        self._control_ids = special | frozenset(teacher_control_ids)
+        self._control_ids = self._teacher.special | frozenset(teacher_control_ids)
 
     def __call__(self, completions: Sequence[Sequence[int]]) -> list[TextAlignment]:
         """Completions without padding. Ids past the vocabulary (padding rows of an LM head) stand for no text."""
@@ -102,12 +104,7 @@ class TextAligner:
             sorted(student.masked + teacher.masked + _occurrences(self._markup, bytes_), key=lambda m: (m.start, m.end))
             for student, teacher, bytes_ in zip(students, teachers, data, strict=True)
         ]
-        chunks = synchronized_chunks(
-            _side(students),
-            _side(teachers),
-            _integers(map(len, data)),
-            _stretches(masked),
-        )
+        chunks = synchronized_chunks(_side(students), _side(teachers), _integers(map(len, data)), _stretches(masked))
         chunk_bytes: list[list[bytes]] = [[] for _ in data]
         for row, start, end in zip(chunks.text.tolist(), chunks.start.tolist(), chunks.end.tolist(), strict=True):
             chunk_bytes[row].append(data[row][start:end])
@@ -146,9 +143,9 @@ class TextAligner:
             return [(text, tokens)]
         cuts = sorted(set().union(*(self._cuts(text, tokens, i) for i in self._control_ids.intersection(tokens.ids))))
         if not cuts:
-            kept = [n for n, i in enumerate(tokens.ids) if i not in self._control_ids]
-            offsets = None if tokens.offsets is None else [tokens.offsets[n] for n in kept]
-            return [(text, _Tokens([tokens.ids[n] for n in kept], offsets))]
+            keep = [i not in self._control_ids for i in tokens.ids]
+            offsets = tokens.offsets and list(compress(tokens.offsets, keep))
+            return [(text, _Tokens(list(compress(tokens.ids, keep)), offsets))]
         parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
         encoded = zip(parts, _encode(self._teacher_tokenizer, parts), strict=True)
         return [piece for part, part_tokens in encoded for piece in self._without_controls(part, part_tokens)]
@@ -246,7 +243,7 @@ def _student_reading(ids: Sequence[int], table: TokenTable) -> _Reading:
     if min(ids, default=0) < 0:
         raise ValueError(f"token id {min(ids)} among a completion's ids: strip the padding first")
     rows = [table.rows[i] if i < len(table.rows) else b"" for i in ids]
-    silent = ~np.array(rows, dtype=bool)
+    silent = np.array([not row for row in rows], dtype=bool)
     spaces = _integers(0 for _ in rows)
     first = next((n for n, row in enumerate(rows) if row), len(rows))
     if table.word_starts:
@@ -320,11 +317,11 @@ def _teacher_reading(text: str, tokens: Any, table: TokenTable) -> _Reading:
         widths = _integers(map(len, rows))
         return _Reading(text, tokens.ids, np.cumsum(widths), widths, silent, [])
     if tokens.offsets is None:
-        spans = _spans_by_difference(data, rows)
+        spans = _spans_by_difference(data, rows, [i in table.word_starts for i in tokens.ids])
     else:
         at = list(accumulate((len(character.encode()) for character in text), initial=0))
         spans = [(at[start], at[end]) for start, end in tokens.offsets]
-    unknown = [i in table.silent for i in tokens.ids]
+    unknown = [i in table.unknown for i in tokens.ids]
     ends, widths, masked = _by_cells(data, rows, spans, unknown)
     return _Reading(text, tokens.ids, ends, widths, silent, masked)
 
@@ -399,21 +396,29 @@ def _by_cells(
 _DIFF_UNIT = re.compile(rb"[A-Za-z0-9]+|[\xc0-\xff][\x80-\xbf]*|[\x00-\xff]")
 
 
-def _spans_by_difference(data: bytes, rows: Sequence[bytes]) -> list[tuple[int, int]]:
+def _spans_by_difference(data: bytes, rows: Sequence[bytes], word_starts: Sequence[bool]) -> list[tuple[int, int]]:
     """Where in `data` each token's bytes come from, for a tokenizer that gives no offsets: by `difflib`.
 
-    Tokens that touch an altered stretch get the whole of it.
+    Tokens that touch an altered stretch get the whole of it. Where a WordPiece lost whitespace, a space stands in for
+    it while comparing, so that words find their like.
     """
-    spelled = b"".join(rows)
-    ours, theirs = _DIFF_UNIT.findall(data), _DIFF_UNIT.findall(spelled)
+    written = [b" " * lost + row for row, lost in zip(rows, word_starts, strict=True)]
+    ours, theirs = _DIFF_UNIT.findall(data), _DIFF_UNIT.findall(b"".join(written))
     our_at = list(accumulate(map(len, ours), initial=0))
     their_at = list(accumulate(map(len, theirs), initial=0))
-    begin = np.full(len(spelled) + 1, len(data))  # of a token that begins at this byte of `spelled`
-    end = np.zeros(len(spelled) + 1, dtype=np.int64)  # of a token that ends there
+    begin = np.full(their_at[-1] + 1, len(data))  # of a token whose first byte is this one
+    end = np.zeros(their_at[-1] + 1, dtype=np.int64)  # of a token whose last byte is the one before
     for kind, i1, i2, j1, j2 in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
         (i1, i2), (j1, j2) = (our_at[i1], our_at[i2]), (their_at[j1], their_at[j2])
         begin[j1:j2] = np.arange(i1, i2) if kind == "equal" else i1
         end[j1 + 1 : j2 + 1] = np.arange(i1 + 1, i2 + 1) if kind == "equal" else i2
-    starts = list(accumulate(map(len, rows), initial=0))
-    spans = ((int(begin[start]), int(end[stop])) for start, stop in pairwise(starts))
-    return [(min(span), max(span)) for span in spans]
+    ends = accumulate(map(len, written))
+    spans = [(int(begin[stop - len(row)]), int(end[stop])) for stop, row in zip(ends, rows, strict=True)]
+    # An unknown token has no bytes to compare: it may stand for all that is between its neighbours.
+    before = accumulate((stop if row else 0 for (_, stop), row in zip(spans, rows, strict=True)), max, initial=0)
+    starts = [start if row else len(data) for (start, _), row in zip(spans, rows, strict=True)]
+    after = [*accumulate(reversed(starts), min)][::-1]
+    return [
+        (min(span), max(span)) if row else (low, max(low, high))
+        for span, row, low, high in zip(spans, rows, before, after, strict=False)
+    ]

@@ -1,9 +1,12 @@
-"""What can be known to be wrong before any training time is spent."""
+"""The trainer's arguments, and what can be known to be wrong with them before any training time is spent."""
+
+from collections.abc import Callable
 
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import CrossTokenizerGKDConfig
+from .losses import build_loss
 
 
 def check_arguments(model, teacher_model, args, train_dataset):
@@ -23,6 +26,31 @@ def check_arguments(model, teacher_model, args, train_dataset):
         raise ValueError(f"`train_dataset` is {'missing' if train_dataset is None else 'empty'}: it gives the prompts.")
     if args.packing or args.padding_free:
         raise ValueError("`packing` and `padding_free` do not apply: the student writes its own sequences.")
+
+
+def load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrainedTokenizerBase:
+    """`tokenizer`, or the one saved with the model where it is None. Raises `TypeError` for anything but a tokenizer."""
+    if tokenizer is None:
+        return AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"A processing class must be a text tokenizer, got {type(tokenizer).__name__}: pass its `.tokenizer`."
+        )
+    return tokenizer
+
+
+def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
+    """The loss that `args` name. Raises `ValueError` where it cannot learn from the text that `args.lmbda` gives it."""
+    kwargs = dict(args.distillation_loss_kwargs or {})
+    if args.distillation_loss == "dpca":
+        kwargs = {"credit": args.credit, "advantage_clip": args.advantage_clip, **kwargs}
+    loss = build_loss(args.distillation_loss, **kwargs)
+    if getattr(loss, "policy", "both") == "off" and args.lmbda > 0:
+        raise ValueError(
+            f"{args.distillation_loss!r} learns from text the student did not write, but lmbda={args.lmbda} lets the "
+            "student write: set lmbda=0.0."
+        )
+    return loss
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None):

@@ -1,11 +1,14 @@
 """What is logged: every figure is a sum over a weight, so that it can be added up over micro-batches and processes."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 
+from .align import REASONS
 from .credit import gaps
 from .losses import Metrics, ScoredChunks
+from .rollouts import Rollout
 
 
 @torch.no_grad()
@@ -39,6 +42,26 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
         "alignment/teacher_tokens_per_chunk": (k.sum(), chunks),
         "alignment/neutralised_fraction": (neutral.sum(), chunks),
         "entropy": ((entropy * scored).sum(), scored.sum()),
+    }
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
+    """What can be said of completions before they are scored; every masked token counts in `alignment/masked_fraction`,
+    and the bytes masked for each reason in a figure of their own."""
+    rows = len(rollouts)
+    tokens = sum(len(rollout.student_ids) for rollout in rollouts)
+    num_bytes = sum(sum(rollout.student_widths) for rollout in rollouts)
+    masked = {reason: 0 for reason in REASONS}
+    for rollout in rollouts:
+        for stretch in rollout.alignment.masked:
+            masked[stretch.reason] += stretch.end - stretch.start
+    return {
+        "alignment/masked_fraction": (sum(chunk < 0 for r in rollouts for chunk in r.student_chunks), tokens),
+        **{f"masked_bytes/{reason}": (count, num_bytes) for reason, count in masked.items()},
+        "alignment/teacher_context_exceeded_fraction": (sum(rollout.unread for rollout in rollouts), rows),
+        "completions/mean_length": (tokens, rows),
+        "completions/truncated_fraction": (sum(not rollout.ended for rollout in rollouts), rows),
+        "completions/empty_fraction": (sum(len(rollout.student_ids) <= rollout.ended for rollout in rollouts), rows),
     }
 
 

@@ -39,6 +39,12 @@ class Rollout:
     unread: bool
     alignment: TextAlignment
 
+    @property
+    def teacher_prompt_ids(self) -> list[int]:
+        """What the teacher reads first. A text beyond its context keeps its place with one token and nothing to score, so
+        that all processes run the same number of forward passes."""
+        return self.prompt.teacher_ids[:1] if self.unread else self.prompt.teacher_ids
+
 
 def pair(
     prompts: Sequence[Prompt],

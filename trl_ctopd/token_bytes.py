@@ -36,14 +36,16 @@ class TokenTable:
 
     Attributes:
         rows: the bytes of each id; index = id.
-        silent: ids that stand for no text: special tokens and the unknown token.
+        special: ids of control tokens, which stand for no text.
+        unknown: ids that the tokenizer writes for text that it has no token for; their rows are b"" too.
         word_starts: ids before which the tokenizer has thrown whitespace away (WordPiece only, else empty).
         prefix_space: when a space is put before a text that is encoded: "never", "unless_space" (where the text has
             none: the tokenizers library's Metaspace) or "always" (SentencePiece's own dummy prefix).
     """
 
     rows: list[bytes]
-    silent: frozenset[int]
+    special: frozenset[int]
+    unknown: frozenset[int]
     word_starts: frozenset[int]
     prefix_space: str
 
@@ -79,16 +81,16 @@ def _fingerprint(tokenizer: Any) -> tuple[Any, ...]:
 
 def _build_table(tokenizer: Any) -> TokenTable:
     read = _fast_pieces if getattr(tokenizer, "backend_tokenizer", None) is not None else _slow_pieces
-    spelled, silent, word_starts = read(tokenizer)
+    spelled, unknown, word_starts = read(tokenizer)
     added = _added_tokens(tokenizer)
     # An added token that the model's own vocabulary has too (Gemma's `▁▁`) keeps the model's spelling.
     spelled = {i: token.content.encode() for i, token in added.items()} | spelled
-    silent = silent | set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+    special = frozenset({*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}) - unknown
     rows = [b""] * (max(spelled, default=-1) + 1)
     for i, row in spelled.items():
-        if i not in silent:
+        if i not in special and i not in unknown:
             rows[i] = row
-    return TokenTable(rows, silent, word_starts - silent, _prefix_space(tokenizer, rows))
+    return TokenTable(rows, special, unknown, word_starts - special - unknown, _prefix_space(tokenizer, rows))
 
 
 def _prefix_space(tokenizer: Any, rows: list[bytes]) -> str:
@@ -105,10 +107,10 @@ def _added_tokens(tokenizer: Any) -> dict[int, Any]:
 
 
 class _Pieces(NamedTuple):
-    """A vocabulary as read: the bytes by id, the ids that spell nothing, the ids that whitespace was lost before."""
+    """A vocabulary as read: the bytes by id, the unknown tokens' ids, the ids that whitespace was lost before."""
 
     spelled: dict[int, bytes]
-    silent: frozenset[int] = frozenset()
+    unknown: frozenset[int] = frozenset()
     word_starts: frozenset[int] = frozenset()
 
 
@@ -122,14 +124,14 @@ def _fast_pieces(tokenizer: Any) -> _Pieces:
     kinds = {step["type"] for step in steps}
     vocabulary = backend.get_vocab(with_added_tokens=False)
     unknown_token, byte_fallback = _fast_model(tokenizer)
-    silent = frozenset({vocabulary[unknown_token]} if unknown_token in vocabulary else ())
+    unknown = frozenset({vocabulary[unknown_token]} if unknown_token in vocabulary else ())
     if kinds == {"ByteLevel"}:
-        return _Pieces({i: _byte_level(piece) for piece, i in vocabulary.items()}, silent)
+        return _Pieces({i: _byte_level(piece) for piece, i in vocabulary.items()}, unknown)
     if kinds == {"WordPiece"}:
-        return _word_pieces(vocabulary, steps[0]["prefix"], silent)
+        return _word_pieces(vocabulary, steps[0]["prefix"], unknown)
     if kinds and kinds <= {"Replace", "Metaspace", "ByteFallback"}:
         replacements = [_replacement(tokenizer, step) for step in steps if step["type"] != "ByteFallback"]
-        return _Pieces({i: _spaced(piece, replacements, byte_fallback) for piece, i in vocabulary.items()}, silent)
+        return _Pieces({i: _spaced(piece, replacements, byte_fallback) for piece, i in vocabulary.items()}, unknown)
     raise UnsupportedTokenizerError(tokenizer, f"its decoder is {'+'.join(sorted(kinds)) or 'empty'}")
 
 
@@ -167,8 +169,8 @@ def _slow_pieces(tokenizer: Any) -> _Pieces:
     if getattr(tokenizer, "_utf_vocab_size", None) == 256:  # ByT5
         return _Pieces({byte + tokenizer.offset: bytes([byte]) for byte in range(256)})
     if hasattr(tokenizer, "wordpiece_tokenizer"):
-        silent = frozenset({tokenizer.vocab[tokenizer.wordpiece_tokenizer.unk_token]})
-        return _word_pieces(tokenizer.vocab, "##", silent)
+        unknown = frozenset({tokenizer.vocab[tokenizer.wordpiece_tokenizer.unk_token]})
+        return _word_pieces(tokenizer.vocab, "##", unknown)
     raise UnsupportedTokenizerError(tokenizer, "it is a slow tokenizer of a kind not known here")
 
 
@@ -185,21 +187,21 @@ def _tiktoken(tokenizer: Any) -> Any | None:
 
 def _sentencepiece(model: Any, pieces: dict[int, str]) -> _Pieces:
     """`model` is a `SentencePieceProcessor`, `pieces` the tokenizer's own numbering of its pieces."""
-    spelled, silent = {}, set()
+    spelled, unknown = {}, set()
     for i, piece in pieces.items():
         row = model.piece_to_id(piece)
         if model.id_to_piece(row) != piece:  # an added token, not the model's
             continue
-        if model.is_control(row) or model.is_unknown(row) or model.is_unused(row):
-            silent.add(i)
-        else:
-            spelled[i] = _spaced(piece, [("▁", " ")], model.is_byte(row))
-    return _Pieces(spelled, frozenset(silent))
+        if model.is_unknown(row):
+            unknown.add(i)
+        is_text = not (model.is_control(row) or model.is_unknown(row) or model.is_unused(row))
+        spelled[i] = _spaced(piece, [("▁", " ")], model.is_byte(row)) if is_text else b""
+    return _Pieces(spelled, frozenset(unknown))
 
 
-def _word_pieces(vocabulary: dict[str, int], prefix: str, silent: frozenset[int]) -> _Pieces:
+def _word_pieces(vocabulary: dict[str, int], prefix: str, unknown: frozenset[int]) -> _Pieces:
     starts = {i for piece, i in vocabulary.items() if not piece.startswith(prefix)}
-    return _Pieces({i: piece.removeprefix(prefix).encode() for piece, i in vocabulary.items()}, silent, starts)
+    return _Pieces({i: piece.removeprefix(prefix).encode() for piece, i in vocabulary.items()}, unknown, starts)
 
 
 def _spaced(piece: str, replacements: list[tuple[str, str]], byte_fallback: bool) -> bytes:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import (
     add_fused_lm_head,
     disable_dropout_in_model,
@@ -23,13 +23,13 @@ from trl.trainer.utils import (
 from . import card, data
 from .align import TextAligner, align_text
 from .chat import Speaker, unshared_markup
-from .checks import check_arguments, check_vocabulary, context_length, ensure_pad_token
+from .checks import check_arguments, check_vocabulary, context_length, distillation_loss, ensure_pad_token, load_tokenizer
 from .config import CrossTokenizerGKDConfig, GKDTrainer
 from .generation import sampling_config, write
 from .losses import ScoredChunks, build_loss
-from .metrics import Meter, chunk_metrics
+from .metrics import Meter, chunk_metrics, rollout_metrics
 from .one_tokenizer import OneTokenizer, is_one_tokenizer
-from .rollouts import Prompt, Rollout, collate, pad_scores, pair
+from .rollouts import Prompt, collate, pad_scores, pair
 from .teachers.local import LocalTeacher, load_teacher
 
 
@@ -88,13 +88,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         revision, teacher_revision = (
             (kwargs or {}).get("revision") for kwargs in (args.model_init_kwargs, args.teacher_model_init_kwargs)
         )
-        processing_class = _load_tokenizer(processing_class, model_id, revision, args.trust_remote_code)
+        processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code)
         ensure_pad_token(processing_class, args.pad_token)
-        self.teacher_processing_class = _load_tokenizer(
+        self.teacher_processing_class = load_tokenizer(
             teacher_processing_class, teacher_id, teacher_revision, args.trust_remote_code
         )
         self.args = args  # the dataset is rendered before Trainer sets it
-        self.distillation_loss = self.off_policy_loss = _distillation_loss(args)
+        self.distillation_loss = self.off_policy_loss = distillation_loss(args)
         if getattr(self.distillation_loss, "policy", "both") == "on":
             self.off_policy_loss = build_loss(args.off_policy_loss, **(args.off_policy_loss_kwargs or {}))
         self._context = context_length(model, args)
@@ -219,46 +219,43 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def _roll_out(self, model: nn.Module, window: list[list[Prompt]], mode: str) -> list[dict]:
         """Completions for all prompts of `window` in one go, scored by the teacher and cut into micro-batches again."""
-        meter = self._meters[mode]
         repeats = self.args.num_generations if mode == "train" else 1
         window = [[prompt for prompt in prompts for _ in range(repeats)] for prompts in window]
         on_policy = [mode == "eval" or draw < self.args.lmbda for draw in self._lmbda_draws(len(window))]
-
-        start = time.perf_counter()
-        written = [prompt for prompts, on in zip(window, on_policy, strict=True) if on for prompt in prompts]
-        completions = iter(self._write(model, written))
-        given = [prompt for prompts, on in zip(window, on_policy, strict=True) if not on for prompt in prompts]
-        references = iter(self._references(given))
-        drawn = [
-            next(completions if on else references) for prompts, on in zip(window, on_policy, strict=True) for _ in prompts
-        ]
-        meter.add({"seconds/generation": (time.perf_counter() - start, 1)})
-
-        start = time.perf_counter()
-        rollouts = pair(
-            [prompt for prompts in window for prompt in prompts],
-            drawn,
-            self.aligner,
-            stop_ids=self.stop_ids,
-            turn_end=self.teacher_side.turn_end,
-            eos_policy=self.args.eos_policy,
-            teacher_context=getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None),
-        )
-        meter.add({"seconds/alignment": (time.perf_counter() - start, 1)})
-
-        start = time.perf_counter()
-        scores = self.teacher.log_probs(*_teacher_rows(rollouts))
-        meter.add({"seconds/teacher": (time.perf_counter() - start, 1), "seconds/student": (0, 1)})
-        meter.add(_rollout_metrics(rollouts, on_policy))
+        with self._phase(mode, "generation"):
+            completions = self._draw(model, window, on_policy)
+        with self._phase(mode, "alignment"):
+            rollouts = pair(
+                [prompt for prompts in window for prompt in prompts],
+                completions,
+                self.aligner,
+                stop_ids=self.stop_ids,
+                turn_end=self.teacher_side.turn_end,
+                eos_policy=self.args.eos_policy,
+                teacher_context=getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None),
+            )
+        with self._phase(mode, "teacher"):
+            scores = self.teacher.log_probs(
+                [rollout.teacher_prompt_ids for rollout in rollouts], [rollout.teacher_ids for rollout in rollouts]
+            )
+        self._meters[mode].add({**rollout_metrics(rollouts), "seconds/student": (0, 1)})
+        self._meters[mode].add({"off_policy_fraction": (on_policy.count(False), len(on_policy))})
 
         batches = []
-        rows = iter(zip(rollouts, scores, strict=True))
+        scored = iter(zip(rollouts, scores, strict=True))
         for prompts, on in zip(window, on_policy, strict=True):
-            batch_rollouts, batch_scores = zip(*(next(rows) for _ in prompts), strict=True)
+            batch_rollouts, batch_scores = zip(*(next(scored) for _ in prompts), strict=True)
             batch = collate(batch_rollouts, self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
             batch["teacher_log_probs"] = pad_scores(batch_scores, batch["teacher_chunks"].shape[1])
             batches.append({**batch, "on_policy": on})
         return batches
+
+    def _draw(self, model: nn.Module, window: list[list[Prompt]], on_policy: list[bool]) -> list[list[int]]:
+        """A completion for each prompt of `window`, in its order: the student's own, or one it did not write."""
+        groups = list(zip(window, on_policy, strict=True))
+        written = iter(self._write(model, [prompt for prompts, on in groups if on for prompt in prompts]))
+        given = iter(self._references([prompt for prompts, on in groups if not on for prompt in prompts]))
+        return [next(written if on else given) for prompts, on in groups for _ in prompts]
 
     def _write(self, model: nn.Module, prompts: list[Prompt]) -> list[list[int]]:
         """The student's completions, up to and including the first stop token."""
@@ -304,10 +301,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     # Loss
 
     def training_step(self, *args, **kwargs):
-        start = time.perf_counter()
-        loss = super(GKDTrainer, self).training_step(*args, **kwargs)  # GKDTrainer's own would generate here
-        self._meters["train"].add({"seconds/student": (time.perf_counter() - start, 0)})
-        return loss
+        with self._phase("train", "student", weight=0):
+            return super(GKDTrainer, self).training_step(*args, **kwargs)  # GKDTrainer's own would generate here
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch of scored rollouts. `num_items_in_batch` is the step's N; without it, the batch's own."""
@@ -344,10 +339,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """On-policy evaluation: the student answers the prompts and the teacher scores the answers."""
         [batch] = self._roll_out(model, [inputs["prompts"]], "eval")
-        start = time.perf_counter()
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with self._phase("eval", "student", weight=0), torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(batch))
-        self._meters["eval"].add({"seconds/student": (time.perf_counter() - start, 0)})
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args, **kwargs):
@@ -355,6 +348,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             return super().evaluation_loop(*args, **kwargs)
 
     # Logging
+
+    @contextmanager
+    def _phase(self, mode: str, name: str, weight: int = 1):
+        """Adds the time within to `seconds/<name>`; the weights of a step add up to 1."""
+        start = time.perf_counter()
+        yield
+        self._meters[mode].add({f"seconds/{name}": (time.perf_counter() - start, weight)})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -412,45 +412,3 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             tags=[*self._tag_names, *tags],
             log_history=self.state.log_history,
         )
-
-
-def _load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        return AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(f"A processing class must be a text tokenizer, got {type(tokenizer).__name__}: pass its `.tokenizer`.")
-    return tokenizer
-
-
-def _distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
-    kwargs = dict(args.distillation_loss_kwargs or {})
-    if args.distillation_loss == "dpca":
-        kwargs = {"credit": args.credit, "advantage_clip": args.advantage_clip, **kwargs}
-    loss = build_loss(args.distillation_loss, **kwargs)
-    if getattr(loss, "policy", "both") == "off" and args.lmbda > 0:
-        raise ValueError(
-            f"{args.distillation_loss!r} learns from text the student did not write, but lmbda={args.lmbda} lets the "
-            "student write: set lmbda=0.0."
-        )
-    return loss
-
-
-def _teacher_rows(rollouts: list[Rollout]) -> tuple[list[list[int]], list[list[int]]]:
-    """What the teacher reads. A row beyond its context keeps its place with one prompt token and nothing to score, so that
-    all processes run the same number of forward passes."""
-    prompts = [rollout.prompt.teacher_ids[:1] if rollout.unread else rollout.prompt.teacher_ids for rollout in rollouts]
-    return prompts, [rollout.teacher_ids for rollout in rollouts]
-
-
-def _rollout_metrics(rollouts: list[Rollout], on_policy: list[bool]) -> dict[str, tuple[float, float]]:
-    rows = len(rollouts)
-    tokens = sum(len(rollout.student_ids) for rollout in rollouts)
-    masked = sum(chunk < 0 for rollout in rollouts for chunk in rollout.student_chunks)
-    return {
-        "alignment/masked_fraction": (masked, tokens),
-        "alignment/teacher_context_exceeded_fraction": (sum(rollout.unread for rollout in rollouts), rows),
-        "completions/mean_length": (tokens, rows),
-        "completions/truncated_fraction": (sum(not rollout.ended for rollout in rollouts), rows),
-        "completions/empty_fraction": (sum(len(rollout.student_ids) <= rollout.ended for rollout in rollouts), rows),
-        "off_policy_fraction": (sum(not on for on in on_policy), len(on_policy)),
-    }

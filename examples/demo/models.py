@@ -34,7 +34,7 @@ def _new_model(config_class: type, tokenizer: PreTrainedTokenizerBase, **shape: 
     config = config_class(
         vocab_size=len(tokenizer),
         max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
