@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_alignment import two_pointers
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers_for_tests import (
     LOSSLESS,
     byte_level,
@@ -397,6 +397,27 @@ def test_a_literal_metaspace_is_masked_since_the_teacher_reads_a_space(teacher):
     alignment = align_text(encode(byte_level(), "the ▁ dog"), byte_level(), teacher())
     assert "".join(text for text, _ in reasons(alignment)).strip() == "▁"
     assert alignment.chunk_bytes[-1] == b" dog"
+
+
+def test_a_space_put_before_every_text_has_no_width_where_another_stretch_was_altered():
+    """The legacy Llama tokenizer writes `▁▁dog` for " dog": one space is its own, the other the text's."""
+    alignment = align_text(encode(byte_level(), " dog ▁ dog"), byte_level(), legacy_llama())
+    assert alignment.chunk_bytes[0] == b" dog"
+
+
+def test_a_cell_that_spells_more_than_its_text_takes_none_of_the_text_before_it():
+    """The altered "b" spells what stands before it too: those bytes are other tokens'."""
+    state = json.loads(byte_level(256 + 1).backend_tokenizer.to_str())
+    teacher = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    teacher.backend_tokenizer.normalizer = normalizers.Replace("b", "aab")
+    alignment = align_text(encode(byte_level(), "aab"), byte_level(), teacher)
+    check_spelling(alignment, byte_level(), teacher)
+    assert reasons(alignment) == [("b", "normalized")]
+
+
+def test_a_null_byte_is_text():
+    alignment = align_text(encode(byte_level(), "a\x00"), byte_level(), unigram())
+    assert alignment.chunk_bytes == [b"a", b"\x00"]
 
 
 def test_the_space_a_tokenizer_puts_after_an_added_token_masks_what_it_is_joined_to():

@@ -64,7 +64,7 @@ def ids_of(text):
 
 def paired(completions, prompts=None, **kwargs):
     prompts = [PROMPT] * len(completions) if prompts is None else prompts
-    return pair(prompts, completions, aligner(), stop_ids=[EOS, STOP], turn_end=TURN_END, **kwargs)
+    return pair(prompts, completions, aligner(), turn_ends={EOS: TURN_END, STOP: TURN_END}, **kwargs)
 
 
 def one(completion, **kwargs):
@@ -191,7 +191,7 @@ def test_pairing_leaves_the_alignment_and_what_it_was_given_alone():
     turn_end, completion = list(TURN_END), [*ids_of("the hens"), EOS]
     before = list(completion)
     rollouts = [
-        pair([PROMPT], [completion], aligner(), stop_ids={EOS}, turn_end=turn_end, teacher_context=context)[0]
+        pair([PROMPT], [completion], aligner(), turn_ends={EOS: turn_end}, teacher_context=context)[0]
         for context in (None, 1)
     ]
     assert (turn_end, completion) == (TURN_END, before)

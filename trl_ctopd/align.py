@@ -357,9 +357,7 @@ def _cells(spans: Sequence[tuple[int, int]]) -> list[_Cell]:
 
 
 def _merged(one: _Cell, other: _Cell) -> _Cell:
-    spans = [cell for cell in (one, other) if cell.start < cell.end] or [other]
-    start, end = min(cell.start for cell in spans), max(cell.end for cell in spans)
-    return _Cell(one.first, other.last, start, end)
+    return _Cell(one.first, other.last, min(one.start, other.start), max(one.end, other.end))
 
 
 def _by_cells(

@@ -76,7 +76,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default="semantic",
         metadata={
             "help": "How dpca shares a chunk's gap among its student tokens: semantic (by log-prob, the paper's), uniform, "
-            "byte_length, last, or macro (each token gets the whole gap: the chunk as one action, unbiased)."
+            "byte_length, last, or macro (each token gets the whole gap: the chunk as one action; without a clip, the "
+            "unbiased gradient of each chunk's reverse KL given the text before it)."
         },
     )
     advantage_clip: float | None = field(

@@ -84,7 +84,6 @@ def shares(
         weights = (position == spread(last, chunks)).to(log_probs.dtype)
     else:
         raise ValueError(f"Unknown credit {credit!r}: choose one of {', '.join(CREDITS)}.")
-    weights = weights * taking_part
     total = spread(chunk_sum(weights, chunks, num_chunks), chunks)
     size = spread(chunk_sum(taking_part, chunks, num_chunks), chunks)
     return torch.where(total > 0, weights / total.clamp(min=torch.finfo(total.dtype).tiny), taking_part / size.clamp(min=1))

@@ -4,7 +4,7 @@ Lists of ids in, padded tensors out. Rows are prompt + completion padded on the 
 every kind of position embedding; index i of a chunk tensor belongs to the token at i + 1, as log-probs do.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +51,7 @@ def pair(
     completions: Sequence[list[int]],
     aligner: TextAligner,
     *,
-    stop_ids: Collection[int],
-    turn_end: Sequence[int],
+    turn_ends: Mapping[int, Sequence[int]],
     eos_policy: str = "bridge",
     teacher_context: int | None = None,
 ) -> list[Rollout]:
@@ -60,7 +59,7 @@ def pair(
     Sets each completion beside the teacher's tokenization of its text.
 
     The end of the turn is one event with two spellings: with `eos_policy="bridge"` the student's stop token and the
-    teacher's `turn_end` are one chunk; with `"mask"` the student's stop token takes no part and the teacher reads no end.
+    teacher's turn end are one chunk; with `"mask"` the student's stop token takes no part and the teacher reads no end.
     A completion cut off before its end has none on either side. Where prompt and completion exceed `teacher_context`
     the row takes no part.
 
@@ -68,12 +67,12 @@ def pair(
         prompts: B prompts.
         completions: B lists of student ids, up to and including the first stop token.
         aligner: of the two tokenizers.
-        stop_ids: student ids that end a turn.
-        turn_end: teacher ids that end a turn.
+        turn_ends: for each student id that ends a turn, the teacher's ids that do, at least one.
         eos_policy: `"bridge"` or `"mask"`.
         teacher_context: tokens the teacher can read, None for no limit.
     """
-    ended = [bool(ids) and ids[-1] in stop_ids for ids in completions]
+    assert all(turn_ends.values()), "a turn end without tokens would cost the teacher nothing"
+    ended = [bool(ids) and ids[-1] in turn_ends for ids in completions]
     contents = [ids[:-1] if end else ids for ids, end in zip(completions, ended, strict=True)]
     rollouts = []
     for prompt, ids, end, alignment in zip(prompts, completions, ended, aligner(contents), strict=True):
@@ -85,6 +84,7 @@ def pair(
             student_chunks.append(num_chunks if bridged else -1)
             student_widths.append(0)
             if bridged:
+                turn_end = turn_ends[ids[-1]]
                 teacher_ids += turn_end
                 teacher_chunks += [num_chunks] * len(turn_end)
                 num_chunks += 1

@@ -25,6 +25,7 @@ from .align import TextAligner, align_text
 from .chat import Speaker, unshared_markup
 from .checks import check_arguments, check_vocabulary, context_length, distillation_loss, ensure_pad_token, load_tokenizer
 from .config import CrossTokenizerGKDConfig, GKDTrainer
+from .credit import gaps
 from .generation import sampling_config, write
 from .losses import ScoredChunks, build_loss
 from .metrics import Meter, chunk_metrics, rollout_metrics
@@ -154,6 +155,11 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         rows = args.per_device_train_batch_size * args.num_generations
         self.teacher = LocalTeacher(model, self.accelerator, args.temperature, args.teacher_batch_size or rows)
         self.teacher_model = self.teacher.model
+        self.teacher_stop_ids = self.teacher_side.stop_ids(self.teacher.generation_config)
+        turn_end = self.teacher_side.turn_end
+        # a teacher of the same tokenizer reads the student's own stop token, if it is one of its own
+        shared = self.teacher_stop_ids if isinstance(self.aligner, OneTokenizer) else []
+        self.turn_ends = {stop: [stop] if stop in shared else turn_end for stop in self.stop_ids}
 
     # The two conversations
 
@@ -229,8 +235,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 [prompt for prompts in window for prompt in prompts],
                 completions,
                 self.aligner,
-                stop_ids=self.stop_ids,
-                turn_end=self.teacher_side.turn_end,
+                turn_ends=self.turn_ends,
                 eos_policy=self.args.eos_policy,
                 teacher_context=getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None),
             )
@@ -271,15 +276,14 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         """Completions the student did not write, in student ids: the dataset's, or the teacher's with `seq_kd`."""
         if not self.args.seq_kd:
             return [prompt.reference_ids[: self.args.max_new_tokens] for prompt in prompts]
-        stop_ids = self.teacher_side.stop_ids(self.teacher.generation_config)
-        pad_token_id = self.teacher_processing_class.pad_token_id
+        stop_ids, pad_token_id = self.teacher_stop_ids, self.teacher_processing_class.pad_token_id
         config = sampling_config(self.args, stop_ids, stop_ids[0] if pad_token_id is None else pad_token_id)
         written = write(self.teacher.model, [prompt.teacher_ids for prompt in prompts], config, self.accelerator)
-        return [self._respell(ids, stop_ids) for ids in written]
+        return [self._respell(ids) for ids in written]
 
-    def _respell(self, teacher_ids: list[int], teacher_stop_ids: list[int]) -> list[int]:
+    def _respell(self, teacher_ids: list[int]) -> list[int]:
         """What the student would write for the teacher's completion."""
-        ended = bool(teacher_ids) and teacher_ids[-1] in teacher_stop_ids
+        ended = bool(teacher_ids) and teacher_ids[-1] in self.teacher_stop_ids
         tokenizer = self.teacher_processing_class
         text = align_text(teacher_ids[:-1] if ended else teacher_ids, tokenizer, tokenizer).text
         ids = self.processing_class.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -365,10 +369,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         logs.update(figures)
         if self._samples:
             if self.accelerator.is_main_process:
-                prompts, completions, gaps = zip(*self._samples, strict=True)
+                prompts, completions, shown_gaps = zip(*self._samples, strict=True)
                 shown = self.args.num_completions_to_print
                 print_prompt_completions_sample(
-                    prompts, completions, {"gap, nats/byte": gaps}, None, self.state.global_step, shown
+                    prompts, completions, {"gap, nats/byte": shown_gaps}, None, self.state.global_step, shown
                 )
             self._samples.clear()
         super().log(logs, start_time)
@@ -377,11 +381,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def _keep_samples(self, inputs: dict, batch: ScoredChunks):
         """The micro-batch's texts with their gap, replacing the ones kept before."""
         ids = zip(inputs["input_ids"].tolist(), inputs["prompt_lengths"].tolist(), inputs["attention_mask"].sum(1).tolist())
-        nats = batch.student_sum(batch.student_log_probs).sum(1) - batch.teacher_sum(batch.teacher_log_probs).sum(1)
-        gaps = nats / (batch.student_widths * (batch.student_chunks >= 0)).sum(1).clamp(min=1)
+        scored = batch.student_log_probs, batch.teacher_log_probs
+        gap, neutral = gaps(*scored, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
+        num_bytes = batch.student_sum(batch.student_widths).masked_fill(neutral, 0).sum(1)
+        per_byte = (-gap.sum(1) / num_bytes.clamp(min=1)).tolist()
         self._samples = [
             (self.processing_class.decode(row[:start]), self.processing_class.decode(row[start:end]), gap)
-            for (row, start, end), gap in zip(ids, gaps.tolist(), strict=True)
+            for (row, start, end), gap in zip(ids, per_byte, strict=True)
         ]
 
     # Card

@@ -21,12 +21,12 @@ CONTEXT = 128
 
 
 def new_teacher(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    shape = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4)
+    shape = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4)
     return _new_model(Qwen2Config, tokenizer, num_key_value_heads=2, **shape)
 
 
 def new_student(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    shape = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
+    shape = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
     return _new_model(LlamaConfig, tokenizer, num_key_value_heads=4, **shape)
 
 
@@ -50,7 +50,7 @@ def pretrain(
     write_answer: Callable[[int], str],
     steps: int,
     learning_rate: float = 3e-3,
-    batch_size: int = 64,
+    batch_size: int = 32,
     seed: int = 0,
     label: str = "",
 ) -> None:
