@@ -3,7 +3,6 @@
 import gzip
 import itertools
 import json
-import re
 import unicodedata
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from test_alignment import two_pointers
 from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers_for_tests import (
+    ANY_TEXT,
     LOSSLESS,
     byte_level,
     gemma_like,
@@ -41,11 +41,6 @@ REAL_LOSSLESS = [
 ]
 REAL = [*REAL_LOSSLESS, "bert-base-uncased", "t5-small"]
 
-MORSELS = ["the ", " ", "\n", "1234", "é", "e\u0301", "你好", "ভাষা", "👩‍👩‍👧", "ไทย", "<|end|>", "<tool_call>", "\ufffd"]
-# What SentencePiece mistakes for its own spellings has tests of its own.
-ANY_TEXT = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(MORSELS)).map("".join)).filter(
-    lambda text: not re.search("▁|</?s>|<unk>|<tool>|<0x..>", text)
-)
 PAIRS = list(itertools.product(LOSSLESS, LOSSLESS))
 
 

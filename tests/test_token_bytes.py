@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers_for_tests import (
+    ANY_TEXT,
     LOSSLESS,
     byte_level,
     gemma_like,
@@ -52,7 +53,7 @@ def spelled(tokenizer, text: str) -> bytes:
 
 
 @pytest.mark.parametrize("family", LOSSLESS)
-@given(text=st.text(max_size=40))
+@given(text=ANY_TEXT)
 @settings(max_examples=60, deadline=None)
 def test_the_rows_of_an_encoded_text_spell_it(family, text):
     tokenizer = LOSSLESS[family]()

@@ -2,9 +2,11 @@
 
 import functools
 import json
+import re
 import tempfile
 from pathlib import Path
 
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +20,11 @@ CORPUS = [
     "نص حكيم له سر قاطع وذو شأن عظيم. তোমার সাথে দেখা হবে। యక్ష ప్రశ్నలు",
     "🙂 👩‍👩‍👧‍👦 🇩🇪 ❤️ ½ ﬁ café café \u00a0\u200b",
 ] * 3
+MORSELS = ["the ", " ", "\n", "1234", "é", "e\u0301", "你好", "ভাষা", "👩‍👩‍👧", "ไทย", "<|end|>", "<tool_call>", "\ufffd"]
+# What SentencePiece mistakes for its own spellings has tests of its own.
+ANY_TEXT = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(MORSELS)).map("".join)).filter(
+    lambda text: not re.search("▁|</?s>|<unk>|<tool>|<0x..>", text)
+)
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 

@@ -24,7 +24,6 @@ import numpy as np
 from .alignment import Side, synchronized_chunks
 from .token_bytes import TokenTable, token_table
 
-
 REASONS = ("invalid_utf8", "whitespace", "unknown_token", "normalized", "markup")
 
 
@@ -333,7 +332,7 @@ def _has_prefix_space(spelled: bytes, data: bytes, table: TokenTable) -> bool:
     return spelled[1:] == data or table.prefix_space == "always" or not data.startswith(b" ")
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Cell:
     """Tokens `first:last` that share the text's bytes `start:end` and no byte with any other token."""
 
@@ -344,20 +343,15 @@ class _Cell:
 
 
 def _cells(spans: Sequence[tuple[int, int]]) -> list[_Cell]:
-    """Tokens grouped where their spans overlap; one with an empty span joins the next (the last one, the cell before)."""
+    """Tokens grouped where their spans overlap; a token with an empty span joins the next."""
     cells: list[_Cell] = []
     for token, (start, end) in enumerate(spans):
         cell = _Cell(token, token + 1, start, end)
         while cells and (cell.start < cells[-1].end or cells[-1].start == cells[-1].end):
-            cell = _merged(cells.pop(), cell)
+            before = cells.pop()
+            cell = _Cell(before.first, cell.last, min(before.start, cell.start), max(before.end, cell.end))
         cells.append(cell)
-    if len(cells) > 1 and cells[-1].start == cells[-1].end:
-        cells[-2:] = [_merged(*cells[-2:])]
     return cells
-
-
-def _merged(one: _Cell, other: _Cell) -> _Cell:
-    return _Cell(one.first, other.last, min(one.start, other.start), max(one.end, other.end))
 
 
 def _by_cells(
