@@ -13,9 +13,10 @@ demo: $(VENV)/.installed-bench
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(VENV)/bin/python -m pytest $(TEST_ARGS)
 
+RUFF_FLAGS = --isolated --line-length 120
 lint: $(VENV)/.installed-test
-	$(VENV)/bin/ruff check --line-length 120 --extend-select I,B,UP,SIM --isolated .
-	$(VENV)/bin/ruff format --line-length 120 --isolated --check .
+	$(VENV)/bin/ruff check $(RUFF_FLAGS) --select E,F,W,I,B,UP,SIM --ignore E501 --config 'lint.isort.lines-after-imports = 2' .
+	$(VENV)/bin/ruff format $(RUFF_FLAGS) --check .
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"trl_ctopd needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 $(MAKECMDGOALS)")'

@@ -1,10 +1,12 @@
 """
-Real input through the real script: `examples/distill.py` with published tokenizers and chat templates on GSM8K questions.
+Real input through the real script: `examples/distill.py` with published tokenizers and chat templates on GSM8K
+questions.
 
     CTOPD_ASSETS=<folder> python benchmarks/real_input.py
 
-The folder holds `tokenizers/<name>` as published on the hub and `datasets/gsm8k/{train,test}.jsonl`. Each run is a process
-of its own; figures go to `benchmarks/results/real_input.json`, and two alignments a pair are printed to be looked at.
+The folder holds `tokenizers/<name>` as published on the hub and `datasets/gsm8k/{train,test}.jsonl`. Each run is a
+process of its own; figures go to `benchmarks/results/real_input.json`, and two alignments a pair are printed to be
+looked at.
 
 Decisions:
 - Models have random weights and two narrow layers, but every row of the real vocabulary. So the student writes random
@@ -34,6 +36,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerBase,
@@ -64,21 +67,7 @@ SHAPE = {
 }
 STOP_PROBABILITY = 0.02
 SETTINGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_new_tokens": 64}
-FIGURES = (
-    "alignment/one_to_one_fraction",
-    "alignment/masked_fraction",
-    "alignment/neutralised_fraction",
-    "alignment/student_tokens_per_chunk",
-    "alignment/teacher_tokens_per_chunk",
-    "completions/truncated_fraction",
-    "completions/empty_fraction",
-    "completions/mean_length",
-    "gap/nats_per_byte",
-    "seconds/generation",
-    "seconds/alignment",
-    "seconds/teacher",
-    "seconds/student",
-)
+SECTIONS = ("alignment/", "completions/", "masked_bytes/", "seconds/", "gap/")  # of the log
 
 
 @dataclass(frozen=True)
@@ -99,7 +88,9 @@ def build_model(name: str, assets: Path, folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / name)
     torch.manual_seed(sorted(MODELS).index(name))
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id}
-    model = AutoModelForCausalLM.from_config(config_class(vocab_size=rows, tie_word_embeddings=True, **special, **SHAPE))
+    model = AutoModelForCausalLM.from_config(
+        config_class(vocab_size=rows, tie_word_embeddings=True, **special, **SHAPE)
+    )
     model.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / name)
     return folder / name
@@ -111,7 +102,7 @@ def sampling(name: str) -> dict:
     return {"sequence_bias": [[[stop_ids[-1]], math.log(STOP_PROBABILITY * rows)]]}
 
 
-def distill(student: str, teacher: str, folder: Path, dataset: Path, steps: int) -> dict:
+def distill(student: str, teacher: str, folder: Path, dataset: Path, steps: int, **settings: int) -> dict:
     """Runs the script on two models in `folder`; returns wall seconds, peak memory in MiB and the log of every step."""
     options = {
         "model_name_or_path": folder / student,
@@ -123,6 +114,7 @@ def distill(student: str, teacher: str, folder: Path, dataset: Path, steps: int)
         "lora_target_modules": "all-linear",
         "learning_rate": 1e-4,
         **SETTINGS,
+        **settings,
         "generation_kwargs": json.dumps(sampling(student)),
         "max_steps": steps,
         "logging_steps": 1,
@@ -143,6 +135,12 @@ def distill(student: str, teacher: str, folder: Path, dataset: Path, steps: int)
     state = json.loads((folder / "output" / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     log_of_steps = [entry for entry in state["log_history"] if "loss" in entry]
     return {"wall_seconds": seconds, "peak_memory_mib": usage.ru_maxrss / 1024, "log": log_of_steps}
+
+
+def means(log: list[dict]) -> dict[str, float]:
+    names = dict.fromkeys(name for entry in log for name in entry if name.startswith(SECTIONS))
+    values = {name: [entry[name] for entry in log if name in entry] for name in names}
+    return {name: sum(own) / len(own) for name, own in values.items()}
 
 
 def overlap(alignments: list[TextAlignment]) -> Overlap:
@@ -174,10 +172,9 @@ class Pair:
             teacher_control_ids=self.teacher.control_ids,
         )
 
-    def rollouts(self, completions: list[list[int]]) -> list[Rollout]:
+    def rollouts(self, completions: list[list[int]], stop_ids: list[int]) -> list[Rollout]:
         nothing = [Prompt([], [])] * len(completions)
-        stop_ids, turn_end = self.student.stop_ids(), self.teacher.turn_end
-        return pair(nothing, completions, self.aligner, stop_ids=stop_ids, turn_end=turn_end)
+        return pair(nothing, completions, self.aligner, turn_ends=dict.fromkeys(stop_ids, self.teacher.turn_end))
 
     def show(self, rollout: Rollout) -> str:
         """One line a chunk: its bytes, the student's tokens, the teacher's. `----` are tokens that take no part."""
@@ -217,7 +214,8 @@ def _spelled(data: bytes) -> str:
 
 def sample(name: str, folder: Path, questions: list[str], max_new_tokens: int = 32) -> list[list[int]]:
     """The random student's completions."""
-    model, speaker = AutoModelForCausalLM.from_pretrained(folder / name), Speaker(AutoTokenizer.from_pretrained(folder / name))
+    model = AutoModelForCausalLM.from_pretrained(folder / name)
+    speaker = Speaker(AutoTokenizer.from_pretrained(folder / name))
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens, "pad_token_id": 0, **sampling(name)}
     torch.manual_seed(0)
     completions = []
@@ -241,11 +239,14 @@ def measure(student: str, teacher: str, assets: Path, steps: int, folder: Path) 
     answers = both.aligner(encoded)
     seconds = time.perf_counter() - start
 
-    written = both.rollouts(sample(student, folder, [row["question"] for row in rows[:8]]))
-    hardest = max(written, key=lambda rollout: rollout.student_chunks.count(-1) + rollout.ended)
-    [reference] = both.rollouts([encoded[0] + both.student.turn_end[-1:]])
-    print(f"\n{student} <- {teacher}: of 8 random completions, the one with the most masked tokens\n{both.show(hardest)}")
-    print(f"\n{student} <- {teacher}: the first reference answer\n{both.show(reference)}")
+    stop_ids = both.student.stop_ids(GenerationConfig.from_pretrained(folder / student))
+    written = both.rollouts(sample(student, folder, [row["question"] for row in rows[:32]]), stop_ids)
+    hardest = max(written, key=lambda rollout: rollout.student_chunks.count(-1))
+    [reference] = both.rollouts([encoded[0] + both.student.turn_end[-1:]], stop_ids)
+    print(
+        f"\n{student} <- {teacher}\nOf 32 random completions, the one with the most masked tokens:\n{both.show(hardest)}"
+    )
+    print(f"\nThe first reference answer:\n{both.show(reference)}")
     return {
         "student": student,
         "teacher": teacher,
@@ -253,7 +254,7 @@ def measure(student: str, teacher: str, assets: Path, steps: int, folder: Path) 
         "teacher_rows": MODELS[teacher][1],
         "optimizer_steps": len(log),
         **run,
-        "mean_over_steps": {name: sum(entry[name] for entry in log) / len(log) for name in FIGURES},
+        "mean_over_steps": means(log),
         "largest_gradient_norm": max(entry["grad_norm"] for entry in log),
         "reference_answers": {**asdict(overlap(answers)), "alignment_seconds": seconds},
     }
@@ -281,7 +282,10 @@ def main():
     report = {
         "date": date.today().isoformat(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
         "settings": {**SHAPE, **SETTINGS, "stop_probability": STOP_PROBABILITY},
         "runs": [],
     }

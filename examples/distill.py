@@ -22,10 +22,10 @@ accelerate launch --num_processes 4 examples/distill.py \
 
 Decisions:
 - `--dataset_name` is a name on the hub, a local folder, or a local .jsonl, .json or .parquet file (no test split then).
-- `--prompt_column` is for rows without `prompt` and `messages`: one column's text becomes a user message, and the others,
-  with whatever answers they hold, are left out.
-- `--dtype`, `--load_in_4bit` and `--load_in_8bit` are the student's. The teacher keeps the dtype it was saved in, unless
-  `--teacher_model_init_kwargs '{"dtype": "float16"}'` says otherwise.
+- `--prompt_column` is for rows without `prompt` and `messages`: one column's text becomes a user message, and the
+  others, with whatever answers they hold, are left out.
+- `--dtype`, `--load_in_4bit` and `--load_in_8bit` are the student's. The teacher keeps the dtype it was saved in,
+  unless `--teacher_model_init_kwargs '{"dtype": "float16"}'` says otherwise.
 """
 
 from dataclasses import dataclass, field
@@ -85,7 +85,7 @@ def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, 
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=None if Path(script_args.dataset_name).exists() else script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
 
 

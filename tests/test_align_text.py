@@ -28,6 +28,7 @@ from trl_ctopd import TextAligner, align_text, token_bytes
 from trl_ctopd.align import MaskedStretch
 from trl_ctopd.token_bytes import token_table
 
+
 # On text in NFC: Qwen's tokenizer normalizes.
 REAL_LOSSLESS = [
     "deepseek-v3",

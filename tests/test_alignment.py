@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trl_ctopd.alignment import Side, synchronized_chunks
 
+
 Token = tuple[int, int]  # its bytes start:end
 Text = tuple[list[Token], list[Token], int, list[Token]]  # student tokens, teacher tokens, bytes, masked stretches
 

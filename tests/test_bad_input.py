@@ -106,7 +106,10 @@ def test_the_eos_token_pads_where_there_is_no_pad_token(build):
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_tokenizer_larger_than_the_embedding_is_an_error(build, side):
-    small = {"student": {"model": student_model(vocab_size=100)}, "teacher": {"teacher_model": teacher_model(vocab_size=100)}}
+    small = {
+        "student": {"model": student_model(vocab_size=100)},
+        "teacher": {"teacher_model": teacher_model(vocab_size=100)},
+    }
     with pytest.raises(ValueError, match=f"The {side}'s tokenizer has ids up to .* embeds 100 tokens"):
         build(**small[side])
 

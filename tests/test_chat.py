@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from trl_ctopd.chat import Conversation, Speaker, read_example, unshared_markup
 
+
 CHATTERS = ["qwen2.5", "llama-3.2", "phi-3-mini", "deepseek-v3", "mistral-v3", "smollm2-instruct"]
 KWARGS = {"date_string": "26 Jul 2024"}  # Llama's template prints the day otherwise
 LLAMA_DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"

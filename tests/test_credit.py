@@ -9,6 +9,7 @@ import torch
 
 from trl_ctopd.credit import CREDITS, chunk_sum, gaps, shares, spread
 
+
 SHARED = [credit for credit in CREDITS if credit != "macro"]
 BAD = [math.nan, math.inf, -math.inf]
 

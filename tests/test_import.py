@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+
 PACKAGE = pathlib.Path(importlib.util.find_spec("trl_ctopd").origin).parent
 MATHS = ["trl_ctopd", *(f"trl_ctopd.{name}" for name in ("token_bytes", "align", "alignment", "credit", "losses"))]
 PUBLIC = """

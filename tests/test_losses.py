@@ -15,6 +15,7 @@ from trl_ctopd.alignment import Side, synchronized_chunks
 from trl_ctopd.credit import CREDITS
 from trl_ctopd.losses import ALM, DPCA, LOSSES, SFT, ScoredChunks, build_loss
 
+
 DPCAS = [pytest.param(DPCA(credit), id=credit) for credit in CREDITS]
 UNCLIPPED = [pytest.param(DPCA(credit, None), id=credit) for credit in CREDITS]
 ALMS = [pytest.param(ALM(tau), id=f"alm-{tau}") for tau in (1.0, 100.0, math.inf)]

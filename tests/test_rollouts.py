@@ -13,6 +13,7 @@ from trl_ctopd import TextAligner, token_bytes
 from trl_ctopd.losses import DPCA, ScoredChunks
 from trl_ctopd.rollouts import Prompt, collate, pad_scores, pair
 
+
 CORPUS = ["the seven hens then saw that there were three", "zwölf Hühner sahen dreißig Häuser", "1 + 12 = 13, 456"] * 9
 TEXTS = ["the hens saw three", "zwölf Häuser", "12 + 456 = 468", "x", "then there were seven 🐔 hens"]
 PROMPT = Prompt([2, 3, 5], [7, 11])

@@ -29,6 +29,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from trl_ctopd import UnsupportedTokenizerError, token_bytes
 from trl_ctopd.token_bytes import token_table
 
+
 REAL_LOSSLESS = [
     "deepseek-v3",
     "gpt2",

@@ -7,7 +7,17 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from toys import SGD, fix_rollouts, prompts, step_of, student_model, student_tokenizer, teacher_model, teacher_tokenizer, weights
+from toys import (
+    SGD,
+    fix_rollouts,
+    prompts,
+    step_of,
+    student_model,
+    student_tokenizer,
+    teacher_model,
+    teacher_tokenizer,
+    weights,
+)
 from transformers import AutoModelForCausalLM, GenerationConfig
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import add_fused_lm_head
@@ -22,7 +32,9 @@ def build(tmp_path):
 
     def build(model=None, teacher=None, dataset=None, **settings):
         arguments = {
-            name: settings.pop(name) for name in ("peft_config", "eval_dataset", "callbacks", "optimizers") if name in settings
+            name: settings.pop(name)
+            for name in ("peft_config", "eval_dataset", "callbacks", "optimizers")
+            if name in settings
         }
         settings = {
             "output_dir": str(tmp_path / "run"),
@@ -99,7 +111,9 @@ def test_the_head_never_sees_a_whole_vocabulary_of_logits_to_score(build):
 def test_rollouts_are_scored_at_the_temperature_they_were_drawn_at(build):
     for temperature in (1.0, 0.5):
         trainer = fix_rollouts(build(temperature=temperature))
-        [batch] = trainer._roll_out(trainer.model, [[row for row in trainer.data_collator(list(trainer.train_dataset))["prompts"]]], "train")
+        [batch] = trainer._roll_out(
+            trainer.model, [[row for row in trainer.data_collator(list(trainer.train_dataset))["prompts"]]], "train"
+        )
         scored = trainer.model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}, fused_lm_head=True)
         logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
@@ -158,7 +172,9 @@ def test_text_the_student_did_not_write_uses_the_off_policy_loss(build):
         trainer = build(**settings)
         used = []
         loss = trainer.off_policy_loss
-        trainer.off_policy_loss = lambda batch, n, loss=loss, used=used: used.append(type(loss).__name__) or loss(batch, n)
+        trainer.off_policy_loss = lambda batch, n, loss=loss, used=used: (
+            used.append(type(loss).__name__) or loss(batch, n)
+        )
         trainer.distillation_loss = None  # calling it would fail
         trainer.model.generate = None  # so would writing
         trainer.train()
@@ -214,12 +230,14 @@ def test_every_promised_figure_is_logged(build):
     trainer = build(max_steps=2, log_completions=True)
     trainer.train()
     log = trainer.state.log_history[0]
-    assert log["gap/nats_per_byte"] == pytest.approx(log["teacher/nats_per_byte"] - log["student/nats_per_byte"], abs=1e-5)
+    assert log["gap/nats_per_byte"] == pytest.approx(
+        log["teacher/nats_per_byte"] - log["student/nats_per_byte"], abs=1e-5
+    )
     promised = """loss alignment/one_to_one_fraction alignment/masked_fraction alignment/student_tokens_per_chunk
-        masked_bytes/invalid_utf8 masked_bytes/markup alignment/teacher_tokens_per_chunk alignment/neutralised_fraction alignment/teacher_context_exceeded_fraction
-        advantage/clipped_fraction entropy completions/mean_length completions/truncated_fraction
-        completions/empty_fraction off_policy_fraction seconds/generation seconds/teacher seconds/student
-        seconds/alignment"""
+        masked_bytes/invalid_utf8 masked_bytes/markup alignment/teacher_tokens_per_chunk alignment/neutralised_fraction
+        alignment/teacher_context_exceeded_fraction advantage/clipped_fraction entropy completions/mean_length
+        completions/truncated_fraction completions/empty_fraction off_policy_fraction seconds/generation seconds/teacher
+        seconds/student seconds/alignment"""
     assert set(promised.split()) <= set(log)
     assert log["seconds/student"] > 0
 
@@ -244,8 +262,8 @@ def test_paths_alone_are_enough(tmp_path):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     args = CrossTokenizerGKDConfig(
-        str(tmp_path / "run"), teacher_model_init_kwargs={"attn_implementation": "eager"}, max_new_tokens=8, use_cpu=True,
-        report_to=[],
+        str(tmp_path / "run"), teacher_model_init_kwargs={"attn_implementation": "eager"}, max_new_tokens=8,
+        use_cpu=True, report_to=[],
     )  # fmt: skip
     trainer = CrossTokenizerGKDTrainer(str(tmp_path / "student"), str(tmp_path / "teacher"), args, prompts())
     assert trainer.teacher_model.config._attn_implementation == "eager"
@@ -295,7 +313,11 @@ def test_streaming_datasets_train(build):
 
 def test_chat_template_kwargs_go_to_their_own_side(build):
     template = "{{ messages[0]['content'] }}{% if shout %} two two two{% endif %}"
-    for ours, theirs, shouting in (({"shout": True}, {}, (True, False)), (None, {"shout": True}, (False, True)), ({"shout": True}, None, (True, True))):
+    for ours, theirs, shouting in (
+        ({"shout": True}, {}, (True, False)),
+        (None, {"shout": True}, (False, True)),
+        ({"shout": True}, None, (True, True)),
+    ):
         tokenizers = student_tokenizer(), teacher_tokenizer()
         for tokenizer in tokenizers:
             tokenizer.chat_template = template
@@ -332,6 +354,11 @@ def test_a_text_beyond_the_teachers_context_is_masked_and_counted(build):
     log = trainer.state.log_history[0]
     assert 0 < log["alignment/teacher_context_exceeded_fraction"] < 1
     assert log["alignment/masked_fraction"] > 0
+
+
+def test_much_masked_text_is_warned_of(build, caplog):
+    build(teacher=teacher_model(max_position_embeddings=5)).train()
+    assert "100% of the student's tokens take no part" in caplog.text
 
 
 def test_a_step_in_which_nothing_can_be_scored_changes_nothing(build):
@@ -394,7 +421,13 @@ def test_each_of_several_evaluation_sets_keeps_its_own_figures(build):
 @pytest.mark.parametrize("window", [1, 2])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(build, tmp_path, window):
     # two steps in the first epoch, so that resuming has data to skip
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": window, "dataset": prompts(12)}
+    settings = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "gradient_accumulation_steps": window,
+        "dataset": prompts(12),
+    }
     whole = build(**settings)
     whole.train()
     resumed = build(**settings)
@@ -413,7 +446,9 @@ def test_sampling_settings_reach_the_generation(build):
 
 def test_a_callable_is_a_loss(build):
     def likelihood(batch, num_items):
-        return -(batch.student_log_probs * (batch.student_chunks >= 0)).sum() / num_items, {"own": (torch.ones(()), torch.ones(()))}
+        return -(batch.student_log_probs * (batch.student_chunks >= 0)).sum() / num_items, {
+            "own": (torch.ones(()), torch.ones(()))
+        }
 
     trainer = build(distillation_loss=likelihood, save_strategy="steps", save_steps=1)
     trainer.train()

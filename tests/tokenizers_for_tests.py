@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, 1234567890 times; the dog doesn't care.",
     "def add(a, b):\n    return a + b  # 12 + 30 = 42\n\n\tprint(add(12, 30))",

@@ -1,4 +1,6 @@
-"""Toy tokenizers and models, trained and built on the spot: two families that share nothing but the text they can spell."""
+"""Toy tokenizers and models, trained and built on the spot: two families that share nothing but the text they can
+spell.
+"""
 
 from functools import cache
 
@@ -8,7 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 
-WORDS = "one two three four five six seven eight nine ten eleven twelve hundred thousand and plus minus is the sum of what"
+WORDS = (
+    "one two three four five six seven eight nine ten eleven twelve hundred thousand and plus minus is the sum of what"
+)
 CORPUS = [f"What is {n} plus {n * 7 % 100}? {n * 8 % 100} is the sum of two. {WORDS}" for n in range(100)]
 
 STUDENT_TEMPLATE = (
@@ -30,7 +34,9 @@ def student_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|bos|>", "<|start|>", "<|eot|>", "<|pad|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -46,10 +52,16 @@ def teacher_tokenizer() -> PreTrainedTokenizerFast:
     """SentencePiece-like Unigram with byte fallback and a dummy prefix, whole numbers, other turn markers, no BOS."""
     special = ["<unk>", "<|user|>", "<|system|>", "<|assistant|>", "<|end|>"]
     letters = sorted({*"".join(CORPUS)} - {" "})
-    words = [f"▁{word}" for word in WORDS.split()[::2]] + [f"▁{n}" for n in range(10, 100)] + ["sum", "tw", "▁th", "plu"]
+    words = (
+        [f"▁{word}" for word in WORDS.split()[::2]] + [f"▁{n}" for n in range(10, 100)] + ["sum", "tw", "▁th", "plu"]
+    )
     pieces = [(piece, -2.0 - 4 / len(piece)) for piece in ["▁", *letters, *words]]
     fallback = [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
-    vocabulary = [*((token, 0.0) for token in special), *pieces, *fallback]  # written, not trained: the same in every process
+    vocabulary = [
+        *((token, 0.0) for token in special),
+        *pieces,
+        *fallback,
+    ]  # written, not trained: the same in every process
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.add_special_tokens(special)

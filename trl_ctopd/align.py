@@ -24,6 +24,7 @@ import numpy as np
 from .alignment import Side, synchronized_chunks
 from .token_bytes import TokenTable, token_table
 
+
 REASONS = ("invalid_utf8", "whitespace", "unknown_token", "normalized", "markup")
 
 
@@ -31,9 +32,9 @@ REASONS = ("invalid_utf8", "whitespace", "unknown_token", "normalized", "markup"
 class MaskedStretch:
     """Bytes `start:end` of `text.encode()` that no chunk holds.
 
-    `reason`: "invalid_utf8" (the student wrote it), "whitespace" (lost by the student's WordPiece), "unknown_token" (the
-    teacher's vocabulary has none for it), "normalized" (the teacher's tokens do not spell the text as it stands: its
-    normalizer changed it, or dropped whitespace), "markup".
+    `reason`: "invalid_utf8" (the student wrote it), "whitespace" (lost by the student's WordPiece), "unknown_token"
+    (the teacher's vocabulary has none for it), "normalized" (the teacher's tokens do not spell the text as it stands:
+    its normalizer changed it, or dropped whitespace), "markup".
     """
 
     start: int

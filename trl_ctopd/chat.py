@@ -21,6 +21,7 @@ from functools import cached_property
 import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+
 THINKING = ("<think>", "</think>")
 _PROBE = "qzprobezq"  # a text that no template writes or changes
 _USER = {"role": "user", "content": "Hi"}

@@ -29,7 +29,9 @@ def check_arguments(model, teacher_model, args, train_dataset):
 
 
 def load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrainedTokenizerBase:
-    """`tokenizer`, or the one saved with the model where it is None. Raises `TypeError` for anything but a tokenizer."""
+    """`tokenizer`, or the one saved with the model where it is None. Raises `TypeError` for anything but a
+    tokenizer.
+    """
     if tokenizer is None:
         return AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -54,7 +56,9 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None):
-    """Gives `tokenizer` a pad token: the one asked for, its own, or its EOS. Raises `ValueError` where there is none."""
+    """Gives `tokenizer` a pad token: the one asked for, its own, or its EOS. Raises `ValueError` where there is
+    none.
+    """
     pad_token = pad_token or tokenizer.pad_token or tokenizer.eos_token
     if pad_token is None or pad_token not in tokenizer.get_vocab():
         raise ValueError(

@@ -40,7 +40,9 @@ class CrossTokenizerGKDConfig(GKDConfig):
     # Other defaults
     learning_rate: float = field(
         default=1e-6,
-        metadata={"help": "Initial learning rate of AdamW. The paper's 1e-6 is for full fine-tuning; LoRA takes 10 to 100 times more."},
+        metadata={
+            "help": "Initial learning rate of AdamW. The paper's 1e-6 is for full fine-tuning; LoRA takes 10 to 100 times more."
+        },
     )
     temperature: float = field(
         default=1.0,
@@ -82,7 +84,9 @@ class CrossTokenizerGKDConfig(GKDConfig):
     )
     advantage_clip: float | None = field(
         default=10.0,
-        metadata={"help": "Bound in nats on each token's advantage in dpca; lower is steadier and slower. None: no bound."},
+        metadata={
+            "help": "Bound in nats on each token's advantage in dpca; lower is steadier and slower. None: no bound."
+        },
     )
     distillation_loss_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -120,11 +124,15 @@ class CrossTokenizerGKDConfig(GKDConfig):
     )
     min_p: float | None = field(
         default=None,
-        metadata={"help": "Drop tokens below this share of the likeliest one's probability. See `top_p` for the price."},
+        metadata={
+            "help": "Drop tokens below this share of the likeliest one's probability. See `top_p` for the price."
+        },
     )
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Further `GenerationConfig` fields, e.g. repetition_penalty; they win over the fields above."},
+        metadata={
+            "help": "Further `GenerationConfig` fields, e.g. repetition_penalty; they win over the fields above."
+        },
     )
 
     # The two conversations
@@ -138,6 +146,10 @@ class CrossTokenizerGKDConfig(GKDConfig):
     )
 
     # The teacher
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or folder of the teacher, where the trainer is given no `teacher_model`."},
+    )
     teacher_batch_size: int | None = field(
         default=None,
         metadata={
@@ -150,9 +162,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     log_completions: bool = field(
         default=False, metadata={"help": "Print a table of sampled completions with their gap at each logging step."}
     )
-    num_completions_to_print: int = field(
-        default=4, metadata={"help": "Rows of that table."}
-    )
+    num_completions_to_print: int = field(default=4, metadata={"help": "Rows of that table."})
 
     def __post_init__(self):
         if self.bf16 is None and not self.use_cpu and not is_torch_bf16_gpu_available():

@@ -1,8 +1,8 @@
 """Credit: a chunk's teacher/student budget in, one advantage per student token out (DPCA, arXiv 2606.09456).
 
-Chunk c holds the student tokens i with log-probs log p_i and the teacher tokens j with log-probs log q_j. Its budgets are
-L_S = Σ log p_i and L_T = Σ log q_j, in nats. The paper's target keeps the student's own shape and spends the teacher's
-budget, log q̂_i = (L_T / L_S) · log p_i, so the advantage is
+Chunk c holds the student tokens i with log-probs log p_i and the teacher tokens j with log-probs log q_j. Its budgets
+are L_S = Σ log p_i and L_T = Σ log q_j, in nats. The paper's target keeps the student's own shape and spends the
+teacher's budget, log q̂_i = (L_T / L_S) · log p_i, so the advantage is
 
     A_i = log q̂_i − log p_i = (L_T − L_S) · w_i,    w_i = log p_i / L_S,    Σ_{i∈c} w_i = 1.
 
@@ -86,7 +86,9 @@ def shares(
         raise ValueError(f"Unknown credit {credit!r}: choose one of {', '.join(CREDITS)}.")
     total = spread(chunk_sum(weights, chunks, num_chunks), chunks)
     size = spread(chunk_sum(taking_part, chunks, num_chunks), chunks)
-    return torch.where(total > 0, weights / total.clamp(min=torch.finfo(total.dtype).tiny), taking_part / size.clamp(min=1))
+    return torch.where(
+        total > 0, weights / total.clamp(min=torch.finfo(total.dtype).tiny), taking_part / size.clamp(min=1)
+    )
 
 
 def gaps(

@@ -21,8 +21,8 @@ def render_row(
     The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`.
 
     Raises:
-        ValueError: naming the row, where it has no prompt, cannot be rendered, has no reference though one is needed, or
-            is longer than `longest_prompt` student tokens.
+        ValueError: naming the row, where it has no prompt, cannot be rendered, has no reference though one is needed,
+            or is longer than `longest_prompt` student tokens.
     """
     try:
         conversation = read_example(example)

@@ -1,6 +1,7 @@
 """Writing: prompts in, completions out, by transformers' own `generate` with a KV cache.
 
-Decisions: one call for all prompts it is given, left-padded; nothing shapes the distribution but the run's own settings.
+Decisions: one call for all prompts it is given, left-padded; nothing shapes the distribution but the run's own
+settings.
 """
 
 from contextlib import contextmanager
@@ -71,8 +72,8 @@ def write(
 
 @contextmanager
 def _ready_to_generate(model: nn.Module, config: GenerationConfig):
-    """Eval mode, and no generation setting but ours: transformers fills gaps from the model's own generation config, where
-    a repetition penalty may hide that the scored distribution knows nothing of."""
+    """Eval mode, and no generation setting but ours: transformers fills gaps from the model's own generation config,
+    where a repetition penalty may hide that the scored distribution knows nothing of."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     training, original = model.training, base.generation_config
     model.eval()

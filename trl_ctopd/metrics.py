@@ -14,8 +14,8 @@ from .rollouts import Rollout
 @torch.no_grad()
 def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
     """
-    The figures every method shares. Log-probs of the turn's end count, its zero bytes do not; neutralised chunks count in
-    neither.
+    The figures every method shares. Log-probs of the turn's end count, its zero bytes do not; neutralised chunks count
+    in neither.
 
     Args:
         batch (`ScoredChunks`): the micro-batch.

@@ -1,7 +1,7 @@
 """Two models of one tokenizer: plain on-policy distillation.
 
-The teacher reads the very ids that the student sampled, canonical or not, so every token is its own chunk and nothing is
-masked. Only ids past the tokenizer (padding rows of an LM head), which the teacher may not even embed, take no part.
+The teacher reads the very ids that the student sampled, canonical or not, so every token is its own chunk and nothing
+is masked. Only ids past the tokenizer (padding rows of an LM head), which the teacher may not even embed, take no part.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,9 @@ class OneTokenizer:
             teacher_ids=read,
             student_chunks=[next(numbers) if is_known else -1 for is_known in known],
             teacher_chunks=list(range(len(read))),
-            student_widths=[len(self._rows[token]) if is_known else 0 for token, is_known in zip(ids, known, strict=True)],
+            student_widths=[
+                len(self._rows[token]) if is_known else 0 for token, is_known in zip(ids, known, strict=True)
+            ],
             chunk_bytes=spelled,
             masked=[],
         )

@@ -24,8 +24,9 @@ class Prompt:
 @dataclass
 class Rollout:
     """
-    A completion of `prompt`: `student_ids` with their chunk and their bytes, `teacher_ids` with their chunk; -1 takes no
-    part. `ended` tells whether the writer ended its turn, `unread` whether the teacher's context is too short for it.
+    A completion of `prompt`: `student_ids` with their chunk and their bytes, `teacher_ids` with their chunk; -1 takes
+    no part. `ended` tells whether the writer ended its turn, `unread` whether the teacher's context is too short for
+    it.
     """
 
     prompt: Prompt
@@ -41,8 +42,8 @@ class Rollout:
 
     @property
     def teacher_prompt_ids(self) -> list[int]:
-        """What the teacher reads first. A text beyond its context keeps its place with one token and nothing to score, so
-        that all processes run the same number of forward passes."""
+        """What the teacher reads first. A text beyond its context keeps its place with one token and nothing to score,
+        so that all processes run the same number of forward passes."""
         return self.prompt.teacher_ids[:1] if self.unread else self.prompt.teacher_ids
 
 
@@ -94,7 +95,16 @@ def pair(
             teacher_ids, teacher_chunks, num_chunks = [], [], 0
         rollouts.append(
             Rollout(
-                prompt, ids, student_chunks, student_widths, teacher_ids, teacher_chunks, num_chunks, end, unread, alignment
+                prompt,
+                ids,
+                student_chunks,
+                student_widths,
+                teacher_ids,
+                teacher_chunks,
+                num_chunks,
+                end,
+                unread,
+                alignment,
             )
         )
     return rollouts

@@ -14,6 +14,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+
 _BYTE_ROW = re.compile(r"<0x([0-9A-F]{2})>")
 # A decoder's step that takes the dummy prefix off the whole text: no token's bytes change.
 _PREFIX_SPACE_STRIPPED = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]

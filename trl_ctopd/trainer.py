@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
@@ -23,7 +24,14 @@ from trl.trainer.utils import (
 from . import card, data
 from .align import TextAligner, align_text
 from .chat import Speaker, unshared_markup
-from .checks import check_arguments, check_vocabulary, context_length, distillation_loss, ensure_pad_token, load_tokenizer
+from .checks import (
+    check_arguments,
+    check_vocabulary,
+    context_length,
+    distillation_loss,
+    ensure_pad_token,
+    load_tokenizer,
+)
 from .config import CrossTokenizerGKDConfig, GKDTrainer
 from .credit import gaps
 from .generation import sampling_config, write
@@ -34,6 +42,9 @@ from .rollouts import Prompt, collate, pad_scores, pair
 from .teachers.local import LocalTeacher, load_teacher
 
 
+logger = get_logger(__name__)
+
+_MUCH_MASKED = 0.2  # the real tokenizers' own share on random text is under 0.03
 _STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
 
 
@@ -41,8 +52,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     """
     On-policy distillation from a teacher with another tokenizer and another chat template.
 
-    Each optimizer step, the student writes a completion for every prompt of the step, the teacher scores their text in its
-    own tokens, and the loss maps the scores back onto the student's tokens (DPCA, arXiv 2606.09456, by default).
+    Each optimizer step, the student writes a completion for every prompt of the step, the teacher scores their text in
+    its own tokens, and the loss maps the scores back onto the student's tokens (DPCA, arXiv 2606.09456, by default).
 
     Overrides of `GKDTrainer`: building (`__init__`, `_prepare_dataset`), where rollouts enter (`get_batch_samples`,
     `prediction_step`), the loss (`compute_loss`, `training_step`), what is logged (`log`) and the model card. All else
@@ -53,11 +64,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         teacher_model (`str` or `PreTrainedModel`): the teacher; `args.teacher_model_name_or_path` when `None`. A module
             is frozen and put in eval mode.
         args ([`CrossTokenizerGKDConfig`], *optional*): the settings.
-        train_dataset (`Dataset` or `IterableDataset`): rows with `prompt`, `prompt` and `completion`, or `messages`, each
-            conversational or (the first two) plain text; optional `tools` and `chat_template_kwargs`.
+        train_dataset (`Dataset` or `IterableDataset`): rows with `prompt`, `prompt` and `completion`, or `messages`,
+            each conversational or (the first two) plain text; optional `tools` and `chat_template_kwargs`.
         eval_dataset (`Dataset`, `IterableDataset` or `dict` of them, *optional*): prompts to evaluate on, on-policy.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer; loaded from the model when `None`.
-        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; loaded from the teacher when `None`.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer; loaded from the model when
+        `None`.
+        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; loaded from the teacher when
+        `None`.
         callbacks (`list` of `TrainerCallback`, *optional*), optimizers (`tuple`): as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): train an adapter instead of the whole student.
     """
@@ -186,7 +199,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Renders and tokenizes every row for both models, once; a dataset that has been through it comes back as it is."""
+        """Renders and tokenizes every row for both models, once; a dataset that has been through it comes back as it
+        is.
+        """
         if isinstance(dataset, Dataset) and not len(dataset):
             raise ValueError(f"The {dataset_name} dataset is empty.")
         if dataset.column_names is not None and set(data.COLUMNS) <= set(dataset.column_names):
@@ -309,7 +324,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             return super(GKDTrainer, self).training_step(*args, **kwargs)  # GKDTrainer's own would generate here
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of a micro-batch of scored rollouts. `num_items_in_batch` is the step's N; without it, the batch's own."""
+        """The loss of a micro-batch of scored rollouts. `num_items_in_batch` is the step's N; without it, the batch's
+        own.
+        """
         if return_outputs:
             raise ValueError("The logits are never built, so compute_loss has no outputs to return.")
         outputs = model(
@@ -363,6 +380,12 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         figures = self._meters[mode].read(self.accelerator)
+        if figures.get("alignment/masked_fraction", 0) > _MUCH_MASKED:
+            logger.warning(
+                f"{figures['alignment/masked_fraction']:.0%} of the student's tokens take no part (see masked_bytes/*). "
+                "Masked text costs the student nothing, and the gap says nothing of it: look at the completions "
+                "(log_completions=True), and lower the learning rate if the share grows."
+            )
         if mode == "eval":  # `eval_math_runtime` for the dataset "math" of several
             prefix = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "eval_")
             figures = {f"{prefix}{name}": value for name, value in figures.items()}
@@ -380,14 +403,15 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     @torch.no_grad()
     def _keep_samples(self, inputs: dict, batch: ScoredChunks):
         """The micro-batch's texts with their gap, replacing the ones kept before."""
-        ids = zip(inputs["input_ids"].tolist(), inputs["prompt_lengths"].tolist(), inputs["attention_mask"].sum(1).tolist())
         scored = batch.student_log_probs, batch.teacher_log_probs
         gap, neutral = gaps(*scored, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
         num_bytes = batch.student_sum(batch.student_widths).masked_fill(neutral, 0).sum(1)
         per_byte = (-gap.sum(1) / num_bytes.clamp(min=1)).tolist()
+        ids, starts, ends = inputs["input_ids"], inputs["prompt_lengths"], inputs["attention_mask"].sum(1)
+        rows = zip(ids.tolist(), starts.tolist(), ends.tolist(), per_byte, strict=True)
         self._samples = [
             (self.processing_class.decode(row[:start]), self.processing_class.decode(row[start:end]), gap)
-            for (row, start, end), gap in zip(ids, per_byte, strict=True)
+            for row, start, end, gap in rows
         ]
 
     # Card

@@ -1,75 +1,99 @@
-"""The demo's task: write a number in words, after taking it apart.
+"""The demo's task: write an amount of money in words, as on a cheque, after taking it apart.
 
-    user       Write 53218 in words.
-    assistant  50000 + 3000 + 200 + 18 → fifty-three thousand two hundred eighteen
+    user       Write €412.53 in words.
+    assistant  412 euros + 53 cents → four hundred twelve euros and fifty-three cents
 
-The weak student learned from children: where English is irregular it mostly says what the rule would give, "fivety" for
-fifty, "threeteen" for thirteen, "twoty" for twenty. That is a mistake a reader sees at once, and one that a dictionary
-of the student's own tokens cannot mend word by word: "fivety" and "fifty" share tokens.
+The weak student learned from children: where English is irregular they mostly say what the rule would give, "fivety" for
+fifty, "twoteen" for twelve. A reader sees the mistake at once, and no table from token to token could mend it: what is
+wrong in "fivety" is spread over several tokens, and other ones for each model.
 
 Decisions:
-- An answer is right if the words after the arrow are exactly the number's. The working before it isn't graded.
-- Held-out numbers are drawn first, by seed; nothing that trains either model ever sees them.
-- A distillation prompt is a question alone. No function here gives the distillation an answer to look at.
+- An amount is an integer, in cents.
+- An answer is right if the words after the arrow are exactly the amount's. The working before it isn't graded.
+- Held-out amounts are drawn first; nothing that trains either model ever sees them.
+- A question for the distillation is a question alone: no function here gives it an answer to look at.
 """
 
 import random
+from collections.abc import Collection, Sequence
 
-ONES = "zero one two three four five six seven eight nine".split()
-TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-CHILDISH_TEENS = ["ten"] + [f"{one}teen" for one in ONES[1:]]
-CHILDISH_TENS = ["-", "-"] + [f"{one}ty" for one in ONES[2:]]
-
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TEENS = ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+CHILDISH = {
+    "eleven": "oneteen",
+    "twelve": "twoteen",
+    "thirteen": "threeteen",
+    "fifteen": "fiveteen",
+    "twenty": "twoty",
+    "thirty": "threety",
+    "forty": "fourty",
+    "fifty": "fivety",
+}
 ARROW = " → "
 
-def question(number: int) -> str:
-    return f"Write {number} in words."
+
+def question(amount: int) -> str:
+    return f"Write €{amount // 100}.{amount % 100:02d} in words."
 
 
-def in_words(number: int, childishness: float = 0.0, rng: random.Random | None = None) -> str:
-    """Spell `number`; each teen and each ten is said the childish way with probability `childishness`."""
-    if number >= 1000:
-        thousands, rest = divmod(number, 1000)
-        words = in_words(thousands, childishness, rng) + " thousand"
-        return words if rest == 0 else f"{words} {in_words(rest, childishness, rng)}"
+def as_messages(amount: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question(amount)}]
+
+
+def answer(amount: int, childishness: float = 0.0, rng: random.Random | None = None) -> str:
+    """The working and the words. Each irregular word is said the childish way with probability `childishness`."""
+    euros, cents = divmod(amount, 100)
+    working = f"{_counted(str(euros), euros, 'euro')} + {_counted(str(cents), cents, 'cent')}"
+    words = amount_in_words(amount)
+    if childishness:
+        for irregular, childish in CHILDISH.items():
+            if irregular in words and rng.random() < childishness:
+                words = words.replace(irregular, childish)
+    return working + ARROW + words
+
+
+def amount_in_words(amount: int) -> str:
+    euros, cents = divmod(amount, 100)
+    return f"{_counted(in_words(euros), euros, 'euro')} and {_counted(in_words(cents), cents, 'cent')}"
+
+
+def in_words(number: int) -> str:
+    """A number below 1000."""
     if number >= 100:
         hundreds, rest = divmod(number, 100)
-        words = f"{ONES[hundreds]} hundred"
-        return words if rest == 0 else f"{words} {in_words(rest, childishness, rng)}"
-    childish = childishness > 0 and rng.random() < childishness
+        return f"{ONES[hundreds]} hundred" + (f" {in_words(rest)}" if rest else "")
     if number < 10:
         return ONES[number]
     if number < 20:
-        return (CHILDISH_TEENS if childish else TEENS)[number - 10]
+        return TEENS[number - 10]
     tens, ones = divmod(number, 10)
-    word = (CHILDISH_TENS if childish else TENS)[tens]
-    return word if ones == 0 else f"{word}-{ONES[ones]}"
+    return TENS[tens] + (f"-{ONES[ones]}" if ones else "")
 
 
-def parts(number: int) -> list[int]:
-    """53218 -> [50000, 3000, 200, 18]: the pieces in which the number is said."""
-    pieces = [number // 1000 // 10 * 10_000, number // 1000 % 10 * 1000, number % 1000 // 100 * 100, number % 100]
-    if 10 <= number // 1000 < 20:
-        pieces[:2] = [number // 1000 * 1000]
-    return [piece for piece in pieces if piece]
+def is_right(amount: int, completion: str) -> bool:
+    return completion.rpartition(ARROW)[2] == amount_in_words(amount)
 
 
-def answer(number: int, childishness: float = 0.0, rng: random.Random | None = None) -> str:
-    return " + ".join(map(str, parts(number))) + ARROW + in_words(number, childishness, rng)
+def share_right(amounts: Sequence[int], completions: Sequence[str]) -> float:
+    return sum(map(is_right, amounts, completions)) / len(amounts)
 
 
-def is_right(number: int, completion: str) -> bool:
-    return completion.rpartition(ARROW)[2] == in_words(number)
+def draw(rng: random.Random, without: Collection[int] = (), digits: Sequence[int] = (1, 2, 3)) -> int:
+    """An amount with at least one euro and one cent; each number of digits of the euros is equally likely."""
+    while True:
+        euros_digits = rng.choice(digits)
+        amount = rng.randrange(10 ** (euros_digits - 1), 10**euros_digits) * 100 + rng.randrange(1, 100)
+        if amount not in without:
+            return amount
 
 
-def draw(count: int, rng: random.Random, without: frozenset[int] = frozenset()) -> list[int]:
-    """`count` different numbers, three and four digits equally often."""
-    drawn: dict[int, None] = {}
-    while len(drawn) < count:
-        digits = rng.choice((3, 4))
-        number = rng.randrange(10 ** (digits - 1), 10**digits)
-        if number not in without:
-            drawn[number] = None
-    return list(drawn)
+def draw_different(count: int, rng: random.Random, digits: Sequence[int] = (1, 2, 3)) -> list[int]:
+    amounts: dict[int, None] = {}
+    while len(amounts) < count:
+        amounts[draw(rng, amounts, digits)] = None
+    return list(amounts)
+
+
+def _counted(number: str, count: int, unit: str) -> str:
+    return f"{number} {unit}" if count == 1 else f"{number} {unit}s"

@@ -3,24 +3,23 @@
 | | teacher | student |
 |---|---|---|
 | family | byte-level BPE, as Qwen and Llama-3 | Unigram with byte fallback, as SentencePiece trains it |
-| a space | is part of the next word, `Ġsix` | is `▁`, and no dummy prefix is put before a text |
-| numbers | two digits a token, from the left | one digit a token |
-| the arrow | one token | three byte tokens: its training text had none |
+| a space | is part of the next word, `Ġfour` | is `▁`, and no dummy prefix is put before a text |
+| numbers | two digits a token, from the right | one digit a token |
+| `€` and `→` | one token each | three byte tokens each: its training text had none |
 | a turn | ChatML: `<|im_start|>user … <|im_end|>` | as Phi-3: `<|user|> … <|end|>` |
 
 Decisions:
-- The teacher's is trained on cardinals and the student's on cardinals and ordinals, so that they cut words in different
-  places and not only into pieces of different sizes: `Ġfifty - t hree` against `▁fifty -three`.
+- Both know the names of the nine digits as whole words and put the rest together from pieces, each in its own way:
+  `Ġt w enty - two` against `▁twent y- two`. The student's text has ordinals for that, and words such as `threefold`.
 - Neither is trained on the childish words: like any misspelling, they have to be put together from pieces.
 """
 
 import json
-import random
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from demo import task
+from . import task
 
 CHATML = (
     "{% for message in messages %}"
@@ -47,9 +46,10 @@ IRREGULAR_ORDINALS = {
 }
 
 
-def build_teacher_tokenizer(numbers: list[int]) -> PreTrainedTokenizerFast:
-    digit_pairs = [" ".join(f"{pair:02d}" for pair in range(100))] * 2000  # so that all hundred become tokens
-    texts = digit_pairs + [f"{task.question(number)}\n{task.answer(number)}" for number in numbers]
+def build_teacher_tokenizer(amounts: list[int]) -> PreTrainedTokenizerFast:
+    pairs = " ".join(f"{pair:02d}" for pair in range(100))
+    frequent = [f"{pairs} x {' '.join(task.ONES[1:])}"] * 3000  # so frequent that each becomes one token
+    texts = frequent + [f"{task.question(amount)}\n{task.answer(amount)}" for amount in amounts]
 
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\p{N}{1,2}(?=(?:\p{N}{2})*(?!\p{N}))| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
@@ -60,22 +60,27 @@ def build_teacher_tokenizer(numbers: list[int]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=420,
+            vocab_size=427,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
             show_progress=False,
         ),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+        padding_side="left",
     )
 
 
-def build_student_tokenizer(numbers: list[int]) -> PreTrainedTokenizerFast:
+def build_student_tokenizer(amounts: list[int]) -> PreTrainedTokenizerFast:
+    folds = " ".join(f"{one} {one}fold {one}some" for one in task.ONES[1:])
     texts = [
-        f"{task.question(number)} {number} + {number}: {task.in_words(number)}, {_ordinal(task.in_words(number))}"
-        " hundreds of thousands in word or writes"
-        for number in numbers
+        f"Write {amount // 100}.{amount % 100:02d} in words. {amount // 100} euros + {amount % 100} cents: "
+        f"{task.amount_in_words(amount)}, {_ordinal(task.in_words(amount // 100))} euro cent hundreds word writes {folds}"
+        for amount in amounts
     ]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -85,7 +90,7 @@ def build_student_tokenizer(numbers: list[int]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         texts,
         trainers.UnigramTrainer(
-            vocab_size=120, max_piece_length=6, unk_token="<unk>", special_tokens=control, show_progress=False
+            vocab_size=116, max_piece_length=6, unk_token="<unk>", special_tokens=control, show_progress=False
         ),
     )
     # The trainer of `tokenizers` can't add the 256 byte tokens that SentencePiece's own does, so they're put in here.
@@ -105,6 +110,7 @@ def build_student_tokenizer(numbers: list[int]) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         additional_special_tokens=["<|user|>", "<|assistant|>"],
         chat_template=PHI,
+        padding_side="left",
     )
 
 

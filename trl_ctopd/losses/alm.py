@@ -1,8 +1,8 @@
 """ALM, approximate likelihood matching (arXiv 2503.20083): match each chunk's probability under both models.
 
 Right on any text, since it compares likelihoods and samples nothing. The paper's binary KL shrinks with 1/τ; here it is
-multiplied by τ, so that τ → ∞ is the paper's limit form and the scale is that of a KL in nats, next to which another loss
-can stand in one optimizer step.
+multiplied by τ, so that τ → ∞ is the paper's limit form and the scale is that of a KL in nats, next to which another
+loss can stand in one optimizer step.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,15 @@ import torch
 from .base import Loss, Metrics, ScoredChunks
 
 
-_FLOOR = 1e-6  # nats off every chunk log-prob, so that log(1 − p) exists; the paper's code takes it off after dividing by τ
+_FLOOR = (
+    1e-6  # nats off every chunk log-prob, so that log(1 − p) exists; the paper's code takes it off after dividing by τ
+)
 
 
 def _log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """log(1 − exp(x)) for x < 0, accurate at both ends. Each branch is kept off the other's end, where its slope is NaN."""
+    """log(1 − exp(x)) for x < 0, accurate at both ends. Each branch is kept off the other's end, where its slope is
+    NaN.
+    """
     near, far = x.clamp(min=-0.6931), x.clamp(max=-0.6931)
     return torch.where(x > -0.6931, torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))
 

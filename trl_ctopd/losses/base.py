@@ -70,5 +70,7 @@ class Loss:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(kwargs) - set(known))
         if unknown:
-            raise ValueError(f"{name!r} has no setting {', '.join(map(repr, unknown))}: it takes {', '.join(known) or 'none'}.")
+            raise ValueError(
+                f"{name!r} has no setting {', '.join(map(repr, unknown))}: it takes {', '.join(known) or 'none'}."
+            )
         return cls(**kwargs)

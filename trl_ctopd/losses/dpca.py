@@ -49,9 +49,7 @@ class DPCA(Loss):
     def advantages(self, batch: ScoredChunks) -> tuple[torch.Tensor, torch.Tensor]:
         """A_i of shape (B, S), 0 where a token takes no part, and where the clip took hold (B, S)."""
         log_probs = batch.student_log_probs.detach()
-        gap, _ = gaps(
-            log_probs, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks
-        )
+        gap, _ = gaps(log_probs, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
         share = shares(self.credit, log_probs, batch.student_chunks, batch.student_widths, batch.num_chunks)
         raw = spread(gap, batch.student_chunks) * share
         bound = float("inf") if self.advantage_clip is None else self.advantage_clip

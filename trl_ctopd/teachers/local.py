@@ -56,7 +56,9 @@ class LocalTeacher:
         scores: list[torch.Tensor | None] = [None] * len(prompts)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            for row, score in zip(rows, self._forward([prompts[r] for r in rows], [completions[r] for r in rows]), strict=True):
+            for row, score in zip(
+                rows, self._forward([prompts[r] for r in rows], [completions[r] for r in rows]), strict=True
+            ):
                 scores[row] = score
         return scores
 
@@ -86,9 +88,9 @@ class LocalTeacher:
 
 def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, distributed: bool) -> PreTrainedModel:
     """
-    The teacher from a hub name or folder; `init_kwargs` go to `from_pretrained` (dtype, quantization_config, device_map,
-    revision, ...), in the dtype it was saved in unless they say otherwise. Each process of a distributed run places the
-    whole teacher itself unless `device_map` does.
+    The teacher from a hub name or folder; `init_kwargs` go to `from_pretrained` (dtype, quantization_config,
+    device_map, revision, ...), in the dtype it was saved in unless they say otherwise. Each process of a distributed
+    run places the whole teacher itself unless `device_map` does.
     """
     kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if distributed:
