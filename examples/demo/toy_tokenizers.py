@@ -10,7 +10,7 @@
 
 Decisions:
 - Both know the names of the nine digits as whole words and put the rest together from pieces, each in its own way:
-  `Ġt w enty - two` against `▁twent y- two`. The student's text has ordinals for that, and words such as `threefold`.
+  `Ġt w enty` against `▁twent y`. The student's text has ordinals for that, and words such as `threefold`.
 - Neither is trained on the childish words: like any misspelling, they have to be put together from pieces.
 """
 
@@ -84,13 +84,17 @@ def build_student_tokenizer(amounts: list[int]) -> PreTrainedTokenizerFast:
     ]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Metaspace(prepend_scheme="never")]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split("-", "isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="never"),
+        ]
     )
     control = ["<unk>", "<s>", "<|user|>", "<|assistant|>", "<|end|>", "<pad>"]
     tokenizer.train_from_iterator(
         texts,
         trainers.UnigramTrainer(
-            vocab_size=116, max_piece_length=6, unk_token="<unk>", special_tokens=control, show_progress=False
+            vocab_size=116, max_piece_length=7, unk_token="<unk>", special_tokens=control, show_progress=False
         ),
     )
     # The trainer of `tokenizers` can't add the 256 byte tokens that SentencePiece's own does, so they're put in here.
@@ -99,9 +103,7 @@ def build_student_tokenizer(amounts: list[int]) -> PreTrainedTokenizerFast:
     tokenizer.model = models.Unigram(
         pieces[: len(control)] + byte_tokens + pieces[len(control) :], unk_id=0, byte_fallback=True
     )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
