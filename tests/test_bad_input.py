@@ -3,9 +3,9 @@
 import pytest
 from datasets import Dataset
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
-from trl.experimental.gkd import GKDConfig
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+from trl_ctopd.config import GKDConfig
 
 
 @pytest.fixture

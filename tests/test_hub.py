@@ -209,8 +209,9 @@ def test_an_adapter_on_a_folder_loads_as_its_card_says(hub):
     assert not equal(hub.logits("lora-on-a-folder.loaded"), hub.logits("base.loaded"))
 
 
-def test_with_push_to_hub_every_checkpoint_is_pushed_as_it_is_saved(hub):
-    assert hub.commits[CHECKPOINTS] == ["Training in progress, step 1", "Training in progress, step 2"]
+def test_with_push_to_hub_checkpoints_are_pushed_as_they_are_saved(hub):
+    # Trainer uploads the first while it goes on; whether that is done before the second overwrites it is a race
+    assert hub.commits[CHECKPOINTS][-1] == "Training in progress, step 2"
     assert hub.files(CHECKPOINTS) >= {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
     assert not [name for name in hub.files(CHECKPOINTS) if "checkpoint-" in name]
     assert equal(hub.logits("checkpoints.loaded"), hub.logits("checkpoints.pushed"))

@@ -12,7 +12,7 @@ from .losses import LOSSES
 
 with warnings.catch_warnings():  # TRL's version is pinned, and a test watches what is used of it
     warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
-    from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: F401  the trainer takes it from here
+    from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: F401  trainer.py imports it from here
 
 
 EOS_POLICIES = ("bridge", "mask")

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config, PreTrai
 
 from . import task
 
-
 MAX_NEW_TOKENS = 64
 
 
@@ -78,10 +77,7 @@ def _batch(
     tokenizer: PreTrainedTokenizerBase, amounts: Sequence[int], answers: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask`, `labels` (B, S), right-padded; labels are -100 on prompts and padding."""
-    prompts = [
-        tokenizer.apply_chat_template(task.as_messages(amount), add_generation_prompt=True, return_dict=False)
-        for amount in amounts
-    ]
+    prompts = [prompt_ids(tokenizer, amount) for amount in amounts]
     answer_ids = [tokenizer.encode(answer, add_special_tokens=False) + [tokenizer.eos_token_id] for answer in answers]
     width = max(len(prompt) + len(ids) for prompt, ids in zip(prompts, answer_ids, strict=True))
     input_ids = torch.full((len(amounts), width), tokenizer.pad_token_id)
@@ -93,6 +89,17 @@ def _batch(
         attention_mask[row, :end] = 1
         labels[row, start:end] = torch.tensor(ids)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, amount: int) -> list[int]:
+    return tokenizer.apply_chat_template(task.as_messages(amount), add_generation_prompt=True, return_dict=False)
+
+
+@torch.no_grad()
+def log_probs(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """The log-prob of each token of one `completion`, in nats, of shape (S,)."""
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
     python examples/demo/run.py --seed 1 [--no-control] [--output demo_output]
 
 - The distillation sees questions alone. What is right, the student learns from the teacher's log-probs of what it wrote.
-- The control is the same run but for one thing: each chunk gets the gap of another chunk of the batch. What it learns,
-  it doesn't learn from the teacher's judgement of its own words.
-- Everything is measured on amounts that no training has seen, with greedy decoding.
-- Runs on the CPU, where there is a GPU too: at this size a GPU waits for Python.
+- The control is the same run but for one thing: each chunk gets the gap of another chunk of the batch, so that nothing in
+  it can be owed to the teacher's judgement of this very text.
+- Accuracies are greedy, on amounts that no training has seen.
+- One thread on the CPU, also where there is more: models this small wait for Python, and one thread takes the same time
+  whatever else the machine does.
 """
 
 import argparse
@@ -23,25 +24,23 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `demo` is a package when this file is the script
 
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from demo import models, show, task, toy_tokenizers  # noqa: E402
-from tqdm.auto import tqdm  # noqa: E402
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, set_seed  # noqa: E402
+import torch
+from datasets import Dataset
+from demo import models, show, task, toy_tokenizers
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, set_seed
 
-from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer  # noqa: E402
-from trl_ctopd.credit import gaps  # noqa: E402
-from trl_ctopd.losses import DPCA, Metrics, ScoredChunks  # noqa: E402
-
+from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer, align_text
+from trl_ctopd.credit import gaps
+from trl_ctopd.losses import DPCA, Metrics, ScoredChunks
 
 HELD_OUT = 600
-CURVE_POINTS = 200  # held-out amounts behind each point of the learning curve
-TEACHER_STEPS, STUDENT_STEPS = 800, 900
-DISTILLATION_STEPS, PROMPTS_A_STEP, LEARNING_RATE = 100, 64, 1e-4
-CHILDISHNESS = 0.7
+CURVE_POINT = 200  # held-out amounts behind each point of the learning curve
+TEACHER_STEPS, STUDENT_STEPS = 750, 850
+DISTILLATION_STEPS, PROMPTS_PER_STEP, LEARNING_RATE = 80, 64, 1e-4
+CHILDISHNESS = 0.7  # share of the irregular words that the student's teachers got wrong
 
 
 @dataclass
@@ -58,15 +57,14 @@ class World:
 
 @dataclass
 class Curve:
-    """Greedy accuracy on held-out amounts at some steps, and the student's gap to the teacher at each."""
+    """At some steps, greedy accuracy on held-out amounts; at all steps, the student's gap to the teacher."""
 
     label: str
     accuracy: dict[int, float] = field(default_factory=dict)
-    gap: dict[int, float] = field(default_factory=dict)
+    nats_per_byte: dict[int, float] = field(default_factory=dict)
 
 
-def main(seed: int, control: bool, output: Path) -> dict:
-    output.mkdir(parents=True, exist_ok=True)
+def main(seed: int, control: bool, output: Path) -> None:
     seconds: dict[str, float] = {}
     with stopwatch("pretraining", seconds):
         world = build_world(seed)
@@ -74,12 +72,14 @@ def main(seed: int, control: bool, output: Path) -> dict:
         teacher_accuracy = models.accuracy(world.teacher, world.teacher_tokenizer, world.held_out)
         answers_before = models.write(world.student, world.student_tokenizer, world.held_out)
     before = task.share_right(world.held_out, answers_before)
-    print(f"On {HELD_OUT} held-out amounts: teacher {teacher_accuracy:.1%} right, student {before:.1%}.")
+    print(f"{HELD_OUT} held-out amounts: the teacher writes {teacher_accuracy:.1%} right, the student {before:.1%}.")
+    show_judgement(world, answers_before)
 
     curves = [Curve("distilled")]
     with stopwatch("distillation", seconds):
         distilled = distil(world, "dpca", curves[0], seed, output / "student")
-    answers_after = models.write(distilled, world.student_tokenizer, world.held_out)
+    with stopwatch("measuring", seconds):
+        answers_after = models.write(distilled, world.student_tokenizer, world.held_out)
     after = task.share_right(world.held_out, answers_after)
     figures = {
         "teacher_accuracy": teacher_accuracy,
@@ -88,34 +88,35 @@ def main(seed: int, control: bool, output: Path) -> dict:
         "gap_recovered": (after - before) / (teacher_accuracy - before),
     }
     if control:
-        curves.append(Curve("control: gaps shuffled"))
+        curves.append(Curve("control, gaps shuffled"))
         with stopwatch("control", seconds):
-            shuffled = distil(world, dpca_with_shuffled_gaps, curves[1], seed)
-        after = models.accuracy(shuffled, world.student_tokenizer, world.held_out)
-        figures |= {
-            "control_accuracy_after": after,
-            "control_gap_recovered": (after - before) / (teacher_accuracy - before),
-        }
+            shuffled = distil(world, dpca_with_shuffled_gaps, curves[1], seed, output / "control")
+        with stopwatch("measuring", seconds):
+            control_after = models.accuracy(shuffled, world.student_tokenizer, world.held_out)
+        figures["control_accuracy_after"] = control_after
+        figures["control_gap_recovered"] = (control_after - before) / (teacher_accuracy - before)
 
-    show.learning_curve(curves, before, teacher_accuracy, output / "learning_curve.png")
     show.samples(world.held_out[:6], answers_before, answers_after)
-    show.table(figures)
+    show.figures(figures)
+    show.learning_curve(curves, before, teacher_accuracy, output / "learning_curve.png")
     peak_gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
     report = {
         **figures,
         "seed": seed,
         "held_out_prompts": HELD_OUT,
         "distillation_steps": DISTILLATION_STEPS,
-        "prompts_per_step": PROMPTS_A_STEP,
+        "prompts_per_step": PROMPTS_PER_STEP,
         "learning_rate": LEARNING_RATE,
         "seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
         "peak_memory_gigabytes": round(peak_gigabytes, 2),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "trl_ctopd")},
-        "curves": {curve.label: {"accuracy": curve.accuracy, "gap_nats_per_byte": curve.gap} for curve in curves},
+        "curves": {curve.label: {"accuracy": curve.accuracy, "gap": curve.nats_per_byte} for curve in curves},
     }
     (output / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{sum(seconds.values()):.0f} seconds, {peak_gigabytes:.1f} GB. See {output}/: metrics.json, learning_curve.png, student/")
-    return report
+    print(
+        f"{sum(seconds.values()):.0f} seconds, {peak_gigabytes:.1f} GB. In {output}: metrics.json, learning_curve.png,"
+    )
+    print("and the models, in the folders student" + (" and control." if control else "."))
 
 
 def build_world(seed: int) -> World:
@@ -124,32 +125,31 @@ def build_world(seed: int) -> World:
     rng = random.Random(seed)
     held_out = task.draw_different(HELD_OUT, rng)
     draw = partial(task.draw, rng, frozenset(held_out))
-    texts_about = [draw() for _ in range(4000)]
-    teacher_tokenizer = toy_tokenizers.build_teacher_tokenizer(texts_about)
-    student_tokenizer = toy_tokenizers.build_student_tokenizer(texts_about)
+    tokenizer_text = [draw() for _ in range(4000)]
+    teacher_tokenizer = toy_tokenizers.build_teacher_tokenizer(tokenizer_text)
+    student_tokenizer = toy_tokenizers.build_student_tokenizer(tokenizer_text)
     teacher = models.new_teacher(teacher_tokenizer)
     models.pretrain(teacher, teacher_tokenizer, draw, task.answer, TEACHER_STEPS, "training the teacher")
     student = models.new_student(student_tokenizer)
     childish_answer = partial(task.answer, childishness=CHILDISHNESS, rng=rng)
     models.pretrain(student, student_tokenizer, draw, childish_answer, STUDENT_STEPS, "training the weak student")
-    questions = [{"prompt": task.as_messages(draw())} for _ in range(DISTILLATION_STEPS * PROMPTS_A_STEP)]
+    questions = [{"prompt": task.as_messages(draw())} for _ in range(DISTILLATION_STEPS * PROMPTS_PER_STEP)]
     return World(teacher, teacher_tokenizer, student, student_tokenizer, held_out, Dataset.from_list(questions))
 
 
-def distil(world: World, loss: str | Callable, curve: Curve, seed: int, save_to: Path | None = None) -> PreTrainedModel:
-    """A copy of the weak student, after `DISTILLATION_STEPS` with `loss`."""
-    watch = Watch(curve, world)
+def distil(world: World, loss: str | Callable, curve: Curve, seed: int, folder: Path) -> PreTrainedModel:
+    """A copy of the weak student after `DISTILLATION_STEPS` with `loss`, saved in `folder` too."""
     trainer = CrossTokenizerGKDTrainer(
         model=copy.deepcopy(world.student),
         teacher_model=world.teacher,
         args=CrossTokenizerGKDConfig(
-            output_dir=str(save_to or "unsaved"),
+            output_dir=str(folder),
             distillation_loss=loss,
-            per_device_train_batch_size=PROMPTS_A_STEP,
+            per_device_train_batch_size=PROMPTS_PER_STEP,
             max_steps=DISTILLATION_STEPS,
             learning_rate=LEARNING_RATE,
             max_new_tokens=models.MAX_NEW_TOKENS,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             bf16=False,
             use_cpu=True,
             logging_steps=1,
@@ -160,22 +160,21 @@ def distil(world: World, loss: str | Callable, curve: Curve, seed: int, save_to:
         train_dataset=world.questions,
         processing_class=world.student_tokenizer,
         teacher_processing_class=world.teacher_tokenizer,
-        callbacks=[watch],
+        callbacks=[Watch(curve, world)],
     )
-    trainer.remove_callback(ProgressCallback)  # `watch` has a bar of its own, with the two figures that matter
+    trainer.remove_callback(ProgressCallback)  # `Watch` has a bar of its own, with the two figures that matter
     trainer.train()
-    if save_to:
-        trainer.save_model()
+    trainer.save_model()
     return trainer.model.eval()
 
 
 def dpca_with_shuffled_gaps(batch: ScoredChunks, num_items: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
-    """DPCA, told that the gap of each chunk is that of another one, drawn from the whole batch."""
+    """DPCA, told of each chunk the gap of another one, drawn from the whole batch."""
     log_probs = batch.student_log_probs.detach()
     gap, _ = gaps(log_probs, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
-    is_chunk = batch.student_sum(torch.ones_like(log_probs)) > 0  # (B, C), False where a row has fewer than C
+    is_chunk = batch.student_sum(torch.ones_like(log_probs)) > 0  # (B, C), False past a row's last chunk
     gap[is_chunk] = gap[is_chunk][torch.randperm(int(is_chunk.sum()))]
-    # a teacher that reads each chunk as one token, which costs the student's budget and the shuffled gap
+    # as from a teacher that reads every chunk as one token, with a budget that leaves just this gap
     chunk_numbers = torch.arange(batch.num_chunks).expand_as(gap)
     shuffled = replace(
         batch,
@@ -183,6 +182,19 @@ def dpca_with_shuffled_gaps(batch: ScoredChunks, num_items: torch.Tensor) -> tup
         teacher_chunks=chunk_numbers.masked_fill(~is_chunk, -1),
     )
     return DPCA()(shuffled, num_items)
+
+
+def show_judgement(world: World, answers: list[str]) -> None:
+    """Shows chunk by chunk what the teacher makes of the student's first wrong answer."""
+    answered = zip(world.held_out, answers, strict=True)
+    amount = next(amount for amount, answer in answered if not task.is_right(amount, answer))
+    prompt = models.prompt_ids(world.student_tokenizer, amount)
+    written = world.student.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=models.MAX_NEW_TOKENS)
+    alignment = align_text(written[0, len(prompt) : -1].tolist(), world.student_tokenizer, world.teacher_tokenizer)
+    student = models.log_probs(world.student, prompt, alignment.student_ids)
+    teacher_prompt = models.prompt_ids(world.teacher_tokenizer, amount)
+    teacher = models.log_probs(world.teacher, teacher_prompt, alignment.teacher_ids)
+    show.judgement(alignment, world.student_tokenizer, world.teacher_tokenizer, student.tolist(), teacher.tolist())
 
 
 class Watch(TrainerCallback):
@@ -193,28 +205,26 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.bar = tqdm(total=state.max_steps, desc=self.curve.label)
-        self._measure(model, 0)
+        self.measure(model, 0)
 
     def on_step_end(self, args, state, control, model, **kwargs):
         self.bar.update()
         if state.global_step % self.every == 0:
-            self._measure(model, state.global_step)
+            self.measure(model, state.global_step)
 
     def on_log(self, args, state, control, logs, **kwargs):
-        if "gap/nats_per_byte" in logs:
-            self.curve.gap[state.global_step] = logs["gap/nats_per_byte"]
-            self.bar.set_postfix(accuracy=f"{self.accuracy:.2f}", nats_per_byte=f"{logs['gap/nats_per_byte']:.3f}")
+        if "gap/nats_per_byte" in logs:  # the trainer's last log is a summary without it
+            gap = self.curve.nats_per_byte[state.global_step] = logs["gap/nats_per_byte"]
+            self.bar.set_postfix(right=f"{self.right:.0%}", gap=f"{gap:.3f} nats/byte")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
-    def _measure(self, model: PreTrainedModel, step: int):
-        was_training = model.training
+    def measure(self, model: PreTrainedModel, step: int) -> None:
         model.eval()
-        amounts = self.world.held_out[:CURVE_POINTS]
-        self.accuracy = models.accuracy(model, self.world.student_tokenizer, amounts)
-        self.curve.accuracy[step] = self.accuracy
-        model.train(was_training)
+        self.right = models.accuracy(model, self.world.student_tokenizer, self.world.held_out[:CURVE_POINT])
+        self.curve.accuracy[step] = self.right
+        model.train()
 
 
 @contextmanager
@@ -231,8 +241,9 @@ if __name__ == "__main__":
         "--control",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also run the control, whose chunks' gaps are shuffled across the batch",
+        help="also run the control, with the chunks' gaps shuffled across the batch",
     )
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     main(arguments.seed, arguments.control, arguments.output)
