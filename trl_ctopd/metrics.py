@@ -73,8 +73,9 @@ class Meter:
 
     def add(self, metrics: Metrics | dict[str, tuple[float, float]]):
         for name, pair in metrics.items():
-            pair = torch.stack([torch.as_tensor(part, dtype=torch.float32) for part in pair])
-            self._sums[name] = self._sums[name].to(pair.device) + pair
+            total, weight = (torch.as_tensor(part).detach().float() for part in pair)
+            added = torch.stack([total, weight.to(total.device)])
+            self._sums[name] = self._sums[name].to(total.device) + added
 
     def read(self, accelerator) -> dict[str, float]:
         """All figures over all processes, in the order of their names; the meter starts anew. Every process must call
