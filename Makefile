@@ -15,8 +15,8 @@ test: $(VENV)/.installed-test
 
 RUFF_FLAGS = --isolated --line-length 120
 lint: $(VENV)/.installed-test
-	$(VENV)/bin/ruff check $(RUFF_FLAGS) --select E,F,W,I,B,UP,SIM --ignore E501 --config 'lint.isort.lines-after-imports = 2' .
-	$(VENV)/bin/ruff format $(RUFF_FLAGS) --check .
+	$(VENV)/bin/ruff check $(RUFF_FLAGS) --select E,F,W,I,B,UP,SIM --ignore E402,E501 --config 'lint.isort.lines-after-imports = 2' .
+	$(VENV)/bin/ruff format $(RUFF_FLAGS) --exclude '*.md' --check .
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"trl_ctopd needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 $(MAKECMDGOALS)")'

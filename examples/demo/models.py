@@ -5,8 +5,8 @@ Decisions:
   conversation through their own chat template.
 - Only the answer and the end of the turn are learned, not the prompt.
 - Every batch is fresh; AdamW, short warm-up, linear decay to zero. No validation and no early stop.
-- Input and output embeddings are apart. Tied ones learn this task to the same accuracy, but not well enough to be sampled
-  from: half of what such a student writes at temperature 1 is slips of the pen.
+- Input and output embeddings are apart. With tied ones a student that is as good when greedy makes three times the slips
+  when sampled, 3.5 % against 1 %, and each of them costs the distillation a gradient that teaches nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from tqdm.auto import trange
 from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import task
+
 
 MAX_NEW_TOKENS = 64
 
@@ -63,7 +64,7 @@ def pretrain(
     with trange(steps, desc=label) as bar:
         for _ in bar:
             amounts = [draw() for _ in range(batch_size)]
-            loss = model(**_batch(tokenizer, amounts, [write_answer(amount) for amount in amounts])).loss
+            loss = model(**as_batch(tokenizer, amounts, [write_answer(amount) for amount in amounts])).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -73,7 +74,7 @@ def pretrain(
     model.eval()
 
 
-def _batch(
+def as_batch(
     tokenizer: PreTrainedTokenizerBase, amounts: Sequence[int], answers: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask`, `labels` (B, S), right-padded; labels are -100 on prompts and padding."""

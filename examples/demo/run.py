@@ -6,8 +6,8 @@
 - The control is the same run but for one thing: each chunk gets the gap of another chunk of the batch, so that nothing in
   it can be owed to the teacher's judgement of this very text.
 - Accuracies are greedy, on amounts that no training has seen.
-- One thread on the CPU, also where there is more: models this small wait for Python, and one thread takes the same time
-  whatever else the machine does.
+- One thread on the CPU, also where there is more: models this small mostly wait for Python, and where another program has
+  the second core, two threads took four times as long as one.
 """
 
 import argparse
@@ -18,11 +18,13 @@ import random
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `demo` is a package when this file is the script
 
@@ -35,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer, align_text
 from trl_ctopd.credit import gaps
 from trl_ctopd.losses import DPCA, Metrics, ScoredChunks
+
 
 HELD_OUT = 600
 CURVE_POINT = 200  # held-out amounts behind each point of the learning curve
@@ -246,4 +249,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings(
+        "ignore", message=".*gradient_checkpointing", category=FutureWarning
+    )  # TRL's old name for it
     main(arguments.seed, arguments.control, arguments.output)

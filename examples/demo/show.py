@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
+
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_ctopd import TextAlignment
 
 from . import task
+
 
 COLOURS = ["#0b7a75", "#d1495b"]
 QUIET = "#6b7280"

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from . import task
 
+
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
