@@ -59,9 +59,14 @@ def load_splits(args: DistillArguments):
         splits = load_dataset(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
     if args.prompt_column is None:
         return splits
+    columns = splits[args.dataset_train_split].column_names
+    if args.prompt_column not in columns:
+        raise ValueError(
+            f"--prompt_column {args.prompt_column!r} is none of the dataset's columns: {', '.join(columns)}."
+        )
     return splits.map(
         lambda row: {"prompt": [{"role": "user", "content": row[args.prompt_column]}]},
-        remove_columns=splits[args.dataset_train_split].column_names,
+        remove_columns=columns,
     )
 
 
@@ -74,11 +79,17 @@ def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, 
     }
     training_args.model_init_kwargs = {**init_kwargs, **(training_args.model_init_kwargs or {})}
     splits = load_splits(script_args)
+    evaluated = training_args.eval_strategy != "no"
+    if evaluated and script_args.dataset_test_split not in splits:
+        raise ValueError(
+            f"The dataset has no split {script_args.dataset_test_split!r} to evaluate on, only {', '.join(splits)}: pass "
+            "--eval_strategy no, or name one with --dataset_test_split."
+        )
     trainer = CrossTokenizerGKDTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=splits[script_args.dataset_train_split],
-        eval_dataset=None if training_args.eval_strategy == "no" else splits.get(script_args.dataset_test_split),
+        eval_dataset=splits[script_args.dataset_test_split] if evaluated else None,
         peft_config=get_peft_config(model_args),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -1,7 +1,7 @@
 """Bad input is refused before any training time is spent, with both values and the way out in the message."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
@@ -44,6 +44,17 @@ def build(tmp_path):
         ({"max_new_tokens": 8, "max_length": 8}, "max_new_tokens=8.*8 tokens"),
         ({"max_new_tokens": 240}, "Row 0.*prompt has .* student tokens.*room for 16"),
         ({"packing": True}, "packing"),
+        ({"assistant_only_loss": True}, "assistant_only_loss"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length"),
+        ({"max_new_tokens": None}, "max_new_tokens must be at least 1, got None"),
+        ({"seq_kd": True}, "lmbda below 1"),
+        ({"generation_kwargs": {"num_return_sequences": 2}}, "cannot set num_return_sequences"),
+        ({"generation_kwargs": {"repetion_penalty": 1.2}}, "'repetion_penalty'.*does not know"),
+        (
+            {"chat_template_kwargs": "enable_thinking=False"},
+            "chat_template_kwargs must be a dict.*enable_thinking=False",
+        ),
+        ({"pad_token": "<padd>"}, "no token '<padd>'"),
         ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "teacher_model_init_kwargs.*loaded already"),
     ],
 )
@@ -68,7 +79,10 @@ def test_another_trainers_config_is_refused(build, tmp_path):
         build(args=GKDConfig(str(tmp_path), bf16=False, use_cpu=True))
 
 
-@pytest.mark.parametrize(("dataset", "state"), [(None, "missing"), (Dataset.from_list([]), "empty")])
+@pytest.mark.parametrize(
+    ("dataset", "state"),
+    [(None, "missing"), (Dataset.from_list([]), "empty"), (IterableDataset.from_generator(lambda: iter(())), "empty")],
+)
 def test_no_prompts_is_an_error(build, dataset, state):
     with pytest.raises(ValueError, match=f"train_dataset` is {state}"):
         build(train_dataset=dataset)

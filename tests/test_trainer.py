@@ -198,6 +198,24 @@ def test_seq_kd_lets_the_teacher_write_in_student_tokens(build):
     assert batch["input_ids"].max() < len(trainer.processing_class)
 
 
+def test_what_the_teacher_writes_fits_both_contexts(build):
+    long_ago = teacher_model(max_position_embeddings=44)
+    trainer = build(lmbda=0.0, seq_kd=True, teacher=long_ago, max_new_tokens=30, dataset=prompts(2))
+    rows = trainer.data_collator(list(trainer.train_dataset))["prompts"]
+    completions = trainer._references(rows)
+    assert max(len(row.teacher_ids) for row in rows) + 30 > 44, "the teacher could not write 30 tokens"
+    assert all(len(ids) <= 30 for ids in completions)
+    with pytest.raises(ValueError, match="no room to write in its context of 44"):
+        trainer._references([mock.Mock(teacher_ids=[0] * 44)])
+
+
+def test_a_loss_that_returns_something_else_is_told_what_to_return(build):
+    with pytest.raises(TypeError, match=r"returns \(value, metrics\).*Tensor"):
+        build(distillation_loss=lambda batch, num_items: batch.student_log_probs.sum()).train()
+    with pytest.raises(TypeError, match=r"'own' must be a pair \(sum, weight\), got 1.0"):
+        build(distillation_loss=lambda batch, num_items: (batch.student_log_probs.sum(), {"own": 1.0})).train()
+
+
 def test_mixed_draws_depend_on_seed_and_step_alone(build):
     trainer = build(lmbda=0.5)
     assert trainer._lmbda_draws(4) == trainer._lmbda_draws(4)

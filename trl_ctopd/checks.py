@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import CrossTokenizerGKDConfig
@@ -24,8 +24,17 @@ def check_arguments(model, teacher_model, args, train_dataset):
         )
     if train_dataset is None or (isinstance(train_dataset, Dataset) and not len(train_dataset)):
         raise ValueError(f"`train_dataset` is {'missing' if train_dataset is None else 'empty'}: it gives the prompts.")
-    if args.packing or args.padding_free:
-        raise ValueError("`packing` and `padding_free` do not apply: the student writes its own sequences.")
+    if isinstance(train_dataset, IterableDataset) and next(iter(train_dataset), None) is None:
+        raise ValueError("`train_dataset` is empty: it gives the prompts.")
+    for name in ("packing", "padding_free", "assistant_only_loss", "label_smoothing_factor"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}` does not apply: the student writes its own sequences, and the teacher scores them."
+            )
+    if args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "`train_sampling_strategy='group_by_length'` does not apply: lengths are known once the student has written."
+        )
 
 
 def load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrainedTokenizerBase:
@@ -61,9 +70,9 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None):
     """
     pad_token = pad_token or tokenizer.pad_token or tokenizer.eos_token
     if pad_token is None or pad_token not in tokenizer.get_vocab():
+        missing = "no pad token and no eos_token to pad with" if pad_token is None else f"no token {pad_token!r}"
         raise ValueError(
-            f"{type(tokenizer).__name__} has no pad token (asked for: {pad_token!r}) and no eos_token to pad with: set "
-            "`pad_token` in the config to a token of its vocabulary."
+            f"{type(tokenizer).__name__} has {missing}: set `pad_token` in the config to a token of its vocabulary."
         )
     tokenizer.pad_token = pad_token
 

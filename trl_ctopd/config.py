@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import GenerationConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .credit import CREDITS
@@ -16,6 +17,10 @@ with warnings.catch_warnings():  # TRL's version is pinned, and a test watches w
 
 
 EOS_POLICIES = ("bridge", "mask")
+_OWNED_BY_TRAINER = {
+    "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p", "do_sample", "num_beams", "use_cache",
+    "eos_token_id", "pad_token_id", "num_return_sequences", "return_dict_in_generate",
+}  # fmt: skip
 
 
 @dataclass
@@ -62,8 +67,30 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=None,
         metadata={
             "help": "Longest prompt plus completion in student tokens. None: the student's context. A prompt that leaves "
-            "no room for `max_new_tokens` is an error; nothing is truncated."
+            "no room for `max_new_tokens` is an error; prompts are never truncated."
         },
+    )
+
+    # Inherited, said more exactly
+    seq_kd: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the teacher write the completions of the micro-batches that the student does not (`lmbda` < 1), "
+            "instead of taking the dataset's."
+        },
+    )
+    max_new_tokens: int = field(
+        default=128,
+        metadata={
+            "help": "Longest completion in tokens. One that does not end within it is cut off, has no turn end to learn "
+            "from, and counts in completions/truncated_fraction; references are cut there too."
+        },
+    )
+    beta: float = field(
+        default=0.5, metadata={"help": "Of GKD's own loss, which this trainer does not use: no effect."}
+    )
+    loss_type: str = field(
+        default="nll", metadata={"help": "Of SFT, not used here: no effect. The method is `distillation_loss`."}
     )
 
     # The method
@@ -131,7 +158,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Further `GenerationConfig` fields, e.g. repetition_penalty; they win over the fields above."
+            "help": "Further `GenerationConfig` fields, e.g. repetition_penalty or stop_strings. See `top_p` for the price."
         },
     )
 
@@ -173,8 +200,19 @@ class CrossTokenizerGKDConfig(GKDConfig):
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
         for name in ("max_new_tokens", "num_generations", "teacher_batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None and name == "teacher_batch_size":
+                continue
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and name in CrossTokenizerGKDConfig.__annotations__:
+                raise ValueError(f"{name} must be a dict, or the JSON text of one, got {value!r}.")
+        self._check_generation_kwargs()
+        if self.seq_kd and self.lmbda == 1.0:
+            raise ValueError(
+                "seq_kd=True lets the teacher write what the student does not, and lmbda=1.0 leaves it nothing: set lmbda below 1."
+            )
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature must be positive, got {self.temperature}: on-policy distillation samples; for greedy "
@@ -189,6 +227,17 @@ class CrossTokenizerGKDConfig(GKDConfig):
             raise ValueError(
                 f"off_policy_loss {self.off_policy_loss!r} cannot learn from text the student did not write: choose one "
                 f"of {', '.join(allowed)}."
+            )
+
+    def _check_generation_kwargs(self):
+        asked = set(self.generation_kwargs or {})
+        if owned := sorted(asked & _OWNED_BY_TRAINER):
+            raise ValueError(
+                f"generation_kwargs cannot set {', '.join(owned)}: these have fields of their own, or follow from the models."
+            )
+        if unknown := sorted(asked - set(GenerationConfig().to_dict())):
+            raise ValueError(
+                f"generation_kwargs has {', '.join(map(repr, unknown))}, which `GenerationConfig` does not know."
             )
 
     def to_dict(self):

@@ -16,6 +16,7 @@ def render_row(
     teacher: Speaker,
     longest_prompt: int | None,
     needs_reference: bool,
+    dataset_name: str = "train",
 ) -> dict[str, list[int]]:
     """
     The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`.
@@ -35,10 +36,10 @@ def render_row(
             )
         reference_ids = student.reference_ids(conversation) if needs_reference else []
     except ValueError as error:
-        raise ValueError(f"Row {index} of the dataset: {error}.") from error
+        raise ValueError(f"Row {index} of the {dataset_name} dataset: {error}.") from error
     if longest_prompt is not None and len(prompt_ids) > longest_prompt:
         raise ValueError(
-            f"Row {index} of the dataset: its prompt has {len(prompt_ids)} student tokens, and context and max_new_tokens "
+            f"Row {index} of the {dataset_name} dataset: its prompt has {len(prompt_ids)} student tokens, and context and max_new_tokens "
             f"leave room for {longest_prompt}. Filter such rows out, lower max_new_tokens or raise max_length."
         )
     return {"prompt_ids": prompt_ids, "teacher_prompt_ids": teacher_prompt_ids, "reference_ids": reference_ids}

@@ -16,7 +16,7 @@ from .config import CrossTokenizerGKDConfig
 
 
 def sampling_config(args: CrossTokenizerGKDConfig, stop_ids: list[int], pad_token_id: int) -> GenerationConfig:
-    """How a model writes under `args`; `generation_kwargs` win over the single fields."""
+    """How a model writes under `args`."""
     settings = {
         "do_sample": True,
         "max_new_tokens": args.max_new_tokens,
@@ -63,6 +63,7 @@ def write(
             input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
         )
     stop_ids = set(config.eos_token_id)
+    assert len(sequences) == len(prompts), "one completion a prompt"
     completions = []
     for ids in sequences[:, width:].tolist():
         end = next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))

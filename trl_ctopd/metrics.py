@@ -73,6 +73,8 @@ class Meter:
 
     def add(self, metrics: Metrics | dict[str, tuple[float, float]]):
         for name, pair in metrics.items():
+            if not (isinstance(pair, tuple) and len(pair) == 2):
+                raise TypeError(f"Metric {name!r} must be a pair (sum, weight), got {pair!r}.")
             total, weight = (torch.as_tensor(part).detach().float() for part in pair)
             added = torch.stack([total, weight.to(total.device)])
             self._sums[name] = self._sums[name].to(total.device) + added

@@ -168,6 +168,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         rows = args.per_device_train_batch_size * args.num_generations
         self.teacher = LocalTeacher(model, self.accelerator, args.temperature, args.teacher_batch_size or rows)
         self.teacher_model = self.teacher.model
+        self.teacher_context = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None)
         self.teacher_stop_ids = self.teacher_side.stop_ids(self.teacher.generation_config)
         turn_end = self.teacher_side.turn_end
         # a teacher of the same tokenizer reads the student's own stop token, if it is one of its own
@@ -218,6 +219,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                     "teacher": self.teacher_side,
                     "longest_prompt": None if self._context is None else self._context - args.max_new_tokens,
                     "needs_reference": args.lmbda < 1 and not args.seq_kd and dataset_name == "train",
+                    "dataset_name": dataset_name,
                 },
                 remove_columns=dataset.column_names or list(next(iter(dataset))),
                 **options,
@@ -252,7 +254,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 self.aligner,
                 turn_ends=self.turn_ends,
                 eos_policy=self.args.eos_policy,
-                teacher_context=getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None),
+                teacher_context=self.teacher_context,
             )
         with self._phase(mode, "teacher"):
             scores = self.teacher.log_probs(
@@ -289,12 +291,21 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def _references(self, prompts: list[Prompt]) -> list[list[int]]:
         """Completions the student did not write, in student ids: the dataset's, or the teacher's with `seq_kd`."""
-        if not self.args.seq_kd:
-            return [prompt.reference_ids[: self.args.max_new_tokens] for prompt in prompts]
+        limit = self.args.max_new_tokens
+        if not self.args.seq_kd or not prompts:
+            return [prompt.reference_ids[:limit] for prompt in prompts]
         stop_ids, pad_token_id = self.teacher_stop_ids, self.teacher_processing_class.pad_token_id
         config = sampling_config(self.args, stop_ids, stop_ids[0] if pad_token_id is None else pad_token_id)
+        longest = max(len(prompt.teacher_ids) for prompt in prompts)
+        if self.teacher_context is not None:
+            if longest >= self.teacher_context:
+                raise ValueError(
+                    f"seq_kd: a prompt of {longest} teacher tokens leaves the teacher no room to write in its context of "
+                    f"{self.teacher_context}. Filter such rows out."
+                )
+            config.max_new_tokens = min(limit, self.teacher_context - longest)
         written = write(self.teacher.model, [prompt.teacher_ids for prompt in prompts], config, self.accelerator)
-        return [self._respell(ids) for ids in written]
+        return [self._respell(ids)[:limit] for ids in written]
 
     def _respell(self, teacher_ids: list[int]) -> list[int]:
         """What the student would write for the teacher's completion."""
@@ -347,7 +358,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         )
         num_items = (batch.student_chunks >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         loss_function = self.distillation_loss if inputs["on_policy"] else self.off_policy_loss
-        loss, metrics = loss_function(batch, torch.as_tensor(num_items).clamp(min=1))
+        result = loss_function(batch, torch.as_tensor(num_items).clamp(min=1))
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+            raise TypeError(
+                "A loss returns (value, metrics), with metrics a dict of name: (sum, weight); this one returned a "
+                f"{type(result).__name__}."
+            )
+        loss, metrics = result
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # N counts every process, and DDP averages over them
 
@@ -382,7 +399,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         figures = self._meters[mode].read(self.accelerator)
         if figures.get("alignment/masked_fraction", 0) > _MUCH_MASKED:
             logger.warning(
-                f"{figures['alignment/masked_fraction']:.0%} of the student's tokens take no part (see masked_bytes/*). "
+                f"{figures['alignment/masked_fraction']:.0%} of the student's tokens take no part (why: masked_bytes/* "
+                "and alignment/teacher_context_exceeded_fraction). "
                 "Masked text costs the student nothing, and the gap says nothing of it: look at the completions "
                 "(log_completions=True), and lower the learning rate if the share grows."
             )
