@@ -1,4 +1,4 @@
-"""What a newcomer runs first, at full size and as it stands: the demo, and the loop without a trainer. Minutes, not seconds."""
+"""What a newcomer runs first, at full size: the demo, and the loop without a trainer. Minutes, not seconds."""
 
 import json
 import os
