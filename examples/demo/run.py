@@ -43,7 +43,7 @@ HELD_OUT = 600
 CURVE_POINT = 200  # held-out amounts behind each point of the learning curve
 TEACHER_STEPS, STUDENT_STEPS = 750, 850
 DISTILLATION_STEPS, PROMPTS_PER_STEP, LEARNING_RATE = 80, 64, 1e-4
-CHILDISHNESS = 0.7  # share of the irregular words that the student's teachers got wrong
+CHILDISHNESS = 0.8  # share of the irregular words that the student's own teachers got wrong
 
 
 @dataclass
