@@ -158,7 +158,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Further `GenerationConfig` fields, e.g. repetition_penalty or stop_strings. See `top_p` for the price."
+            "help": "Further `GenerationConfig` fields, e.g. repetition_penalty or bad_words_ids. See `top_p` for the price."
         },
     )
 
