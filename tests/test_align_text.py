@@ -13,6 +13,8 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers_for_tests import (
     ANY_TEXT,
     LOSSLESS,
+    REAL,
+    REAL_LOSSLESS,
     byte_level,
     gemma_like,
     legacy_llama,
@@ -28,19 +30,6 @@ from trl_ctopd import TextAligner, align_text, token_bytes
 from trl_ctopd.align import MaskedStretch
 from trl_ctopd.token_bytes import token_table
 
-
-# On text in NFC: Qwen's tokenizer normalizes.
-REAL_LOSSLESS = [
-    "deepseek-v3",
-    "gpt2",
-    "llama-2",
-    "llama-3.2",
-    "mistral-v3",
-    "phi-3-mini",
-    "qwen2.5",
-    "smollm2-instruct",
-]
-REAL = [*REAL_LOSSLESS, "bert-base-uncased", "t5-small"]
 
 PAIRS = list(itertools.product(LOSSLESS, LOSSLESS))
 

@@ -233,7 +233,9 @@ def test_a_setting_of_the_loss_is_not_taken_for_one_of_sampling_by_the_same_name
 
 
 def test_a_setting_with_a_bar_or_a_gap_in_it_stays_one_row_of_the_table(make):
-    text = make(config={"generation_kwargs": {"stop_strings": "a|b", "min_length": None, "watermarking_config": "x  y"}}).content
+    text = make(
+        config={"generation_kwargs": {"stop_strings": "a|b", "min_length": None, "watermarking_config": "x  y"}}
+    ).content
     assert "| `generation_kwargs` | stop_strings='a\\|b', watermarking_config='x y' |\n" in text
 
 

@@ -15,6 +15,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers_for_tests import (
     ANY_TEXT,
     LOSSLESS,
+    REAL,
+    REAL_LOSSLESS,
     byte_level,
     gemma_like,
     metaspace_bpe,
@@ -30,17 +32,6 @@ from trl_ctopd import UnsupportedTokenizerError, token_bytes
 from trl_ctopd.token_bytes import token_table
 
 
-REAL_LOSSLESS = [
-    "deepseek-v3",
-    "gpt2",
-    "llama-2",
-    "llama-3.2",
-    "mistral-v3",
-    "phi-3-mini",
-    "qwen2.5",
-    "smollm2-instruct",
-]
-REAL = [*REAL_LOSSLESS, "bert-base-uncased", "t5-small"]
 PREFIX_SPACE = {"llama-2", "mistral-v3", "phi-3-mini"}
 
 

@@ -179,3 +179,17 @@ LOSSLESS = {
     "unigram": unigram,
     "slow SentencePiece": slow_sentencepiece,
 }
+
+
+# Folders of the assets; lossless on text in NFC, since Qwen's tokenizer normalizes.
+REAL_LOSSLESS = [
+    "deepseek-v3",
+    "gpt2",
+    "llama-2",
+    "llama-3.2",
+    "mistral-v3",
+    "phi-3-mini",
+    "qwen2.5",
+    "smollm2-instruct",
+]
+REAL = [*REAL_LOSSLESS, "bert-base-uncased", "t5-small"]
