@@ -360,8 +360,8 @@ def wider(batch, student=3, teacher=4, chunks=2):
 
 
 def cut(batch, rows):
-    tensors = {f.name: getattr(batch, f.name)[rows] for f in fields(batch) if f.name != "num_chunks"}
-    return ScoredChunks(**tensors, num_chunks=batch.num_chunks)
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: value[rows] for name, value in values.items() if isinstance(value, torch.Tensor)})
 
 
 @pytest.mark.parametrize("loss", ALL)
@@ -560,8 +560,8 @@ def test_every_loss_is_built_by_name_with_its_knobs():
     assert build_loss("dpca", credit="last", advantage_clip=None) == DPCA("last", None)
     assert build_loss("alm", temperature=3.0) == ALM(3.0)
     assert build_loss("sft") == SFT()
-    assert [build_loss(name).policy for name in ("dpca", "alm", "sft")] == ["on", "both", "off"]
-    assert [build_loss(name).signal for name in ("dpca", "alm", "sft")] == ["logprobs", "logprobs", "none"]
+    assert [build_loss(name).policy for name in ("dpca", "alm", "sft", "gold")] == ["on", "both", "off", "both"]
+    assert [build_loss(name).signal for name in ("dpca", "alm", "sft", "gold")] == ["logprobs", "logprobs", "none", "logits"]
 
 
 @pytest.mark.parametrize(

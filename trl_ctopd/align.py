@@ -132,7 +132,7 @@ class TextAligner:
 
     def _teacher_readings(self, texts: Sequence[str]) -> list["_Reading"]:
         readings = []
-        for text, tokens in zip(texts, _encode(self._teacher_tokenizer, texts), strict=True):
+        for text, tokens in zip(texts, encode_as_text(self._teacher_tokenizer, texts), strict=True):
             pieces = [_teacher_reading(*piece, self._teacher) for piece in self._without_controls(text, tokens)]
             readings.append(pieces[0] if len(pieces) == 1 else _joined(pieces))
         return readings
@@ -147,7 +147,7 @@ class TextAligner:
             offsets = tokens.offsets and list(compress(tokens.offsets, keep))
             return [(text, _Tokens(list(compress(tokens.ids, keep)), offsets))]
         parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
-        encoded = zip(parts, _encode(self._teacher_tokenizer, parts), strict=True)
+        encoded = zip(parts, encode_as_text(self._teacher_tokenizer, parts), strict=True)
         return [piece for part, part_tokens in encoded for piece in self._without_controls(part, part_tokens)]
 
     def _cuts(self, text: str, tokens: Any, control_id: int) -> set[int]:
@@ -287,7 +287,7 @@ def _in_text(offsets: np.ndarray, invalid: list[tuple[int, int]]) -> np.ndarray:
 # --- the teacher's side
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
+def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
     """Each text's `ids` and `offsets`, special tokens spelled out as plain text."""
     if not texts:
         return []

@@ -1,12 +1,14 @@
 """The trainer's arguments, and what can be known to be wrong with them before any training time is spent."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 from datasets import Dataset, IterableDataset
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import CrossTokenizerGKDConfig
-from .losses import build_loss
+from .losses import LOSSES, build_loss
 
 
 def check_arguments(model, teacher_model, args, train_dataset):
@@ -53,8 +55,9 @@ def load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrain
 def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
     """The loss that `args` name. Raises `ValueError` where it cannot learn from the text that `args.lmbda` gives it."""
     kwargs = dict(args.distillation_loss_kwargs or {})
-    if args.distillation_loss == "dpca":
-        kwargs = {"credit": args.credit, "advantage_clip": args.advantage_clip, **kwargs}
+    if not callable(args.distillation_loss):
+        knobs = {field.name for field in fields(LOSSES[args.distillation_loss])}
+        kwargs = {name: getattr(args, name) for name in ("credit", "advantage_clip") if name in knobs} | kwargs
     loss = build_loss(args.distillation_loss, **kwargs)
     if getattr(loss, "policy", "both") == "off" and args.lmbda > 0:
         raise ValueError(
@@ -62,6 +65,31 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
             "student write: set lmbda=0.0."
         )
     return loss
+
+
+def signal_of(loss: Callable) -> str:
+    """What `loss` needs of the teacher: "none", "logprobs" (a loss that does not say) or "logits"."""
+    return getattr(loss, "signal", "logprobs")
+
+
+def check_signal(loss: Callable, signals: Sequence[str]):
+    """Raises `ValueError` where `loss` asks for more than a teacher that gives `signals` can."""
+    wanted = signal_of(loss)
+    if wanted != "none" and wanted not in signals:
+        able = [name for name, known in LOSSES.items() if known.signal in ("none", *signals)]
+        raise ValueError(
+            f"{type(loss).__name__} needs the teacher's {wanted}, and this teacher gives {', '.join(signals)} only. Choose "
+            f"one of {', '.join(able)}, or a teacher in this process."
+        )
+
+
+def check_head(student: PreTrainedModel):
+    """Raises `ValueError` for an adapter on the LM head, which the fused head that scores would leave out."""
+    if isinstance(student.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            "The adapter has layers on the LM head, which scoring reads past: leave it out of `target_modules` (or train "
+            "it whole, with `modules_to_save`)."
+        )
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None):

@@ -112,7 +112,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     advantage_clip: float | None = field(
         default=10.0,
         metadata={
-            "help": "Bound in nats on each token's advantage in dpca; lower is steadier and slower. None: no bound."
+            "help": "Bound in nats on each token's advantage in dpca and strict_sampled; lower is steadier and slower. None: no bound."
         },
     )
     distillation_loss_kwargs: dict[str, Any] | str | None = field(
@@ -122,12 +122,20 @@ class CrossTokenizerGKDConfig(GKDConfig):
     off_policy_loss: str = field(
         default="alm",
         metadata={
-            "help": "Loss for text the student did not write (`lmbda` < 1), where a policy gradient is wrong: alm (matches "
-            "chunk likelihoods) or sft (cross-entropy). A `distillation_loss` that is right on any text uses itself."
+            "help": "Loss for text the student did not write (`lmbda` < 1), where a policy gradient is wrong: "
+            f"{', '.join(name for name, loss in LOSSES.items() if loss.policy != 'on')}. A `distillation_loss` that is "
+            "right on any text uses itself."
         },
     )
     off_policy_loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further settings of `off_policy_loss`."}
+    )
+    logit_tile_tokens: int = field(
+        default=1024,
+        metadata={
+            "help": "Memory of the losses on whole distributions: as much as this many tokens' float32 logits of both "
+            "models, however long the texts. Changes no result."
+        },
     )
     eos_policy: str = field(
         default="bridge",
@@ -198,7 +206,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         for name, known in (("credit", CREDITS), ("eos_policy", EOS_POLICIES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
-        for name in ("max_new_tokens", "num_generations", "teacher_batch_size"):
+        for name in ("max_new_tokens", "num_generations", "teacher_batch_size", "logit_tile_tokens"):
             value = getattr(self, name)
             if value is None and name == "teacher_batch_size":
                 continue

@@ -116,33 +116,34 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
 
     Returns:
         `input_ids`, `attention_mask`, `labels` (B, 1 + S): `labels` holds the ids that are scored, -100 elsewhere;
-        `student_chunks`, `student_widths` (B, S); `teacher_chunks` (B, T); `prompt_lengths` (B,), the index of each
+        `student_chunks`, `student_widths` (B, S); `teacher_chunks`, `teacher_ids` (B, T); `prompt_lengths` (B,), the index of each
         row's first completion token; `num_chunks` (`int`), at least 1.
     """
     rows = [[*rollout.prompt.student_ids, *rollout.student_ids] for rollout in rollouts]
     length = max(len(row) for row in rows)
     if pad_to_multiple_of:
         length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
-    starts = [len(rollout.prompt.student_ids) for rollout in rollouts]
-    input_ids = _pad(rows, [0] * len(rows), length, pad_token_id)
+    starts, from_start = [len(rollout.prompt.student_ids) for rollout in rollouts], [0] * len(rows)
+    input_ids = _pad(rows, from_start, length, pad_token_id)
     chunks = _pad([rollout.student_chunks for rollout in rollouts], starts, length, -1)
     widths = _pad([rollout.student_widths for rollout in rollouts], starts, length, 0)
     teacher_length = max(1, *(len(rollout.teacher_ids) for rollout in rollouts))
     return {
         "input_ids": input_ids,
-        "attention_mask": _pad([[1] * len(row) for row in rows], [0] * len(rows), length, 0),
+        "attention_mask": _pad([[1] * len(row) for row in rows], from_start, length, 0),
         "labels": input_ids.masked_fill(chunks < 0, -100),
         "student_chunks": chunks[:, 1:],
         "student_widths": widths[:, 1:],
-        "teacher_chunks": _pad([rollout.teacher_chunks for rollout in rollouts], [0] * len(rows), teacher_length, -1),
+        "teacher_chunks": _pad([rollout.teacher_chunks for rollout in rollouts], from_start, teacher_length, -1),
+        "teacher_ids": _pad([rollout.teacher_ids for rollout in rollouts], from_start, teacher_length, 0),
         "prompt_lengths": torch.tensor(starts),
         "num_chunks": max(1, *(rollout.num_chunks for rollout in rollouts)),
     }
 
 
 def pad_scores(scores: Sequence[torch.Tensor], length: int) -> torch.Tensor:
-    """B teacher log-prob rows of shape (T_b,) as one (B, `length`) tensor, 0 where a row has ended."""
-    padded = torch.zeros(len(scores), length)
+    """B teacher rows of shape (T_b, ...) as one (B, `length`, ...) tensor, 0 where a row has ended."""
+    padded = scores[0].new_zeros(len(scores), length, *scores[0].shape[1:])
     for row, score in enumerate(scores):
         padded[row, : len(score)] = score
     return padded

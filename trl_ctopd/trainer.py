@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -26,20 +26,25 @@ from .align import TextAligner, align_text
 from .chat import Speaker, unshared_markup
 from .checks import (
     check_arguments,
+    check_head,
+    check_signal,
     check_vocabulary,
     context_length,
     distillation_loss,
     ensure_pad_token,
     load_tokenizer,
+    signal_of,
 )
 from .config import CrossTokenizerGKDConfig, GKDTrainer
 from .credit import gaps
 from .generation import sampling_config, write
-from .losses import ScoredChunks, build_loss
+from .heads import base_model, hidden_states, lm_head
+from .losses import Distributions, ScoredChunks, build_loss
 from .metrics import Meter, chunk_metrics, rollout_metrics
 from .one_tokenizer import OneTokenizer, is_one_tokenizer
 from .rollouts import Prompt, collate, pad_scores, pair
 from .teachers.local import LocalTeacher, load_teacher
+from .vocabulary import CACHE_DIR, VocabularyPair
 
 
 logger = get_logger(__name__)
@@ -128,6 +133,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         )
         self._finish_student()
         self._finish_teacher(teacher_model)
+        self._finish_losses()
         # What GKDTrainer's own methods and callers read
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         set_seed(args.seed, device_specific=True)
@@ -138,7 +144,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         super(GKDTrainer, self).__init__(model, **kwargs)
 
     def _finish_student(self):
-        student = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        student = base_model(self.model)
+        check_head(student)
         check_vocabulary("student", student, self.processing_class)
         if self.args.disable_dropout:
             disable_dropout_in_model(self.model)
@@ -175,6 +182,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         shared = self.teacher_stop_ids if isinstance(self.aligner, OneTokenizer) else []
         self.turn_ends = {stop: [stop] if stop in shared else turn_end for stop in self.stop_ids}
 
+    def _finish_losses(self):
+        """What the losses read of the two vocabularies, built before any training time is spent."""
+        for loss in (self.distillation_loss, self.off_policy_loss):
+            check_signal(loss, self.teacher.signals)
+            for structure in getattr(loss, "structures", ()):
+                getattr(self.vocabulary, structure)
+
     # The two conversations
 
     @cached_property
@@ -195,6 +209,21 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             self.teacher_processing_class,
             masked_strings=unshared_markup(self.student_side, self.teacher_side),
             teacher_control_ids=self.teacher_side.control_ids,
+        )
+
+    @cached_property
+    def vocabulary(self) -> VocabularyPair:
+        student, teacher = base_model(self.model), self.teacher.base_model
+        turn_end_is_one_token = all(len(ids) == 1 for ids in self.turn_ends.values())
+        return VocabularyPair(
+            self._tokenizer,
+            self.teacher_processing_class,
+            student_size=student.get_output_embeddings().out_features,
+            teacher_size=teacher.get_output_embeddings().out_features,
+            student_stops=self.stop_ids,
+            teacher_stops=self.teacher_stop_ids if turn_end_is_one_token else (),
+            device=self.accelerator.device,
+            cache_dir=CACHE_DIR,
         )
 
     # Data
@@ -256,21 +285,29 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 eos_policy=self.args.eos_policy,
                 teacher_context=self.teacher_context,
             )
+        texts = [rollout.teacher_prompt_ids for rollout in rollouts], [rollout.teacher_ids for rollout in rollouts]
+        with_hidden = any(signal_of(self._loss_for(on)) == "logits" for on in on_policy)
         with self._phase(mode, "teacher"):
-            scores = self.teacher.log_probs(
-                [rollout.teacher_prompt_ids for rollout in rollouts], [rollout.teacher_ids for rollout in rollouts]
-            )
+            if with_hidden:
+                scores, hidden = zip(*self.teacher.log_probs_and_hidden(*texts), strict=True)
+            else:
+                scores = self.teacher.log_probs(*texts)
         self._meters[mode].add({**rollout_metrics(rollouts), "seconds/student": (0, 1)})
         self._meters[mode].add({"off_policy_fraction": (on_policy.count(False), len(on_policy))})
 
-        batches = []
-        scored = iter(zip(rollouts, scores, strict=True))
+        batches, end = [], 0
         for prompts, on in zip(window, on_policy, strict=True):
-            batch_rollouts, batch_scores = zip(*(next(scored) for _ in prompts), strict=True)
-            batch = collate(batch_rollouts, self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
-            batch["teacher_log_probs"] = pad_scores(batch_scores, batch["teacher_chunks"].shape[1])
+            rows, end = slice(end, end + len(prompts)), end + len(prompts)
+            batch = collate(rollouts[rows], self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
+            teacher_length = batch["teacher_chunks"].shape[1]
+            batch["teacher_log_probs"] = pad_scores(scores[rows], teacher_length)
+            if signal_of(self._loss_for(on)) == "logits":
+                batch["teacher_hidden"] = pad_scores(hidden[rows], teacher_length)
             batches.append({**batch, "on_policy": on})
         return batches
+
+    def _loss_for(self, on_policy: bool) -> Callable:
+        return self.distillation_loss if on_policy else self.off_policy_loss
 
     def _draw(self, model: nn.Module, window: list[list[Prompt]], on_policy: list[bool]) -> list[list[int]]:
         """A completion for each prompt of `window`, in its order: the student's own, or one it did not write."""
@@ -340,13 +377,17 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         """
         if return_outputs:
             raise ValueError("The logits are never built, so compute_loss has no outputs to return.")
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=inputs["labels"],
-            use_cache=False,
-            fused_lm_head=True,
-        )
+        loss_function = self._loss_for(inputs["on_policy"])
+        on_distributions = signal_of(loss_function) == "logits"
+        student = base_model(self.accelerator.unwrap_model(model))
+        with hidden_states(student) if on_distributions else nullcontext() as states:
+            outputs = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                labels=inputs["labels"],
+                use_cache=False,
+                fused_lm_head=True,
+            )
         length = inputs["student_chunks"].shape[1]  # prompt-learning adapters put virtual tokens in front
         batch = ScoredChunks(
             student_log_probs=outputs.log_probs[:, -length:],
@@ -355,9 +396,12 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             teacher_chunks=inputs["teacher_chunks"],
             student_widths=inputs["student_widths"],
             num_chunks=inputs["num_chunks"],
+            student_ids=inputs["input_ids"][:, 1:],
+            teacher_ids=inputs["teacher_ids"],
         )
+        if on_distributions:
+            self._add_distributions(batch, student, states[0][:, :-1][:, -length:], inputs["teacher_hidden"])
         num_items = (batch.student_chunks >= 0).sum() if num_items_in_batch is None else num_items_in_batch
-        loss_function = self.distillation_loss if inputs["on_policy"] else self.off_policy_loss
         result = loss_function(batch, torch.as_tensor(num_items).clamp(min=1))
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             raise TypeError(
@@ -373,6 +417,14 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         if self.args.log_completions:
             self._keep_samples(inputs, batch)
         return loss
+
+    def _add_distributions(self, batch: ScoredChunks, student: PreTrainedModel, hidden, teacher_hidden):
+        """Gives `batch` what a loss on whole distributions reads, from the hidden states of both sides."""
+        temperature = self.args.temperature
+        batch.student = Distributions(hidden, lm_head(student, hidden.dtype, temperature))
+        teacher_head = lm_head(self.teacher.base_model, teacher_hidden.dtype, temperature)
+        batch.teacher = Distributions(teacher_hidden, teacher_head)
+        batch.vocabulary, batch.tile_tokens = self.vocabulary, self.args.logit_tile_tokens
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """On-policy evaluation: the student answers the prompts and the teacher scores the answers."""

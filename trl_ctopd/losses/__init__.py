@@ -4,13 +4,39 @@ from collections.abc import Callable
 
 from .alm import ALM
 from .base import Loss, Metrics, ScoredChunks
+from .bpm import BPM
+from .cdm import CDM
+from .distributions import Distributions
 from .dpca import DPCA
+from .escd import ESCD
+from .gold import GOLD
+from .multi_level_ot import MultiLevelOT
 from .sft import SFT
+from .simct import SimCT
+from .strict_sampled import StrictSampled
+from .strict_topk import StrictTopK
+from .uld import ULD
+from .xtoken import XToken
 
 
-LOSSES: dict[str, type[Loss]] = {"dpca": DPCA, "alm": ALM, "sft": SFT}
+LOSSES: dict[str, type[Loss]] = {
+    "dpca": DPCA,
+    "strict_sampled": StrictSampled,
+    "strict_topk": StrictTopK,
+    "simct": SimCT,
+    "bpm": BPM,
+    "escd": ESCD,
+    "alm": ALM,
+    "uld": ULD,
+    "multi_level_ot": MultiLevelOT,
+    "gold": GOLD,
+    "xtoken": XToken,
+    "cdm": CDM,
+    "sft": SFT,
+}
 
-__all__ = ["ALM", "DPCA", "LOSSES", "SFT", "Loss", "Metrics", "ScoredChunks", "build_loss"]
+__all__ = [*(loss.__name__ for loss in LOSSES.values()), "LOSSES", "Distributions", "Loss", "Metrics", "ScoredChunks"]
+__all__ += ["build_loss"]
 
 
 def build_loss(loss: str | Callable, **kwargs) -> Callable:

@@ -1,14 +1,45 @@
 """What every loss is given and what it declares: the one call behind which all methods stand."""
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from functools import cached_property
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from ..credit import chunk_sum
+from ..credit import chunk_sum, spread
+from ..vocabulary import VocabularyPair
+from .distributions import Distributions
 
 
 Metrics = dict[str, tuple[torch.Tensor, torch.Tensor]]  # name -> (sum, weight); the logged figure is sum / weight
+
+
+class ChunkTable(NamedTuple):
+    """
+    The scorable chunks of a micro-batch, one after the other: those with tokens on both sides and a finite teacher.
+
+    `row`, `chunk`: which; `student_first`, `student_last`, `teacher_first`, `teacher_last`: positions of their outer
+    tokens, counted through the rows of the batch one after the other; `student_tokens`, `teacher_tokens`: how many.
+    All of shape (K,).
+    """
+
+    row: torch.Tensor
+    chunk: torch.Tensor
+    student_first: torch.Tensor
+    student_last: torch.Tensor
+    teacher_first: torch.Tensor
+    teacher_last: torch.Tensor
+    student_tokens: torch.Tensor
+    teacher_tokens: torch.Tensor
+
+    def where(self, keep: torch.Tensor) -> "ChunkTable":
+        """The chunks for which `keep` (K,) is True."""
+        return ChunkTable(*(column[keep] for column in self))
+
+    @property
+    def one_to_one(self) -> torch.Tensor:
+        """(K,) True for chunks of one token on each side."""
+        return (self.student_tokens == 1) & (self.teacher_tokens == 1)
 
 
 @dataclass
@@ -23,6 +54,12 @@ class ScoredChunks:
         teacher_chunks (`torch.LongTensor` of shape (B, T)): chunk of each teacher token in its row, -1 for no part.
         student_widths (`torch.LongTensor` of shape (B, S)): bytes of text each student token spells.
         num_chunks (`int`): C, at least 1 and more than any chunk number.
+        student_ids (`torch.LongTensor` of shape (B, S)), teacher_ids (`torch.LongTensor` of shape (B, T)): the tokens.
+
+    And where the loss asks for distributions (`signal = "logits"`):
+        student, teacher (`Distributions`): of the two models, over (B, S) and (B, T).
+        vocabulary (`VocabularyPair`): what their vocabularies have in common.
+        tile_tokens (`int`): how many tokens' worth of both models' float32 logits may be alive at once.
     """
 
     student_log_probs: torch.Tensor
@@ -31,6 +68,12 @@ class ScoredChunks:
     teacher_chunks: torch.Tensor
     student_widths: torch.Tensor
     num_chunks: int
+    student_ids: torch.Tensor | None = None
+    teacher_ids: torch.Tensor | None = None
+    student: Distributions | None = None
+    teacher: Distributions | None = None
+    vocabulary: VocabularyPair | None = None
+    tile_tokens: int = 1024
 
     def student_sum(self, values: torch.Tensor) -> torch.Tensor:
         """(B, S) in, sums over each chunk (B, C) out."""
@@ -40,18 +83,94 @@ class ScoredChunks:
         """(B, T) in, sums over each chunk (B, C) out."""
         return chunk_sum(values, self.teacher_chunks, self.num_chunks)
 
+    @cached_property
+    def scorable(self) -> torch.Tensor:
+        """(B, C) True for chunks that have tokens on both sides and whose teacher log-probs are finite."""
+        student = self.student_sum(torch.ones_like(self.student_chunks)) > 0
+        teacher = self.teacher_sum(torch.ones_like(self.teacher_chunks)) > 0
+        return student & teacher & torch.isfinite(self.teacher_sum(self.teacher_log_probs))
+
+    @cached_property
+    def chunks(self) -> ChunkTable:
+        """The scorable chunks."""
+        row, chunk = self.scorable.nonzero(as_tuple=True)
+        columns = []
+        for chunks in (self.student_chunks, self.teacher_chunks):
+            position = torch.arange(chunks.numel(), device=chunks.device).view_as(chunks)
+            inside, slot = chunks >= 0, chunks.clamp(min=0)
+            outer = position.new_zeros(chunks.shape[0], self.num_chunks)
+            for reduce, outside in (("amin", chunks.numel()), ("amax", -1)):
+                found = outer.fill_(outside).scatter_reduce(1, slot, position.masked_fill(~inside, outside), reduce)
+                columns.append(found[row, chunk])
+            columns.append(chunk_sum(inside.long(), chunks, self.num_chunks)[row, chunk])
+        student_first, student_last, student_tokens, teacher_first, teacher_last, teacher_tokens = columns
+        return ChunkTable(
+            row, chunk, student_first, student_last, teacher_first, teacher_last, student_tokens, teacher_tokens
+        )
+
+    @cached_property
+    def prefix_excess(self) -> torch.Tensor:
+        """
+        (B, C) bytes that the teacher's tokens of a chunk spell beyond those that the student's do: 1 or -1 where one
+        side has put a dummy prefix space before the text and the other has not, else 0.
+        """
+        student = self.student_sum(self.vocabulary.student_widths[self.student_ids])
+        return self.teacher_sum(self.vocabulary.teacher_widths[self.teacher_ids]) - student
+
+    @property
+    def scored_tokens(self) -> torch.Tensor:
+        """How many student tokens take part."""
+        return (self.student_chunks >= 0).sum()
+
+    @property
+    def comparable_chunks(self) -> ChunkTable:
+        """The scorable chunks before which both sides have spelled the same bytes."""
+        return self.chunks.where(self.prefix_excess[self.chunks.row, self.chunks.chunk] == 0)
+
+    @property
+    def positional_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        (P,) student and (P,) teacher positions: the n-th token of a row that is in a scorable chunk, on both sides;
+        counted through the rows of the batch one after the other.
+        """
+        positions, rows, ranks = [], [], []
+        for chunks in (self.student_chunks, self.teacher_chunks):
+            inside = spread(self.scorable, chunks)
+            positions.append(inside.flatten().nonzero()[:, 0])
+            rows.append(inside.nonzero()[:, 0])
+            ranks.append((inside.cumsum(1) - 1)[inside])
+        longest = max(chunks.shape[1] for chunks in (self.student_chunks, self.teacher_chunks))
+        names = [row * longest + rank for row, rank in zip(rows, ranks, strict=True)]
+        return tuple(positions[side][torch.isin(names[side], names[1 - side])] for side in (0, 1))
+
+    def log_probs_before_last(self, chunks: ChunkTable) -> tuple[torch.Tensor, torch.Tensor]:
+        """(K,) student's and (K,) teacher's log-prob of all of each chunk's tokens but the last."""
+        student = self.student_log_probs.flatten().index_fill(0, chunks.student_last, 0).view_as(self.student_log_probs)
+        teacher = self.teacher_log_probs.flatten().index_fill(0, chunks.teacher_last, 0).view_as(self.teacher_log_probs)
+        where = chunks.row, chunks.chunk
+        return self.student_sum(student)[where], self.teacher_sum(teacher)[where]
+
+    def compared(self, chunks: ChunkTable) -> Metrics:
+        """The share of the scored student tokens that is in `chunks`."""
+        return {"loss/compared_fraction": (chunks.student_tokens.sum(), self.scored_tokens)}
+
 
 @dataclass
 class Loss:
     """
     Base of the losses: a dataclass of the method's own knobs, called with a scored micro-batch.
 
-    `signal` says what the teacher must deliver a token: `"logprobs"` (of the token it read), `"none"`. `policy` says on
-    whose text the loss is right: `"on"` (text the student wrote), `"off"` (text it did not), `"both"`.
+    `signal` says what the teacher must deliver a token: `"logprobs"` (of the token it read), `"logits"` (its whole
+    distribution), `"none"`. `policy` says on whose text the loss is right: `"on"` (text the student wrote), `"off"`
+    (text it did not), `"both"`. `structures` names what the loss reads of a `VocabularyPair`, which is built before
+    training. `copies` is how many tensors of the size of a tile's logits are alive at once, so that a tile can be cut
+    to keep `tile_tokens`.
     """
 
     signal: ClassVar[str] = "logprobs"
     policy: ClassVar[str] = "both"
+    structures: ClassVar[tuple[str, ...]] = ()
+    copies: ClassVar[int] = 1
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         """
@@ -63,6 +182,10 @@ class Loss:
             The loss (scalar, a sum over the micro-batch divided by N) and the method's own metrics.
         """
         raise TypeError(f"{type(self).__name__} does not define __call__")
+
+    def tile(self, batch: ScoredChunks) -> int:
+        """Rows of a tile."""
+        return max(1, batch.tile_tokens // self.copies)
 
     @classmethod
     def build(cls, name: str, kwargs: dict) -> "Loss":

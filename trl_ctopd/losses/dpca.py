@@ -1,7 +1,7 @@
 """DPCA (arXiv 2606.09456): the reverse-KL policy gradient, its signal scaled chunk by chunk.
 
-Decisions: one update a rollout, so the ratio is 1 with a gradient and no trust region is needed; the advantage is
-detached and clipped to ±`advantage_clip`. A chunk whose teacher budget is not finite takes no part and is counted.
+Decisions: the advantage is detached and clipped to ±`advantage_clip`. A chunk whose teacher budget is not finite takes
+no part and is counted.
 Where the published code differs: it drops chunks of more than six tokens, divides by L_S without the limit at zero, and
 masks everything after the first place where its aligner gets stuck; here none of that is needed.
 """
@@ -13,6 +13,7 @@ import torch
 
 from ..credit import CREDITS, gaps, shares, spread
 from .base import Loss, Metrics, ScoredChunks
+from .policy_gradient import check_clip, clipped, policy_gradient
 
 
 @dataclass
@@ -34,16 +35,10 @@ class DPCA(Loss):
     def __post_init__(self):
         if self.credit not in CREDITS:
             raise ValueError(f"Unknown credit {self.credit!r}: choose one of {', '.join(CREDITS)}.")
-        if self.advantage_clip is not None and self.advantage_clip <= 0:
-            raise ValueError(f"advantage_clip must be positive or None, got {self.advantage_clip}.")
+        check_clip(self.advantage_clip)
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
-        log_probs = batch.student_log_probs
-        advantages, clipped = self.advantages(batch)
-        ratio = torch.exp(log_probs - log_probs.detach())
-        loss = -(advantages * ratio).sum() / num_items
-        scored = (batch.student_chunks >= 0).sum()
-        return loss, {"advantage/clipped_fraction": (clipped.sum(), scored)}
+        return policy_gradient(batch, *self.advantages(batch), num_items)
 
     @torch.no_grad()
     def advantages(self, batch: ScoredChunks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,6 +46,4 @@ class DPCA(Loss):
         log_probs = batch.student_log_probs.detach()
         gap, _ = gaps(log_probs, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
         share = shares(self.credit, log_probs, batch.student_chunks, batch.student_widths, batch.num_chunks)
-        raw = spread(gap, batch.student_chunks) * share
-        bound = float("inf") if self.advantage_clip is None else self.advantage_clip
-        return raw.clamp(-bound, bound), raw.abs() > bound
+        return clipped(spread(gap, batch.student_chunks) * share, self.advantage_clip)

@@ -1,10 +1,14 @@
-"""A teacher in this process: token ids in, log-probs of those tokens out, without a (B, T, V) tensor."""
+"""A teacher in this process: token ids in, log-probs of those tokens out, without a (B, T, V) tensor; and, for the losses
+that compare whole distributions, the hidden states that these are projected from."""
+
+from contextlib import nullcontext
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path
+
+from ..heads import base_model, hidden_states
 
 
 class LocalTeacher:
@@ -18,10 +22,13 @@ class LocalTeacher:
         batch_size (`int`): rows in one forward pass.
     """
 
+    signals = ("logprobs", "logits")
+
     def __init__(self, model: PreTrainedModel, accelerator, temperature: float = 1.0, batch_size: int = 8):
         model.requires_grad_(False)
         model.eval()
-        add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model, temperature=temperature)
+        self.base_model = base_model(model)
+        add_fused_lm_head(self.base_model, temperature=temperature)
         self.config = model.config
         self.generation_config = model.generation_config
         self.batch_size = batch_size
@@ -40,7 +47,6 @@ class LocalTeacher:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    @torch.no_grad()
     def log_probs(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
         """
         Log-probs of each completion's tokens given its prompt and the tokens before.
@@ -52,17 +58,27 @@ class LocalTeacher:
             B float32 tensors on the CPU, the b-th of shape (len(completions[b]),), in nats. Rows are scored
             `batch_size` at a time, long ones together, and come back in the order given.
         """
+        return [log_probs for log_probs, _ in self._score(prompts, completions, with_hidden=False)]
+
+    def log_probs_and_hidden(
+        self, prompts: list[list[int]], completions: list[list[int]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`log_probs`, and for each completion the (len(completions[b]), H) states that its tokens' distributions are
+        projected from, on the CPU too."""
+        return self._score(prompts, completions, with_hidden=True)
+
+    @torch.no_grad()
+    def _score(self, prompts, completions, with_hidden):
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(completions[row]))
-        scores: list[torch.Tensor | None] = [None] * len(prompts)
+        scores = [None] * len(prompts)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            for row, score in zip(
-                rows, self._forward([prompts[r] for r in rows], [completions[r] for r in rows]), strict=True
-            ):
+            found = self._forward([prompts[r] for r in rows], [completions[r] for r in rows], with_hidden)
+            for row, score in zip(rows, found, strict=True):
                 scores[row] = score
         return scores
 
-    def _forward(self, prompts, completions):
+    def _forward(self, prompts, completions, with_hidden):
         lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
         input_ids = torch.full((len(prompts), max(lengths)), self._padding)
         labels = torch.full_like(input_ids, -100)
@@ -72,7 +88,8 @@ class LocalTeacher:
             labels[row, len(prompt) : lengths[row]] = torch.tensor(completion, dtype=torch.long)
             attention_mask[row, : lengths[row]] = 1
         device = self.device
-        with self._accelerator.autocast():  # the precision the student is scored in
+        capture = hidden_states(self.base_model) if with_hidden else nullcontext([])
+        with self._accelerator.autocast(), capture as states:  # the precision the student is scored in
             outputs = self.model(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
@@ -80,10 +97,9 @@ class LocalTeacher:
                 fused_lm_head=True,
             )
         log_probs = outputs.log_probs.float().cpu()
-        return [
-            log_probs[row, len(prompt) - 1 : length - 1]
-            for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
-        ]
+        hidden = states[0].cpu() if states else None
+        spans = [slice(len(prompt) - 1, length - 1) for prompt, length in zip(prompts, lengths, strict=True)]
+        return [(log_probs[row, span], None if hidden is None else hidden[row, span]) for row, span in enumerate(spans)]
 
 
 def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, distributed: bool) -> PreTrainedModel:

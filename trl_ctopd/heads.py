@@ -1,0 +1,84 @@
+"""The two halves of a causal language model: what its backbone hands to the LM head, and the head by itself.
+
+What the head does besides a matrix product (scaling, soft-capping) is read from the config, as TRL's fused head reads
+it; under ZeRO-3 and FSDP2 its weight is brought together once for a micro-batch, not once a tile.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside an adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def hidden_states(model: PreTrainedModel):
+    """A list that takes in the (B, L, H) states that each forward pass within hands to the LM head."""
+    states: list[torch.Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+def lm_head(model: PreTrainedModel, dtype: torch.dtype, temperature: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    The model's LM head, for hidden states of `dtype`: (n, H) in, logits over `temperature` (n, V) out, on the head's own
+    device. Its weight is as it is now; gradients reach it.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    weight, bias = (None if part is None else _whole(part).to(dtype) for part in (head.weight, head.bias))
+    softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            found = nn.functional.linear(hidden.to(weight.device, dtype), weight, bias)
+            found = found.to(torch.promote_types(dtype, torch.float32)) * scale
+            if softcap is not None:
+                found = softcap * torch.tanh(found / softcap)
+            return found / temperature
+
+    return logits
+
+
+def _logit_scale(config) -> float:
+    """By the names that the model families have for it: Cohere, Muse Glimmer, Falcon-H1; Granite and MiniCPM3 divide,
+    HyperCLOVA X multiplies by the same field."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if hasattr(parameter, "ds_id"):
+        with maybe_gather_lm_head_ctx(parameter):
+            return _Gathered.apply(parameter)
+    return parameter
+
+
+class _Gathered(torch.autograd.Function):
+    """A copy of a parameter that ZeRO-3 has gathered; the gradient goes to the parameter as if it were the copy's."""
+
+    @staticmethod
+    def forward(ctx, parameter):
+        return parameter.detach().clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient

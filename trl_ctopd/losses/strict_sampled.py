@@ -1,0 +1,45 @@
+"""Strict matching on sampled tokens (SimpleOPD, arXiv 2608.14277): plain on-policy distillation where both tokenizers
+cut the same token, and nothing elsewhere.
+
+Decision: N stays the count of all scored student tokens, not of the matched ones, so that the figure is comparable with
+the other losses and a micro-batch needs to know nothing of the others; the share that is matched is logged.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..credit import chunk_sum, gaps, spread
+from .base import Loss, Metrics, ScoredChunks
+from .policy_gradient import check_clip, clipped, policy_gradient
+
+
+@dataclass
+class StrictSampled(Loss):
+    """
+    loss = −Σ_i clip(log q_i − log p_i, ±advantage_clip) · exp(log p_i − sg(log p_i)) / N over the chunks of one token on
+    each side.
+
+    Args:
+        advantage_clip (`float` or `None`, defaults to `10.0`): bound on the log-ratio in nats; `None` for no bound.
+    """
+
+    policy: ClassVar[str] = "on"
+
+    advantage_clip: float | None = 10.0
+
+    def __post_init__(self):
+        check_clip(self.advantage_clip)
+
+    def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
+        student_chunks, teacher_chunks = batch.student_chunks, batch.teacher_chunks
+        with torch.no_grad():
+            log_probs = batch.student_log_probs.detach()
+            gap, _ = gaps(log_probs, batch.teacher_log_probs, student_chunks, teacher_chunks, batch.num_chunks)
+            counts = (chunk_sum(torch.ones_like(c), c, batch.num_chunks) for c in (student_chunks, teacher_chunks))
+            matched = torch.stack(list(counts)).eq(1).all(0)
+            advantages, cut = clipped(spread(gap.masked_fill(~matched, 0), student_chunks), self.advantage_clip)
+        value, metrics = policy_gradient(batch, advantages, cut, num_items)
+        compared = spread(matched & batch.scorable, student_chunks)
+        return value, {**metrics, "loss/compared_fraction": (compared.sum(), batch.scored_tokens)}

@@ -1,0 +1,54 @@
+"""ULD, universal logit distillation (arXiv 2402.12030): the sorted probabilities of two vocabularies, matched by rank.
+
+Decisions: it needs no correspondence between tokens, only between positions. `"position"` is the paper's: the n-th token
+of one side with the n-th of the other, whatever they spell. `"chunk"` compares each synchronized chunk as one token, by
+the chain rule (as TRL's GOLD does, `token_merge_strategy="bayesian"`). The cross-entropy that the paper adds is left
+out: it is another loss.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .base import Loss, Metrics, ScoredChunks
+from .distributions import over_tiles
+from .divergences import sorted_l1
+
+
+PAIRINGS = ("position", "chunk")
+
+
+@dataclass
+class ULD(Loss):
+    """
+    loss = Σ Σ_r |p_(r) − q_(r)| / N over pairs of positions, p_(r) the r-th greatest probability.
+
+    Args:
+        uld_pairing (`str`, defaults to `"position"`): which positions are pairs, `"position"` or `"chunk"`.
+    """
+
+    signal: ClassVar[str] = "logits"
+
+    uld_pairing: str = "position"
+
+    def __post_init__(self):
+        if self.uld_pairing not in PAIRINGS:
+            raise ValueError(f"Unknown uld_pairing {self.uld_pairing!r}: choose one of {', '.join(PAIRINGS)}.")
+
+    def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
+        if self.uld_pairing == "chunk":
+            chunks = batch.chunks
+            student, teacher, compared = chunks.student_last, chunks.teacher_last, batch.compared(chunks)
+            before = batch.log_probs_before_last(chunks)
+        else:
+            student, teacher = batch.positional_pairs
+            before = student.new_zeros(2, len(student), dtype=batch.student_log_probs.dtype)
+            compared = {"loss/compared_fraction": (torch.tensor(len(student)), batch.scored_tokens)}
+
+        def distance(log_p, log_q, before_p, before_q):
+            return (sorted_l1((log_p + before_p[:, None]).exp(), (log_q + before_q[:, None]).exp()),)
+
+        sides = (batch.student, student), (batch.teacher, teacher)
+        (rows,) = over_tiles(distance, self.tile(batch), *sides, *before)
+        return rows.sum() / num_items, compared
