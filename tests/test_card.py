@@ -118,8 +118,8 @@ def test_the_card_names_both_models_both_tokenizers_the_method_its_paper_and_the
         "[lab/Teacher-7B](https://huggingface.co/lab/Teacher-7B)",
         f"Unigram, {len(TEACHER)} tokens",
     ]
-    title, _, arxiv = card.PAPERS["dpca"]
-    assert f"- Method: `dpca`, [{title}](https://huggingface.co/papers/{arxiv})" in text
+    paper = card.PAPERS["dpca"]
+    assert f"- Method: `dpca`, [{paper.title}](https://huggingface.co/papers/{paper.arxiv})" in text
     assert f"- trl_ctopd {__version__}\n- trl 1." in text
     for package in card.PACKAGES:
         assert re.search(rf"^- {package} \d+\.\d+", text, re.MULTILINE)
@@ -129,11 +129,15 @@ def test_the_card_names_both_models_both_tokenizers_the_method_its_paper_and_the
 def test_the_citation_is_balanced_bibtex_of_the_method_used(make, loss):
     text = make(config={"distillation_loss": loss, "lmbda": 0.0 if loss == "sft" else 1.0}).content
     [entry] = re.findall(r"```bibtex\n(.*?)```", text, re.DOTALL)
-    title, authors, arxiv = card.PAPERS[loss]
-    assert entry.startswith(f"@article{{arxiv{arxiv.replace('.', '')},\n")
-    assert f"title   = {{{{{title}}}}}," in entry
-    assert f"author  = {{{authors}}}," in entry
-    assert f"arXiv:{arxiv}" in entry and f"year    = {{20{arxiv[:2]}}}" in entry
+    paper = card.PAPERS[loss]
+    assert f"title   = {{{{{paper.title}}}}}," in entry
+    assert (f"author  = {{{paper.authors}}}," in entry) == bool(paper.authors)
+    assert "author  = {}" not in entry
+    if paper.arxiv:
+        assert entry.startswith(f"@article{{arxiv{paper.arxiv.replace('.', '')},\n")
+        assert f"arXiv:{paper.arxiv}" in entry and f"year    = {{20{paper.arxiv[:2]}}}" in entry
+    else:
+        assert entry.startswith("@misc{") and f"url     = {{{paper.url}}}" in entry
     assert entry.count("{") == entry.count("}")
 
 

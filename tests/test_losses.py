@@ -561,7 +561,12 @@ def test_every_loss_is_built_by_name_with_its_knobs():
     assert build_loss("alm", temperature=3.0) == ALM(3.0)
     assert build_loss("sft") == SFT()
     assert [build_loss(name).policy for name in ("dpca", "alm", "sft", "gold")] == ["on", "both", "off", "both"]
-    assert [build_loss(name).signal for name in ("dpca", "alm", "sft", "gold")] == ["logprobs", "logprobs", "none", "logits"]
+    assert [build_loss(name).signal for name in ("dpca", "alm", "sft", "gold")] == [
+        "logprobs",
+        "logprobs",
+        "none",
+        "logits",
+    ]
 
 
 @pytest.mark.parametrize(

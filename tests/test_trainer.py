@@ -26,45 +26,6 @@ from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.config import GKDTrainer
 
 
-@pytest.fixture
-def build(tmp_path):
-    """A trainer of toy models on the CPU; keyword arguments are settings, or arguments of the trainer."""
-
-    def build(model=None, teacher=None, dataset=None, **settings):
-        arguments = {
-            name: settings.pop(name)
-            for name in ("peft_config", "eval_dataset", "callbacks", "optimizers")
-            if name in settings
-        }
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "max_new_tokens": 8,
-            "max_steps": 1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "learning_rate": 1e-2,
-            **settings,
-        }
-        return CrossTokenizerGKDTrainer(
-            model=student_model() if model is None else model,
-            teacher_model=teacher_model() if teacher is None else teacher,
-            args=CrossTokenizerGKDConfig(**settings),
-            train_dataset=prompts() if dataset is None else dataset,
-            processing_class=student_tokenizer(),
-            teacher_processing_class=teacher_tokenizer(),
-            **arguments,
-        )
-
-    return build
-
-
 @pytest.mark.parametrize(("batch", "window"), [(4, 2), (2, 4)])
 def test_gradient_accumulation_windows_give_the_same_step(build, batch, window):
     # the sequential sampler makes the windows hold the same rows

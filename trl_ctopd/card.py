@@ -9,6 +9,7 @@ from dataclasses import fields
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -19,18 +20,79 @@ from .config import CrossTokenizerGKDConfig
 from .losses import LOSSES
 
 
+class Paper(NamedTuple):
+    """Where a method comes from: on arXiv, or at `url` with its `year`. `authors` are in BibTeX's form, "" where they are
+    not known here."""
+
+    title: str
+    authors: str
+    arxiv: str = ""
+    url: str = ""
+    year: str = ""
+
+    @property
+    def link(self) -> str:
+        return self.url or f"https://huggingface.co/papers/{self.arxiv}"
+
+
 PAPERS = {
-    "dpca": (
+    "dpca": Paper(
         "Breaking the Tokenizer Barrier: On-Policy Distillation across Model Families",
         "Niu, Yifan and Xiao, Han and Liu, Dongyi and Wang, Zelong and Gong, Dihong and Wang, Yasheng and Li, Jia",
         "2606.09456",
     ),
-    "alm": (
+    "alm": Paper(
         "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching",
         "Minixhofer, Benjamin and Vuli{\\'c}, Ivan and Ponti, Edoardo Maria",
         "2503.20083",
     ),
-    "sft": ("Sequence-Level Knowledge Distillation", "Kim, Yoon and Rush, Alexander M.", "1606.07947"),
+    "strict_sampled": Paper(
+        "SimpleOPD: Simple Tokenizer-Agnostic On-Policy Distillation for Long-Context Reasoning",
+        "",
+        "2608.14277",
+    ),
+    "strict_topk": Paper(
+        "Rethinking Cross-Tokenizer On-Policy Distillation: From Alignment Coverage to Supervision Reliability",
+        "",
+        "2610.08448",
+    ),
+    "simct": Paper(
+        "SimCT: Recovering Lost Supervision for Cross-Tokenizer On-Policy Distillation",
+        "Sun, Jie and Zheng, Mao and Song, Mingyang and Zhong, Qiyong and Cheng, Yilin and Feng, Bichuan and Liu, Pengfei "
+        "and Fang, Junfeng and Wang, Xiang",
+        "2605.07711",
+    ),
+    "bpm": Paper("Cross-Tokenizer On-Policy Distillation via Byte-Prefix Marginalization", "", "2607.22334"),
+    "escd": Paper("ESCD", "", "2609.34738"),
+    "uld": Paper(
+        "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
+        "Boizard, Nicolas and El Haddad, Kevin and Hudelot, C{\\'e}line and Colombo, Pierre",
+        "2402.12030",
+    ),
+    "multi_level_ot": Paper(
+        "Multi-Level Optimal Transport for Universal Cross-Tokenizer Knowledge Distillation on Language Models",
+        "Cui, Xiao and Zhu, Mo and Qin, Yulei and Xie, Liang and Zhou, Wengang and Li, Houqiang",
+        "2412.14528",
+    ),
+    "xtoken": Paper(
+        "X-Token: Projection-Guided Cross-Tokenizer Knowledge Distillation",
+        "Sreenivas, Sharath Turuvekere and Hanasoge, Adithyakrishna Venkatesh and Yang, Mingyu and Taghibakhshi, Ali and "
+        "Muralidharan, Saurav and Aithal, Ashwath and Molchanov, Pavlo",
+        "2605.21699",
+    ),
+    "cdm": Paper(
+        "Enhancing Cross-Tokenizer Knowledge Distillation with Contextual Dynamical Mapping",
+        "Chen, Yijie and Liu, Yijin and Meng, Fandong and Chen, Yufeng and Xu, Jinan and Zhou, Jie",
+        "2502.11104",
+    ),
+    "sft": Paper("Sequence-Level Knowledge Distillation", "Kim, Yoon and Rush, Alexander M.", "1606.07947"),
+    "gold": Paper(
+        "Unlocking On-Policy Distillation for Any Model Family",
+        "Patiño, Carlos Miguel and Rasul, Kashif and Gallouédec, Quentin and Burtenshaw, Ben and Paniego, Sergio and "
+        "Srivastav, Vaibhav and Frere, Thibaud and Beeching, Ed and Tunstall, Lewis and von Werra, Leandro and Wolf, Thomas",
+        url="https://huggingface.co/spaces/HuggingFaceH4/general-on-policy-logit-distillation",
+        year="2025",
+    ),
 }
 SETTINGS = (
     "eos_policy",
@@ -104,7 +166,7 @@ def model_card(
         teacher_tokenizer=_describe(teacher_tokenizer),
         story=_story(args, student_tokenizer.get_vocab() == teacher_tokenizer.get_vocab()),
         method=_method(args),
-        citation=_citation(*_paper(args)),
+        citation=_citation(_paper(args)),
         dataset=_link(dataset_name, "datasets/") if dataset_name else "",
         adapter=adapter,
         chat=bool(student_tokenizer.chat_template or template_kwargs.get("chat_template")),
@@ -165,14 +227,14 @@ def _story(args: CrossTokenizerGKDConfig, one_tokenizer: bool) -> str:
     )
 
 
-def _paper(args: CrossTokenizerGKDConfig) -> tuple[str, str, str]:
+def _paper(args: CrossTokenizerGKDConfig) -> Paper:
     """A loss of one's own works on the chunks of the default method."""
     return PAPERS["dpca" if callable(args.distillation_loss) else args.distillation_loss]
 
 
 def _method(args: CrossTokenizerGKDConfig) -> str:
-    loss, (title, _, arxiv) = args.distillation_loss, _paper(args)
-    link = f"[{title}](https://huggingface.co/papers/{arxiv})"
+    loss, paper = args.distillation_loss, _paper(args)
+    link = f"[{paper.title}]({paper.link})"
     if callable(loss):
         return f"`{getattr(loss, '__name__', type(loss).__name__)}`, a loss of the author's own, on text aligned as in {link}"
     return f"`{loss}`, {link}"
@@ -182,12 +244,14 @@ def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
     """What shaped the result, by the names of the config: no knob of a method that did not run."""
     loss, kwargs = args.distillation_loss, args.distillation_loss_kwargs or {}
     settings = {}
+    own = () if callable(loss) else [field.name for field in fields(LOSSES[loss])]
+    settings |= {name: getattr(args, name) for name in ("credit", "advantage_clip") if name in own}
     if loss == "dpca":
-        settings |= {"credit": args.credit, "advantage_clip": args.advantage_clip, **kwargs}
-        if settings["advantage_clip"] is None:
-            settings["advantage_clip"] = "no bound"
+        settings |= kwargs
     elif kwargs:
         settings["distillation_loss_kwargs"] = kwargs
+    if "advantage_clip" in settings and settings["advantage_clip"] is None:
+        settings["advantage_clip"] = "no bound"
     if args.lmbda < 1 and getattr(loss if callable(loss) else LOSSES[loss], "policy", "both") == "on":
         settings |= {"off_policy_loss": args.off_policy_loss, "off_policy_loss_kwargs": args.off_policy_loss_kwargs}
     settings |= {name: getattr(args, name) for name in SETTINGS}
@@ -212,14 +276,13 @@ def _cell(value) -> str:
     return re.sub(r"\s+", " ", str(value)).replace("|", "\\|")
 
 
-def _citation(title: str, authors: str, arxiv: str) -> str:
-    return "\n".join(
-        (
-            f"@article{{arxiv{arxiv.replace('.', '')},",
-            f"  title   = {{{{{title}}}}},",
-            f"  author  = {{{authors}}},",
-            f"  year    = {{20{arxiv[:2]}}},",
-            f"  journal = {{arXiv preprint arXiv:{arxiv}}},",
-            "}",
-        )
-    )
+def _citation(paper: Paper) -> str:
+    """As BibTeX."""
+    fields = {"title": f"{{{paper.title}}}", "author": paper.authors}
+    if paper.arxiv:
+        head = f"@article{{arxiv{paper.arxiv.replace('.', '')},"
+        fields |= {"year": f"20{paper.arxiv[:2]}", "journal": f"arXiv preprint arXiv:{paper.arxiv}"}
+    else:
+        head = f"@misc{{{paper.url.rpartition('/')[2]},"
+        fields |= {"year": paper.year, "url": paper.url}
+    return "\n".join([head, *(f"  {name:7} = {{{value}}}," for name, value in fields.items() if value), "}"])

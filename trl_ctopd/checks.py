@@ -83,7 +83,7 @@ def check_signal(loss: Callable, signals: Sequence[str]):
         )
 
 
-def check_head(student: PreTrainedModel):
+def check_adapter(student: PreTrainedModel):
     """Raises `ValueError` for an adapter on the LM head, which the fused head that scores would leave out."""
     if isinstance(student.get_output_embeddings(), BaseTunerLayer):
         raise ValueError(

@@ -24,7 +24,9 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 def hidden_states(model: PreTrainedModel):
     """A list that takes in the (B, L, H) states that each forward pass within hands to the LM head."""
     states: list[torch.Tensor] = []
-    handle = model.base_model.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    handle = model.base_model.register_forward_hook(
+        lambda module, args, output: states.append(output.last_hidden_state)
+    )
     try:
         yield states
     finally:
@@ -49,6 +51,24 @@ def lm_head(model: PreTrainedModel, dtype: torch.dtype, temperature: float) -> C
             return found / temperature
 
     return logits
+
+
+@torch.no_grad()
+def check_head(side: str, model: PreTrainedModel):
+    """Raises `ValueError` where the logits of `model` are not what `lm_head` makes of its `hidden_states`."""
+    if any(hasattr(part, "ds_id") or isinstance(part, DTensor) for part in model.parameters()):
+        return  # sharded: it cannot run outside of its wrapper
+    ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+    with hidden_states(model) as states:
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+    if states:
+        found = lm_head(model, states[0].dtype, 1.0)(states[0]).float()
+        if not (found - logits).abs().max() <= 0.02 * logits.abs().max():
+            raise ValueError(
+                f"The {side}'s {type(model).__name__} does more to its logits than a matrix product, a scale and a "
+                "soft cap, so its distributions cannot be projected apart from it: choose a loss on log-probs (dpca, "
+                "strict_sampled, alm or sft)."
+            )
 
 
 def _logit_scale(config) -> float:

@@ -23,7 +23,8 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
 
     Returns:
         `gap/nats_per_byte`: student minus teacher log-prob of the text, the sampled reverse KL a byte; the two models'
-        own nats a byte; token and chunk counts of the alignment; entropy in nats a token.
+        own nats a byte; token and chunk counts of the alignment, and the texts of which nothing is scored; entropy in
+        nats a token.
     """
     student = batch.student_log_probs.detach()
     gap, neutral = gaps(student, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
@@ -41,6 +42,7 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
         "alignment/student_tokens_per_chunk": (m.sum(), chunks),
         "alignment/teacher_tokens_per_chunk": (k.sum(), chunks),
         "alignment/neutralised_fraction": (neutral.sum(), chunks),
+        "alignment/unscored_fraction": ((~batch.scorable.any(1)).sum(), torch.tensor(len(scored))),
         "entropy": ((entropy * scored).sum(), scored.sum()),
     }
 

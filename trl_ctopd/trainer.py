@@ -25,8 +25,8 @@ from . import card, data
 from .align import TextAligner, align_text
 from .chat import Speaker, unshared_markup
 from .checks import (
+    check_adapter,
     check_arguments,
-    check_head,
     check_signal,
     check_vocabulary,
     context_length,
@@ -38,7 +38,7 @@ from .checks import (
 from .config import CrossTokenizerGKDConfig, GKDTrainer
 from .credit import gaps
 from .generation import sampling_config, write
-from .heads import base_model, hidden_states, lm_head
+from .heads import base_model, check_head, hidden_states, lm_head
 from .losses import Distributions, ScoredChunks, build_loss
 from .metrics import Meter, chunk_metrics, rollout_metrics
 from .one_tokenizer import OneTokenizer, is_one_tokenizer
@@ -82,7 +82,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     _tag_names = ["trl", "ctopd", "on-policy-distillation"]
     _name = "DPCA"
-    _paper = dict(zip(("title", "authors", "id"), card.PAPERS["dpca"], strict=True))
+    _paper = {"title": card.PAPERS["dpca"].title, "id": card.PAPERS["dpca"].arxiv}
     loss_is_scaled_for_ga = True  # every loss is a sum divided by the step's own token count
 
     def __init__(
@@ -145,7 +145,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def _finish_student(self):
         student = base_model(self.model)
-        check_head(student)
+        check_adapter(student)
         check_vocabulary("student", student, self.processing_class)
         if self.args.disable_dropout:
             disable_dropout_in_model(self.model)
@@ -188,6 +188,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             check_signal(loss, self.teacher.signals)
             for structure in getattr(loss, "structures", ()):
                 getattr(self.vocabulary, structure)
+        if "logits" in map(signal_of, (self.distillation_loss, self.off_policy_loss)):
+            check_head("student", base_model(self.model))
+            check_head("teacher", self.teacher.base_model)
 
     # The two conversations
 

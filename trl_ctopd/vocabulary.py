@@ -13,6 +13,7 @@ Letters: V_S and V_T are the rows of the two LM heads, C the shared outcomes, n 
 """
 
 import hashlib
+import json
 import os
 import tempfile
 import zipfile
@@ -175,6 +176,9 @@ class VocabularyPair:
             no single token.
         device: where the structures live.
         cache_dir (`Path`, *optional*): where they are kept on disk; `None` builds them anew.
+
+    Raises:
+        ValueError: where a tokenizer has more ids than its head has rows.
     """
 
     def __init__(
@@ -217,7 +221,8 @@ class VocabularyPair:
 
     @cached_property
     def spellings(self) -> Spellings:
-        return Spellings(*_spelled(self._student), *_spelled(self._teacher)).to(self._device)
+        (student, student_length), (teacher, teacher_length) = _spelled(self._student), _spelled(self._teacher)
+        return Spellings(student, teacher, student_length, teacher_length).to(self._device)
 
     @cached_property
     def student_widths(self) -> torch.Tensor:
@@ -258,13 +263,15 @@ class VocabularyPair:
             digest.update(repr((len(side.rows), side.stops, [len(row) for row in side.rows])).encode())
             digest.update(b"".join(side.rows))
             backend = getattr(tokenizer, "backend_tokenizer", None)
-            digest.update(type(tokenizer).__name__.encode() if backend is None else backend.to_str().encode())
+            state = {} if backend is None else json.loads(backend.to_str())
+            state |= {"padding": None, "truncation": None}  # these come and go with use
+            digest.update(repr((type(tokenizer).__name__, state)).encode())
         return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class _Side:
-    """`rows`: bytes by id, for all rows of the head. `by_bytes`: the ids of each text, stops left out."""
+    """`rows`: bytes by id, for all rows of the head, none for a stop. `by_bytes`: the ids of each text."""
 
     rows: list[bytes]
     stops: list[int]
@@ -273,10 +280,17 @@ class _Side:
     @classmethod
     def of(cls, tokenizer: Any, size: int, stops: Collection[int]) -> "_Side":
         rows = token_bytes(tokenizer)
+        if len(rows) > size:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has {len(rows)} ids, but the model's LM head only {size} rows: this is not "
+                "the model's tokenizer, or `model.resize_token_embeddings(len(tokenizer))` is missing."
+            )
         rows += [b""] * (size - len(rows))
+        for token in stops:
+            rows[token] = b""
         by_bytes: dict[bytes, list[int]] = {}
         for token, row in enumerate(rows):
-            if row and token not in stops:
+            if row:
                 by_bytes.setdefault(row, []).append(token)
         return cls(rows, sorted(stops), by_bytes)
 
@@ -314,9 +328,11 @@ def _prefixes(student: _Side, teacher: _Side) -> Prefixes:
     teacher_order, teacher_texts = _in_order(teacher)
 
     # entries of one token after the other; each names its two halves by a number, and each half is looked up once
-    lengths = [0 if token in teacher.stops else len(row) for token, row in enumerate(teacher.rows)]
+    lengths = [len(row) for row in teacher.rows]
     halves = [(row[:k], row[k:]) for row, length in zip(teacher.rows, lengths, strict=True) for k in range(length)]
-    written, rest = ({text: number for number, text in enumerate(dict.fromkeys(side))} for side in zip(*halves, strict=True))
+    written, rest = (
+        {text: number for number, text in enumerate(dict.fromkeys(side))} for side in zip(*halves, strict=True)
+    )
     before = np.array([written[head] for head, _ in halves])
     after = np.array([rest[tail] for _, tail in halves])
     low = np.array([bisect_right(teacher_texts, head) for head in written])[before]
@@ -384,7 +400,10 @@ def _projection(student: _Side, teacher: _Side, teacher_tokenizer: Any) -> Proje
         if len(ids) > 1:
             teacher_first[ids] = ids[0]
     return Projection(
-        torch.tensor(students), torch.tensor(teachers), torch.tensor(weights), torch.from_numpy(teacher_first)
+        torch.tensor(students),
+        torch.tensor(teachers),
+        torch.tensor(weights, dtype=torch.float64),
+        torch.from_numpy(teacher_first),
     )
 
 
@@ -411,10 +430,7 @@ def _spelled(side: _Side) -> tuple[torch.Tensor, torch.Tensor]:
     """Padded bytes (V, 32) and lengths (V,)."""
     rows = [row.replace(b" ", b"") for row in side.rows]
     data = b"".join(row[:SPELLED_BYTES].ljust(SPELLED_BYTES, b"\0") for row in rows)
-    lengths = [
-        len(row) if full and token not in side.stops else -1
-        for token, (row, full) in enumerate(zip(rows, side.rows, strict=True))
-    ]
+    lengths = [len(row) if full else -1 for row, full in zip(rows, side.rows, strict=True)]
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, SPELLED_BYTES), torch.tensor(lengths)
 
 
@@ -423,13 +439,14 @@ def _load(kind: type[_Structure], path: Path) -> _Structure | None:
     try:
         with np.load(path) as kept:
             return kind(*(torch.from_numpy(kept[field.name]) for field in fields(kind)))
-    except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile):
         return None
 
 
 def _save(structure: _Structure, path: Path):
     """In one move, so that processes that build at the same time never read half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
         np.savez(file, **{field.name: getattr(structure, field.name).numpy() for field in fields(structure)})
-    os.replace(file.name, path)
+        os.replace(file, path)

@@ -112,10 +112,16 @@ class ScoredChunks:
     def prefix_excess(self) -> torch.Tensor:
         """
         (B, C) bytes that the teacher's tokens of a chunk spell beyond those that the student's do: 1 or -1 where one
-        side has put a dummy prefix space before the text and the other has not, else 0.
+        side has put a dummy prefix space before the text and the other has not, else 0. The end of a turn has none,
+        whatever the teacher writes before its control token.
         """
-        student = self.student_sum(self.vocabulary.student_widths[self.student_ids])
-        return self.teacher_sum(self.vocabulary.teacher_widths[self.teacher_ids]) - student
+        excess = self.teacher_sum(self.vocabulary.teacher_widths[self.teacher_ids]) - self.student_bytes
+        return excess.masked_fill(self.student_bytes == 0, 0)
+
+    @cached_property
+    def student_bytes(self) -> torch.Tensor:
+        """(B, C) bytes that the student's tokens of each chunk spell; 0 for the end of a turn."""
+        return self.student_sum(self.vocabulary.student_widths[self.student_ids])
 
     @property
     def scored_tokens(self) -> torch.Tensor:
@@ -124,8 +130,11 @@ class ScoredChunks:
 
     @property
     def comparable_chunks(self) -> ChunkTable:
-        """The scorable chunks before which both sides have spelled the same bytes."""
-        return self.chunks.where(self.prefix_excess[self.chunks.row, self.chunks.chunk] == 0)
+        """The scorable chunks before which both sides have spelled the same bytes, without the ends of turns that the
+        teacher writes in several tokens: at the first of them it may still mean text."""
+        where = self.chunks.row, self.chunks.chunk
+        is_text = self.student_bytes[where] > 0
+        return self.chunks.where((self.prefix_excess[where] == 0) & (is_text | self.vocabulary.bridged))
 
     @property
     def positional_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,7 +62,7 @@ def standing_rows(batch: ScoredChunks, mask_whitespace: bool) -> Rows:
     queries[row, position] = at
     found = torch.searchsorted(teacher_start, queries, right=True)[row, position] - 1
     found = torch.clamp(found + row * teacher_start.shape[1], first, last)
-    end_of_turn = vocabulary.student_widths[student_ids] + vocabulary.teacher_widths[batch.teacher_ids.flatten()[last]] == 0
+    end_of_turn = batch.student_bytes[chunks.row, chunks.chunk][chunk] == 0
     found = torch.where(end_of_turn, first, found)
     teacher_ids = batch.teacher_ids.flatten()[found]
     written = at - teacher_start.flatten()[found]
@@ -109,11 +109,13 @@ class BPM(Loss):
     loss = Σ_i JSD_β(p_i, t_i) / N over student tokens, t(u) = Σ_{w: φ(w) = u} q(w).
 
     Args:
-        beta (`float`, defaults to `0.5`): of the generalized Jensen-Shannon divergence; 0 = forward KL, 1 = reverse KL.
+        beta (`float`, defaults to `0.5`): of the generalized Jensen-Shannon divergence; 0 = forward KL. Below 1: the
+            reverse KL is infinite wherever no teacher token stands for a student token.
         mask_whitespace (`bool`, defaults to `True`): leave out student tokens of whitespace alone.
     """
 
     signal: ClassVar[str] = "logits"
+    copies: ClassVar[int] = 9
     policy: ClassVar[str] = "on"
     structures: ClassVar[tuple[str, ...]] = ("prefixes",)
 
@@ -121,8 +123,8 @@ class BPM(Loss):
     mask_whitespace: bool = True
 
     def __post_init__(self):
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta must be between 0 and 1, got {self.beta}.")
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta must be at least 0 and below 1, got {self.beta}.")
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         rows = standing_rows(batch, self.mask_whitespace)

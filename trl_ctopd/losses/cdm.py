@@ -3,7 +3,7 @@ the models' entropies, then at each pair of positions a map between the likelies
 
 Decisions. The warping path is held to the synchronized boundaries, so it runs within each chunk; a chunk of one token on
 each side is one pair. A student token with several partners is compared with each, at equal parts. An exact partner is
-one with the same bytes; the distance of two others is Levenshtein's over their lengths' sum, spaces left out. Tokens of
+one with the same bytes, and their probabilities are those of all ids that spell them; the distance of two others is Levenshtein's over their lengths' sum, spaces left out. Tokens of
 more than 32 bytes have exact partners only. Each direction of the map (the teacher's likeliest tokens, the student's) is a
 KL of its own, over the tokens that have a partner; the loss is their mean.
 Where the published code differs: it warps whole texts with decoded strings, averages the logits of a token's partners,
@@ -35,6 +35,7 @@ class CDM(Loss):
     """
 
     signal: ClassVar[str] = "logits"
+    copies: ClassVar[int] = 4
     structures: ClassVar[tuple[str, ...]] = ("shared", "spellings")
 
     top_k: int = 100
@@ -57,14 +58,18 @@ class CDM(Loss):
             closest_student, closest_teacher = self._closest(
                 vocabulary, students, teachers, student_class < 0, teacher_class < 0
             )
-            directions = (
-                (torch.where(teacher_class < 0, closest_student, shared.student_ids[teacher_class]), teachers),
-                (students, torch.where(student_class < 0, closest_teacher, shared.teacher_ids[student_class])),
-            )
+            shared_p, shared_q = shared.student_log_probs(log_p), shared.teacher_log_probs(log_q)
             value, mapped = 0, 0
-            for student_ids, teacher_ids in directions:
-                found = (student_ids >= 0) & (teacher_ids >= 0)
-                p, q = log_p.gather(1, student_ids.clamp(min=0)), log_q.gather(1, teacher_ids.clamp(min=0))
+            for student_ids, teacher_ids, outcome in (
+                (closest_student, teachers, teacher_class),
+                (students, closest_teacher, student_class),
+            ):
+                exact = outcome >= 0
+                p, q = (
+                    torch.where(exact, own.gather(1, outcome.clamp(min=0)), full.gather(1, ids.clamp(min=0)))
+                    for own, full, ids in ((shared_p, log_p, student_ids), (shared_q, log_q, teacher_ids))
+                )
+                found = exact | ((student_ids >= 0) & (teacher_ids >= 0))
                 none = ~found.any(1, keepdim=True)  # a row without partners: any finite numbers, and no loss
                 q, p = (side.masked_fill(~found & ~none, -torch.inf).log_softmax(1) for side in (q, p))
                 value = value + kl(q, p).masked_fill(none[:, 0], 0) / 2
@@ -157,7 +162,11 @@ def _costs(batch: ScoredChunks, student: torch.Tensor, teacher: torch.Tensor, ti
     distance = _distances(batch.vocabulary, students, teachers)
     no_text = batch.vocabulary.student_widths[students] + batch.vocabulary.teacher_widths[teachers] == 0
     cost = student_weight.new_zeros(*student.shape, teacher.shape[1])
-    return cost.index_put((grid, i, j), distance.masked_fill(no_text, 0)) * student_weight[..., None] * teacher_weight[:, None]
+    return (
+        cost.index_put((grid, i, j), distance.masked_fill(no_text, 0))
+        * student_weight[..., None]
+        * teacher_weight[:, None]
+    )
 
 
 def _relative_entropy(side: Distributions, positions: torch.Tensor, size: int, tile: int) -> torch.Tensor:

@@ -3,9 +3,7 @@
 import torch
 
 
-def edit_distances(
-    a: torch.Tensor, a_length: torch.Tensor, b: torch.Tensor, b_length: torch.Tensor
-) -> torch.Tensor:
+def edit_distances(a: torch.Tensor, a_length: torch.Tensor, b: torch.Tensor, b_length: torch.Tensor) -> torch.Tensor:
     """
     The least number of bytes to insert, delete or replace.
 

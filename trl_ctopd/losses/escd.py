@@ -32,6 +32,7 @@ class ESCD(Loss):
     """
 
     signal: ClassVar[str] = "logits"
+    copies: ClassVar[int] = 14
     policy: ClassVar[str] = "on"
     structures: ClassVar[tuple[str, ...]] = ("prefixes",)
 

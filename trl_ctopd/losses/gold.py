@@ -2,8 +2,8 @@
 
 Decisions: a chunk is one token by the chain rule: the distribution at its last token times the probability of the tokens
 before (TRL's `token_merge_strategy="bayesian"`).
-Where TRL 1.16 differs: it takes the divergence of parts that do not sum to 1, which can be negative; here both are
-renormalised over the shared vocabulary first. It keys the overlap by token strings, so that `Ġthe` and `▁the` differ;
+Where TRL 1.16 differs: it takes the divergence of parts that do not sum to 1, which is negative for some at beta 0 and 1,
+and above 0 for some that are equal but for their mass; here both are renormalised over the shared vocabulary first. It keys the overlap by token strings, so that `Ġthe` and `▁the` differ;
 here by bytes. It averages over the chunks of a text and then over texts; here all chunks of a step count alike.
 """
 
@@ -30,6 +30,7 @@ class GOLD(Loss):
     """
 
     signal: ClassVar[str] = "logits"
+    copies: ClassVar[int] = 8
     structures: ClassVar[tuple[str, ...]] = ("shared",)
 
     beta: float = 0.5
@@ -47,7 +48,10 @@ class GOLD(Loss):
         def parts(log_p, log_q, before_p, before_q):
             matched = (shared.student_log_probs(log_p), shared.teacher_log_probs(log_q))
             matched = generalized_jsd(*(side.softmax(-1) for side in matched), self.beta)
-            rest = (log_p[:, shared.student_rest] + before_p[:, None], log_q[:, shared.teacher_rest] + before_q[:, None])
+            rest = (
+                log_p[:, shared.student_rest] + before_p[:, None],
+                log_q[:, shared.teacher_rest] + before_q[:, None],
+            )
             return matched, sorted_l1(*(side.exp() for side in rest))
 
         student, teacher = (batch.student, chunks.student_last), (batch.teacher, chunks.teacher_last)

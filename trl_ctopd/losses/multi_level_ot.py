@@ -41,6 +41,7 @@ class MultiLevelOT(Loss):
     """
 
     signal: ClassVar[str] = "logits"
+    copies: ClassVar[int] = 3
 
     top_k: int = 50
     log_weight: float = 0.1
@@ -127,7 +128,9 @@ def _ranked(side: Distributions, inside: torch.Tensor, kept: int, tile: int) -> 
     with torch.no_grad():
         over_tiles(add, tile, (side, positions), None, row)
     columns = totals[0].topk(kept).indices  # (B, kept), by falling probability
-    (found,) = over_tiles(lambda log_probs, row: (log_probs.gather(1, columns[row]),), tile, (side, positions), None, row)
+    (found,) = over_tiles(
+        lambda log_probs, row: (log_probs.gather(1, columns[row]),), tile, (side, positions), None, row
+    )
     mask = torch.arange(max(1, int(inside.sum(1).max())), device=inside.device) < inside.sum(1, keepdim=True)
     padded = found.new_zeros(*mask.shape, kept).index_put((row, rank), found)
     return padded, mask

@@ -25,6 +25,7 @@ class SimCT(Loss):
     """
 
     signal: ClassVar[str] = "logits"
+    copies: ClassVar[int] = 6
     policy: ClassVar[str] = "on"
     structures: ClassVar[tuple[str, ...]] = ("shared",)
 
@@ -38,12 +39,10 @@ class SimCT(Loss):
         )
 
         def divergence(log_p, log_q, own_p, own_q):
-            scores = shared.student_log_probs(log_p), shared.teacher_log_probs(log_q)
-            units = (
-                torch.cat([score, own[:, None].to(score.dtype)], dim=1)
-                for score, own in zip(scores, (own_p, own_q), strict=True)
-            )
-            return (kl(*(unit.log_softmax(-1) for unit in units)),)
+            own_p = own_p * 1  # its gradient would be a view that keeps the whole tile's alive
+            log_p = torch.cat([shared.student_log_probs(log_p), own_p[:, None].to(log_p.dtype)], dim=1)
+            log_q = torch.cat([shared.teacher_log_probs(log_q), own_q[:, None].to(log_q.dtype)], dim=1)
+            return (kl(log_p.log_softmax(-1), log_q.log_softmax(-1)),)
 
         student, teacher = (batch.student, chunks.student_first), (batch.teacher, chunks.teacher_first)
         (rows,) = over_tiles(divergence, self.tile(batch), student, teacher, own_p, own_q)

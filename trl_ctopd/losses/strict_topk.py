@@ -27,6 +27,7 @@ class StrictTopK(Loss):
     """
 
     signal: ClassVar[str] = "logits"
+    copies: ClassVar[int] = 3
     policy: ClassVar[str] = "on"
     structures: ClassVar[tuple[str, ...]] = ("shared",)
 

@@ -29,6 +29,7 @@ class ULD(Loss):
     """
 
     signal: ClassVar[str] = "logits"
+    copies: ClassVar[int] = 8
 
     uld_pairing: str = "position"
 

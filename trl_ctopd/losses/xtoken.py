@@ -29,6 +29,7 @@ class XToken(Loss):
     """
 
     signal: ClassVar[str] = "logits"
+    copies: ClassVar[int] = 8
     structures: ClassVar[tuple[str, ...]] = ("projection",)
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
@@ -51,10 +52,10 @@ class XToken(Loss):
             p = _mean(log_p.exp(), student_numbers, number)
             q = _mean(log_q.exp(), teacher_numbers, number)
             q = torch.zeros_like(q).index_add(1, projection.teacher_first, q) * reached
-            kept = q.sum(-1)
-            q = q / kept[:, None]
             r = torch.sparse.mm(transposed.to(p.dtype), p.T).T
-            r = (r / r.sum(-1, keepdim=True)).clamp(min=_FLOOR)
+            kept, tiny = q.sum(-1), torch.finfo(p.dtype).tiny
+            q = q / kept[:, None].clamp(min=tiny)
+            r = (r / r.sum(-1, keepdim=True).clamp(min=tiny)).clamp(min=_FLOOR)
             return torch.xlogy(q, q).sum(-1) - (q * r.log()).sum(-1), kept
 
         student, teacher = (batch.student, student_positions), (batch.teacher, teacher_positions)
