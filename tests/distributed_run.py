@@ -45,8 +45,9 @@ def run(folder: str, *, batch: int, real_generation: bool = False, **settings) -
 
 
 if __name__ == "__main__":
-    folder, mode = sys.argv[1:]
-    result = run(folder, batch=4) if mode == "fixed" else run(
-        folder, batch=2, real_generation=True, lmbda=0.5, gradient_accumulation_steps=2, max_steps=3, num_generations=2
+    folder, mode, loss = sys.argv[1:]
+    result = run(folder, batch=4, distillation_loss=loss) if mode == "fixed" else run(
+        folder, batch=2, real_generation=True, lmbda=0.5, gradient_accumulation_steps=2, max_steps=3, num_generations=2,
+        distillation_loss=loss, off_policy_loss="gold",
     )  # fmt: skip
     torch.save(result, f"{folder}/{mode}-{torch.distributed.get_rank()}.pt")

@@ -482,9 +482,10 @@ def xtoken(row: Row, pair: Vocabularies) -> Tensor:
         size = len(q)
         r = p.new_zeros(size).index_add(0, torch.tensor(teachers), p[torch.tensor(students)] * p.new_tensor(weights))
         q = q.new_zeros(size).index_add(0, torch.tensor(pair.first_of), q)
+        reached = q[reach].sum()
         q, r = normalised(q[reach]), normalised(r[reach])
         inside = q > 0
-        total = total + (q[inside] * (q[inside].log() - r[inside].clamp(min=1e-12).log())).sum()
+        total = total + reached * (q[inside] * (q[inside].log() - r[inside].clamp(min=1e-12).log())).sum()
     return total
 
 
@@ -573,7 +574,8 @@ def cdm(row: Row, pair: Vocabularies, top_k: int = 100, threshold: float = 0.1) 
                     alike = [pair.alike(w, v) for w, v in matches]
                     p = torch.stack([row.log_p[i, ours].logsumexp(0) for _, ours in alike]).softmax(0)
                     q = torch.stack([row.log_q[j, theirs].logsumexp(0) for theirs, _ in alike]).softmax(0)
-                    total = total + share * kl(q, p) / 2
+                    mass = sum(row.log_q[j, theirs].exp().sum() for theirs, _ in alike)
+                    total = total + share * mass * kl(q, p) / 2
     return total
 
 

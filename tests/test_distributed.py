@@ -13,11 +13,22 @@ from distributed_run import run
 pytestmark = pytest.mark.multiprocess
 
 
-def two_processes(folder: Path, mode: str) -> list[dict]:
+def two_processes(folder: Path, mode: str, loss: str) -> list[dict]:
     script = Path(__file__).parent / "distributed_run.py"
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, folder, mode],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            script,
+            folder,
+            mode,
+            loss,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "cache")},
         capture_output=True,
         text=True,
         timeout=240,
@@ -30,9 +41,11 @@ def two_processes(folder: Path, mode: str) -> list[dict]:
     return results
 
 
-def test_two_processes_take_the_step_of_one(tmp_path):
-    first, second = two_processes(tmp_path, "fixed")
-    alone = run(str(tmp_path), batch=8)
+@pytest.mark.parametrize("loss", ["dpca", "bpm"])
+def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch, loss):
+    monkeypatch.setattr("trl_ctopd.trainer.CACHE_DIR", tmp_path / "cache")
+    first, second = two_processes(tmp_path, "fixed", loss)
+    alone = run(str(tmp_path), batch=8, distillation_loss=loss)
     assert alone["step"].abs().max() > 1e-3
     assert 0 < alone["log"]["alignment/teacher_context_exceeded_fraction"] < 1
     torch.testing.assert_close(first["step"], second["step"], rtol=0, atol=0)
@@ -43,7 +56,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 
 
 def test_two_processes_write_score_mix_and_evaluate(tmp_path):
-    first, second = two_processes(tmp_path, "written")
+    first, second = two_processes(tmp_path, "written", "dpca")
     torch.testing.assert_close(first["step"], second["step"], rtol=0, atol=0)
     assert first["log"] == second["log"], "every figure is one figure over both"
     assert first["eval"]["eval_gap/nats_per_byte"] == second["eval"]["eval_gap/nats_per_byte"]

@@ -194,11 +194,6 @@ def test_vocabularies_without_a_shared_token_are_refused_before_training(build, 
         )
 
 
-def test_an_adapter_on_the_head_is_refused(build):
-    with pytest.raises(ValueError, match="layers on the LM head.*target_modules"):
-        build(peft_config=LoraConfig(target_modules=["q_proj", "lm_head"]))
-
-
 def test_teacher_tokenizer_is_a_real_pair_with_the_students():
     """What the tests above stand on: shared text, and text that only one side has in one token."""
     student, teacher = (set(t.get_vocab()) for t in (student_tokenizer(), teacher_tokenizer()))

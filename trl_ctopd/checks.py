@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from datasets import Dataset, IterableDataset
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import CrossTokenizerGKDConfig
@@ -80,15 +79,6 @@ def check_signal(loss: Callable, signals: Sequence[str]):
         raise ValueError(
             f"{type(loss).__name__} needs the teacher's {wanted}, and this teacher gives {', '.join(signals)} only. Choose "
             f"one of {', '.join(able)}, or a teacher in this process."
-        )
-
-
-def check_adapter(student: PreTrainedModel):
-    """Raises `ValueError` for an adapter on the LM head, which the fused head that scores would leave out."""
-    if isinstance(student.get_output_embeddings(), BaseTunerLayer):
-        raise ValueError(
-            "The adapter has layers on the LM head, which scoring reads past: leave it out of `target_modules` (or train "
-            "it whole, with `modules_to_save`)."
         )
 
 

@@ -25,7 +25,6 @@ from . import card, data
 from .align import TextAligner, align_text
 from .chat import Speaker, unshared_markup
 from .checks import (
-    check_adapter,
     check_arguments,
     check_signal,
     check_vocabulary,
@@ -145,7 +144,6 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def _finish_student(self):
         student = base_model(self.model)
-        check_adapter(student)
         check_vocabulary("student", student, self.processing_class)
         if self.args.disable_dropout:
             disable_dropout_in_model(self.model)

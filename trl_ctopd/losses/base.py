@@ -159,6 +159,10 @@ class ScoredChunks:
         where = chunks.row, chunks.chunk
         return self.student_sum(student)[where], self.teacher_sum(teacher)[where]
 
+    def cross_entropy(self) -> torch.Tensor:
+        """−Σ_i log p_i over the scored student tokens."""
+        return -(self.student_log_probs * (self.student_chunks >= 0)).sum()
+
     def compared(self, chunks: ChunkTable) -> Metrics:
         """The share of the scored student tokens that is in `chunks`."""
         return {"loss/compared_fraction": (chunks.student_tokens.sum(), self.scored_tokens)}

@@ -5,9 +5,11 @@ Decisions. The warping path is held to the synchronized boundaries, so it runs w
 each side is one pair. A student token with several partners is compared with each, at equal parts. An exact partner is
 one with the same bytes, and their probabilities are those of all ids that spell them; the distance of two others is Levenshtein's over their lengths' sum, spaces left out. Tokens of
 more than 32 bytes have exact partners only. Each direction of the map (the teacher's likeliest tokens, the student's) is a
-KL of its own, over the tokens that have a partner; the loss is their mean.
+KL of its own, over the tokens that have a partner, times the teacher's probability of them: what it thinks of the rest
+cannot be told, and a sliver renormalised would be noise. The loss is the mean of both.
 Where the published code differs: it warps whole texts with decoded strings, averages the logits of a token's partners,
-and writes both directions into one list, in which a pair that both name counts twice.
+renormalises the tokens that have a partner and no more, and writes both directions into one list, in which a pair that
+both name counts twice.
 """
 
 from dataclasses import dataclass
@@ -25,13 +27,16 @@ from .edit_distance import edit_distances
 @dataclass
 class CDM(Loss):
     """
-    loss = Σ_{(i, j)} (KL(q̄ ‖ p̄ | the teacher's top_k at j) + KL(q̄ ‖ p̄ | the student's top_k at i)) / (2 · |J_i| · N),
-    with J_i the teacher tokens on student token i's part of the path.
+    loss = Σ_{(i, j)} Σ_L q_j(L) · KL(q̄_j ‖ p̄_i | L) / (2 · |J_i| · N), with L the tokens that have a partner among the
+    teacher's top_k at j and among the student's top_k at i, q̄ and p̄ renormalised over L, and J_i the teacher tokens on
+    student token i's part of the path.
 
     Args:
         top_k (`int`, defaults to `100`): tokens that are given a partner, on each side.
         threshold (`float`, defaults to `0.1`): the distance below which two tokens that spell different bytes may be
             partners; 0: exact partners only.
+        cross_entropy_weight (`float`, defaults to `0.0`): of −Σ_i log p_i, which the paper adds on its reference texts;
+            on text of the student's own it teaches nothing.
     """
 
     signal: ClassVar[str] = "logits"
@@ -40,6 +45,7 @@ class CDM(Loss):
 
     top_k: int = 100
     threshold: float = 0.1
+    cross_entropy_weight: float = 0.0
 
     def __post_init__(self):
         if self.top_k < 1:
@@ -70,17 +76,18 @@ class CDM(Loss):
                     for own, full, ids in ((shared_p, log_p, student_ids), (shared_q, log_q, teacher_ids))
                 )
                 found = exact | ((student_ids >= 0) & (teacher_ids >= 0))
+                mass = (q.exp() * found).sum(1)
                 none = ~found.any(1, keepdim=True)  # a row without partners: any finite numbers, and no loss
                 q, p = (side.masked_fill(~found & ~none, -torch.inf).log_softmax(1) for side in (q, p))
-                value = value + kl(q, p).masked_fill(none[:, 0], 0) / 2
-                mapped = mapped + found.sum(1) / (2 * kept)
+                value = value + mass * kl(q, p).masked_fill(none[:, 0], 0) / 2
+                mapped = mapped + mass / 2
             return value, mapped
 
         values, mapped = over_tiles(divergence, tile, (batch.student, student), (batch.teacher, teacher))
         compared = (partners > 0).sum()
-        metrics = {"cdm/mapped_fraction": (mapped.sum(), torch.tensor(len(mapped)))}
-        value = (values / partners[student]).sum() / num_items
-        return value, {"loss/compared_fraction": (compared, batch.scored_tokens), **metrics}
+        metrics = {"cdm/mapped_mass": (mapped.sum(), torch.tensor(len(mapped)))}
+        value = (values / partners[student]).sum() + self.cross_entropy_weight * batch.cross_entropy()
+        return value / num_items, {"loss/compared_fraction": (compared, batch.scored_tokens), **metrics}
 
     def _closest(
         self,

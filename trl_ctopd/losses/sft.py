@@ -19,5 +19,4 @@ class SFT(Loss):
     policy: ClassVar[str] = "off"
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
-        scored = batch.student_chunks >= 0
-        return -(batch.student_log_probs * scored).sum() / num_items, {}
+        return batch.cross_entropy() / num_items, {}

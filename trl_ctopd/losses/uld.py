@@ -2,8 +2,7 @@
 
 Decisions: it needs no correspondence between tokens, only between positions. `"position"` is the paper's: the n-th token
 of one side with the n-th of the other, whatever they spell. `"chunk"` compares each synchronized chunk as one token, by
-the chain rule (as TRL's GOLD does, `token_merge_strategy="bayesian"`). The cross-entropy that the paper adds is left
-out: it is another loss.
+the chain rule (as TRL's GOLD does, `token_merge_strategy="bayesian"`). The paper's cross-entropy is a knob.
 """
 
 from dataclasses import dataclass
@@ -26,12 +25,15 @@ class ULD(Loss):
 
     Args:
         uld_pairing (`str`, defaults to `"position"`): which positions are pairs, `"position"` or `"chunk"`.
+        cross_entropy_weight (`float`, defaults to `0.0`): of −Σ_i log p_i, which the paper adds on its reference texts;
+            on text of the student's own it teaches nothing.
     """
 
     signal: ClassVar[str] = "logits"
     copies: ClassVar[int] = 8
 
     uld_pairing: str = "position"
+    cross_entropy_weight: float = 0.0
 
     def __post_init__(self):
         if self.uld_pairing not in PAIRINGS:
@@ -52,4 +54,4 @@ class ULD(Loss):
 
         sides = (batch.student, student), (batch.teacher, teacher)
         (rows,) = over_tiles(distance, self.tile(batch), *sides, *before)
-        return rows.sum() / num_items, compared
+        return (rows.sum() + self.cross_entropy_weight * batch.cross_entropy()) / num_items, compared

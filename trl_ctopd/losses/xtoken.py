@@ -2,7 +2,8 @@
 teacher's, both averaged over a chunk.
 
 Decisions: W comes from the tokenizers alone: a shared token falls on its partner, another on the first four tokens that
-the teacher writes it with, `.9 * .1^i` each. Both sides are compared on the teacher tokens that W reaches.
+the teacher writes it with, `.9 * .1^i` each. Both sides are compared on the teacher tokens that W reaches, in
+proportion to the mass that the teacher has there.
 Where the published code differs: it takes the 8,192 teacher tokens that are likeliest anywhere in the micro-batch, so
 that a text's loss depends on its neighbours, and averages the teacher's log-probs; here all tokens, and probabilities on
 both sides. Its second pass over W (the teacher's tokens written by the student) and learning W are left out.
@@ -23,14 +24,21 @@ _FLOOR = 1e-12
 @dataclass
 class XToken(Loss):
     """
-    loss = Σ_c KL(q̂_c ‖ Wᵀ p̂_c) / N, with p̂_c and q̂_c the means of the chunk's next-token distributions.
+    loss = Σ_c Q_c · KL(q̂_c ‖ Wᵀ p̂_c) / N, with p̂_c and q̂_c the means of the chunk's next-token distributions, both
+    renormalised over the teacher tokens that W reaches, and Q_c the mass that q̂_c has there.
 
     A tile holds whole chunks, so the longest one is the least tile.
+
+    Args:
+        cross_entropy_weight (`float`, defaults to `0.0`): of −Σ_i log p_i, which the paper adds on its reference texts;
+            on text of the student's own it teaches nothing.
     """
 
     signal: ClassVar[str] = "logits"
     copies: ClassVar[int] = 8
     structures: ClassVar[tuple[str, ...]] = ("projection",)
+
+    cross_entropy_weight: float = 0.0
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         chunks = batch.comparable_chunks
@@ -56,12 +64,13 @@ class XToken(Loss):
             kept, tiny = q.sum(-1), torch.finfo(p.dtype).tiny
             q = q / kept[:, None].clamp(min=tiny)
             r = (r / r.sum(-1, keepdim=True).clamp(min=tiny)).clamp(min=_FLOOR)
-            return torch.xlogy(q, q).sum(-1) - (q * r.log()).sum(-1), kept
+            return kept * (torch.xlogy(q, q).sum(-1) - (q * r.log()).sum(-1)), kept
 
         student, teacher = (batch.student, student_positions), (batch.teacher, teacher_positions)
         values, kept = over_tiles(divergence, sizes, student, teacher, student_numbers, teacher_numbers, number)
         metrics = {"xtoken/reached_mass": (kept.sum(), torch.tensor(len(kept)))}
-        return values.sum() / num_items, {**batch.compared(chunks), **metrics}
+        value = values.sum() + self.cross_entropy_weight * batch.cross_entropy()
+        return value / num_items, {**batch.compared(chunks), **metrics}
 
 
 def _tiles_of_whole_chunks(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor, tile: int) -> list[list[int]]:
