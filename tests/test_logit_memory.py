@@ -38,3 +38,8 @@ def test_no_more_than_a_tiles_float32_logits_of_both_models_are_alive_whatever_t
     assert bound / 8 < short < bound
     assert long < bound
     assert long < 768 * (STUDENT_SIZE + TEACHER_SIZE) * 4 / 10, "far from all logits at once"
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ON_LOGITS])
+def test_a_loss_on_log_probs_never_holds_a_row_of_a_vocabulary(batches, name):
+    assert peak_bytes(build_loss(name), batches[0]) < STUDENT_SIZE * 4

@@ -62,7 +62,7 @@ def check_head(side: str, model: PreTrainedModel):
     with hidden_states(model) as states:
         logits = model(input_ids=ids, use_cache=False).logits.float()
     if states:
-        found = lm_head(model, states[0].dtype, 1.0)(states[0]).float()
+        found = lm_head(model, states[0].dtype, 1.0)(states[0]).to(logits)
         if not (found - logits).abs().max() <= 0.02 * logits.abs().max():
             raise ValueError(
                 f"The {side}'s {type(model).__name__} does more to its logits than a matrix product, a scale and a "

@@ -90,17 +90,22 @@ def possible(prefixes: Prefixes, log_q: torch.Tensor, teacher_ids: torch.Tensor,
     return log_q.masked_fill(~prefixes.going_on(teacher_ids, written), -torch.inf).softmax(-1)
 
 
-def student_outcomes(prefixes: Prefixes, log_p: torch.Tensor) -> torch.Tensor:
-    """(n, V_S + 1) the student's probabilities of its own outcomes."""
-    p = log_p.exp()
-    return p.new_zeros(len(p), p.shape[1] + 1).index_add(1, prefixes.student_outcome, p)
-
-
-def teacher_outcomes(prefixes: Prefixes, q: torch.Tensor, written: torch.Tensor, size: int) -> torch.Tensor:
-    """(n, V_S + 1) the teacher's probabilities `q` (n, V_T) of the student's outcomes."""
+def outcome_divergence(
+    prefixes: Prefixes,
+    beta: float,
+    log_p: torch.Tensor,
+    log_q: torch.Tensor,
+    teacher_ids: torch.Tensor,
+    written: torch.Tensor,
+) -> torch.Tensor:
+    """(n,) JSD_β over the student's outcomes, of its own probabilities and of what the teacher's stand for."""
+    p, q = log_p.exp(), possible(prefixes, log_q, teacher_ids, written)
     outcome = prefixes.outcome[prefixes.entries(written)]
     outcome = torch.where(written[:, None] == 0, prefixes.first_outcome, outcome)
-    return q.new_zeros(len(q), size).scatter_add(1, outcome, q)
+    empty = p.new_zeros(len(p), p.shape[1] + 1)
+    return generalized_jsd(
+        empty.index_add(1, prefixes.student_outcome, p), empty.scatter_add(1, outcome, q.to(p.dtype)), beta
+    )
 
 
 @dataclass
@@ -130,10 +135,8 @@ class BPM(Loss):
         rows = standing_rows(batch, self.mask_whitespace)
         prefixes = batch.vocabulary.prefixes
 
-        def divergence(log_p, log_q, teacher_ids, written):
-            p = student_outcomes(prefixes, log_p)
-            t = teacher_outcomes(prefixes, possible(prefixes, log_q, teacher_ids, written), written, p.shape[1])
-            return (generalized_jsd(p, t, self.beta),)
+        def divergence(*rows):
+            return (outcome_divergence(prefixes, self.beta, *rows),)
 
         student, teacher = (batch.student, rows.student), (batch.teacher, rows.teacher)
         (values,) = over_tiles(divergence, self.tile(batch), student, teacher, rows.teacher_ids, rows.written)

@@ -70,9 +70,9 @@ def over_tiles(
     def run(*parts):
         rows, others = parts[: len(sides)], parts[len(sides) :]
         log_probs = []
-        for (side, _), hidden in zip(sides, rows, strict=True):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and side is not (teacher and teacher[0])):
-                log_probs.append(side.log_probs(hidden).to(device))
+        for side, hidden in zip(sides, rows, strict=True):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and side is student):
+                log_probs.append(side[0].log_probs(hidden).to(device))
         return function(*log_probs, *others)
 
     outputs = []

@@ -1,6 +1,8 @@
-"""Levenshtein distances of many pairs of byte strings at once."""
+"""Edit distances of many pairs of tokens at once."""
 
 import torch
+
+from ..vocabulary import SPELLED_BYTES, VocabularyPair
 
 
 def edit_distances(a: torch.Tensor, a_length: torch.Tensor, b: torch.Tensor, b_length: torch.Tensor) -> torch.Tensor:
@@ -23,3 +25,16 @@ def edit_distances(a: torch.Tensor, a_length: torch.Tensor, b: torch.Tensor, b_l
         line = (best - column).cummin(1).values + column  # and a byte inserted after any other cell of the line
         found = torch.where(a_length == i, line.gather(1, b_length[:, None])[:, 0], found)
     return found
+
+
+def spelling_distances(vocabulary: VocabularyPair, students: torch.Tensor, teachers: torch.Tensor) -> torch.Tensor:
+    """(P,) normalised edit distances of student and teacher tokens (P,), in float64; 1 where there is no text."""
+    spelled = vocabulary.spellings
+    a, b = spelled.student_length[students], spelled.teacher_length[teachers]
+    strings = spelled.student[students], spelled.teacher[teachers]
+    edits = edit_distances(strings[0], a.clamp(0, SPELLED_BYTES), strings[1], b.clamp(0, SPELLED_BYTES))
+    distance = edits / (a + b).clamp(min=1).double()
+    alike = vocabulary.shared.student_class[students] == vocabulary.shared.teacher_class[teachers]
+    alike &= vocabulary.shared.student_class[students] >= 0
+    distance = torch.where((a > SPELLED_BYTES) | (b > SPELLED_BYTES), 1 - alike.double(), distance)
+    return distance.masked_fill((a < 0) | (b < 0), 1)

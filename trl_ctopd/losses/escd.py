@@ -12,9 +12,8 @@ import torch
 from torch.nn.functional import pad
 
 from .base import Loss, Metrics, ScoredChunks
-from .bpm import compared_rows, possible, standing_rows, student_outcomes, teacher_outcomes
+from .bpm import compared_rows, outcome_divergence, possible, standing_rows
 from .distributions import over_tiles
-from .divergences import generalized_jsd
 
 
 _FLOOR = 1e-12  # of a probability that is a difference of two float64 sums
@@ -42,10 +41,8 @@ class ESCD(Loss):
         rows = standing_rows(batch, self.mask_whitespace)
         prefixes = batch.vocabulary.prefixes
 
-        def at_start(log_p, log_q, teacher_ids, written):
-            p = student_outcomes(prefixes, log_p)
-            t = teacher_outcomes(prefixes, possible(prefixes, log_q, teacher_ids, written), written, p.shape[1])
-            return (generalized_jsd(p, t, 0),)
+        def at_start(*rows):
+            return (outcome_divergence(prefixes, 0, *rows),)
 
         def within(log_p, log_q, teacher_ids, written):
             mass = possible(prefixes, log_q, teacher_ids, written)
