@@ -580,6 +580,21 @@ def test_every_loss_is_built_by_name_with_its_knobs():
         ("dpca", {"advantage_clip": 0}, "advantage_clip.*0"),
         ("dpca", {"advantage_clip": -1.0}, "advantage_clip.*-1.0"),
         ("alm", {"temperature": 0.0}, "temperature.*0.0"),
+        ("strict_topk", {"top_k": 0}, "strict_topk's top_k.*at least 1 or None.*0"),
+        ("strict_topk", {"top_k": 2.5}, r"strict_topk's top_k must be int \| None, got 2.5"),
+        ("cdm", {"top_k": "4"}, "cdm's top_k must be int, got '4'"),
+        ("cdm", {"threshold": -1}, "cdm's threshold must be between 0 and 1, got -1"),
+        ("bpm", {"mask_whitespace": "no"}, "bpm's mask_whitespace must be bool, got 'no'"),
+        ("bpm", {"beta": 1.0}, "bpm's beta.*below 1, got 1.0"),
+        ("gold", {"beta": 2}, "gold's beta must be between 0 and 1, got 2"),
+        ("gold", {"beta": True}, "gold's beta must be float, got True"),
+        ("gold", {"matched_weight": -1.0}, "GOLD's matched_weight must not be negative, got -1.0"),
+        ("gold", {"matched_weight": 2.0}, "gold's matched_weight is 2.0.*set both"),
+        ("gold", {"unmatched_weight": math.nan}, "gold's unmatched_weight.*nan"),
+        ("uld", {"uld_pairing": "word"}, "'word'.*position, chunk"),
+        ("uld", {"cross_entropy_weight": -1.0}, "ULD's cross_entropy_weight.*-1.0"),
+        ("multi_level_ot", {"epsilon": 0.0}, "multi_level_ot's epsilon must be positive, got 0.0"),
+        ("multi_level_ot", {"log_weight": -1.0}, "MultiLevelOT's log_weight.*-1.0"),
         ("alm", {"temperature": math.nan}, "temperature.*nan"),
     ],
 )
@@ -595,3 +610,5 @@ def test_a_callable_is_its_own_loss_and_takes_no_knobs():
     assert build_loss(own) is own
     with pytest.raises(ValueError, match="credit"):
         build_loss(own, credit="last")
+    with pytest.raises(ValueError, match=r"not a class: SFT\(...\)"):
+        build_loss(SFT)

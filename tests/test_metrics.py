@@ -42,8 +42,9 @@ def reference(rows, entropy):
     """Row by row and chunk by chunk; a chunk whose teacher budget is not finite is only counted."""
     ours = theirs = 0.0
     width = tokens = chunks = one_to_one = teacher_tokens = neutral = 0
-    nats = 0.0
+    nats = unscored = 0.0
     for row, (student, teacher) in enumerate(rows):
+        unscored += not any(map(math.isfinite, reference_budgets(teacher).values()))
         student_budgets, teacher_budgets = reference_budgets(student), reference_budgets(teacher)
         read = by_chunk(teacher)
         for chunk, inside in by_chunk(student).items():
@@ -60,6 +61,7 @@ def reference(rows, entropy):
         "alignment/one_to_one_fraction": one_to_one / tokens,
         "alignment/student_tokens_per_chunk": tokens / chunks,
         "alignment/teacher_tokens_per_chunk": teacher_tokens / chunks,
+        "alignment/unscored_fraction": unscored / len(rows),
         "entropy": nats / tokens,
         "gap/nats_per_byte": (theirs - ours) / width,
         "student/nats_per_byte": ours / width,
@@ -94,6 +96,7 @@ def test_a_worked_example():
             "alignment/student_tokens_per_chunk": 4 / 3,
             "alignment/teacher_tokens_per_chunk": 4 / 3,
             "alignment/neutralised_fraction": 0.0,
+            "alignment/unscored_fraction": 0.0,
             "entropy": 10 / 4,
         },
         rel=1e-6,
@@ -124,8 +127,8 @@ def test_figures_of_micro_batches_add_up_to_the_whole_batchs():
     assert meter.read(OneProcess()) == pytest.approx(figures(whole, torch.ones_like(whole.student_log_probs)), rel=1e-5)
 
 
-def test_nothing_scored_logs_nothing():
-    assert figures(ScoredChunks(*as_tensors([([(-1.0, -1, 1)], [(-2.0, -1)])]))) == {}
+def test_nothing_scored_logs_that_and_nothing_else():
+    assert figures(ScoredChunks(*as_tensors([([(-1.0, -1, 1)], [(-2.0, -1)])]))) == {"alignment/unscored_fraction": 1}
 
 
 def test_a_chunk_with_no_bytes_still_counts_its_nats():

@@ -57,19 +57,19 @@ def test_only_micro_batches_whose_loss_asks_carry_the_teachers_hidden_states(bui
     assert off["teacher_hidden"].shape[:2] == off["teacher_chunks"].shape
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_the_distributions_are_those_that_the_sampled_log_probs_come_from(build, temperature):
+@pytest.mark.parametrize(("temperature", "bf16"), [(1.0, False), (0.5, False), (1.0, True)])
+def test_the_distributions_are_those_that_the_sampled_log_probs_come_from(build, temperature, bf16):
     def compare(batch, num_items):
         for side, ids, chunks, log_probs in (
             (batch.student, batch.student_ids, batch.student_chunks, batch.student_log_probs),
             (batch.teacher, batch.teacher_ids, batch.teacher_chunks, batch.teacher_log_probs),
         ):
             found = side.log_probs(side.hidden).gather(-1, ids[..., None])[..., 0]
-            torch.testing.assert_close(found[chunks >= 0], log_probs[chunks >= 0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found[chunks >= 0], log_probs[chunks >= 0].float(), rtol=1e-4, atol=1e-5)
         return log_probs.new_zeros((), requires_grad=True), {"compared": (torch.ones(()), torch.ones(()))}
 
     compare.signal = "logits"
-    trainer = build(distillation_loss=compare, temperature=temperature)
+    trainer = build(distillation_loss=compare, temperature=temperature, bf16=bf16)
     trainer.train()
     assert trainer.state.log_history[0]["compared"] == 1
 
@@ -192,6 +192,39 @@ def test_vocabularies_without_a_shared_token_are_refused_before_training(build, 
             teacher_processing_class=letters("xy"),
             dataset=prompts().remove_columns("completion").map(lambda row: {"prompt": "abcxy"}),
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"distillation_loss": "simct", "credit": "last"}, "credit='last' has no effect on .*'simct': .* dpca"),
+        (
+            {"distillation_loss": "bpm", "advantage_clip": 3.0},
+            "advantage_clip=3.0 has no effect.*dpca and strict_sampled",
+        ),
+        ({"credit": "last", "distillation_loss_kwargs": {"credit": "macro"}}, "credit is 'last' .* and 'macro' in"),
+        (
+            {"distillation_loss": "gold", "off_policy_loss_kwargs": {"beta": 1.0}},
+            "off_policy_loss_kwargs has no effect",
+        ),
+        ({"off_policy_loss": "bpm"}, "'bpm' cannot learn from text .*: choose one of alm, uld, .*sft"),
+        ({"off_policy_loss": "alme"}, "'alme' is no loss known here by name: choose one of alm"),
+        ({"logit_tile_tokens": 0}, "logit_tile_tokens must be at least 1, got 0"),
+    ],
+)
+def test_a_setting_without_effect_or_out_of_range_is_an_error(build, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("signal", "logit"), ("policy", "offf")])
+def test_a_functions_own_declarations_are_read_closely(build, attribute, value):
+    def own(batch, num_items):
+        raise AssertionError("never called")
+
+    setattr(own, attribute, value)
+    with pytest.raises(ValueError, match=f"own has {attribute}='{value}': choose one of .*on|log"):
+        build(distillation_loss=own)
 
 
 def test_teacher_tokenizer_is_a_real_pair_with_the_students():

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import CrossTokenizerGKDConfig
-from .losses import LOSSES, build_loss
+from .losses import LOSSES, build_loss, loss_name
 
 
 def check_arguments(model, teacher_model, args, train_dataset):
@@ -52,12 +52,37 @@ def load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrain
 
 
 def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
-    """The loss that `args` name. Raises `ValueError` where it cannot learn from the text that `args.lmbda` gives it."""
-    kwargs = dict(args.distillation_loss_kwargs or {})
-    if not callable(args.distillation_loss):
-        knobs = {field.name for field in fields(LOSSES[args.distillation_loss])}
-        kwargs = {name: getattr(args, name) for name in ("credit", "advantage_clip") if name in knobs} | kwargs
-    loss = build_loss(args.distillation_loss, **kwargs)
+    """
+    The loss that `args` name. Raises `ValueError` where it cannot learn from the text that `args.lmbda` gives it, or where
+    a setting would have no effect on it.
+    """
+    name, kwargs = args.distillation_loss, dict(args.distillation_loss_kwargs or {})
+    knobs = () if callable(name) else {field.name for field in fields(LOSSES[name])}
+    for knob in ("credit", "advantage_clip"):
+        value, default = getattr(args, knob), type(args).__dataclass_fields__[knob].default
+        if value != default and knob not in knobs:
+            able = [other for other, known in LOSSES.items() if knob in {field.name for field in fields(known)}]
+            raise ValueError(
+                f"{knob}={value!r} has no effect on distillation_loss={loss_name(name)!r}: it is a setting of "
+                f"{' and '.join(able)}."
+            )
+        if value != default and kwargs.get(knob, value) != value:
+            raise ValueError(
+                f"{knob} is {value!r} in the config and {kwargs[knob]!r} in distillation_loss_kwargs: say one."
+            )
+        if knob in knobs:
+            kwargs.setdefault(knob, value)
+    loss = build_loss(name, **kwargs)
+    for attribute, known in (("signal", ("none", "logprobs", "logits")), ("policy", ("on", "off", "both"))):
+        if getattr(loss, attribute, known[0]) not in known:
+            raise ValueError(
+                f"{loss_name(name)} has {attribute}={getattr(loss, attribute)!r}: choose one of {', '.join(known)}."
+            )
+    if getattr(loss, "policy", "both") != "on" and args.off_policy_loss_kwargs:
+        raise ValueError(
+            f"off_policy_loss_kwargs has no effect: distillation_loss={loss_name(name)!r} is right on any text, or on "
+            "given text alone, and takes the place of off_policy_loss."
+        )
     if getattr(loss, "policy", "both") == "off" and args.lmbda > 0:
         raise ValueError(
             f"{args.distillation_loss!r} learns from text the student did not write, but lmbda={args.lmbda} lets the "
@@ -77,7 +102,7 @@ def check_signal(loss: Callable, signals: Sequence[str]):
     if wanted != "none" and wanted not in signals:
         able = [name for name, known in LOSSES.items() if known.signal in ("none", *signals)]
         raise ValueError(
-            f"{type(loss).__name__} needs the teacher's {wanted}, and this teacher gives {', '.join(signals)} only. Choose "
+            f"{loss_name(loss)} needs the teacher's {wanted}, and this teacher gives {', '.join(signals)} only. Choose "
             f"one of {', '.join(able)}, or a teacher in this process."
         )
 

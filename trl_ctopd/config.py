@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .credit import CREDITS
-from .losses import LOSSES
+from .losses import LOSSES, loss_name
 
 
 with warnings.catch_warnings():  # TRL's version is pinned, and a test watches what is used of it
@@ -104,7 +104,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     credit: str = field(
         default="semantic",
         metadata={
-            "help": "How dpca shares a chunk's gap among its student tokens: semantic (by log-prob, the paper's), uniform, "
+            "help": "How dpca, and no other loss, shares a chunk's gap among its student tokens: semantic (by log-prob, the paper's), uniform, "
             "byte_length, last, or macro (each token gets the whole gap: the chunk as one action; without a clip, the "
             "unbiased gradient of each chunk's reverse KL given the text before it)."
         },
@@ -230,12 +230,11 @@ class CrossTokenizerGKDConfig(GKDConfig):
             raise ValueError(
                 f"Unknown distillation_loss {self.distillation_loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable."
             )
-        if self.off_policy_loss not in LOSSES or LOSSES[self.off_policy_loss].policy == "on":
-            allowed = [name for name, loss in LOSSES.items() if loss.policy != "on"]
-            raise ValueError(
-                f"off_policy_loss {self.off_policy_loss!r} cannot learn from text the student did not write: choose one "
-                f"of {', '.join(allowed)}."
-            )
+        allowed = [name for name, loss in LOSSES.items() if loss.policy != "on"]
+        if self.off_policy_loss not in allowed:
+            known = isinstance(self.off_policy_loss, str) and self.off_policy_loss in LOSSES
+            problem = "cannot learn from text the student did not write" if known else "is no loss known here by name"
+            raise ValueError(f"off_policy_loss {self.off_policy_loss!r} {problem}: choose one of {', '.join(allowed)}.")
 
     def _check_generation_kwargs(self):
         asked = set(self.generation_kwargs or {})
@@ -249,13 +248,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
             )
 
     def to_dict(self):
-        return {**super().to_dict(), "distillation_loss": self._loss_name}
+        return {**super().to_dict(), "distillation_loss": loss_name(self.distillation_loss)}
 
     def __getstate__(self):
         # saved beside checkpoints, where a function of a notebook or a closure could not be
-        return {**self.__dict__, "distillation_loss": self._loss_name}
-
-    @property
-    def _loss_name(self) -> str:
-        loss = self.distillation_loss
-        return loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__qualname__)
+        return {**self.__dict__, "distillation_loss": loss_name(self.distillation_loss)}

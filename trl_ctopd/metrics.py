@@ -78,8 +78,9 @@ class Meter:
             if not (isinstance(pair, tuple) and len(pair) == 2):
                 raise TypeError(f"Metric {name!r} must be a pair (sum, weight), got {pair!r}.")
             total, weight = (torch.as_tensor(part).detach().float() for part in pair)
-            added = torch.stack([total, weight.to(total.device)])
-            self._sums[name] = self._sums[name].to(total.device) + added
+            devices = [part.device for part in (self._sums[name], total, weight)]
+            device = next((device for device in devices if device.type != "cpu"), devices[0])  # no copy from there
+            self._sums[name] = self._sums[name].to(device) + torch.stack([total.to(device), weight.to(device)])
 
     def read(self, accelerator) -> dict[str, float]:
         """All figures over all processes, in the order of their names; the meter starts anew. Every process must call

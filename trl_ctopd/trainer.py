@@ -49,6 +49,7 @@ from .vocabulary import CACHE_DIR, VocabularyPair
 logger = get_logger(__name__)
 
 _MUCH_MASKED = 0.2  # the real tokenizers' own share on random text is under 0.03
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
 
 
@@ -182,11 +183,12 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def _finish_losses(self):
         """What the losses read of the two vocabularies, built before any training time is spent."""
-        for loss in (self.distillation_loss, self.off_policy_loss):
+        losses = [self.distillation_loss, *([self.off_policy_loss] if self.args.lmbda < 1 else [])]
+        for loss in losses:
             check_signal(loss, self.teacher.signals)
             for structure in getattr(loss, "structures", ()):
                 getattr(self.vocabulary, structure)
-        if "logits" in map(signal_of, (self.distillation_loss, self.off_policy_loss)):
+        if "logits" in map(signal_of, losses):
             check_head("student", base_model(self.model))
             check_head("teacher", self.teacher.base_model)
 
@@ -420,11 +422,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         return loss
 
     def _add_distributions(self, batch: ScoredChunks, student: PreTrainedModel, hidden, teacher_hidden):
-        """Gives `batch` what a loss on whole distributions reads, from the hidden states of both sides."""
-        temperature = self.args.temperature
-        batch.student = Distributions(hidden, lm_head(student, hidden.dtype, temperature))
-        teacher_head = lm_head(self.teacher.base_model, teacher_hidden.dtype, temperature)
-        batch.teacher = Distributions(teacher_hidden, teacher_head)
+        """Gives `batch` what a loss on whole distributions reads, from the hidden states of both sides, projected in the
+        precision that the sampled log-probs are computed in."""
+        sides = []
+        for model, states in ((student, hidden), (self.teacher.base_model, teacher_hidden)):
+            dtype = _AUTOCAST.get(self.accelerator.mixed_precision, states.dtype)
+            sides.append(Distributions(states, lm_head(model, dtype, self.args.temperature)))
+        batch.student, batch.teacher = sides
         batch.vocabulary, batch.tile_tokens = self.vocabulary, self.args.logit_tile_tokens
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -36,7 +36,7 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 __all__ = [*(loss.__name__ for loss in LOSSES.values()), "LOSSES", "Distributions", "Loss", "Metrics", "ScoredChunks"]
-__all__ += ["build_loss"]
+__all__ += ["build_loss", "loss_name"]
 
 
 def build_loss(loss: str | Callable, **kwargs) -> Callable:
@@ -46,6 +46,8 @@ def build_loss(loss: str | Callable, **kwargs) -> Callable:
     Raises:
         ValueError: for an unknown name or knob, naming the known ones.
     """
+    if isinstance(loss, type):
+        raise ValueError(f"A loss is a function or an object that can be called, not a class: {loss.__name__}(...).")
     if callable(loss):
         if kwargs:
             raise ValueError(f"A callable loss sets its own knobs; got {', '.join(sorted(kwargs))} beside it.")
@@ -53,3 +55,8 @@ def build_loss(loss: str | Callable, **kwargs) -> Callable:
     if loss not in LOSSES:
         raise ValueError(f"Unknown loss {loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable.")
     return LOSSES[loss].build(loss, kwargs)
+
+
+def loss_name(loss: str | Callable) -> str:
+    """What a loss is called: by its name in the config, by that of its own function or class."""
+    return loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__qualname__)

@@ -200,13 +200,26 @@ class Loss:
         """Rows of a tile."""
         return max(1, batch.tile_tokens // self.copies)
 
+    def check_weights(self, *names: str):
+        """Raises `ValueError` for a weight that would turn its term round."""
+        for name in names:
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"{type(self).__name__}'s {name} must not be negative, got {getattr(self, name)}.")
+
     @classmethod
     def build(cls, name: str, kwargs: dict) -> "Loss":
-        """The loss with its knobs set; an unknown key is an error that lists the known ones."""
+        """The loss with its knobs set. Raises `ValueError` for an unknown key, listing the known ones, and for a value of
+        another type than the knob's."""
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(kwargs) - set(known))
         if unknown:
             raise ValueError(
                 f"{name!r} has no setting {', '.join(map(repr, unknown))}: it takes {', '.join(known) or 'none'}."
             )
+        for field in fields(cls):
+            value = kwargs.get(field.name, field.default)
+            of_type = isinstance(value, field.type) or (type(value) is int and isinstance(0.0, field.type))
+            if not of_type or (isinstance(value, bool) and field.type is not bool) or value != value:
+                wanted = getattr(field.type, "__name__", field.type)
+                raise ValueError(f"{name}'s {field.name} must be {wanted}, got {value!r}.")
         return cls(**kwargs)

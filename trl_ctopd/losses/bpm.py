@@ -129,7 +129,7 @@ class BPM(Loss):
 
     def __post_init__(self):
         if not 0 <= self.beta < 1:
-            raise ValueError(f"beta must be at least 0 and below 1, got {self.beta}.")
+            raise ValueError(f"bpm's beta must be at least 0 and below 1, got {self.beta}.")
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         rows = standing_rows(batch, self.mask_whitespace)

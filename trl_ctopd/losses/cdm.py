@@ -50,7 +50,10 @@ class CDM(Loss):
 
     def __post_init__(self):
         if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+            raise ValueError(f"cdm's top_k must be at least 1, got {self.top_k}.")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"cdm's threshold must be between 0 and 1, got {self.threshold}.")
+        self.check_weights("cross_entropy_weight")
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         vocabulary, shared = batch.vocabulary, batch.vocabulary.shared

@@ -64,7 +64,7 @@ def over_tiles(
         part in every backward pass.
     """
     sides = [side for side in (student, teacher) if side is not None]
-    device = sides[0][0].hidden.device
+    device = sides[0][1].device
     inputs = [side.rows(positions) for side, positions in sides]
 
     def run(*parts):

@@ -2,7 +2,8 @@
 teacher's token where the student stands in the middle of one.
 
 Decisions: of the teacher tokens that the written bytes leave possible, those that no single student token completes give
-nothing at this position; a later position, where less of them is left, does. Their share is logged.
+nothing at this position; a later position, where less of them is left, does. Their share is logged. A student that
+gives less than 1e-12 to completing a token is charged as for 1e-12 and gets no gradient there.
 """
 
 from dataclasses import dataclass

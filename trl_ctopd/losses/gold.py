@@ -39,7 +39,13 @@ class GOLD(Loss):
 
     def __post_init__(self):
         if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta must be between 0 and 1, got {self.beta}.")
+            raise ValueError(f"gold's beta must be between 0 and 1, got {self.beta}.")
+        self.check_weights("matched_weight", "unmatched_weight")
+        if self.unmatched_weight is None and (self.matched_weight or 0) > 1:
+            raise ValueError(
+                f"gold's matched_weight is {self.matched_weight}, which leaves unmatched_weight, 1 minus it, below 0: set "
+                "both."
+            )
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         chunks = batch.comparable_chunks

@@ -24,7 +24,9 @@ from .distributions import Distributions, over_tiles
 from .divergences import kl
 
 
-_PLAN_COPIES = 16  # tensors of the size of a block of the transport plan that are alive at once
+_PLAN_COPIES = (
+    16  # tensors of the size of a block of the transport plan that are alive at once, beside one for each token kept
+)
 
 
 @dataclass
@@ -55,7 +57,8 @@ class MultiLevelOT(Loss):
     def __post_init__(self):
         for name in ("top_k", "iterations", "epsilon"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+                raise ValueError(f"multi_level_ot's {name} must be positive, got {getattr(self, name)}.")
+        self.check_weights("log_weight", "sinkhorn_weight", "cross_entropy_weight")
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         vocabulary = batch.vocabulary
@@ -73,8 +76,8 @@ class MultiLevelOT(Loss):
         present = student_mask.any(1) & teacher_mask.any(1)
         p, q = student[present].exp(), teacher[present].exp()
         p_mask, q_mask = student_mask[present], teacher_mask[present]
-        budget = batch.tile_tokens * (vocabulary.student_size + vocabulary.teacher_size) // _PLAN_COPIES
-        rows = max(1, budget // max(1, q_mask.numel()))
+        budget = batch.tile_tokens * (vocabulary.student_size + vocabulary.teacher_size) // (_PLAN_COPIES + kept)
+        rows = max(1, budget // max(1, p_mask.numel(), q_mask.numel()))
         distance = self._transport(p, q, p_mask, q_mask, rows)
         bias = self._transport(p, p, p_mask, p_mask, rows) + self._transport(q, q, q_mask, q_mask, rows)
         sequence = ((distance - bias / 2) * p_mask.sum(1)).sum()
@@ -109,7 +112,10 @@ class MultiLevelOT(Loss):
             return ((plan + log_part[..., None] + log_y[:, None]).exp() * cost).sum((1, 2))
 
         parts = zip(*(t.split(rows, 1) for t in (x, f, log_x)), strict=True)
-        costs = [checkpoint(cost, part, y, f_part, w, use_reentrant=False) for part, f_part, w in parts]
+        costs = [
+            checkpoint(cost, part, y, f_part, w, use_reentrant=False, preserve_rng_state=False)
+            for part, f_part, w in parts
+        ]
         return torch.stack(costs).sum(0)
 
 

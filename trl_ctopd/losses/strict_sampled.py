@@ -1,7 +1,8 @@
 """Strict matching on sampled tokens (SimpleOPD, arXiv 2608.14277): plain on-policy distillation where both tokenizers
 cut the same token, and nothing elsewhere.
 
-Decision: N stays the count of all scored student tokens, not of the matched ones, so that the figure is comparable with
+Decisions: a text's first token counts where only one side puts a dummy prefix space before it: it is one event on both
+sides. N stays the count of all scored student tokens, not of the matched ones, so that the figure is comparable with
 the other losses and a micro-batch needs to know nothing of the others; the share that is matched is logged.
 """
 

@@ -35,7 +35,7 @@ class StrictTopK(Loss):
 
     def __post_init__(self):
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}.")
+            raise ValueError(f"strict_topk's top_k must be at least 1 or None, got {self.top_k}.")
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         chunks = batch.comparable_chunks

@@ -38,6 +38,7 @@ class ULD(Loss):
     def __post_init__(self):
         if self.uld_pairing not in PAIRINGS:
             raise ValueError(f"Unknown uld_pairing {self.uld_pairing!r}: choose one of {', '.join(PAIRINGS)}.")
+        self.check_weights("cross_entropy_weight")
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         if self.uld_pairing == "chunk":

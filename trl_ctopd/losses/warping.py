@@ -10,17 +10,32 @@ from .edit_distance import spelling_distances
 
 
 def warping_path(batch: ScoredChunks, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P,) student and (P,) teacher positions that the warping path pairs, chunk by chunk."""
+    """
+    (P,) student and (P,) teacher positions that the path pairs. A chunk with one token on either side has one way only;
+    the others go through in classes of like size, so that a long one makes no other larger.
+    """
     chunks = batch.chunks
-    single = chunks.where(chunks.one_to_one)
-    several = chunks.where(~chunks.one_to_one)
-    student, teacher = _grid(several, batch)
-    cost = _costs(batch, student, teacher, tile)
-    row, i, j = _warp(cost, several.student_tokens, several.teacher_tokens)
-    return (
-        torch.cat([single.student_first, student[row, i]]),
-        torch.cat([single.teacher_first, teacher[row, j]]),
-    )
+    shorter, longer = torch.aminmax(torch.stack([chunks.student_tokens, chunks.teacher_tokens]), dim=0)
+    pairs = [_all_pairs(chunks.where(shorter == 1), batch)]
+    size_class = torch.where(shorter == 1, 0, longer.double().log2().ceil().long())
+    for size in size_class.unique().tolist():
+        if size:
+            pairs.append(_warped_pairs(chunks.where(size_class == size), batch, tile))
+    student, teacher = (torch.cat(column) for column in zip(*pairs, strict=True))
+    return student, teacher
+
+
+def _all_pairs(chunks: ChunkTable, batch: ScoredChunks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each chunk's tokens, all with all."""
+    student, teacher = _grid(chunks, batch)
+    row, i, j = ((student >= 0)[:, :, None] & (teacher >= 0)[:, None, :]).nonzero(as_tuple=True)
+    return student[row, i], teacher[row, j]
+
+
+def _warped_pairs(chunks: ChunkTable, batch: ScoredChunks, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+    student, teacher = _grid(chunks, batch)
+    row, i, j = _warp(_costs(batch, student, teacher, tile), chunks.student_tokens, chunks.teacher_tokens)
+    return student[row, i], teacher[row, j]
 
 
 def _grid(chunks: ChunkTable, batch: ScoredChunks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,12 +105,13 @@ def _warp(
     i, j = student_tokens - 1, teacher_tokens - 1
     path = []
     for _ in range(rows + columns - 1):
-        on = (i >= 0) & (j >= 0)
-        path.append((grid[on], i[on], j[on]))
-        i, j = i.clamp(min=0), j.clamp(min=0)
-        diagonal, up, left = total[grid, i, j], total[grid, i, j + 1], total[grid, i + 1, j]
+        path.append(torch.stack([grid, i, j]))
+        at_i, at_j = i.clamp(min=0), j.clamp(min=0)
+        diagonal, up, left = total[grid, at_i, at_j], total[grid, at_i, at_j + 1], total[grid, at_i + 1, at_j]
         straight = (diagonal <= up) & (diagonal <= left)
         upward = ~straight & (up <= left)
+        done = (i < 0) | (j < 0)
         i, j = torch.where(straight | upward, i - 1, i), torch.where(upward, j, j - 1)
-        i, j = i.masked_fill(~on, -1), j.masked_fill(~on, -1)
-    return tuple(torch.cat(column) for column in zip(*path, strict=True))
+        i, j = i.masked_fill(done, -1), j.masked_fill(done, -1)
+    cells = torch.stack(path, dim=1).flatten(1)  # (3, steps * G)
+    return tuple(cells[:, (cells[1] >= 0) & (cells[2] >= 0)])

@@ -40,6 +40,9 @@ class XToken(Loss):
 
     cross_entropy_weight: float = 0.0
 
+    def __post_init__(self):
+        self.check_weights("cross_entropy_weight")
+
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         chunks = batch.comparable_chunks
         number = torch.arange(len(chunks.row), device=chunks.row.device)
@@ -49,38 +52,42 @@ class XToken(Loss):
         projection = batch.vocabulary.projection
         transposed = torch.sparse_coo_tensor(
             torch.stack([projection.teacher, projection.student]),
-            projection.weight,
+            projection.weight.to(torch.promote_types(batch.student.hidden.dtype, torch.float32)),
             (batch.vocabulary.teacher_size, batch.vocabulary.student_size),
             check_invariants=False,
-        )
+        ).coalesce()
         reached = torch.zeros(batch.vocabulary.teacher_size, dtype=torch.bool, device=number.device)
         reached[projection.teacher] = True
 
-        def divergence(log_p, log_q, student_numbers, teacher_numbers, number):
-            p = _mean(log_p.exp(), student_numbers, number)
-            q = _mean(log_q.exp(), teacher_numbers, number)
+        def divergence(log_p, log_q, student_numbers, teacher_numbers, number, student_tokens, teacher_tokens):
+            p = _mean(log_p.exp(), student_numbers, number, student_tokens)
+            q = _mean(log_q.exp(), teacher_numbers, number, teacher_tokens)
             q = torch.zeros_like(q).index_add(1, projection.teacher_first, q) * reached
-            r = torch.sparse.mm(transposed.to(p.dtype), p.T).T
+            r = torch.sparse.mm(transposed, p.T.to(transposed.dtype)).T.to(p.dtype)
             kept, tiny = q.sum(-1), torch.finfo(p.dtype).tiny
             q = q / kept[:, None].clamp(min=tiny)
             r = (r / r.sum(-1, keepdim=True).clamp(min=tiny)).clamp(min=_FLOOR)
             return kept * (torch.xlogy(q, q).sum(-1) - (q * r.log()).sum(-1)), kept
 
         student, teacher = (batch.student, student_positions), (batch.teacher, teacher_positions)
-        values, kept = over_tiles(divergence, sizes, student, teacher, student_numbers, teacher_numbers, number)
+        of_tokens, of_chunks = (
+            (student_numbers, teacher_numbers),
+            (number, chunks.student_tokens, chunks.teacher_tokens),
+        )
+        values, kept = over_tiles(divergence, sizes, student, teacher, *of_tokens, *of_chunks)
         metrics = {"xtoken/reached_mass": (kept.sum(), torch.tensor(len(kept)))}
         value = values.sum() + self.cross_entropy_weight * batch.cross_entropy()
         return value / num_items, {**batch.compared(chunks), **metrics}
 
 
 def _tiles_of_whole_chunks(student_tokens: torch.Tensor, teacher_tokens: torch.Tensor, tile: int) -> list[list[int]]:
-    """The sizes of the tiles of student tokens, teacher tokens, both again, and chunks."""
+    """The sizes of the tiles of student tokens, teacher tokens, both again, and three times of chunks."""
     longer = torch.maximum(student_tokens, teacher_tokens)
     tiles = (longer.cumsum(0) - longer) // tile
     _, of_chunk = torch.unique_consecutive(tiles, return_inverse=True)
     count = int(of_chunk.max()) + 1 if len(of_chunk) else 1
     tokens = [torch.bincount(of_chunk, part, count).long().tolist() for part in (student_tokens, teacher_tokens)]
-    return [*tokens, *tokens, torch.bincount(of_chunk, minlength=count).tolist()]
+    return [*tokens, *tokens, *[torch.bincount(of_chunk, minlength=count).tolist()] * 3]
 
 
 def _positions(chunks, side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,8 +99,7 @@ def _positions(chunks, side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return order[found >= 0], found[found >= 0]
 
 
-def _mean(values: torch.Tensor, numbers: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    """(n, V) to (chunks, V): the mean over each chunk; `number` lists the chunks, sorted."""
+def _mean(values: torch.Tensor, numbers: torch.Tensor, number: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(n, V) to (chunks, V): the mean over each chunk; `number` lists the chunks, sorted, `tokens` how many each has."""
     slot = torch.searchsorted(number, numbers)
-    counts = torch.bincount(slot, minlength=len(number))
-    return values.new_zeros(len(number), values.shape[1]).index_add(0, slot, values) / counts[:, None]
+    return values.new_zeros(len(number), values.shape[1]).index_add(0, slot, values) / tokens[:, None]

@@ -99,7 +99,10 @@ class LocalTeacher:
         log_probs = outputs.log_probs.float().cpu()
         hidden = states[0].cpu() if states else None
         spans = [slice(len(prompt) - 1, length - 1) for prompt, length in zip(prompts, lengths, strict=True)]
-        return [(log_probs[row, span], None if hidden is None else hidden[row, span]) for row, span in enumerate(spans)]
+        return [
+            (log_probs[row, span], None if hidden is None else hidden[row, span].clone())
+            for row, span in enumerate(spans)
+        ]
 
 
 def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, distributed: bool) -> PreTrainedModel:
