@@ -104,15 +104,16 @@ class CrossTokenizerGKDConfig(GKDConfig):
     credit: str = field(
         default="semantic",
         metadata={
-            "help": "How dpca, and no other loss, shares a chunk's gap among its student tokens: semantic (by log-prob, the paper's), uniform, "
-            "byte_length, last, or macro (each token gets the whole gap: the chunk as one action; without a clip, the "
+            "help": "How dpca, and no other loss, shares a chunk's gap among its student tokens: semantic (by log-prob, "
+            "the paper's), uniform, byte_length, last, or macro (each token gets the whole gap: the chunk as one action; without a clip, the "
             "unbiased gradient of each chunk's reverse KL given the text before it)."
         },
     )
     advantage_clip: float | None = field(
         default=10.0,
         metadata={
-            "help": "Bound in nats on each token's advantage in dpca and strict_sampled; lower is steadier and slower. None: no bound."
+            "help": "Bound in nats on each token's advantage in dpca and strict_sampled; lower is steadier and slower. "
+            "None: no bound."
         },
     )
     distillation_loss_kwargs: dict[str, Any] | str | None = field(

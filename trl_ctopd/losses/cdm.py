@@ -3,10 +3,11 @@ the models' entropies, then at each pair of positions a map between the likelies
 
 Decisions. The warping path is held to the synchronized boundaries, so it runs within each chunk; a chunk of one token on
 each side is one pair. A student token with several partners is compared with each, at equal parts. An exact partner is
-one with the same bytes, and their probabilities are those of all ids that spell them; the distance of two others is Levenshtein's over their lengths' sum, spaces left out. Tokens of
-more than 32 bytes have exact partners only. Each direction of the map (the teacher's likeliest tokens, the student's) is a
-KL of its own, over the tokens that have a partner, times the teacher's probability of them: what it thinks of the rest
-cannot be told, and a sliver renormalised would be noise. The loss is the mean of both.
+one with the same bytes, and the probability of such a pair is that of all ids that spell it; the distance of two others
+is Levenshtein's over their lengths' sum, spaces left out. Tokens of more than 32 bytes have exact partners only. Each
+direction of the map (the teacher's likeliest tokens, the student's) is a KL of its own, over the tokens that have a
+partner, times the teacher's probability of them: what it thinks of the rest cannot be told, and a sliver renormalised
+would be noise. The loss is the mean of both.
 Where the published code differs: it warps whole texts with decoded strings, averages the logits of a token's partners,
 renormalises the tokens that have a partner and no more, and writes both directions into one list, in which a pair that
 both name counts twice.

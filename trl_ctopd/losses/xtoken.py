@@ -47,8 +47,8 @@ class XToken(Loss):
         chunks = batch.comparable_chunks
         number = torch.arange(len(chunks.row), device=chunks.row.device)
         sizes = _tiles_of_whole_chunks(chunks.student_tokens, chunks.teacher_tokens, self.tile(batch))
-        student_positions, student_numbers = _positions(chunks, batch.student_chunks)
-        teacher_positions, teacher_numbers = _positions(chunks, batch.teacher_chunks)
+        student_positions, student_numbers = _positions(batch, batch.student_chunks)
+        teacher_positions, teacher_numbers = _positions(batch, batch.teacher_chunks)
         projection = batch.vocabulary.projection
         transposed = torch.sparse_coo_tensor(
             torch.stack([projection.teacher, projection.student]),
@@ -90,11 +90,12 @@ def _tiles_of_whole_chunks(student_tokens: torch.Tensor, teacher_tokens: torch.T
     return [*tokens, *tokens, *[torch.bincount(of_chunk, minlength=count).tolist()] * 3]
 
 
-def _positions(chunks, side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P,) positions of the chunks' tokens on one side, chunk by chunk, and (P,) which chunk."""
-    numbers = torch.full((len(side), int(side.max()) + 2), -1, device=side.device)
+def _positions(batch: ScoredChunks, side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P,) positions of the comparable chunks' tokens on one side, chunk by chunk, and (P,) which chunk."""
+    chunks = batch.comparable_chunks
+    numbers = torch.full((len(side), batch.num_chunks + 1), -1, device=side.device)
     numbers[chunks.row, chunks.chunk] = torch.arange(len(chunks.row), device=side.device)
-    numbers = numbers.gather(1, side % numbers.shape[1]).flatten()  # -1 reads the last column, which is -1
+    numbers = numbers.gather(1, torch.where(side < 0, batch.num_chunks, side)).flatten()  # no part: the last column
     found, order = numbers.sort(stable=True)
     return order[found >= 0], found[found >= 0]
 
