@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
 DEMO_ARGS ?=
+TEST_WORKERS ?= 2
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed-bench
 	$(VENV)/bin/python examples/demo/run.py --seed $(SEED) $(DEMO_ARGS)
 
-# One thread a process: the models are tiny, and more threads only wait for each other.
+# One thread a process: the models are tiny, and more threads only wait for each other. A file stays with one worker, since
+# its tests share what they train.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(VENV)/bin/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 RUFF_FLAGS = --isolated --line-length 120
 lint: $(VENV)/.installed-test
