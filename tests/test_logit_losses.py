@@ -529,9 +529,10 @@ def test_the_size_of_a_tile_changes_nothing(name, knobs, tile_tokens):
 
 @every_loss
 def test_num_items_divides_value_and_gradient(name, knobs):
+    """By a power of two, which rounds nothing: escd's prefix sums magnify a rounding that comes back through them."""
     micro_batch, loss = toy_scene(COMMON), build_loss(name, **knobs)
-    value, gradient = value_and_gradient(loss, micro_batch, num_items=3)
-    assert_equal((value * 3, gradient * 3), value_and_gradient(loss, micro_batch, num_items=1), 1e-9)
+    value, gradient = value_and_gradient(loss, micro_batch, num_items=4)
+    assert_equal((value * 4, gradient * 4), value_and_gradient(loss, micro_batch, num_items=1), 1e-9)
 
 
 def in_dtype(micro_batch: Scene, dtype: torch.dtype) -> Scene:

@@ -33,7 +33,7 @@ from .token_bytes import token_bytes
 
 
 CACHE_DIR = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "trl_ctopd"
-SPELLED_BYTES = 32  # longer tokens are told apart by their first bytes and length only
+SPELLED_BYTES = 32  # of a longer token only the first so many are kept
 PROJECTED_TOKENS = 4
 _FORMAT = "1"  # of the files in the cache
 

@@ -128,7 +128,7 @@ class ScoredChunks:
         """How many student tokens take part."""
         return (self.student_chunks >= 0).sum()
 
-    @property
+    @cached_property
     def comparable_chunks(self) -> ChunkTable:
         """The scorable chunks before which both sides have spelled the same bytes, without the ends of turns that the
         teacher writes in several tokens: at the first of them it may still mean text."""

@@ -3,8 +3,9 @@
 Decisions: a chunk is one token by the chain rule: the distribution at its last token times the probability of the tokens
 before (TRL's `token_merge_strategy="bayesian"`).
 Where TRL 1.16 differs: it takes the divergence of parts that do not sum to 1, which is negative for some at beta 0 and 1,
-and above 0 for some that are equal but for their mass; here both are renormalised over the shared vocabulary first. It keys the overlap by token strings, so that `Ġthe` and `▁the` differ;
-here by bytes. It averages over the chunks of a text and then over texts; here all chunks of a step count alike.
+and above 0 for some that are equal but for their mass; here both are renormalised over the shared vocabulary first. It
+keys the overlap by token strings, so that `Ġthe` and `▁the` differ; here by bytes. It averages over the chunks of a text
+and then over texts; here all chunks of a step count alike.
 """
 
 from dataclasses import dataclass

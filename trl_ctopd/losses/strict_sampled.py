@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from ..credit import chunk_sum, gaps, spread
+from ..credit import gaps, spread
 from .base import Loss, Metrics, ScoredChunks
 from .policy_gradient import check_clip, clipped, policy_gradient
 
@@ -34,13 +34,11 @@ class StrictSampled(Loss):
         check_clip(self.advantage_clip)
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
-        student_chunks, teacher_chunks = batch.student_chunks, batch.teacher_chunks
-        with torch.no_grad():
-            log_probs = batch.student_log_probs.detach()
-            gap, _ = gaps(log_probs, batch.teacher_log_probs, student_chunks, teacher_chunks, batch.num_chunks)
-            counts = (chunk_sum(torch.ones_like(c), c, batch.num_chunks) for c in (student_chunks, teacher_chunks))
-            matched = torch.stack(list(counts)).eq(1).all(0)
-            advantages, cut = clipped(spread(gap.masked_fill(~matched, 0), student_chunks), self.advantage_clip)
-        value, metrics = policy_gradient(batch, advantages, cut, num_items)
-        compared = spread(matched & batch.scorable, student_chunks)
-        return value, {**metrics, "loss/compared_fraction": (compared.sum(), batch.scored_tokens)}
+        chunks = batch.chunks.where(batch.chunks.one_to_one)
+        matched = torch.zeros_like(batch.scorable)
+        matched[chunks.row, chunks.chunk] = True
+        scores = batch.student_log_probs.detach(), batch.teacher_log_probs
+        gap, _ = gaps(*scores, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
+        advantages = spread(gap.masked_fill(~matched, 0), batch.student_chunks)
+        value, metrics = policy_gradient(batch, *clipped(advantages, self.advantage_clip), num_items)
+        return value, {**metrics, **batch.compared(chunks)}
