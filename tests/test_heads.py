@@ -1,16 +1,18 @@
 """The LM head by itself, on what the backbone hands to it, against the model's own logits: tiny models of many families
 that do more with them than a matrix product, or do it in their own way."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
-from trl_ctopd.heads import base_model, hidden_states, lm_head
+from trl_ctopd import heads
+from trl_ctopd.heads import TokenScores, add_token_scores, base_model, hidden_states, lm_head
 
 
 VOCAB = 37
@@ -108,16 +110,77 @@ def test_gradients_through_the_two_halves_are_the_models(family):
     check_gradients(model, found, own)
 
 
+# --- the log-probs of given tokens
+
+# the tokens after these are asked for, out of order and one of them twice; columns count from the end
+ROWS, COLUMNS, TARGETS = torch.tensor([[1, 0, 0, 1, 1], [-8, -2, -5, -3, -3], [3, 1, 36, 0, 0]])
+
+
+def scores(model: nn.Module, **inputs) -> TokenScores:
+    return model(input_ids=IDS, scored=torch.stack([ROWS, COLUMNS]), targets=TARGETS, **inputs)
+
+
+@pytest.mark.parametrize("columns", [5, 1024], ids=["many tiles", "one tile"])
 @pytest.mark.parametrize("family", [*FAMILIES, *OPT])
-def test_the_head_on_the_states_of_trls_fused_forward_pass_gives_its_log_probs(family):
-    """As training runs: the log-probs of the tokens by TRL's head, the distributions by this one."""
+def test_scores_and_their_gradients_are_those_of_the_whole_logits(monkeypatch, family, columns):
+    monkeypatch.setattr(heads, "_SMALL_TILE_COLUMNS", columns)
     model = model_of(family, torch.float32)
-    add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     with hidden_states(model) as states:
-        scored = model(input_ids=IDS, labels=IDS, fused_lm_head=True)
-    log_probs = lm_head(model, torch.float32, TEMPERATURE)(states[0][:, :-1]).log_softmax(-1)
-    torch.testing.assert_close(log_probs.gather(-1, IDS[:, 1:, None])[..., 0], scored.log_probs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(-(log_probs.exp() * log_probs).sum(-1), scored.entropy, rtol=1e-4, atol=1e-4)
+        add_token_scores(model, TEMPERATURE, entropy=True)
+        found = scores(model)
+    own = lm_head(model, torch.float32, TEMPERATURE)(states[0])[ROWS, COLUMNS].log_softmax(-1)
+    log_probs, entropy = own.gather(-1, TARGETS[:, None])[:, 0], -(own.exp() * own).sum(-1)
+    torch.testing.assert_close(found.log_probs, log_probs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.entropy, entropy, rtol=1e-4, atol=1e-4)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    mine, theirs = (
+        torch.autograd.grad((values * torch.arange(1.0, 6.0)).sum(), parameters, retain_graph=True, allow_unused=True)
+        for values in (found.log_probs, log_probs)
+    )
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 + 1e-4 * other.abs().max().item())
+
+
+def test_no_position_but_those_asked_for_is_projected(monkeypatch):
+    rows = []
+    monkeypatch.setattr(
+        heads, "ChunkedLogProbFunction", SimpleNamespace(apply=lambda hidden, *rest: rows.append(len(hidden)) or hidden)
+    )
+    model = model_of("Llama, untied")
+    add_token_scores(model)
+    scores(model)
+    assert rows == [5], "of 16 positions"
+
+
+def test_nothing_asked_for_gives_nothing_and_a_gradient_of_zero():
+    model = model_of("Llama, tied", torch.float32)
+    add_token_scores(model)
+    found = model(input_ids=IDS, scored=torch.zeros(2, 0, dtype=torch.long), targets=IDS[0, :0])
+    assert found.log_probs.shape == (0,)
+    found.log_probs.sum().backward()
+    assert not model.get_output_embeddings().weight.grad.any()
+
+
+def test_any_other_call_is_what_it_was():
+    model, plain = model_of("Llama, untied"), model_of("Llama, untied")
+    add_token_scores(model)
+    assert torch.equal(model(IDS, labels=IDS).loss, plain(IDS, labels=IDS).loss)
+    sampled = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(IDS, **sampled), plain.generate(IDS, **sampled))
+
+
+def test_virtual_tokens_in_front_move_no_position():
+    torch.manual_seed(3)
+    model = model_of("Llama, untied", torch.float32)
+    add_token_scores(model)
+    adapter = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    own = adapter(input_ids=IDS).logits[:, 3:].log_softmax(-1)[ROWS, COLUMNS]
+    torch.testing.assert_close(scores(adapter).log_probs, own.gather(-1, TARGETS[:, None])[:, 0], rtol=1e-4, atol=1e-4)
+
+
+# --- the head by itself
 
 
 @pytest.mark.parametrize("family", ["Llama, tied", "Phi, a bias", "Gemma 2, a soft cap", "Cohere, tied and scaled"])

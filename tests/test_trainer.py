@@ -19,8 +19,8 @@ from toys import (
     weights,
 )
 from transformers import AutoModelForCausalLM, GenerationConfig
+from trl.kernels import ChunkedLogProbFunction
 from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import add_fused_lm_head
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.config import GKDTrainer
@@ -75,11 +75,12 @@ def test_rollouts_are_scored_at_the_temperature_they_were_drawn_at(build):
         [batch] = trainer._roll_out(
             trainer.model, [[row for row in trainer.data_collator(list(trainer.train_dataset))["prompts"]]], "train"
         )
-        scored = trainer.model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}, fused_lm_head=True)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "scored")}
+        scored = trainer.model(**inputs, targets=batch["labels"][:, 1:][batch["labels"][:, 1:] >= 0])
         logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         plain = (logits / temperature).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        torch.testing.assert_close(scored.log_probs, plain.masked_fill(labels < 0, 0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scored.log_probs, plain[labels >= 0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_models_own_generation_config_cannot_bend_the_rollouts(build):
@@ -447,7 +448,10 @@ def test_trl_still_has_what_this_trainer_stands_on():
         GKDTrainer.get_batch_samples: ["self", "epoch_iterator", "num_batches", "device"],
         GKDTrainer.prediction_step: ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
         GKDTrainer.create_model_card: ["self", "model_name", "dataset_name", "tags"],
-        add_fused_lm_head: ["model", "temperature", "cast_lm_head_to_fp32", "outputs"],
+        ChunkedLogProbFunction.forward: [
+            "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
+            "logit_scale", "outputs",
+        ],
         unwrap_model_for_generation: [
             "model", "accelerator", "gather_deepspeed3_params", "generation_kwargs", "gradient_checkpointing_kwargs",
         ],

@@ -36,6 +36,14 @@ def check_arguments(model, teacher_model, args, train_dataset):
         raise ValueError(
             "`train_sampling_strategy='group_by_length'` does not apply: lengths are known once the student has written."
         )
+    if args.rollout_reuse > 1:
+        window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = None if isinstance(train_dataset, IterableDataset) else len(train_dataset)
+        if rows is None or rows < window:
+            raise ValueError(
+                f"rollout_reuse={args.rollout_reuse} repeats the prompts of an optimizer step, {window} of them, and the "
+                f"train dataset has {'no length' if rows is None else rows}: set it to 1, or give it a dataset with as many."
+            )
 
 
 def load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrainedTokenizerBase:
@@ -57,8 +65,8 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
     a setting would have no effect on it.
     """
     name, kwargs = args.distillation_loss, dict(args.distillation_loss_kwargs or {})
-    knobs = () if callable(name) else {field.name for field in fields(LOSSES[name])}
-    for knob in ("credit", "advantage_clip"):
+    knobs = set() if callable(name) else {field.name for field in fields(LOSSES[name])}
+    for knob in ("credit", "advantage_clip", "clip_ratio_low", "clip_ratio_high"):
         value, default = getattr(args, knob), type(args).__dataclass_fields__[knob].default
         if value != default and knob not in knobs:
             able = [other for other, known in LOSSES.items() if knob in {field.name for field in fields(known)}]
@@ -78,12 +86,24 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
             raise ValueError(
                 f"{loss_name(name)} has {attribute}={getattr(loss, attribute)!r}: choose one of {', '.join(known)}."
             )
-    if getattr(loss, "policy", "both") != "on" and args.off_policy_loss_kwargs:
+    policy = getattr(loss, "policy", "both")
+    if args.rollout_reuse > 1 and policy == "on" and not getattr(loss, "weighs_by_ratio", False):
+        able = [other for other, known in LOSSES.items() if known.weighs_by_ratio or known.policy != "on"]
+        raise ValueError(
+            f"rollout_reuse={args.rollout_reuse} trains on completions of a student that has been updated since, which "
+            f"distillation_loss={loss_name(name)!r} does not account for: set it to 1, or choose one of {', '.join(able)}."
+        )
+    bounds = [getattr(args, knob) for knob in ("clip_ratio_low", "clip_ratio_high")]
+    if args.rollout_reuse == 1 and bounds != [0.2, 0.28]:
+        raise ValueError(
+            f"clip_ratio_low={bounds[0]} and clip_ratio_high={bounds[1]} have no effect with rollout_reuse=1."
+        )
+    if policy != "on" and args.off_policy_loss_kwargs:
         raise ValueError(
             f"off_policy_loss_kwargs has no effect: distillation_loss={loss_name(name)!r} is right on any text, or on "
             "given text alone, and takes the place of off_policy_loss."
         )
-    if getattr(loss, "policy", "both") == "off" and args.lmbda > 0:
+    if policy == "off" and args.lmbda > 0:
         raise ValueError(
             f"{args.distillation_loss!r} learns from text the student did not write, but lmbda={args.lmbda} lets the "
             "student write: set lmbda=0.0."

@@ -17,6 +17,7 @@ with warnings.catch_warnings():  # TRL's version is pinned, and a test watches w
 
 
 EOS_POLICIES = ("bridge", "mask")
+GENERATION_BACKENDS = ("transformers", "transformers_continuous")
 _OWNED_BY_TRAINER = {
     "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p", "do_sample", "num_beams", "use_cache",
     "eos_token_id", "pad_token_id", "num_return_sequences", "return_dict_in_generate",
@@ -38,6 +39,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         "distillation_loss_kwargs",
         "off_policy_loss_kwargs",
         "generation_kwargs",
+        "transformers_continuous_batching_config",
         "chat_template_kwargs",
         "teacher_chat_template_kwargs",
     ]
@@ -171,6 +173,55 @@ class CrossTokenizerGKDConfig(GKDConfig):
         },
     )
 
+    generation_backend: str = field(
+        default="transformers",
+        metadata={
+            "help": "How the student writes: transformers (one `generate` call a step; rows that have ended leave it) or "
+            "transformers_continuous (`generate_batch`: paged cache and continuous batching, for a GPU and many completions "
+            "of uneven length)."
+        },
+    )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions written at the same time, prompts of like length together: a memory setting. None: all of "
+            "an optimizer step's."
+        },
+    )
+    transformers_continuous_batching_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of transformers' `ContinuousBatchingConfig`, e.g. max_batch_tokens, num_blocks. max_memory_percent "
+            "is 0.5 here, to leave room for training."
+        },
+    )
+
+    # Using it
+    length_grouped: bool = field(
+        default=True,
+        metadata={
+            "help": "Deal a step's completions to its micro-batches by length, the longest first: less padding, the same "
+            "gradient."
+        },
+    )
+    rollout_reuse: int = field(
+        default=1,
+        metadata={
+            "help": "Optimizer steps taken on the same completions and scores. Above 1, dpca and strict_sampled weigh each "
+            "token by how much likelier it has become, within PPO's bounds (`clip_ratio_low`, `clip_ratio_high`)."
+        },
+    )
+    clip_ratio_low: float = field(
+        default=0.2,
+        metadata={"help": "PPO's lower bound of that ratio is 1 - clip_ratio_low. No effect while rollout_reuse is 1."},
+    )
+    clip_ratio_high: float = field(
+        default=0.28,
+        metadata={
+            "help": "PPO's upper bound of that ratio is 1 + clip_ratio_high. No effect while rollout_reuse is 1."
+        },
+    )
+
     # The two conversations
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -204,12 +255,17 @@ class CrossTokenizerGKDConfig(GKDConfig):
         if self.bf16 is None and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16 = False  # TRL's default of True is an error on a machine without bfloat16
         super().__post_init__()
-        for name, known in (("credit", CREDITS), ("eos_policy", EOS_POLICIES)):
+        for name, known in (
+            ("credit", CREDITS),
+            ("eos_policy", EOS_POLICIES),
+            ("generation_backend", GENERATION_BACKENDS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
-        for name in ("max_new_tokens", "num_generations", "teacher_batch_size", "logit_tile_tokens"):
+        optional = ("teacher_batch_size", "generation_batch_size")
+        for name in ("max_new_tokens", "num_generations", "logit_tile_tokens", "rollout_reuse", *optional):
             value = getattr(self, name)
-            if value is None and name == "teacher_batch_size":
+            if value is None and name in optional:
                 continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -217,6 +273,11 @@ class CrossTokenizerGKDConfig(GKDConfig):
             value = getattr(self, name)
             if isinstance(value, str) and name in CrossTokenizerGKDConfig.__annotations__:
                 raise ValueError(f"{name} must be a dict, or the JSON text of one, got {value!r}.")
+        if self.transformers_continuous_batching_config and self.generation_backend != "transformers_continuous":
+            raise ValueError(
+                "transformers_continuous_batching_config has no effect with "
+                f"generation_backend={self.generation_backend!r}: set it to 'transformers_continuous'."
+            )
         self._check_generation_kwargs()
         if self.seq_kd and self.lmbda == 1.0:
             raise ValueError(

@@ -1,6 +1,9 @@
 """The dataset, rendered and tokenized once for both models."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch.utils.data import Sampler
 
 from .chat import Speaker, read_example
 from .rollouts import Prompt
@@ -48,3 +51,28 @@ def render_row(
 def collate_prompts(rows: list[dict]) -> dict:
     """A batch of rendered rows; `Prompt` objects pass through data loaders and device placement as they are."""
     return {"prompts": [Prompt(row["prompt_ids"], row["teacher_prompt_ids"], row["reference_ids"]) for row in rows]}
+
+
+class RepeatedWindows(Sampler[int]):
+    """
+    Shuffled rows, `window` at a time, each window `repeats` times over; the order depends on `seed` and the epoch alone.
+    Rows that fill no window are left for another epoch.
+    """
+
+    def __init__(self, rows: int, window: int, repeats: int, seed: int):
+        assert rows >= window, "one window's worth"
+        self._rows, self._window, self._repeats, self._seed = rows, window, repeats, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int):
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._rows // self._window * self._window * self._repeats
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        order = torch.randperm(self._rows, generator=generator).tolist()
+        for start in range(0, self._rows - self._window + 1, self._window):
+            for _ in range(self._repeats):
+                yield from order[start : start + self._window]

@@ -1,18 +1,28 @@
-"""Writing: prompts in, completions out, by transformers' own `generate` with a KV cache.
+"""Writing: prompts in, completions out, by transformers' own generation with a KV cache.
 
-Decisions: one call for all prompts it is given, left-padded; nothing shapes the distribution but the run's own
-settings.
+Decisions: one call for all prompts it is given, in the order of their length, unless `generation_batch_size` cuts it;
+nothing shapes the distribution but the run's own settings. Rows that have ended leave the batch: whenever half of them
+have, the call ends and the others go on, in one of their own, from the cache they have. Under ZeRO-3 and FSDP, where
+every process must make the same calls, with further `generation_kwargs`, some of which count from the start of a call,
+and for models whose cache cannot be cut, they stay.
 """
 
+import copy
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import ContinuousBatchingConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from trl.models.utils import unwrap_model_for_generation
 
 from .config import CrossTokenizerGKDConfig
+from .rollouts import pad_rows
 
 
 def sampling_config(args: CrossTokenizerGKDConfig, stop_ids: list[int], pad_token_id: int) -> GenerationConfig:
@@ -37,38 +47,117 @@ def write(
     prompts: list[list[int]],
     config: GenerationConfig,
     accelerator,
-    gradient_checkpointing_kwargs: dict | None = None,
+    args: CrossTokenizerGKDConfig,
+    backend: str = "transformers",
 ) -> list[list[int]]:
     """
     Completions of `prompts` (token ids) in their order, each up to and including its first stop token.
 
-    `model` may be wrapped (DDP, DeepSpeed) and have gradient checkpointing on; it comes back as it was.
+    `model` may be wrapped (DDP, DeepSpeed) and have gradient checkpointing on; it comes back as it was. `backend` is one
+    of `GENERATION_BACKENDS`.
     """
     if not prompts:
         return []
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), config.pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, width - len(prompt) :] = 1
+    sharded = accelerator.num_processes > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
+    generate: Callable[..., list[list[int]]] = partial(_generate, rows_leave=not (sharded or args.generation_kwargs))
+    if backend == "transformers_continuous":
+        generate = partial(_generate_continuously, settings=args.transformers_continuous_batching_config or {})
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    size = args.generation_batch_size or len(prompts)
+    stop_ids, completions = set(config.eos_token_id), [[]] * len(prompts)
     with (
         unwrap_model_for_generation(
-            model, accelerator, gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
+            model, accelerator, gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs
         ) as unwrapped,
         _ready_to_generate(unwrapped, config),
     ):
-        device = unwrapped.get_input_embeddings().weight.device
-        sequences = unwrapped.generate(
-            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
-        )
-    stop_ids = set(config.eos_token_id)
-    assert len(sequences) == len(prompts), "one completion a prompt"
-    completions = []
-    for ids in sequences[:, width:].tolist():
-        end = next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
-        completions.append(ids[:end])
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            for row, ids in zip(rows, generate(unwrapped, [prompts[r] for r in rows], config), strict=True):
+                end = next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
+                completions[row] = ids[:end]
     return completions
+
+
+def _generate(
+    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, rows_leave: bool
+) -> list[list[int]]:
+    """Completions with whatever stands after their first stop token."""
+    rows_leave = rows_leave and not (_has_virtual_tokens(model) or model._is_stateful)
+    width, limit = max(map(len, prompts)), config.max_new_tokens
+    device = model.get_input_embeddings().weight.device
+    flipped = [prompt[::-1] for prompt in prompts]  # padded on the left
+    sequences = pad_rows(flipped, width, config.pad_token_id).flip(1).to(device)
+    mask = pad_rows([[1] * len(prompt) for prompt in prompts], width, 0).flip(1).to(device)
+    written = torch.full((len(prompts), limit), config.pad_token_id, device=device)
+    rows = torch.arange(len(prompts), device=device)  # that are still being written
+    stop_ids = torch.tensor(config.eos_token_id, device=device)
+    cache, criteria = None, None
+    while True:
+        if rows_leave:
+            criteria = StoppingCriteriaList([_HalfHaveEnded(stop_ids, len(rows))])
+        call = copy.deepcopy(config)
+        call.update(max_new_tokens=width + limit - sequences.shape[1], return_dict_in_generate=True)
+        output = model.generate(
+            input_ids=sequences,
+            attention_mask=mask,
+            generation_config=call,
+            past_key_values=cache,
+            stopping_criteria=criteria,
+        )
+        own = output.sequences[:, width:]
+        written[rows, : own.shape[1]] = own
+        [left] = (~torch.isin(own, stop_ids).any(1)).nonzero(as_tuple=True)
+        if not len(left) or own.shape[1] == limit:
+            return written.tolist()
+        rows, sequences, cache = rows[left], output.sequences[left], output.past_key_values
+        mask = torch.cat([mask[left], mask.new_ones(len(left), sequences.shape[1] - mask.shape[1])], 1)
+        cache.batch_select_indices(left)
+
+
+class _HalfHaveEnded(StoppingCriteria):
+    """Ends the call for all rows as soon as half of them have written a stop token, without waiting for the device."""
+
+    def __init__(self, stop_ids: torch.Tensor, rows: int):
+        self._stop_ids = stop_ids
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=stop_ids.device)
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self._ended |= torch.isin(input_ids[:, -1], self._stop_ids)
+        return self._ended | (2 * self._ended.sum() >= len(self._ended))
+
+
+def _generate_continuously(
+    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, settings: dict
+) -> list[list[int]]:
+    """By continuous batching: a paged cache, and the next prompt begins where a row has ended."""
+    if _has_virtual_tokens(model):
+        raise ValueError(
+            "generation_backend='transformers_continuous' would leave out the virtual tokens of a prompt-learning "
+            "adapter: choose 'transformers'."
+        )
+    defaults = {
+        "seed": int(torch.randint(2**31, ())),
+        "max_memory_percent": 0.5,  # the rest is for training
+        "drop_unsupported_processors": False,  # they belong to the distribution that was asked for
+    }
+    found = model.generate_batch(
+        prompts,
+        generation_config=config,
+        continuous_batching_config=ContinuousBatchingConfig(**{**defaults, **settings}),
+    )
+    errors = [output.error for output in found.values() if output.error is not None]
+    if errors or len(found) != len(prompts):
+        raise RuntimeError(
+            f"transformers' continuous batching wrote {len(found) - len(errors)} of {len(prompts)} completions; its own "
+            f"message: {errors[0] if errors else 'see the log above'}. generation_backend='transformers' needs no "
+            "paged cache."
+        )
+    return [output.generated_tokens for output in found.values()]
+
+
+def _has_virtual_tokens(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 @contextmanager

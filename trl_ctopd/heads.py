@@ -1,18 +1,38 @@
 """The two halves of a causal language model: what its backbone hands to the LM head, and the head by itself.
 
+Log-probs of given tokens come from TRL's kernel, inside of the model's forward pass, so that every wrapper (PEFT, DDP,
+ZeRO-3, FSDP) sees an ordinary call. Unlike under TRL's own `add_fused_lm_head`, the positions are told beforehand: no
+other one is projected on any device, nothing waits for the device to count them, and the tile is small enough not to
+matter beside the hidden states.
+
 What the head does besides a matrix product (scaling, soft-capping) is read from the config, as TRL's fused head reads
 it; under ZeRO-3 and FSDP2 its weight is brought together once for a micro-batch, not once a tile.
 """
 
+import functools
+import types
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+
+_TILE_COLUMNS = {"cuda": 8192, "xpu": 8192}  # of the vocabulary; elsewhere a tile takes some 36 bytes an element
+_SMALL_TILE_COLUMNS = 1024
+
+
+class TokenScores(NamedTuple):
+    """Of n tokens, in nats: (n,) float32 log-probs, with gradient; (n,) entropies of the distributions they are from."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor | None
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -31,6 +51,50 @@ def hidden_states(model: PreTrainedModel):
         yield states
     finally:
         handle.remove()
+
+
+def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: bool = False):
+    """
+    From now on `model(input_ids=..., scored=positions, targets=ids)` returns the [`TokenScores`] of `ids` (n,) after the
+    tokens at `positions` (2, n): row, and column counted from the end of the row (-1 is the last), since prompt-learning
+    adapters put virtual tokens in front. The naive equivalent:
+
+        (model(...).logits[rows, columns] / temperature).log_softmax(-1).gather(-1, ids[:, None])
+
+    Any other call is what it was. Call it before the model is wrapped.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        temperature (`float`): the logits are divided by it.
+        entropy (`bool`): whether entropies are computed too.
+    """
+    original = model.forward
+    outputs = ("entropy",) if entropy else ()
+
+    @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
+    def forward(self, *args, scored=None, targets=None, **kwargs):
+        if scored is None:
+            return original(*args, **kwargs)
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[tuple(scored)]
+        head, config = self.get_output_embeddings(), self.config.get_text_config()
+        weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
+        with maybe_gather_lm_head_ctx(weight, bias):
+            return TokenScores(
+                *ChunkedLogProbFunction.apply(
+                    hidden.to(weight.device),
+                    weight,
+                    bias,
+                    targets.to(weight.device),
+                    temperature,
+                    _TILE_COLUMNS.get(weight.device.type, _SMALL_TILE_COLUMNS),
+                    getattr(config, "final_logit_softcapping", None),
+                    _logit_scale(config),
+                    outputs,
+                )[:2]
+            )
+
+    model.forward = types.MethodType(forward, model)
 
 
 def lm_head(model: PreTrainedModel, dtype: torch.dtype, temperature: float) -> Callable[[torch.Tensor], torch.Tensor]:

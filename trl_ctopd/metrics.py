@@ -1,6 +1,5 @@
 """What is logged: every figure is a sum over a weight, so that it can be added up over micro-batches and processes."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -68,27 +67,43 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float
 
 
 class Meter:
-    """Adds up metrics on the device and brings them together over processes only when they are read."""
+    """Adds up metrics where they are, on the device or on the host, and brings them together over processes only when
+    they are read."""
 
     def __init__(self):
-        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2))
+        self._numbers: dict[str, list[float]] = {}
+        self._tensors: dict[tuple[str, ...], torch.Tensor] = {}  # of the metrics that came together, (K, 2)
 
     def add(self, metrics: Metrics | dict[str, tuple[float, float]]):
         for name, pair in metrics.items():
             if not (isinstance(pair, tuple) and len(pair) == 2):
                 raise TypeError(f"Metric {name!r} must be a pair (sum, weight), got {pair!r}.")
-            total, weight = (torch.as_tensor(part).detach().float() for part in pair)
-            devices = [part.device for part in (self._sums[name], total, weight)]
-            device = next((device for device in devices if device.type != "cpu"), devices[0])  # no copy from there
-            self._sums[name] = self._sums[name].to(device) + torch.stack([total.to(device), weight.to(device)])
+        tensors = {name: pair for name, pair in metrics.items() if any(isinstance(part, torch.Tensor) for part in pair)}
+        for name in metrics.keys() - tensors.keys():
+            total, weight = metrics[name]
+            known = self._numbers.setdefault(name, [0.0, 0.0])
+            known[0], known[1] = known[0] + total, known[1] + weight
+        if tensors:
+            parts = [torch.as_tensor(part).detach().float() for pair in tensors.values() for part in pair]
+            device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
+            found = torch.stack([part.to(device) for part in parts]).view(-1, 2)
+            names = tuple(tensors)
+            self._tensors[names] = found + self._tensors[names] if names in self._tensors else found
 
     def read(self, accelerator) -> dict[str, float]:
         """All figures over all processes, in the order of their names; the meter starts anew. Every process must call
         it, with the same names. A figure without weight is left out."""
-        names = sorted(self._sums)
-        if not names:
+        sums: dict[str, torch.Tensor] = {}
+        for names, found in self._tensors.items():
+            for name, pair in zip(names, found.to(accelerator.device), strict=True):
+                sums[name] = sums[name] + pair if name in sums else pair
+        for name, pair in self._numbers.items():
+            pair = torch.tensor(pair, device=accelerator.device)
+            sums[name] = sums[name] + pair if name in sums else pair
+        self._numbers.clear()
+        self._tensors.clear()
+        if not sums:
             return {}
-        sums = torch.stack([self._sums[name].to(accelerator.device) for name in names])
-        self._sums.clear()
-        totals = accelerator.reduce(sums, reduction="sum").tolist()
+        names = sorted(sums)
+        totals = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
         return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight > 0}

@@ -6,7 +6,9 @@ every kind of position embedding; index i of a chunk tensor belongs to the token
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 import torch
 
 from .align import TextAligner, TextAlignment
@@ -110,35 +112,49 @@ def pair(
     return rollouts
 
 
+def grouped_by_length(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows of `batches`, dealt again so that like lengths meet, the longest first; each batch keeps its size."""
+    rows = iter(sorted((row for batch in batches for row in batch), key=lambda row: -lengths[row]))
+    return [list(islice(rows, len(batch))) for batch in batches]
+
+
 def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: int | None = None) -> dict:
     """
     A micro-batch of tensors on the CPU.
 
     Returns:
         `input_ids`, `attention_mask`, `labels` (B, 1 + S): `labels` holds the ids that are scored, -100 elsewhere;
-        `student_chunks`, `student_widths` (B, S); `teacher_chunks`, `teacher_ids` (B, T); `prompt_lengths` (B,), the index of each
+        `scored` (2, n): row of each scored token, and column of the one before it, -1 being a row's last; `student_chunks`, `student_widths` (B, S); `teacher_chunks`, `teacher_ids` (B, T); `prompt_lengths` (B,), the index of each
         row's first completion token; `num_chunks` (`int`), at least 1.
     """
     rows = [[*rollout.prompt.student_ids, *rollout.student_ids] for rollout in rollouts]
     length = max(len(row) for row in rows)
     if pad_to_multiple_of:
         length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
-    starts, from_start = [len(rollout.prompt.student_ids) for rollout in rollouts], [0] * len(rows)
-    input_ids = _pad(rows, from_start, length, pad_token_id)
-    chunks = _pad([rollout.student_chunks for rollout in rollouts], starts, length, -1)
-    widths = _pad([rollout.student_widths for rollout in rollouts], starts, length, 0)
+    starts = [len(rollout.prompt.student_ids) for rollout in rollouts]
+    input_ids = pad_rows(rows, length, pad_token_id)
+    chunks = pad_rows([rollout.student_chunks for rollout in rollouts], length, -1, starts)
+    widths = pad_rows([rollout.student_widths for rollout in rollouts], length, 0, starts)
+    row, column = (chunks[:, 1:] >= 0).nonzero(as_tuple=True)
     teacher_length = max(1, *(len(rollout.teacher_ids) for rollout in rollouts))
     return {
         "input_ids": input_ids,
-        "attention_mask": _pad([[1] * len(row) for row in rows], from_start, length, 0),
+        "attention_mask": pad_rows([[1] * len(row) for row in rows], length, 0),
         "labels": input_ids.masked_fill(chunks < 0, -100),
+        "scored": torch.stack([row, column - length]),
         "student_chunks": chunks[:, 1:],
         "student_widths": widths[:, 1:],
-        "teacher_chunks": _pad([rollout.teacher_chunks for rollout in rollouts], from_start, teacher_length, -1),
-        "teacher_ids": _pad([rollout.teacher_ids for rollout in rollouts], from_start, teacher_length, 0),
+        "teacher_chunks": pad_rows([rollout.teacher_chunks for rollout in rollouts], teacher_length, -1),
+        "teacher_ids": pad_rows([rollout.teacher_ids for rollout in rollouts], teacher_length, 0),
         "prompt_lengths": torch.tensor(starts),
         "num_chunks": max(1, *(rollout.num_chunks for rollout in rollouts)),
     }
+
+
+def on_grid(values: torch.Tensor, scored: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """`values` (n,) of the tokens that `collate` calls `scored`, as (B, S), 0 elsewhere."""
+    grid = torch.zeros(input_ids.shape, dtype=values.dtype, device=input_ids.device)
+    return grid.index_put(tuple(scored), values.to(grid.device))[:, :-1]
 
 
 def pad_scores(scores: Sequence[torch.Tensor], length: int) -> torch.Tensor:
@@ -149,8 +165,11 @@ def pad_scores(scores: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     return padded
 
 
-def _pad(rows: Sequence[Sequence[int]], starts: Sequence[int], length: int, value: int) -> torch.Tensor:
-    padded = torch.full((len(rows), length), value, dtype=torch.long)
-    for target, row, start in zip(padded, rows, starts, strict=True):
-        target[start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-    return padded
+def pad_rows(
+    rows: Sequence[Sequence[int]], length: int, value: int, starts: Sequence[int] | None = None
+) -> torch.Tensor:
+    """(B, `length`) of B rows of integers, each from its start on (0 without `starts`), `value` elsewhere."""
+    padded = np.full((len(rows), length), value)
+    for row, (own, start) in enumerate(zip(rows, starts or [0] * len(rows), strict=True)):
+        padded[row, start : start + len(own)] = own
+    return torch.from_numpy(padded)

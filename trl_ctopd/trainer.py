@@ -1,10 +1,10 @@
 """`CrossTokenizerGKDTrainer`: the wiring between TRL's GKD trainer and the maths of this package."""
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import (
-    add_fused_lm_head,
     disable_dropout_in_model,
     get_config_model_id,
     print_prompt_completions_sample,
@@ -37,12 +36,13 @@ from .checks import (
 from .config import CrossTokenizerGKDConfig, GKDTrainer
 from .credit import gaps
 from .generation import sampling_config, write
-from .heads import base_model, check_head, hidden_states, lm_head
+from .heads import add_token_scores, base_model, check_head, hidden_states, lm_head
 from .losses import Distributions, ScoredChunks, build_loss
 from .metrics import Meter, chunk_metrics, rollout_metrics
 from .one_tokenizer import OneTokenizer, is_one_tokenizer
-from .rollouts import Prompt, collate, pad_scores, pair
+from .rollouts import Prompt, Rollout, collate, grouped_by_length, on_grid, pad_scores, pair
 from .teachers.local import LocalTeacher, load_teacher
+from .timing import PhaseTimer
 from .vocabulary import CACHE_DIR, VocabularyPair
 
 
@@ -118,6 +118,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             self.off_policy_loss = build_loss(args.off_policy_loss, **(args.off_policy_loss_kwargs or {}))
         self._context = context_length(model, args)
         self._meters = {"train": Meter(), "eval": Meter()}
+        self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
+        self._window: list[dict] = []  # the scored micro-batches in use, while `rollout_reuse` > 1
+        self._old_log_probs: dict[int, torch.Tensor] = {}  # by micro-batch of that window
         self._samples: list[tuple[str, str, float]] = []
 
         self._init_without_shared_vocabulary(
@@ -127,7 +130,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[self._timers["train"], *(callbacks or [])],
             optimizers=optimizers,
             peft_config=peft_config,
         )
@@ -148,9 +151,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         check_vocabulary("student", student, self.processing_class)
         if self.args.disable_dropout:
             disable_dropout_in_model(self.model)
-        if self.args.temperature != 1.0:
-            # SFTTrainer's fused head scores at temperature 1, the rollouts are drawn at `temperature`
-            add_fused_lm_head(student, temperature=self.args.temperature, outputs=("log_probs", "entropy"))
+        add_token_scores(student, self.args.temperature, entropy=True)  # what was drawn at it is scored at it
         pad_token_id = self.processing_class.pad_token_id
         student.config.get_text_config().pad_token_id = pad_token_id
         student.generation_config.pad_token_id = pad_token_id
@@ -260,26 +261,58 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def _set_signature_columns_if_needed(self):
         self._signature_columns = data.COLUMNS
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        """The prompts of each optimizer step come `rollout_reuse` times, so that steps, epochs and resuming count as ever."""
+        reuse, args = self.args.rollout_reuse, self.args
+        if reuse == 1:
+            return super()._get_train_sampler(train_dataset)
+        window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return data.RepeatedWindows(
+            len(self.train_dataset if train_dataset is None else train_dataset), window, reuse, args.seed
+        )
+
     # Rollouts
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """One optimizer step's micro-batches: prompts in, rollouts scored by the teacher out, and the number of scored
         student tokens over all micro-batches and processes."""
+        self._timers["train"].begin()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        with self._rollout_seed(self.state.global_step):
-            batches = self._roll_out(self.model_wrapped, [batch["prompts"] for batch in batches], "train")
+        step, reuse = self.state.global_step, self.args.rollout_reuse
+        if not self._window or step % reuse == 0:
+            self._old_log_probs.clear()
+            with self._rollout_seed(step):
+                self._window = self._roll_out(self.model_wrapped, [batch["prompts"] for batch in batches], "train")
+        batches = self._window
+        if reuse == 1:
+            self._window = []  # freed as training goes through it
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def _save_rng_state(self, output_dir: str):
+        super()._save_rng_state(output_dir)
+        if self.args.rollout_reuse > 1:
+            torch.save((self._window, self._old_log_probs), self._pending(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.rollout_reuse > 1 and checkpoint is not None and self._pending(checkpoint).exists():
+            self._window, self._old_log_probs = torch.load(self._pending(checkpoint), self.accelerator.device)
+
+    def _pending(self, checkpoint: str) -> Path:
+        """Where a checkpoint keeps the completions that this process has yet to train on."""
+        return Path(checkpoint) / f"rollouts_{self.args.process_index}.pt"
 
     def _roll_out(self, model: nn.Module, window: list[list[Prompt]], mode: str) -> list[dict]:
         """Completions for all prompts of `window` in one go, scored by the teacher and cut into micro-batches again."""
-        repeats = self.args.num_generations if mode == "train" else 1
+        self._samples.clear()
+        phase, repeats = self._timers[mode], self.args.num_generations if mode == "train" else 1
         window = [[prompt for prompt in prompts for _ in range(repeats)] for prompts in window]
         on_policy = [mode == "eval" or draw < self.args.lmbda for draw in self._lmbda_draws(len(window))]
-        with self._phase(mode, "generation"):
+        with phase("generation"):
             completions = self._draw(model, window, on_policy)
-        with self._phase(mode, "alignment"):
+        with phase("alignment"):
             rollouts = pair(
                 [prompt for prompts in window for prompt in prompts],
                 completions,
@@ -290,24 +323,42 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             )
         texts = [rollout.teacher_prompt_ids for rollout in rollouts], [rollout.teacher_ids for rollout in rollouts]
         with_hidden = any(signal_of(self._loss_for(on)) == "logits" for on in on_policy)
-        with self._phase(mode, "teacher"):
+        with phase("teacher"):
             if with_hidden:
                 scores, hidden = zip(*self.teacher.log_probs_and_hidden(*texts), strict=True)
             else:
                 scores = self.teacher.log_probs(*texts)
-        self._meters[mode].add({**rollout_metrics(rollouts), "seconds/student": (0, 1)})
+        self._meters[mode].add(rollout_metrics(rollouts))
         self._meters[mode].add({"off_policy_fraction": (on_policy.count(False), len(on_policy))})
 
-        batches, end = [], 0
-        for prompts, on in zip(window, on_policy, strict=True):
-            rows, end = slice(end, end + len(prompts)), end + len(prompts)
-            batch = collate(rollouts[rows], self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
+        batches = []
+        for index, (rows, on) in enumerate(
+            zip(self._micro_batches(rollouts, window, on_policy), on_policy, strict=True)
+        ):
+            batch = collate(
+                [rollouts[r] for r in rows], self.processing_class.pad_token_id, self.args.pad_to_multiple_of
+            )
             teacher_length = batch["teacher_chunks"].shape[1]
-            batch["teacher_log_probs"] = pad_scores(scores[rows], teacher_length)
+            batch["teacher_log_probs"] = pad_scores([scores[r] for r in rows], teacher_length)
             if signal_of(self._loss_for(on)) == "logits":
-                batch["teacher_hidden"] = pad_scores(hidden[rows], teacher_length)
-            batches.append({**batch, "on_policy": on})
+                batch["teacher_hidden"] = pad_scores([hidden[r] for r in rows], teacher_length)
+            batches.append({**batch, "on_policy": on, "index": index})
         return batches
+
+    def _micro_batches(
+        self, rollouts: list[Rollout], window: list[list[Prompt]], on_policy: list[bool]
+    ) -> list[list[int]]:
+        """The rows of each micro-batch; text of the student never shares one with text of another."""
+        ends = [*accumulate(map(len, window), initial=0)]
+        batches = [list(range(start, end)) for start, end in pairwise(ends)]
+        if not self.args.length_grouped:
+            return batches
+        lengths = [len(rollout.prompt.student_ids) + len(rollout.student_ids) for rollout in rollouts]
+        own, given = (
+            iter(grouped_by_length(lengths, [rows for rows, on in zip(batches, on_policy, strict=True) if on == kind]))
+            for kind in (True, False)
+        )
+        return [next(own if on else given) for on in on_policy]
 
     def _loss_for(self, on_policy: bool) -> Callable:
         return self.distillation_loss if on_policy else self.off_policy_loss
@@ -326,7 +377,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             [prompt.student_ids for prompt in prompts],
             self.generation_config,
             self.accelerator,
-            self.args.gradient_checkpointing_kwargs,
+            self.args,
+            self.args.generation_backend,
         )
 
     def _references(self, prompts: list[Prompt]) -> list[list[int]]:
@@ -344,7 +396,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                     f"{self.teacher_context}. Filter such rows out."
                 )
             config.max_new_tokens = min(limit, self.teacher_context - longest)
-        written = write(self.teacher.model, [prompt.teacher_ids for prompt in prompts], config, self.accelerator)
+        written = write(
+            self.teacher.model, [prompt.teacher_ids for prompt in prompts], config, self.accelerator, self.args
+        )
         return [self._respell(ids)[:limit] for ids in written]
 
     def _respell(self, teacher_ids: list[int]) -> list[int]:
@@ -371,7 +425,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     # Loss
 
     def training_step(self, *args, **kwargs):
-        with self._phase("train", "student", weight=0):
+        with self._timers["train"]("student"):
             return super(GKDTrainer, self).training_step(*args, **kwargs)  # GKDTrainer's own would generate here
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -384,27 +438,40 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         on_distributions = signal_of(loss_function) == "logits"
         student = base_model(self.accelerator.unwrap_model(model))
         with hidden_states(student) if on_distributions else nullcontext() as states:
-            outputs = model(
+            scores = model(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                labels=inputs["labels"],
-                use_cache=False,
-                fused_lm_head=True,
+                scored=inputs["scored"],
+                targets=inputs["input_ids"][inputs["scored"][0], inputs["scored"][1] + 1],
             )
-        length = inputs["student_chunks"].shape[1]  # prompt-learning adapters put virtual tokens in front
-        batch = ScoredChunks(
-            student_log_probs=outputs.log_probs[:, -length:],
-            teacher_log_probs=inputs["teacher_log_probs"],
-            student_chunks=inputs["student_chunks"],
-            teacher_chunks=inputs["teacher_chunks"],
-            student_widths=inputs["student_widths"],
-            num_chunks=inputs["num_chunks"],
-            student_ids=inputs["input_ids"][:, 1:],
-            teacher_ids=inputs["teacher_ids"],
-        )
-        if on_distributions:
-            self._add_distributions(batch, student, states[0][:, :-1][:, -length:], inputs["teacher_hidden"])
-        num_items = (batch.student_chunks >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        with self._timers["train" if model.training else "eval"]("loss"):
+            log_probs, entropy = (on_grid(values, inputs["scored"], inputs["input_ids"]) for values in scores)
+            batch = ScoredChunks(
+                student_log_probs=log_probs,
+                teacher_log_probs=inputs["teacher_log_probs"],
+                student_chunks=inputs["student_chunks"],
+                teacher_chunks=inputs["teacher_chunks"],
+                student_widths=inputs["student_widths"],
+                num_chunks=inputs["num_chunks"],
+                student_ids=inputs["input_ids"][:, 1:],
+                teacher_ids=inputs["teacher_ids"],
+                old_log_probs=self._old_log_probs.get(inputs["index"]),
+            )
+            if on_distributions:
+                length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
+                self._add_distributions(batch, student, states[0][:, :-1][:, -length:], inputs["teacher_hidden"])
+            return self._loss_of(batch, loss_function, entropy.detach(), inputs, model.training, num_items_in_batch)
+
+    def _loss_of(
+        self,
+        batch: ScoredChunks,
+        loss_function: Callable,
+        entropy: torch.Tensor,
+        inputs: dict,
+        training: bool,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        num_items = batch.scored_tokens if num_items_in_batch is None else num_items_in_batch
         result = loss_function(batch, torch.as_tensor(num_items).clamp(min=1))
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             raise TypeError(
@@ -415,8 +482,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # N counts every process, and DDP averages over them
 
-        meter = self._meters["train" if model.training else "eval"]
-        meter.add({**chunk_metrics(batch, outputs.entropy[:, -length:].detach()), **metrics})
+        self._meters["train" if training else "eval"].add({**chunk_metrics(batch, entropy), **metrics})
+        if training and self.args.rollout_reuse > 1:
+            self._old_log_probs.setdefault(inputs["index"], batch.policy_log_probs)
         if self.args.log_completions:
             self._keep_samples(inputs, batch)
         return loss
@@ -433,9 +501,12 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """On-policy evaluation: the student answers the prompts and the teacher scores the answers."""
+        timer = self._timers["eval"]
+        timer.begin()
         [batch] = self._roll_out(model, [inputs["prompts"]], "eval")
-        with self._phase("eval", "student", weight=0), torch.no_grad(), self.compute_loss_context_manager():
+        with timer("student"), torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(batch))
+        timer.end()
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args, **kwargs):
@@ -443,13 +514,6 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             return super().evaluation_loop(*args, **kwargs)
 
     # Logging
-
-    @contextmanager
-    def _phase(self, mode: str, name: str, weight: int = 1):
-        """Adds the time within to `seconds/<name>`; the weights of a step add up to 1."""
-        start = time.perf_counter()
-        yield
-        self._meters[mode].add({f"seconds/{name}": (time.perf_counter() - start, weight)})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -477,16 +541,18 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     @torch.no_grad()
     def _keep_samples(self, inputs: dict, batch: ScoredChunks):
-        """The micro-batch's texts with their gap, replacing the ones kept before."""
+        """Some of the micro-batch's texts with their gap, as many as are to be shown of all of them together."""
         scored = batch.student_log_probs, batch.teacher_log_probs
         gap, neutral = gaps(*scored, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
         num_bytes = batch.student_sum(batch.student_widths).masked_fill(neutral, 0).sum(1)
         per_byte = (-gap.sum(1) / num_bytes.clamp(min=1)).tolist()
         ids, starts, ends = inputs["input_ids"], inputs["prompt_lengths"], inputs["attention_mask"].sum(1)
         rows = zip(ids.tolist(), starts.tolist(), ends.tolist(), per_byte, strict=True)
-        self._samples = [
+        micro_batches = self.current_gradient_accumulation_steps if self.model.training else 1
+        share = -(-self.args.num_completions_to_print // micro_batches)
+        self._samples += [
             (self.processing_class.decode(row[:start]), self.processing_class.decode(row[start:end]), gap)
-            for row, start, end, gap in rows
+            for row, start, end, gap in islice(rows, share)
         ]
 
     # Card

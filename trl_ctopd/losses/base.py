@@ -55,6 +55,8 @@ class ScoredChunks:
         student_widths (`torch.LongTensor` of shape (B, S)): bytes of text each student token spells.
         num_chunks (`int`): C, at least 1 and more than any chunk number.
         student_ids (`torch.LongTensor` of shape (B, S)), teacher_ids (`torch.LongTensor` of shape (B, T)): the tokens.
+        old_log_probs (`torch.Tensor` of shape (B, S), *optional*): `student_log_probs` as they were before the first update
+            on these completions, where this is a later one.
 
     And where the loss asks for distributions (`signal = "logits"`):
         student, teacher (`Distributions`): of the two models, over (B, S) and (B, T).
@@ -70,10 +72,16 @@ class ScoredChunks:
     num_chunks: int
     student_ids: torch.Tensor | None = None
     teacher_ids: torch.Tensor | None = None
+    old_log_probs: torch.Tensor | None = None
     student: Distributions | None = None
     teacher: Distributions | None = None
     vocabulary: VocabularyPair | None = None
     tile_tokens: int = 1024
+
+    @property
+    def policy_log_probs(self) -> torch.Tensor:
+        """(B, S) log-probs, without gradient, under the policy that the advantages are those of: the one that wrote."""
+        return self.student_log_probs.detach() if self.old_log_probs is None else self.old_log_probs
 
     def student_sum(self, values: torch.Tensor) -> torch.Tensor:
         """(B, S) in, sums over each chunk (B, C) out."""
@@ -175,13 +183,15 @@ class Loss:
 
     `signal` says what the teacher must deliver a token: `"logprobs"` (of the token it read), `"logits"` (its whole
     distribution), `"none"`. `policy` says on whose text the loss is right: `"on"` (text the student wrote), `"off"`
-    (text it did not), `"both"`. `structures` names what the loss reads of a `VocabularyPair`, which is built before
+    (text it did not), `"both"`. `weighs_by_ratio` tells that it stays right on text of the student before its last updates,
+    by `old_log_probs`. `structures` names what the loss reads of a `VocabularyPair`, which is built before
     training. `copies` is how many tensors of the size of a tile's logits are alive at once, so that a tile can be cut
     to keep `tile_tokens`.
     """
 
     signal: ClassVar[str] = "logprobs"
     policy: ClassVar[str] = "both"
+    weighs_by_ratio: ClassVar[bool] = False
     structures: ClassVar[tuple[str, ...]] = ()
     copies: ClassVar[int] = 1
 

@@ -13,37 +13,44 @@ import torch
 
 from ..credit import CREDITS, gaps, shares, spread
 from .base import Loss, Metrics, ScoredChunks
-from .policy_gradient import check_clip, clipped, policy_gradient
+from .policy_gradient import check_bounds, check_clip, clipped, policy_gradient
 
 
 @dataclass
 class DPCA(Loss):
     """
-    loss = −Σ_i clip(A_i, ±advantage_clip) · exp(log p_i − sg(log p_i)) / N,  A_i = (L_T − L_S) · w_i.
+    loss = −Σ_i clip(A_i, ±advantage_clip) · exp(log p_i − sg(log p_i)) / N,  A_i = (L_T − L_S) · w_i,
+
+    and PPO's clipped ratio in place of the exponential where completions are used again.
 
     Args:
         credit (`str`, defaults to `"semantic"`): how a chunk's gap is shared among its student tokens, see
             [`~trl_ctopd.credit.shares`].
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on |A_i| in nats; `None` for no bound.
+        clip_ratio_low (`float`, defaults to `0.2`), clip_ratio_high (`float`, defaults to `0.28`): PPO's bounds.
     """
 
     policy: ClassVar[str] = "on"
+    weighs_by_ratio: ClassVar[bool] = True
 
     credit: str = "semantic"
     advantage_clip: float | None = 10.0
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.28
 
     def __post_init__(self):
         if self.credit not in CREDITS:
             raise ValueError(f"Unknown credit {self.credit!r}: choose one of {', '.join(CREDITS)}.")
         check_clip(self.advantage_clip)
+        check_bounds(self.clip_ratio_low, self.clip_ratio_high)
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
-        return policy_gradient(batch, *self.advantages(batch), num_items)
+        return policy_gradient(batch, *self.advantages(batch), num_items, self.clip_ratio_low, self.clip_ratio_high)
 
     @torch.no_grad()
     def advantages(self, batch: ScoredChunks) -> tuple[torch.Tensor, torch.Tensor]:
         """A_i of shape (B, S), 0 where a token takes no part, and where the clip took hold (B, S)."""
-        log_probs = batch.student_log_probs.detach()
+        log_probs = batch.policy_log_probs
         gap, _ = gaps(log_probs, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
         share = shares(self.credit, log_probs, batch.student_chunks, batch.student_widths, batch.num_chunks)
         return clipped(spread(gap, batch.student_chunks) * share, self.advantage_clip)

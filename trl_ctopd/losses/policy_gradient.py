@@ -1,5 +1,8 @@
-"""The policy gradient that the losses on sampled tokens share: one update a rollout, so the ratio is 1 with a gradient
-and needs no trust region.
+"""The policy gradient that the losses on sampled tokens share.
+
+Decisions: in the first update after a rollout the ratio is 1 with a gradient and no bound holds; where the rollout is used
+again (`ScoredChunks.old_log_probs`), PPO's bounds on the ratio do (arXiv 1707.06347, equation 7), the upper one apart from
+the lower as in the paper of DPCA. Advantages stay those of the policy that wrote.
 """
 
 import torch
@@ -19,10 +22,28 @@ def clipped(advantages: torch.Tensor, advantage_clip: float | None) -> tuple[tor
     return advantages.clamp(-bound, bound), advantages.abs() > bound
 
 
+def check_bounds(clip_ratio_low: float, clip_ratio_high: float):
+    """Raises `ValueError` for bounds that do not hold 1 between them."""
+    if not (0 < clip_ratio_low <= 1 and clip_ratio_high > 0):
+        raise ValueError(
+            f"clip_ratio_low must be above 0 and at most 1, and clip_ratio_high above 0, got {clip_ratio_low} and {clip_ratio_high}."
+        )
+
+
 def policy_gradient(
-    batch: ScoredChunks, advantages: torch.Tensor, cut: torch.Tensor, num_items: torch.Tensor | int
+    batch: ScoredChunks,
+    advantages: torch.Tensor,
+    cut: torch.Tensor,
+    num_items: torch.Tensor | int,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
 ) -> tuple[torch.Tensor, Metrics]:
-    """−Σ_i A_i · exp(log p_i − sg(log p_i)) / N, of detached advantages (B, S); `cut` tells which ones met the clip."""
-    log_probs = batch.student_log_probs
-    ratio = torch.exp(log_probs - log_probs.detach())
-    return -(advantages * ratio).sum() / num_items, {"advantage/clipped_fraction": (cut.sum(), batch.scored_tokens)}
+    """−Σ_i min(A_i ρ_i, A_i clip(ρ_i, 1 − clip_ratio_low, 1 + clip_ratio_high)) / N, of detached advantages (B, S), with ρ_i =
+    exp(log p_i − log p_i of the policy that wrote); `cut` (B, S) tells which advantages met their own clip."""
+    ratio = torch.exp(batch.student_log_probs - batch.policy_log_probs)
+    surrogate = torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high))
+    metrics = {"advantage/clipped_fraction": (cut.sum(), batch.scored_tokens)}
+    if batch.old_log_probs is not None:
+        outside = ((ratio < 1 - clip_ratio_low) & (advantages < 0)) | ((ratio > 1 + clip_ratio_high) & (advantages > 0))
+        metrics["ratio/clipped_fraction"] = (outside.sum(), batch.scored_tokens)
+    return -surrogate.sum() / num_items, metrics

@@ -13,7 +13,7 @@ import torch
 
 from ..credit import gaps, spread
 from .base import Loss, Metrics, ScoredChunks
-from .policy_gradient import check_clip, clipped, policy_gradient
+from .policy_gradient import check_bounds, check_clip, clipped, policy_gradient
 
 
 @dataclass
@@ -24,21 +24,28 @@ class StrictSampled(Loss):
 
     Args:
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on the log-ratio in nats; `None` for no bound.
+        clip_ratio_low (`float`, defaults to `0.2`), clip_ratio_high (`float`, defaults to `0.28`): PPO's bounds, where completions
+            are used again.
     """
 
     policy: ClassVar[str] = "on"
+    weighs_by_ratio: ClassVar[bool] = True
 
     advantage_clip: float | None = 10.0
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.28
 
     def __post_init__(self):
         check_clip(self.advantage_clip)
+        check_bounds(self.clip_ratio_low, self.clip_ratio_high)
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         chunks = batch.chunks.where(batch.chunks.one_to_one)
         matched = torch.zeros_like(batch.scorable)
         matched[chunks.row, chunks.chunk] = True
-        scores = batch.student_log_probs.detach(), batch.teacher_log_probs
+        scores = batch.policy_log_probs, batch.teacher_log_probs
         gap, _ = gaps(*scores, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
         advantages = spread(gap.masked_fill(~matched, 0), batch.student_chunks)
-        value, metrics = policy_gradient(batch, *clipped(advantages, self.advantage_clip), num_items)
+        bounds = self.clip_ratio_low, self.clip_ratio_high
+        value, metrics = policy_gradient(batch, *clipped(advantages, self.advantage_clip), num_items, *bounds)
         return value, {**metrics, **batch.compared(chunks)}

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 import torch
 from transformers import PreTrainedModel
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path
+from trl.trainer.utils import create_model_from_path
 
-from ..heads import base_model, hidden_states
+from ..heads import add_token_scores, base_model, hidden_states
+from ..rollouts import pad_rows
 
 
 class LocalTeacher:
@@ -28,12 +29,11 @@ class LocalTeacher:
         model.requires_grad_(False)
         model.eval()
         self.base_model = base_model(model)
-        add_fused_lm_head(self.base_model, temperature=temperature)
+        add_token_scores(self.base_model, temperature)
         self.config = model.config
         self.generation_config = model.generation_config
         self.batch_size = batch_size
         self._accelerator = accelerator
-        self._padding = 0  # masked out, so any id within the vocabulary will do
         if accelerator.state.deepspeed_plugin is not None:
             self.model = prepare_deepspeed(model, accelerator)
         elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
@@ -55,8 +55,8 @@ class LocalTeacher:
             prompts, completions: token ids, B of each. Prompts have at least one id.
 
         Returns:
-            B float32 tensors on the CPU, the b-th of shape (len(completions[b]),), in nats. Rows are scored
-            `batch_size` at a time, long ones together, and come back in the order given.
+            B float32 tensors on the teacher's device, the b-th of shape (len(completions[b]),), in nats. Rows are scored
+            `batch_size` at a time, long ones together and first, and come back in the order given.
         """
         return [log_probs for log_probs, _ in self._score(prompts, completions, with_hidden=False)]
 
@@ -64,12 +64,12 @@ class LocalTeacher:
         self, prompts: list[list[int]], completions: list[list[int]]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`log_probs`, and for each completion the (len(completions[b]), H) states that its tokens' distributions are
-        projected from, on the CPU too."""
+        projected from, which are large and wait on the CPU."""
         return self._score(prompts, completions, with_hidden=True)
 
     @torch.no_grad()
     def _score(self, prompts, completions, with_hidden):
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) + len(completions[row]))
+        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]) - len(completions[row]))
         scores = [None] * len(prompts)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -79,30 +79,26 @@ class LocalTeacher:
         return scores
 
     def _forward(self, prompts, completions, with_hidden):
-        lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        input_ids = torch.full((len(prompts), max(lengths)), self._padding)
-        labels = torch.full_like(input_ids, -100)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            input_ids[row, : lengths[row]] = torch.tensor([*prompt, *completion])
-            labels[row, len(prompt) : lengths[row]] = torch.tensor(completion, dtype=torch.long)
-            attention_mask[row, : lengths[row]] = 1
-        device = self.device
+        rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+        counts = [len(completion) for completion in completions]
+        width = max(map(len, rows))
+        columns = [torch.arange(count) + len(prompt) - 1 for prompt, count in zip(prompts, counts, strict=True)]
+        scored = torch.stack(
+            [torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)), torch.cat(columns) - width]
+        )
+        inputs = {
+            "input_ids": pad_rows(rows, width, 0),  # any id of the vocabulary will do: it is masked out
+            "attention_mask": pad_rows([[1] * len(row) for row in rows], width, 0),
+            "scored": scored,
+            "targets": torch.tensor([token for completion in completions for token in completion], dtype=torch.long),
+        }
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         capture = hidden_states(self.base_model) if with_hidden else nullcontext([])
         with self._accelerator.autocast(), capture as states:  # the precision the student is scored in
-            outputs = self.model(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                labels=labels.to(device),
-                fused_lm_head=True,
-            )
-        log_probs = outputs.log_probs.float().cpu()
-        hidden = states[0].cpu() if states else None
-        spans = [slice(len(prompt) - 1, length - 1) for prompt, length in zip(prompts, lengths, strict=True)]
-        return [
-            (log_probs[row, span], None if hidden is None else hidden[row, span].clone())
-            for row, span in enumerate(spans)
-        ]
+            log_probs = self.model(**inputs).log_probs.split(counts)
+        if not with_hidden:
+            return [(own, None) for own in log_probs]
+        return list(zip(log_probs, states[0][tuple(inputs["scored"])].cpu().split(counts), strict=True))
 
 
 def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, distributed: bool) -> PreTrainedModel:

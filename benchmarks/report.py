@@ -1,0 +1,42 @@
+"""What every result file says of itself: the machine, the date, the versions."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+
+import torch
+
+
+PACKAGES = ("trl_ctopd", "trl", "transformers", "tokenizers", "torch", "peft", "accelerate", "datasets")
+
+
+def machine() -> dict:
+    """The processor, its cores and, where there is one, the GPU; and how busy the machine was before."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_average_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def header() -> dict:
+    """The first fields of a result file; call it before anything is measured."""
+    return {"date": date.today().isoformat(), "machine": machine(), "versions": versions()}
+
+
+def save(path: Path, report: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"Figures: {path}")

@@ -1,0 +1,96 @@
+"""Where a step's time is charged, on a clock of our own."""
+
+import pytest
+
+from trl_ctopd import timing
+from trl_ctopd.metrics import Meter
+from trl_ctopd.timing import PhaseTimer
+
+
+class Clock:
+    """Stands still unless told."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class OneProcess:
+    device = "cpu"
+
+    def reduce(self, tensor, reduction):
+        return tensor
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
+def spend(clock, timer, phase, before=0, within=None, after=0):
+    with timer(phase):
+        clock.now += before
+        if within:
+            spend(clock, timer, **within)
+        clock.now += after
+
+
+def test_a_phase_is_charged_without_the_phases_within_it_and_the_rest_is_overhead(clock):
+    meter = Meter()
+    timer = PhaseTimer(meter)
+    timer.begin()
+    spend(clock, timer, "generation", before=8)
+    clock.now += 1  # collating
+    spend(clock, timer, "student", before=4, within={"phase": "loss", "before": 2}, after=3)
+    timer.on_pre_optimizer_step(None, None, None)
+    clock.now += 2
+    timer.on_optimizer_step(None, None, None)
+    timer.on_step_end(None, None, None)
+    assert meter.read(OneProcess()) == pytest.approx(
+        {
+            "seconds/generation": 8,
+            "seconds/student": 7,
+            "seconds/loss": 2,
+            "seconds/optimizer": 2,
+            "seconds/step": 20,
+            "compute_overhead": 3 / 20,
+        }
+    )
+
+
+def test_time_between_steps_is_nobodys(clock):
+    meter = Meter()
+    timer = PhaseTimer(meter)
+    for _ in range(2):
+        timer.begin()
+        spend(clock, timer, "teacher", before=3)
+        timer.end()
+        clock.now += 50  # saving, evaluating
+    figures = meter.read(OneProcess())
+    assert figures["seconds/step"] == figures["seconds/teacher"] == 3
+    assert figures["compute_overhead"] == 0
+
+
+def test_a_phase_that_raises_is_over(clock):
+    timer = PhaseTimer(Meter())
+    timer.begin()
+    with pytest.raises(KeyError), timer("generation"):
+        raise KeyError
+    spend(clock, timer, "teacher", before=1)
+    assert timer._phases == []
+
+
+def test_a_whole_step_is_its_phases_and_little_more(build):
+    trainer = build(max_steps=2)
+    trainer.train()
+    log = trainer.state.log_history[1]
+    phases = ("generation", "alignment", "teacher", "student", "loss", "optimizer")
+    parts = [log[f"seconds/{name}"] for name in phases]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) < log["seconds/step"]
+    unavoidable = sum(log[f"seconds/{name}"] for name in phases if name not in ("alignment", "loss"))
+    assert log["compute_overhead"] == pytest.approx(1 - unavoidable / log["seconds/step"], abs=1e-4)
