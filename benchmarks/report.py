@@ -40,3 +40,9 @@ def save(path: Path, report: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"Figures: {path}")
+
+
+def gsm8k_answers(assets: Path, rows: int) -> list[str]:
+    """The first reference answers of GSM8K, real text for whatever reads or cuts text."""
+    lines = (assets / "datasets" / "gsm8k" / "train.jsonl").read_text().splitlines()[:rows]
+    return [json.loads(line)["answer"] for line in lines]

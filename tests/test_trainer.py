@@ -1,6 +1,7 @@
 """One claim a trap of GKDTrainer: each of these fails on the inherited behaviour."""
 
 import inspect
+import os
 from unittest import mock
 
 import pytest
@@ -285,6 +286,18 @@ def test_every_dataset_shape_trains(build, row):
     trainer = build(dataset=Dataset.from_list([row] * 4))
     trainer.train()
     assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_prompts_are_rendered_once_and_found_again_by_the_next_run(build, tmp_path):
+    path = tmp_path / "prompts.parquet"
+    prompts(6).to_parquet(path)
+    files = []
+    for _ in range(2):
+        dataset = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+        rendered = build(dataset=dataset, dataset_num_proc=2).train_dataset
+        files.append([(file["filename"], os.stat(file["filename"]).st_mtime_ns) for file in rendered.cache_files])
+    assert len(files[0]) == 2, "a file for each process"
+    assert files[1] == files[0]
 
 
 def test_streaming_datasets_train(build):

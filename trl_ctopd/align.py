@@ -16,7 +16,7 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, compress, pairwise
+from itertools import accumulate, chain, compress, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -105,9 +105,12 @@ class TextAligner:
             for student, teacher, bytes_ in zip(students, teachers, data, strict=True)
         ]
         chunks = synchronized_chunks(_side(students), _side(teachers), _integers(map(len, data)), _stretches(masked))
-        chunk_bytes: list[list[bytes]] = [[] for _ in data]
-        for row, start, end in zip(chunks.text.tolist(), chunks.start.tolist(), chunks.end.tolist(), strict=True):
-            chunk_bytes[row].append(data[row][start:end])
+        bounds = iter(zip(chunks.start.tolist(), chunks.end.tolist(), strict=True))
+        counts = np.bincount(chunks.text, minlength=len(data)).tolist()
+        chunk_bytes = [
+            [bytes_[start:end] for start, end in islice(bounds, count)]
+            for bytes_, count in zip(data, counts, strict=True)
+        ]
         return [
             TextAlignment(
                 text=student.text,
@@ -239,22 +242,24 @@ def _occurrences(strings: list[bytes], data: bytes) -> list[MaskedStretch]:
 
 
 def _student_reading(ids: Sequence[int], table: TokenTable) -> _Reading:
-    ids = [int(i) for i in ids]
+    numbers = _integers(ids)
+    ids = numbers.tolist()
     if min(ids, default=0) < 0:
         raise ValueError(f"token id {min(ids)} among a completion's ids: strip the padding first")
     rows = [table.rows[i] if i < len(table.rows) else b"" for i in ids]
-    silent = np.array([not row for row in rows], dtype=bool)
-    spaces = _integers(0 for _ in rows)
+    widths = table.widths_of(numbers)
+    silent, spaces = widths == 0, np.zeros_like(widths)
     first = next((n for n, row in enumerate(rows) if row), len(rows))
     if table.word_starts:
         spaces = _integers(n > first and i in table.word_starts for n, i in enumerate(ids))
-    elif table.prefix_space != "never" and first < len(rows):
-        rows[first] = rows[first].removeprefix(b" ")
-    widths = _integers(map(len, rows))
+        rows = [b" " * space + row for space, row in zip(spaces.tolist(), rows, strict=True)]
+    elif table.prefix_space != "never" and first < len(rows) and rows[first].startswith(b" "):
+        rows[first] = rows[first][1:]
+        widths[first] -= 1
     ends = np.cumsum(widths + spaces)
     lost = ends[spaces > 0] - widths[spaces > 0]
     masked = [MaskedStretch(end - 1, end, "whitespace") for end in lost.tolist()]
-    text, invalid = _decoded(b"".join(b" " * space + row for space, row in zip(spaces.tolist(), rows, strict=True)))
+    text, invalid = _decoded(b"".join(rows))
     if not invalid:
         return _Reading(text, ids, ends, widths, silent, masked)
     starts, ends = _in_text(ends - widths, invalid), _in_text(ends, invalid)
@@ -306,15 +311,15 @@ def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
 
 def _teacher_reading(text: str, tokens: Any, table: TokenTable) -> _Reading:
     data = text.encode()
-    rows = [table.rows[i] for i in tokens.ids]
+    rows, widths = [table.rows[i] for i in tokens.ids], table.widths_of(_integers(tokens.ids))
     spelled = b"".join(rows)
     if spelled != data and _has_prefix_space(spelled, data, table):
         first = next(n for n, row in enumerate(rows) if row)
         rows[first] = rows[first][1:]
+        widths[first] -= 1
         spelled = spelled[1:]
     silent = np.zeros(len(rows), dtype=bool)
     if spelled == data:
-        widths = _integers(map(len, rows))
         return _Reading(text, tokens.ids, np.cumsum(widths), widths, silent, [])
     if tokens.offsets is None:
         spans = _spans_by_difference(data, rows, [i in table.word_starts for i in tokens.ids])

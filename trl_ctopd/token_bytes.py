@@ -12,7 +12,10 @@ import json
 import re
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
+
+import numpy as np
 
 
 _BYTE_ROW = re.compile(r"<0x([0-9A-F]{2})>")
@@ -49,6 +52,15 @@ class TokenTable:
     unknown: frozenset[int]
     word_starts: frozenset[int]
     prefix_space: str
+
+    @cached_property
+    def widths(self) -> np.ndarray:
+        """(V + 1,) bytes of each id, and 0 for any past the last."""
+        return np.array([*map(len, self.rows), 0])
+
+    def widths_of(self, ids: np.ndarray) -> np.ndarray:
+        """(N,) bytes that each of `ids` (N,) spells."""
+        return self.widths[np.minimum(ids, len(self.rows))]
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:

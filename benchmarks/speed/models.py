@@ -1,0 +1,413 @@
+"""
+Models, trainers and a clock that `step.py` and `scaling.py` share.
+
+Decisions:
+- Models have random weights; what a step costs does not depend on what they know. A random student writes random text, so
+  only tokens that are text by themselves can be drawn: none that ends the turn, so that all completions have full length;
+  no control token; no part of a character, which sensible text has few of. This is a matter of weights (`only_text`), so
+  neither trainer needs a logits processor for it.
+- Both trainers are driven by their own `train()`, one epoch at a time, and an epoch is one optimizer step: what is timed is
+  all from `on_epoch_begin` to `on_epoch_end`, the loading of the batch and the logging of the step included, whatever the
+  insides of the two loops are. What `train()` does before and after is not timed.
+- TRL's trainer does not time itself; its methods are wrapped, and what is inside of none of them is `rest`.
+"""
+
+import ctypes
+import functools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets.utils import logging as datasets_logging
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen2Config,
+    TrainerCallback,
+)
+from transformers.utils import logging as transformers_logging
+from trl.experimental.gold import GOLDConfig, GOLDTrainer
+
+from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer, token_bytes
+
+
+NARROW = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4} | {
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32} | {
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28} | {
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+LEARNING_RATE = 1e-6
+TURNS = (  # chat templates of the small tokenizers; before the answer stands text, as `only_text` asks
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}",
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A trainer's step: who, how much and where. Pairs are student and teacher."""
+
+    tokenizers: tuple[Path, Path]
+    rows: tuple[int, int]  # of the embeddings
+    new_tokens: int
+    batch: int = 4  # prompts in a micro-batch
+    accumulation: int = 2
+    shapes: tuple[dict, dict] = (NARROW, NARROW)
+    lora: bool = False
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def prompts(self) -> int:
+        return self.batch * self.accumulation
+
+    def tokenizer(self, side: int) -> PreTrainedTokenizerBase:
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizers[side])
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = "<|finetune_right_pad_id|>"
+        return tokenizer
+
+    def model(self, side: int) -> PreTrainedModel:
+        """The student (0) or the teacher (1); the same weights at every call."""
+        tokenizer, rows = self.tokenizer(side), self.rows[side]
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+        config = (LlamaConfig, Qwen2Config)[side](
+            vocab_size=rows, max_position_embeddings=32_768, **self.shapes[side], **ids
+        )
+        torch.manual_seed(side)
+        with torch.device(self.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        if side == 0:
+            only_text(model, tokenizer)
+        return model
+
+    @property
+    def peft_config(self) -> LoraConfig | None:
+        return (
+            LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if self.lora else None
+        )
+
+    def common(self, folder: Path) -> dict:
+        """What both trainers are told in the same words."""
+        return {
+            "output_dir": str(folder),
+            "per_device_train_batch_size": self.batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "num_train_epochs": 1,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": self.device == "cpu",
+            "dataloader_pin_memory": self.device != "cpu",
+            "bf16": False,  # the weights are in `dtype` as they are
+            "gradient_checkpointing": False,
+            "max_length": None,
+            "lmbda": 1.0,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+        }
+
+
+def only_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets `model` draw no id but those of whole characters, after one of them: the first number of a hidden state is the
+    token's own sign, which no layer changes, and only their rows of the tied head agree with it."""
+    table, added = token_bytes(tokenizer), tokenizer.added_tokens_decoder
+    text = [i for i, data in enumerate(table) if i not in added and data and is_utf8(data)]
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight
+        rows[:, 0] = -4
+        rows[text, 0] = 4
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.down_proj.weight[0] = 0
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def conversations(assets: Path, rows: int) -> list[tuple[str, str]]:
+    """The first questions and answers of GSM8K."""
+    lines = (assets / "datasets" / "gsm8k" / "train.jsonl").read_text().splitlines()[:rows]
+    return [(row["question"], row["answer"]) for row in map(json.loads, lines)]
+
+
+def published(assets: Path) -> tuple[Path, Path]:
+    return assets / "tokenizers" / "llama-3.2", assets / "tokenizers" / "qwen2.5"
+
+
+def small(assets: Path, folder: Path, sizes: tuple[int, int] = (1_000, 2_000)) -> tuple[Path, Path]:
+    """Two byte-level BPE tokenizers of about `sizes` entries, saved with chat templates of their own."""
+    texts = [text for row in conversations(assets, 2_000) for text in row]
+    found = []
+    for size, template, start in zip(sizes, TURNS, ("<|assistant|>", "<|start|>"), strict=True):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special = ["<|end|>", "<|pad|>", "<|user|>", start]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet)
+        tokenizer.train_from_iterator(texts, trainer)
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+        fast.chat_template = template
+        found.append(folder / f"bpe-{size}")
+        fast.save_pretrained(found[-1])
+    return found[0], found[1]
+
+
+# Measuring
+
+
+@dataclass
+class Step:
+    """What one optimizer step took. `tokens` are sums over the step, prompts included but in `written`."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of this process, whatever else ran on the machine
+    phases: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    peak_mib: float | None = None  # on a GPU all that is allocated, on the CPU what was resident beyond the start
+
+
+class Clock:
+    """Starts and stops a `Step`, and charges what happens in between to phases; what is within a phase is all its own."""
+
+    def __init__(self, device: str):
+        self._cuda = device == "cuda"
+        self._phase: str | None = None
+        self.step = Step()
+
+    def start(self) -> None:
+        self.step, self._phase = Step(phases=defaultdict(float), tokens=defaultdict(int)), None
+        self._resident = start_of_peak(self._cuda)
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+        self.step.seconds = time.perf_counter() - self._wall
+        self.step.cpu_seconds = time.process_time() - self._cpu
+        self.step.peak_mib = peak_mib(self._cuda, self._resident)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self._phase is not None:
+            yield
+            return
+        self._phase, start = name, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phase = None
+            self.step.phases[name] += time.perf_counter() - start
+
+    def watch(
+        self, owner: Any, method: str, phase: str, count: Callable[[tuple, dict, Any], dict] | None = None
+    ) -> None:
+        """From now on `owner.method` is a phase; `count` of its arguments and result adds to the step's tokens."""
+        original = getattr(owner, method)
+
+        @functools.wraps(original)  # `generate` checks its arguments against a forward's signature
+        def watched(*args, **kwargs):
+            outermost = self._phase is None
+            with self.phase(phase):
+                result = original(*args, **kwargs)
+            if outermost and count is not None:
+                for name, number in count(args, kwargs, result).items():
+                    self.step.tokens[name] += number
+            return result
+
+        setattr(owner, method, watched)
+
+
+def start_of_peak(cuda: bool) -> float | None:
+    """Forgets the greatest use of memory so far; returns the present one in MiB, `None` where it cannot be had."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        return 0.0
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # Linux: what was freed is not resident,
+        Path("/proc/self/clear_refs").write_text("5")  # and the peak is counted anew from here
+    except OSError:
+        return None
+    return resident("VmRSS")
+
+
+def peak_mib(cuda: bool, before: float | None) -> float | None:
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2**20
+    return None if before is None else resident("VmHWM") - before
+
+
+def resident(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
+
+
+class Timed(TrainerCallback):
+    """Times each epoch, which is one step, by `clock`; keeps the step's log."""
+
+    def __init__(self, clock: Clock):
+        self._clock = clock
+        self.log: dict[str, float] = {}
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._clock.start()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._clock.stop()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            self.log = dict(logs)
+
+
+class Ours:
+    """Our trainer. `texts` are what the teacher read in the last step: prompts and completions."""
+
+    def __init__(self, setting: Setting, rows: list[tuple[str, str]], folder: Path, **options: Any):
+        self._clock = Clock(setting.device)
+        self._timed = Timed(self._clock)
+        self.trainer = CrossTokenizerGKDTrainer(
+            setting.model(0),
+            setting.model(1),
+            CrossTokenizerGKDConfig(**setting.common(folder), max_new_tokens=setting.new_tokens, **options),
+            train_dataset=Dataset.from_list([{"prompt": [turn("user", question)]} for question, _ in rows]),
+            processing_class=setting.tokenizer(0),
+            teacher_processing_class=setting.tokenizer(1),
+            callbacks=[self._timed],
+            peft_config=setting.peft_config,
+        )
+        self.trainer.remove_callback(PrinterCallback)
+        self.texts: tuple[list[list[int]], list[list[int]]] = ([], [])
+        self._clock.watch(self.trainer.teacher, "log_probs", "teacher", self._count_teacher)
+        self._clock.watch(self.trainer, "training_step", "student", self._count_student)
+
+    def _count_teacher(self, args: tuple, kwargs: dict, result: Any) -> dict[str, Any]:
+        self.texts = args
+        return {"teacher": sum(len(row) for part in args for row in part)}
+
+    def _count_student(self, args: tuple, kwargs: dict, result: Any) -> dict[str, Any]:
+        mask, starts = args[1]["attention_mask"], args[1]["prompt_lengths"]
+        return {"student": mask.sum(), "written": mask.sum() - starts.sum(), "prompts": starts.sum()}
+
+    def run(self) -> Step:
+        self.trainer.train()
+        step, log = self._clock.step, self._timed.log
+        phases = {name.removeprefix("seconds/"): value for name, value in log.items() if name.startswith("seconds/")}
+        phases.pop("step", None)
+        return finished(step, phases)
+
+    @property
+    def overhead(self) -> float | None:
+        """The share of the last step that it calls its own, from its log."""
+        return self._timed.log.get("compute_overhead")
+
+
+class Gold:
+    """TRL's trainer, watched from outside. `student` is its forward pass and all of the backward pass."""
+
+    def __init__(self, setting: Setting, rows: list[tuple[str, str]], folder: Path, hybrid: bool = False):
+        self._clock = clock = Clock(setting.device)
+        timed = Timed(clock)
+        messages = [[turn("user", question), turn("assistant", answer)] for question, answer in rows]
+        self.trainer = trainer = GOLDTrainer(
+            setting.model(0),
+            setting.model(1),
+            GOLDConfig(
+                **setting.common(folder),
+                max_completion_length=setting.new_tokens,
+                use_uld_loss=True,
+                uld_use_hybrid_loss=hybrid,
+                teacher_tokenizer_name_or_path=str(setting.tokenizers[1]),
+            ),
+            train_dataset=Dataset.from_list([{"messages": own} for own in messages]),
+            processing_class=setting.tokenizer(0),
+            callbacks=[timed, _OptimizerPhase(clock)],
+            peft_config=setting.peft_config,
+        )
+        trainer.remove_callback(PrinterCallback)
+        clock.watch(trainer, "generate_on_policy_outputs", "generation", self._count_student)
+        clock.watch(trainer.teacher_model, "forward", "teacher", self._count_teacher)
+        clock.watch(trainer.model, "forward", "student")
+        clock.watch(trainer.uld_loss_fn, "_compute_distillation_loss", "loss")
+        clock.watch(trainer.accelerator, "backward", "student")
+
+    @staticmethod
+    def _count_student(args: tuple, kwargs: dict, result: Any) -> dict[str, Any]:
+        _, mask, labels, *_ = result
+        student, written = mask.sum(), (labels != -100).sum()
+        return {"student": student, "written": written, "prompts": student - written}
+
+    @staticmethod
+    def _count_teacher(args: tuple, kwargs: dict, result: Any) -> dict[str, Any]:
+        return {"teacher": kwargs["attention_mask"].sum()}
+
+    def run(self) -> Step:
+        self.trainer.train()
+        return finished(self._clock.step, self._clock.step.phases)
+
+
+class _OptimizerPhase(TrainerCallback):
+    def __init__(self, clock: Clock):
+        self._clock = clock
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._phase = self._clock.phase("optimizer")
+        self._phase.__enter__()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._phase.__exit__(None, None, None)
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def finished(step: Step, phases: dict[str, float]) -> Step:
+    """`step` with all its seconds in `phases`."""
+    step.phases = {**phases, "rest": step.seconds - sum(phases.values())}
+    step.tokens = {name: int(number) for name, number in step.tokens.items()}
+    return step
+
+
+def quiet() -> None:
+    """Two trainers that are built again and again say the same again and again."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets_logging.set_verbosity_error()
+    datasets_logging.disable_progress_bar()

@@ -1,0 +1,414 @@
+"""
+A full optimizer step of `CrossTokenizerGKDTrainer` (`dpca`) against TRL's `GOLDTrainer`, and against what no step can
+do without.
+
+    CTOPD_ASSETS=<folder> python -m benchmarks.speed.step          # from the repository root; on the CPU
+    CTOPD_ASSETS=<folder> python -m benchmarks.speed.step --gpu    # Llama-3.2-1B <- Qwen2.5-7B by shape, bf16
+
+Writes `step.json` and `step.png` (`step_gpu.*`) to `benchmarks/results/speed/`. The folder holds `tokenizers/<name>` as
+published on the hub and `datasets/gsm8k/train.jsonl`. `--quick` does the same in little, to see that it runs; with `--gpu`
+it takes the GPU's way through this file on whatever device there is.
+
+Decisions:
+- Same models (equal weights, a copy for each), prompts, micro-batches, length, sampling (temperature 1, whole
+  distribution), optimizer (Trainer's default), learning rate, precision; no gradient checkpointing. Every completion has
+  full length (`models.py` says how), and a run in which the two trainers wrote or read unlike numbers of tokens is an
+  error.
+- GOLD runs on-policy with the ULD loss and its byte alignment, all else by default; `hybrid` is `uld_use_hybrid_loss`.
+- On the CPU all sides are built first, take one step each that does not count, and then take turns, a round at a time, in
+  an order that turns with the round. A ratio is the median of the rounds' ratios. Times are of the wall; the processor
+  time of the process is given beside them, as other processes do not count in it.
+- On the GPU each side is alone: built, warmed, timed, then built anew with twice the prompts until memory does not do.
+- The floor is three plain loops of the same sizes and nothing else: `generate` with a cache for all prompts at once; the
+  teacher's forward pass, with log-probs of the tokens of the text alone, for the very ids that it read in our trainer; the
+  student's forward and backward pass with log-probs of the written tokens, and the optimizer's step. Logits come in tiles
+  of `TILE` tokens and each tile's gradient is taken at once, which a loss that needs all log-probs first cannot do. It
+  clips no gradients, logs nothing and has no data loader.
+
+What differs between the two trainers besides the loss, each as its own code has it:
+- GOLD calls `generate` once a micro-batch, ours once a step.
+- GOLD's teacher reads the student's chat template, spelled out in its own tokens, and an end of turn; ours reads its own
+  template. So the teacher's number of tokens differs; both are recorded.
+- GOLD's data needs an answer (it is GSM8K's), which an on-policy run tokenizes once and does not train on.
+- GOLD averages micro-batches, and ours divides by the step's tokens.
+- Phases: ours are from its own log, with the loss's backward pass in `student`; GOLD's are from outside, with the backward
+  pass of all in `student`, and its alignment partly in `loss`, partly in `generation`, partly in `rest`. On a GPU both are
+  times of the host.
+"""
+
+import argparse
+import dataclasses
+import gc
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import matplotlib
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, GenerationConfig
+
+from benchmarks.report import header, save
+from benchmarks.speed.models import (
+    LEARNING_RATE,
+    LLAMA_1B,
+    NARROW,
+    QWEN_7B,
+    Clock,
+    Gold,
+    Ours,
+    Setting,
+    Step,
+    conversations,
+    finished,
+    published,
+    quiet,
+    small,
+    turn,
+)
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+RESULTS = Path(__file__).parents[1] / "results" / "speed"
+ROWS, GPU_ROWS = (128_256, 151_936), (128_256, 152_064)
+TILE = 512
+SIDES = ("floor", "ours", "gold", "gold hybrid")
+PHASES = {  # in the order of the plot
+    "generation": "tab:blue",
+    "teacher": "tab:orange",
+    "student": "tab:green",
+    "optimizer": "tab:olive",
+    "alignment": "tab:purple",
+    "loss": "tab:red",
+    "rest": "tab:gray",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    settings: dict[str, Setting]  # by name
+    rounds: int
+    seconds: float = 0  # short steps are repeated for as long
+    largest: int | None = None  # prompts tried at most where each side is alone; `None`: they take turns
+
+
+def cpu_plan(assets: Path, folder: Path, quick: bool) -> Plan:
+    tokenizers = small(assets, folder)
+    rows = len(AutoTokenizer.from_pretrained(tokenizers[0])), len(AutoTokenizer.from_pretrained(tokenizers[1]))
+    batch = {"batch": 2, "accumulation": 2} if quick else {}
+    settings = {}
+    for length in (16, 32) if quick else (32, 128, 512):
+        settings[f"small vocabularies, {length} tokens"] = Setting(tokenizers, rows, length, **batch)
+    for length in (32,) if quick else (128, 512):
+        settings[f"published vocabularies, {length} tokens"] = Setting(published(assets), ROWS, length, **batch)
+    return Plan(settings, rounds=2 if quick else 5, seconds=0 if quick else 60)
+
+
+def gpu_plan(assets: Path, quick: bool) -> Plan:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = (NARROW, {**NARROW, "tie_word_embeddings": False}) if quick else (LLAMA_1B, QWEN_7B)
+    settings = {}
+    for length in (16,) if quick else (2_048, 8_192):
+        for lora in (True, False):
+            settings[f"{'LoRA' if lora else 'full'}, {length:,} tokens"] = Setting(
+                published(assets), GPU_ROWS, length, 1, 1 if quick else 4, shapes, lora, device, torch.bfloat16
+            )
+    return Plan(settings, rounds=2 if quick else 3, largest=2 if quick else 64)
+
+
+class Floor:
+    """What no on-policy step can do without, in plain loops; `texts` are the teacher's prompts and completions."""
+
+    def __init__(self, setting: Setting, rows: list[tuple[str, str]], texts: tuple[list[list[int]], list[list[int]]]):
+        self._setting, self._clock = setting, Clock(setting.device)
+        self._texts = sorted(zip(*texts, strict=True), key=lambda text: -len(text[0]) - len(text[1]))
+        self.student, self.teacher = setting.model(0), setting.model(1).eval().requires_grad_(False)
+        if setting.lora:
+            self.student = get_peft_model(self.student, setting.peft_config)
+        trained = [weight for weight in self.student.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
+        self._prompts = setting.tokenizer(0).apply_chat_template(
+            [[turn("user", question)] for question, _ in rows],
+            add_generation_prompt=True,
+            padding=True,
+            padding_side="left",
+            return_dict=True,
+            return_tensors="pt",
+        ).to(setting.device)  # fmt: skip
+        length = setting.new_tokens
+        self._config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length)
+
+    def run(self) -> Step:
+        clock, batch = self._clock, self._setting.batch
+        clock.start()
+        with clock.phase("generation"):
+            self.student.eval()
+            sequences = self.student.generate(**self._prompts, generation_config=self._config)
+            self.student.train()
+        with clock.phase("teacher"), torch.no_grad():
+            for start in range(0, len(self._texts), batch):
+                self._score(self._texts[start : start + batch])
+        with clock.phase("student"):
+            for ids, mask in zip(sequences.split(batch), self._prompts["attention_mask"].split(batch), strict=True):
+                self._learn(ids, mask)
+        with clock.phase("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        clock.stop()
+        return finished(clock.step, clock.step.phases)
+
+    def _score(self, texts: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+        width = max(len(prompt) + len(written) for prompt, written in texts)
+        ids = torch.zeros(len(texts), width, dtype=torch.long)
+        mask, scored = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, (prompt, written) in enumerate(texts):
+            end = len(prompt) + len(written)
+            ids[row, :end] = torch.tensor([*prompt, *written])
+            mask[row, :end] = scored[row, len(prompt) : end] = 1
+        ids, mask, scored = (part.to(self._setting.device) for part in (ids, mask, scored))
+        self._clock.step.tokens["teacher"] += mask.sum()
+        hidden = self.teacher.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden, targets = hidden[:, :-1][scored[:, 1:] > 0], ids[scored > 0]
+        return [self._losses(self.teacher, *tile) for tile in zip(hidden.split(TILE), targets.split(TILE), strict=True)]
+
+    def _learn(self, ids: torch.Tensor, prompt_mask: torch.Tensor) -> None:
+        length = ids.shape[1] - prompt_mask.shape[1]
+        mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(ids), length)], 1)
+        tokens = {"student": mask.sum(), "prompts": prompt_mask.sum(), "written": mask.sum() - prompt_mask.sum()}
+        for name, number in tokens.items():
+            self._clock.step.tokens[name] += number
+        model = self.student.get_base_model() if self._setting.lora else self.student
+        states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = states[:, -length - 1 : -1].flatten(0, 1)
+        leaf, targets = hidden.detach().requires_grad_(), ids[:, -length:].flatten()
+        for part, wanted in zip(leaf.split(TILE), targets.split(TILE), strict=True):
+            self._losses(model, part, wanted).sum().backward()
+        hidden.backward(leaf.grad)
+
+    @staticmethod
+    def _losses(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = model.get_output_embeddings()(hidden)
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def builders(setting: Setting, rows: list[tuple[str, str]], folder: Path) -> dict[str, Callable]:
+    """How each side but the floor is built."""
+    return {
+        "ours": lambda: Ours(setting, rows, folder),
+        "gold": lambda: Gold(setting, rows, folder),
+        "gold hybrid": lambda: Gold(setting, rows, folder, hybrid=True),
+    }
+
+
+def take_turns(
+    setting: Setting, rows: list[tuple[str, str]], folder: Path, rounds: int, seconds: float
+) -> dict[str, list[Step]]:
+    """The counted steps of each side: at least `rounds`, and more where they are short, until `seconds` are over."""
+    sides = {name: build() for name, build in builders(setting, rows, folder).items()}
+    for side in sides.values():
+        side.run()
+    sides["floor"] = Floor(setting, rows, sides["ours"].texts)
+    sides["floor"].run()
+    steps, begun = defaultdict(list), time.perf_counter()
+    for turn_of in tqdm(count(), leave=False):
+        if turn_of >= rounds and time.perf_counter() - begun >= seconds:
+            break
+        start = turn_of % len(SIDES)
+        for name in SIDES[start:] + SIDES[:start]:
+            gc.collect()
+            steps[name].append(sides[name].run())
+    check_tokens(setting, steps)
+    return dict(steps)
+
+
+def check_tokens(setting: Setting, steps: dict[str, list[Step]]) -> None:
+    """Raises `RuntimeError` where not every completion is full, or the sides read unlike numbers of tokens."""
+    for name, own in steps.items():
+        for step in own:
+            expected = steps["ours"][0].tokens | {"written": setting.prompts * setting.new_tokens}
+            if name.startswith("gold"):
+                expected["teacher"] = step.tokens["teacher"]
+            if step.tokens != expected:
+                raise RuntimeError(f"{name} had {step.tokens} in a step, expected {expected}.")
+
+
+def alone(setting: Setting, rows: list[tuple[str, str]], folder: Path, rounds: int, largest: int) -> dict:
+    """Each side's counted steps and the most prompts that fit in one micro-batch, without another side in memory."""
+    steps, most, texts, own = {}, {}, None, rows[: setting.prompts]
+    every = builders(setting, own, folder)
+    every["floor"] = lambda: Floor(setting, own, texts)
+    for name, build in tqdm(every.items(), leave=False):
+        if name == "floor" and texts is None:
+            continue
+        found = within_memory(lambda build=build: timed_alone(build, rounds))
+        if found is None:
+            continue
+        steps[name], read = found
+        texts = read or texts
+        if name != "floor":
+            most[name] = most_prompts(setting, rows, folder, name, largest)
+    if "ours" in steps:
+        check_tokens(setting, steps)
+    return {"steps": steps, "most": most}
+
+
+def timed_alone(build: Callable, rounds: int) -> tuple[list[Step], tuple | None]:
+    side = build()
+    side.run()
+    return [side.run() for _ in range(rounds)], getattr(side, "texts", None)
+
+
+def most_prompts(setting: Setting, rows: list, folder: Path, name: str, largest: int) -> int:
+    """The greatest power of two of prompts in a micro-batch that a whole step has memory for; 0 if not even one."""
+    fits, batch = 0, 1
+    while batch <= largest:
+        larger = dataclasses.replace(setting, batch=batch, accumulation=1)
+        if within_memory(lambda s=larger: builders(s, rows[: s.batch], folder)[name]().run()) is None:
+            break
+        fits, batch = batch, 2 * batch
+    return fits
+
+
+def within_memory(work: Callable):
+    """What `work` returns, or `None` if the device has not enough memory for it."""
+    found = None
+    with suppress(torch.OutOfMemoryError):
+        found = work()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+
+
+def summary(steps: list[Step]) -> dict:
+    """Medians of a side's steps."""
+    seconds = [step.seconds for step in steps]
+    peaks = [step.peak_mib for step in steps if step.peak_mib is not None]
+    return {
+        "seconds": statistics.median(seconds),
+        "seconds_of_rounds": seconds,
+        "cpu_seconds": statistics.median(step.cpu_seconds for step in steps),
+        "tokens_per_second": steps[0].tokens["written"] / statistics.median(seconds),
+        "phases": {name: statistics.median(step.phases.get(name, 0) for step in steps) for name in phases_of(steps)},
+        "tokens": steps[0].tokens,
+        "peak_mib": max(peaks) if peaks else None,
+    }
+
+
+def phases_of(steps: list[Step]) -> list[str]:
+    return list(dict.fromkeys(name for step in steps for name in step.phases))
+
+
+def ratio(steps: list[Step], to: list[Step]) -> dict[str, float]:
+    """How many times as long as `to` it took: median and spread of the rounds, and the median by processor time."""
+    wall = [own.seconds / other.seconds for own, other in zip(steps, to, strict=True)]
+    cpu = [own.cpu_seconds / other.cpu_seconds for own, other in zip(steps, to, strict=True)]
+    return {
+        "median": statistics.median(wall),
+        "lowest": min(wall),
+        "highest": max(wall),
+        "median_of_cpu_seconds": statistics.median(cpu),
+    }
+
+
+def measure(setting: Setting, plan: Plan, assets: Path, folder: Path) -> dict:
+    if plan.largest is None:
+        rows, most = conversations(assets, setting.prompts), {}
+        steps = take_turns(setting, rows, folder, plan.rounds, plan.seconds)
+    else:
+        rows = conversations(assets, max(setting.prompts, plan.largest))
+        found = alone(setting, rows, folder, plan.rounds, plan.largest)
+        steps, most = found["steps"], found["most"]
+    result = {"prompts_a_micro_batch": setting.batch, "micro_batches": setting.accumulation, "rows": setting.rows}
+    result |= {"new_tokens": setting.new_tokens, "dtype": str(setting.dtype), "lora": setting.lora}
+    result["sides"] = {name: summary(steps[name]) for name in SIDES if name in steps}
+    for name, fits in most.items():
+        result["sides"].setdefault(name, {})["most_prompts"] = fits
+    pairs = [("gold", "ours"), ("gold hybrid", "ours"), ("ours", "floor"), ("gold", "floor"), ("gold hybrid", "floor")]
+    result["ratios"] = {
+        f"{name} over {to}": ratio(steps[name], steps[to]) for name, to in pairs if name in steps and to in steps
+    }
+    return result
+
+
+def show(results: dict[str, dict]) -> None:
+    table = Table("side", "s a step", "cpu s", "tokens/s", "over ours", "over floor", "peak MiB", title="One step")
+    for name, result in results.items():
+        table.add_section()
+        table.add_row(f"[bold]{name}")
+        for side, found in result["sides"].items():
+            if "seconds" not in found:
+                table.add_row(side, "out of memory")
+                continue
+            shares = [result["ratios"].get(f"{side} over {to}") for to in ("ours", "floor")]
+            peak = "" if found["peak_mib"] is None else f"{found['peak_mib']:,.0f}"
+            if "most_prompts" in found:
+                peak += f"; {found['most_prompts']} prompts fit"
+            table.add_row(
+                side,
+                f"{found['seconds']:.2f}",
+                f"{found['cpu_seconds']:.2f}",
+                f"{found['tokens_per_second']:,.0f}",
+                *("" if share is None else f"{share['median']:.2f}" for share in shares),
+                peak,
+            )
+    Console(width=110).print(table)
+
+
+def plot(results: dict[str, dict], path: Path) -> None:
+    shape = {"figsize": (9, 1 + 1.3 * len(results)), "layout": "constrained"}
+    figure, rows = plt.subplots(len(results), squeeze=False, **shape)
+    for axes, (name, result) in zip(rows[:, 0], results.items(), strict=True):
+        sides = {side: found for side, found in reversed(result["sides"].items()) if "seconds" in found}
+        left = dict.fromkeys(sides, 0.0)
+        for phase, colour in PHASES.items():
+            width = [max(0.0, found["phases"].get(phase, 0)) for found in sides.values()]
+            axes.barh(list(sides), width, left=list(left.values()), color=colour, label=phase)
+            left = {side: left[side] + own for side, own in zip(sides, width, strict=True)}
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.grid(alpha=0.3, axis="x")
+    rows[-1, 0].set_xlabel("seconds of an optimizer step")
+    figure.legend(*rows[0, 0].get_legend_handles_labels(), ncols=len(PHASES), loc="outside lower center", fontsize=8)
+    figure.suptitle("Where the seconds of a step go")
+    figure.savefig(path, dpi=120)
+
+
+def main(assets: Path, output: Path, gpu: bool, quick: bool) -> None:
+    report = header()
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        plan = gpu_plan(assets, quick) if gpu else cpu_plan(assets, Path(folder), quick)
+        shapes = next(iter(plan.settings.values())).shapes
+        report |= {"rounds": plan.rounds, "shapes": {"student": shapes[0], "teacher": shapes[1]}}
+        report["results"] = {
+            name: measure(setting, plan, assets, Path(folder)) for name, setting in tqdm(plan.settings.items())
+        }
+    save(output, report)
+    plot(report["results"], output.with_suffix(".png"))
+    show(report["results"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if not os.environ.get("CTOPD_ASSETS"):
+        parser.error("CTOPD_ASSETS names no folder with the real tokenizers and data")
+    if arguments.gpu and not (arguments.quick or torch.cuda.is_available()):
+        parser.error("--gpu: there is none")
+    output = arguments.output or RESULTS / ("step_gpu.json" if arguments.gpu else "step.json")
+    main(Path(os.environ["CTOPD_ASSETS"]), output, arguments.gpu, arguments.quick)
