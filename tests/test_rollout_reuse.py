@@ -93,6 +93,16 @@ def test_later_uses_keep_the_advantages_and_weigh_by_the_ratio(build):
     assert log[2]["ratio/clipped_fraction"] > 0
 
 
+def test_evaluating_amid_a_window_knows_nothing_of_it(build):
+    def figures(reuse):
+        trainer = build(rollout_reuse=reuse, eval_dataset=prompts(4), max_steps=2, eval_strategy="steps", eval_steps=1)
+        trainer.train()
+        [first, *_] = (log for log in trainer.state.log_history if "eval_loss" in log)
+        return {name: first[name] for name in first if name.startswith("eval_") and "/" in name and "sec" not in name}
+
+    assert figures(2) == pytest.approx(figures(1), rel=1e-6)
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_run_resumed_amid_a_window_ends_where_the_uninterrupted_one_does(build, tmp_path, step):
     settings = {"max_steps": 6, "rollout_reuse": 3, "dataset": prompts(9), "gradient_accumulation_steps": 2}

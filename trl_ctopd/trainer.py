@@ -119,8 +119,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self._context = context_length(model, args)
         self._meters = {"train": Meter(), "eval": Meter()}
         self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
-        self._window: list[dict] = []  # the scored micro-batches in use, while `rollout_reuse` > 1
-        self._old_log_probs: dict[int, torch.Tensor] = {}  # by micro-batch of that window
+        self._window: list[dict] = []  # the optimizer step's micro-batches, and the next steps' with `rollout_reuse`
+        self._old_log_probs: dict[int, torch.Tensor] = {}  # of those micro-batches, as the student wrote them
         self._samples: list[tuple[str, str, float]] = []
 
         self._init_without_shared_vocabulary(
@@ -280,15 +280,12 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        step, reuse = self.state.global_step, self.args.rollout_reuse
-        if not self._window or step % reuse == 0:
-            self._old_log_probs.clear()
+        step = self.state.global_step
+        if step % self.args.rollout_reuse == 0 or not self._window:
+            self._window, self._old_log_probs = [], {}
             with self._rollout_seed(step):
                 self._window = self._roll_out(self.model_wrapped, [batch["prompts"] for batch in batches], "train")
-        batches = self._window
-        if reuse == 1:
-            self._window = []  # freed as training goes through it
-        return batches, self._get_num_items_in_batch(batches, device)
+        return self._window, self._get_num_items_in_batch(self._window, device)
 
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
@@ -434,60 +431,57 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         """
         if return_outputs:
             raise ValueError("The logits are never built, so compute_loss has no outputs to return.")
-        loss_function = self._loss_for(inputs["on_policy"])
-        on_distributions = signal_of(loss_function) == "logits"
-        student = base_model(self.accelerator.unwrap_model(model))
-        with hidden_states(student) if on_distributions else nullcontext() as states:
+        mode = "train" if model.training else "eval"
+        with self._timers[mode]("loss"):
+            batch, entropy = self._score(model, inputs)
+            num_items = batch.scored_tokens if num_items_in_batch is None else num_items_in_batch
+            result = self._loss_for(inputs["on_policy"])(batch, torch.as_tensor(num_items).clamp(min=1))
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+                raise TypeError(
+                    "A loss returns (value, metrics), with metrics a dict of name: (sum, weight); this one returned a "
+                    f"{type(result).__name__}."
+                )
+            loss, metrics = result
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # N counts every process, and DDP averages over them
+
+            self._meters[mode].add({**chunk_metrics(batch, entropy), **metrics})
+            if model.training and self.args.rollout_reuse > 1:
+                self._old_log_probs.setdefault(inputs["index"], batch.policy_log_probs)
+            if self.args.log_completions:
+                self._keep_samples(inputs, batch)
+            return loss
+
+    def _score(self, model: nn.Module, inputs: dict) -> tuple[ScoredChunks, torch.Tensor]:
+        """The student's forward pass: what the loss reads, and the entropy (B, S) of the student's distributions."""
+        on_distributions = signal_of(self._loss_for(inputs["on_policy"])) == "logits"
+        student, scored = base_model(self.accelerator.unwrap_model(model)), inputs["scored"]
+        with (
+            self._timers["train" if model.training else "eval"]("student"),
+            hidden_states(student) if on_distributions else nullcontext() as states,
+        ):
             scores = model(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                scored=inputs["scored"],
-                targets=inputs["input_ids"][inputs["scored"][0], inputs["scored"][1] + 1],
+                scored=scored,
+                targets=inputs["input_ids"][scored[0], scored[1] + 1],
             )
-        with self._timers["train" if model.training else "eval"]("loss"):
-            log_probs, entropy = (on_grid(values, inputs["scored"], inputs["input_ids"]) for values in scores)
-            batch = ScoredChunks(
-                student_log_probs=log_probs,
-                teacher_log_probs=inputs["teacher_log_probs"],
-                student_chunks=inputs["student_chunks"],
-                teacher_chunks=inputs["teacher_chunks"],
-                student_widths=inputs["student_widths"],
-                num_chunks=inputs["num_chunks"],
-                student_ids=inputs["input_ids"][:, 1:],
-                teacher_ids=inputs["teacher_ids"],
-                old_log_probs=self._old_log_probs.get(inputs["index"]),
-            )
-            if on_distributions:
-                length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
-                self._add_distributions(batch, student, states[0][:, :-1][:, -length:], inputs["teacher_hidden"])
-            return self._loss_of(batch, loss_function, entropy.detach(), inputs, model.training, num_items_in_batch)
-
-    def _loss_of(
-        self,
-        batch: ScoredChunks,
-        loss_function: Callable,
-        entropy: torch.Tensor,
-        inputs: dict,
-        training: bool,
-        num_items_in_batch: torch.Tensor | int | None,
-    ) -> torch.Tensor:
-        num_items = batch.scored_tokens if num_items_in_batch is None else num_items_in_batch
-        result = loss_function(batch, torch.as_tensor(num_items).clamp(min=1))
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-            raise TypeError(
-                "A loss returns (value, metrics), with metrics a dict of name: (sum, weight); this one returned a "
-                f"{type(result).__name__}."
-            )
-        loss, metrics = result
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # N counts every process, and DDP averages over them
-
-        self._meters["train" if training else "eval"].add({**chunk_metrics(batch, entropy), **metrics})
-        if training and self.args.rollout_reuse > 1:
-            self._old_log_probs.setdefault(inputs["index"], batch.policy_log_probs)
-        if self.args.log_completions:
-            self._keep_samples(inputs, batch)
-        return loss
+        log_probs, entropy = (on_grid(values, scored, inputs["input_ids"]) for values in scores)
+        batch = ScoredChunks(
+            student_log_probs=log_probs,
+            teacher_log_probs=inputs["teacher_log_probs"],
+            student_chunks=inputs["student_chunks"],
+            teacher_chunks=inputs["teacher_chunks"],
+            student_widths=inputs["student_widths"],
+            num_chunks=inputs["num_chunks"],
+            student_ids=inputs["input_ids"][:, 1:],
+            teacher_ids=inputs["teacher_ids"],
+            old_log_probs=self._old_log_probs.get(inputs["index"]) if model.training else None,
+        )
+        if on_distributions:
+            length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
+            self._add_distributions(batch, student, states[0][:, :-1][:, -length:], inputs["teacher_hidden"])
+        return batch, entropy.detach()
 
     def _add_distributions(self, batch: ScoredChunks, student: PreTrainedModel, hidden, teacher_hidden):
         """Gives `batch` what a loss on whole distributions reads, from the hidden states of both sides, projected in the
