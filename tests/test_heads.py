@@ -331,3 +331,21 @@ def test_a_weight_in_pieces_is_brought_together_and_its_gradient_goes_back_to_th
         gradient = getattr(model.lm_head, name).grad
         assert isinstance(gradient, DTensor)
         torch.testing.assert_close(gradient.full_tensor(), getattr(whole.lm_head, name).grad)
+
+
+@every_family
+def test_padding_at_the_end_changes_no_score_though_nothing_masks_it(family):
+    model = model_of(family)
+    add_token_scores(model)
+    short, columns = IDS[:, :5], torch.tensor([-5, -4, -2])
+    alone = [
+        model(
+            input_ids=row[None], scored=torch.stack([torch.zeros(3, dtype=torch.long), columns]), targets=row[[1, 2, 4]]
+        )
+        for row in short
+    ]
+    padded = torch.cat([short, torch.full((2, 3), 7)], 1)
+    rows = torch.arange(2).repeat_interleave(3)
+    targets = short[:, [1, 2, 4]].flatten()
+    together = model(input_ids=padded, scored=torch.stack([rows, (columns - 3).repeat(2)]), targets=targets)
+    torch.testing.assert_close(together.log_probs, torch.cat([own.log_probs for own in alone]), rtol=1e-5, atol=1e-5)

@@ -241,7 +241,7 @@ def rollouts():
 
 def scored(batch, made):
     """As the trainer scores a batch: the student in one padded forward pass, the teacher row by row."""
-    logits = model("student")(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logits = model("student")(input_ids=batch["input_ids"]).logits[:, :-1]
     log_probs = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
     with torch.no_grad():
         scores = [torch.tensor(plain_log_probs("teacher", r.prompt.teacher_ids, r.teacher_ids)) for r in made]
@@ -291,7 +291,7 @@ def test_labels_are_the_completion_ids_that_take_part_and_nothing_of_the_prompt_
         assert batch["prompt_lengths"][row] == start
         assert batch["input_ids"][row, :end].tolist() == [*rollout.prompt.student_ids, *rollout.student_ids]
         assert (batch["input_ids"][row, end:] == EOS).all()
-        assert batch["attention_mask"][row].tolist() == [1] * end + [0] * (batch["input_ids"].shape[1] - end)
+        assert batch["lengths"][row] == end
         kept = [
             token if chunk >= 0 else -100
             for token, chunk in zip(rollout.student_ids, rollout.student_chunks, strict=True)
@@ -323,7 +323,7 @@ def test_padding_to_a_multiple_only_adds_what_takes_no_part(multiple):
     length, scored_length = free["input_ids"].shape[1], free["student_chunks"].shape[1]
     assert wide["input_ids"].shape[1] % multiple == 0
     assert 0 <= wide["input_ids"].shape[1] - length < multiple
-    for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+    for name, fill in (("input_ids", 0), ("labels", -100)):
         assert torch.equal(wide[name][:, :length], free[name]) and (wide[name][:, length:] == fill).all()
     for name, fill in (("student_chunks", -1), ("student_widths", 0)):
         assert wide[name].shape[1] == wide["input_ids"].shape[1] - 1

@@ -1,6 +1,11 @@
 """Where a step's time is charged, on a clock of our own."""
 
+import traceback
+
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import fix_rollouts
 
 from trl_ctopd import timing
 from trl_ctopd.metrics import Meter
@@ -94,3 +99,33 @@ def test_a_whole_step_is_its_phases_and_little_more(build):
     assert sum(parts) < log["seconds/step"]
     unavoidable = sum(log[f"seconds/{name}"] for name in phases if name not in ("alignment", "loss"))
     assert log["compute_overhead"] == pytest.approx(1 - unavoidable / log["seconds/step"], abs=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """The operations within that make the host wait for a GPU: values read, and shapes that depend on values. The one that
+    transformers makes for a causal mask is its own."""
+
+    NAMES = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name().split(".")[0] in self.NAMES:
+            where = [frame.filename for frame in traceback.extract_stack()]
+            if not any(name.endswith("masking_utils.py") for name in where):
+                self.seen.append((function.name(), [name for name in where if "trl_ctopd" in name][-1:]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", ["dpca", "strict_sampled", "alm", "sft"])
+def test_nothing_waits_for_the_device_from_the_forward_pass_to_the_gradient(build, loss):
+    trainer = fix_rollouts(build(distillation_loss=loss, lmbda=0.0 if loss == "sft" else 1.0))
+    [batch] = trainer._roll_out(
+        trainer.model, [trainer.data_collator(list(trainer.train_dataset)[:4])["prompts"]], "train"
+    )
+    trainer.model.train()
+    with Waits() as waits:
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(40)).backward()
+    assert waits.seen == []

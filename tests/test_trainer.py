@@ -76,9 +76,9 @@ def test_rollouts_are_scored_at_the_temperature_they_were_drawn_at(build):
         [batch] = trainer._roll_out(
             trainer.model, [[row for row in trainer.data_collator(list(trainer.train_dataset))["prompts"]]], "train"
         )
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "scored")}
+        inputs = {name: batch[name] for name in ("input_ids", "scored")}
         scored = trainer.model(**inputs, targets=batch["labels"][:, 1:][batch["labels"][:, 1:] >= 0])
-        logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logits = trainer.model(input_ids=batch["input_ids"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         plain = (logits / temperature).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         torch.testing.assert_close(scored.log_probs, plain[labels >= 0], rtol=1e-4, atol=1e-4)
@@ -148,8 +148,8 @@ def test_text_the_student_did_not_write_uses_the_off_policy_loss(build):
 def test_off_policy_rows_read_the_reference_and_its_end(build):
     trainer = build(lmbda=0.0)
     [batch] = trainer._roll_out(trainer.model, [trainer.data_collator(list(trainer.train_dataset))["prompts"]], "train")
-    for ids, start, mask in zip(batch["input_ids"], batch["prompt_lengths"], batch["attention_mask"], strict=True):
-        text = trainer.processing_class.decode(ids[start : mask.sum()])
+    for ids, start, end in zip(batch["input_ids"], batch["prompt_lengths"], batch["lengths"], strict=True):
+        text = trainer.processing_class.decode(ids[start:end])
         assert text.startswith("REFEREN"), "cut to max_new_tokens, here 8"
 
 

@@ -27,8 +27,7 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
     """
     student = batch.student_log_probs.detach()
     gap, neutral = gaps(student, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
-    m = batch.student_sum(torch.ones_like(student))
-    k = batch.teacher_sum(torch.ones_like(batch.teacher_log_probs))
+    m, k = batch.student_tokens, batch.teacher_tokens
     student_nats = -batch.student_sum(student).masked_fill(neutral, 0).sum()
     num_bytes = batch.student_sum(batch.student_widths).masked_fill(neutral, 0).sum()
     chunks = (m > 0).sum()

@@ -123,9 +123,9 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
     A micro-batch of tensors on the CPU.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` (B, 1 + S): `labels` holds the ids that are scored, -100 elsewhere;
+        `input_ids`, `labels` (B, 1 + S), padded at the end, which no token before can see: `labels` holds the ids that are scored, -100 elsewhere;
         `scored` (2, n): row of each scored token, and column of the one before it, -1 being a row's last; `student_chunks`, `student_widths` (B, S); `teacher_chunks`, `teacher_ids` (B, T); `prompt_lengths` (B,), the index of each
-        row's first completion token; `num_chunks` (`int`), at least 1.
+        row's first completion token; `lengths` (B,), of prompt and completion; `num_chunks` (`int`), at least 1.
     """
     rows = [[*rollout.prompt.student_ids, *rollout.student_ids] for rollout in rollouts]
     length = max(len(row) for row in rows)
@@ -139,7 +139,6 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
     teacher_length = max(1, *(len(rollout.teacher_ids) for rollout in rollouts))
     return {
         "input_ids": input_ids,
-        "attention_mask": pad_rows([[1] * len(row) for row in rows], length, 0),
         "labels": input_ids.masked_fill(chunks < 0, -100),
         "scored": torch.stack([row, column - length]),
         "student_chunks": chunks[:, 1:],
@@ -147,6 +146,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
         "teacher_chunks": pad_rows([rollout.teacher_chunks for rollout in rollouts], teacher_length, -1),
         "teacher_ids": pad_rows([rollout.teacher_ids for rollout in rollouts], teacher_length, 0),
         "prompt_lengths": torch.tensor(starts),
+        "lengths": torch.tensor([len(row) for row in rows]),
         "num_chunks": max(1, *(rollout.num_chunks for rollout in rollouts)),
     }
 

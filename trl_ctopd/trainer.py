@@ -462,7 +462,6 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         ):
             scores = model(
                 input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
                 scored=scored,
                 targets=inputs["input_ids"][scored[0], scored[1] + 1],
             )
@@ -540,7 +539,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         gap, neutral = gaps(*scored, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
         num_bytes = batch.student_sum(batch.student_widths).masked_fill(neutral, 0).sum(1)
         per_byte = (-gap.sum(1) / num_bytes.clamp(min=1)).tolist()
-        ids, starts, ends = inputs["input_ids"], inputs["prompt_lengths"], inputs["attention_mask"].sum(1)
+        ids, starts, ends = inputs["input_ids"], inputs["prompt_lengths"], inputs["lengths"]
         rows = zip(ids.tolist(), starts.tolist(), ends.tolist(), per_byte, strict=True)
         micro_batches = self.current_gradient_accumulation_steps if self.model.training else 1
         share = -(-self.args.num_completions_to_print // micro_batches)

@@ -221,6 +221,11 @@ def measure(where: Scene, text: list[int], lengths: list[int], names: list[str])
     return results
 
 
+def at_longest(results: dict[str, dict], name: str, figure: str) -> float:
+    """Beyond the floor."""
+    return results[name][figure][-1] - results["floor"][figure][-1]
+
+
 def plot(lengths: list[int], results: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     floor = np.array(results["floor"]["peak_bytes"])
@@ -262,10 +267,13 @@ def main(assets: Path, output: Path, gpu: bool, lengths: list[int]) -> None:
     quarter = {name: size // 4 for name, size in ROWS.items()}
     report["dpca_in_bf16"] = dpca_slope(scene(assets, hidden, torch.bfloat16, device, ROWS), text, lengths)
     report["dpca_with_a_quarter_of_the_rows"] = dpca_slope(scene(assets, hidden, dtype, device, quarter), text, lengths)
-    slopes = {name: result["extra_bytes_a_token"] for name, result in report["losses"].items() if name != "floor"}
     report["trl_over_ours"] = {
-        f"{peer} over {name}": round(slopes[peer] / slopes[name], 1)
-        for peer, name in (("TRL ULD", "dpca"), ("TRL GOLD", "dpca"), ("TRL ULD", "uld"), ("TRL GOLD", "gold"))
+        f"{peer} over {name}": {
+            figure: round(at_longest(report["losses"], peer, figure) / at_longest(report["losses"], name, figure), 1)
+            for figure in ("peak_bytes", "seconds")
+        }
+        for peer, names in (("TRL ULD", ("dpca", "uld")), ("TRL GOLD", ("dpca", "gold")))
+        for name in names
     }
     save(output, report)
     plot(lengths, report["losses"], output.with_suffix(".png"))
@@ -275,7 +283,7 @@ def main(assets: Path, output: Path, gpu: bool, lengths: list[int]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if not os.environ.get("CTOPD_ASSETS"):

@@ -94,23 +94,38 @@ class ScoredChunks:
     @cached_property
     def scorable(self) -> torch.Tensor:
         """(B, C) True for chunks that have tokens on both sides and whose teacher log-probs are finite."""
-        student = self.student_sum(torch.ones_like(self.student_chunks)) > 0
-        teacher = self.teacher_sum(torch.ones_like(self.teacher_chunks)) > 0
-        return student & teacher & torch.isfinite(self.teacher_sum(self.teacher_log_probs))
+        return (
+            (self.student_tokens > 0)
+            & (self.teacher_tokens > 0)
+            & torch.isfinite(self.teacher_sum(self.teacher_log_probs))
+        )
+
+    @cached_property
+    def student_tokens(self) -> torch.Tensor:
+        """(B, C) how many student tokens each chunk has."""
+        return self.student_sum(torch.ones_like(self.student_chunks))
+
+    @cached_property
+    def teacher_tokens(self) -> torch.Tensor:
+        """(B, C) how many teacher tokens each chunk has."""
+        return self.teacher_sum(torch.ones_like(self.teacher_chunks))
 
     @cached_property
     def chunks(self) -> ChunkTable:
         """The scorable chunks."""
         row, chunk = self.scorable.nonzero(as_tuple=True)
         columns = []
-        for chunks in (self.student_chunks, self.teacher_chunks):
+        for chunks, tokens in (
+            (self.student_chunks, self.student_tokens),
+            (self.teacher_chunks, self.teacher_tokens),
+        ):
             position = torch.arange(chunks.numel(), device=chunks.device).view_as(chunks)
             inside, slot = chunks >= 0, chunks.clamp(min=0)
             outer = position.new_zeros(chunks.shape[0], self.num_chunks)
             for reduce, outside in (("amin", chunks.numel()), ("amax", -1)):
                 found = outer.fill_(outside).scatter_reduce(1, slot, position.masked_fill(~inside, outside), reduce)
                 columns.append(found[row, chunk])
-            columns.append(chunk_sum(inside.long(), chunks, self.num_chunks)[row, chunk])
+            columns.append(tokens[row, chunk])
         student_first, student_last, student_tokens, teacher_first, teacher_last, teacher_tokens = columns
         return ChunkTable(
             row, chunk, student_first, student_last, teacher_first, teacher_last, student_tokens, teacher_tokens

@@ -40,12 +40,10 @@ class StrictSampled(Loss):
         check_bounds(self.clip_ratio_low, self.clip_ratio_high)
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
-        chunks = batch.chunks.where(batch.chunks.one_to_one)
-        matched = torch.zeros_like(batch.scorable)
-        matched[chunks.row, chunks.chunk] = True
+        matched = batch.scorable & (batch.student_tokens == 1) & (batch.teacher_tokens == 1)
         scores = batch.policy_log_probs, batch.teacher_log_probs
         gap, _ = gaps(*scores, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
         advantages = spread(gap.masked_fill(~matched, 0), batch.student_chunks)
         bounds = self.clip_ratio_low, self.clip_ratio_high
         value, metrics = policy_gradient(batch, *clipped(advantages, self.advantage_clip), num_items, *bounds)
-        return value, {**metrics, **batch.compared(chunks)}
+        return value, {**metrics, "loss/compared_fraction": (matched.sum(), batch.scored_tokens)}

@@ -87,8 +87,7 @@ class LocalTeacher:
             [torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)), torch.cat(columns) - width]
         )
         inputs = {
-            "input_ids": pad_rows(rows, width, 0),  # any id of the vocabulary will do: it is masked out
-            "attention_mask": pad_rows([[1] * len(row) for row in rows], width, 0),
+            "input_ids": pad_rows(rows, width, 0),  # padded at the end, which no token before can see: any id will do
             "scored": scored,
             "targets": torch.tensor([token for completion in completions for token in completion], dtype=torch.long),
         }
