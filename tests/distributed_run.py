@@ -44,10 +44,18 @@ def run(folder: str, *, batch: int, real_generation: bool = False, **settings) -
     }
 
 
+REUSED = {"rollout_reuse": 2, "max_steps": 4, "learning_rate": 0.1}
+
+
 if __name__ == "__main__":
     folder, mode, loss = sys.argv[1:]
-    result = run(folder, batch=4, distillation_loss=loss) if mode == "fixed" else run(
-        folder, batch=2, real_generation=True, lmbda=0.5, gradient_accumulation_steps=2, max_steps=3, num_generations=2,
-        distillation_loss=loss, off_policy_loss="gold",
-    )  # fmt: skip
+    settings = {
+        "fixed": {"batch": 4},
+        "reused": {"batch": 2, "gradient_accumulation_steps": 2, **REUSED},
+        "written": {
+            "batch": 2, "real_generation": True, "lmbda": 0.5, "gradient_accumulation_steps": 2, "max_steps": 3,
+            "num_generations": 2, "off_policy_loss": "gold",
+        },
+    }  # fmt: skip
+    result = run(folder, distillation_loss=loss, **settings[mode])
     torch.save(result, f"{folder}/{mode}-{torch.distributed.get_rank()}.pt")

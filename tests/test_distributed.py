@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_run import run
+from distributed_run import REUSED, run
 
 
 pytestmark = pytest.mark.multiprocess
@@ -53,6 +53,14 @@ def test_two_processes_take_the_step_of_one(tmp_path, monkeypatch, loss):
     for name, value in alone["log"].items():
         if not name.startswith(("seconds/", "compute_overhead")):
             assert first["log"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_two_processes_use_their_completions_again_as_one_does(tmp_path):
+    first, second = two_processes(tmp_path, "reused", "dpca")
+    alone = run(str(tmp_path), batch=4, gradient_accumulation_steps=2, **REUSED)
+    assert alone["step"].abs().max() > 1e-3
+    torch.testing.assert_close(first["step"], second["step"], rtol=0, atol=0)
+    torch.testing.assert_close(first["step"], alone["step"], rtol=1e-4, atol=1e-5)
 
 
 def test_two_processes_write_score_mix_and_evaluate(tmp_path):

@@ -55,11 +55,12 @@ def collate_prompts(rows: list[dict]) -> dict:
 
 class RepeatedWindows(Sampler[int]):
     """
-    Shuffled rows, `window` at a time, each window `repeats` times over; the order depends on `seed` and the epoch alone.
+    Rows, `window` at a time, each window `repeats` times over; shuffled unless `seed` is `None`, in an order that depends
+    on it and the epoch alone.
     Rows that fill no window are left for another epoch.
     """
 
-    def __init__(self, rows: int, window: int, repeats: int, seed: int):
+    def __init__(self, rows: int, window: int, repeats: int, seed: int | None):
         assert rows >= window, "one window's worth"
         self._rows, self._window, self._repeats, self._seed = rows, window, repeats, seed
         self._epoch = 0
@@ -71,8 +72,10 @@ class RepeatedWindows(Sampler[int]):
         return self._rows // self._window * self._window * self._repeats
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        order = torch.randperm(self._rows, generator=generator).tolist()
+        order = list(range(self._rows))
+        if self._seed is not None:
+            generator = torch.Generator().manual_seed(self._seed + self._epoch)
+            order = torch.randperm(self._rows, generator=generator).tolist()
         for start in range(0, self._rows - self._window + 1, self._window):
             for _ in range(self._repeats):
                 yield from order[start : start + self._window]

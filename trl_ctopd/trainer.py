@@ -266,10 +266,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         reuse, args = self.args.rollout_reuse, self.args
         if reuse == 1:
             return super()._get_train_sampler(train_dataset)
+        rows = len(self.train_dataset if train_dataset is None else train_dataset)
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return data.RepeatedWindows(
-            len(self.train_dataset if train_dataset is None else train_dataset), window, reuse, args.seed
-        )
+        seed = None if args.train_sampling_strategy == "sequential" else args.seed
+        return data.RepeatedWindows(rows, window, reuse, seed)
 
     # Rollouts
 
