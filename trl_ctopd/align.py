@@ -15,8 +15,9 @@ Decisions.
 import difflib
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain, compress, islice, pairwise
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, chain, compress, pairwise
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class TextAlignment:
         student_ids, teacher_ids: the ids as sampled, and the teacher's encoding of `text`.
         student_chunks, teacher_chunks: the chunk of each token, -1 = takes no part.
         student_widths: bytes of the text that each student token covers.
-        chunk_bytes: the bytes of each chunk, equal on both sides; index = chunk number.
+        num_chunks: how many chunks there are.
         masked: the stretches that no chunk holds, sorted; they may overlap.
     """
 
@@ -61,8 +62,15 @@ class TextAlignment:
     student_chunks: list[int]
     teacher_chunks: list[int]
     student_widths: list[int]
-    chunk_bytes: list[bytes]
+    num_chunks: int
     masked: list[MaskedStretch]
+    _spelled: bytes = field(repr=False, compare=False)
+    _spans: np.ndarray = field(repr=False, compare=False)  # (C, 2) of each chunk in `_spelled`
+
+    @cached_property
+    def chunk_bytes(self) -> list[bytes]:
+        """The bytes of each chunk, equal on both sides; index = chunk number."""
+        return [self._spelled[start:end] for start, end in self._spans.tolist()]
 
 
 def align_text(student_ids: Sequence[int], student_tokenizer: Any, teacher_tokenizer: Any) -> TextAlignment:
@@ -97,6 +105,8 @@ class TextAligner:
 
     def __call__(self, completions: Sequence[Sequence[int]]) -> list[TextAlignment]:
         """Completions without padding. Ids past the vocabulary (padding rows of an LM head) stand for no text."""
+        if not completions:
+            return []
         students = [_student_reading(ids, self._student) for ids in completions]
         teachers = self._teacher_readings([student.text for student in students])
         data = [student.text.encode() for student in students]
@@ -105,12 +115,8 @@ class TextAligner:
             for student, teacher, bytes_ in zip(students, teachers, data, strict=True)
         ]
         chunks = synchronized_chunks(_side(students), _side(teachers), _integers(map(len, data)), _stretches(masked))
-        bounds = iter(zip(chunks.start.tolist(), chunks.end.tolist(), strict=True))
-        counts = np.bincount(chunks.text, minlength=len(data)).tolist()
-        chunk_bytes = [
-            [bytes_[start:end] for start, end in islice(bounds, count)]
-            for bytes_, count in zip(data, counts, strict=True)
-        ]
+        spans = np.stack([chunks.start, chunks.end], 1)
+        of_texts = np.split(spans, np.searchsorted(chunks.text, np.arange(1, len(data))))
         return [
             TextAlignment(
                 text=student.text,
@@ -119,15 +125,18 @@ class TextAligner:
                 student_chunks=student_chunks,
                 teacher_chunks=teacher_chunks,
                 student_widths=student.widths.tolist(),
-                chunk_bytes=own_bytes,
+                num_chunks=len(own_spans),
                 masked=stretches,
+                _spelled=bytes_,
+                _spans=own_spans,
             )
-            for student, teacher, student_chunks, teacher_chunks, own_bytes, stretches in zip(
+            for student, teacher, student_chunks, teacher_chunks, bytes_, own_spans, stretches in zip(
                 students,
                 teachers,
                 _split(chunks.student, students),
                 _split(chunks.teacher, teachers),
-                chunk_bytes,
+                data,
+                of_texts,
                 masked,
                 strict=True,
             )
@@ -206,9 +215,10 @@ def _side(readings: Sequence[_Reading]) -> Side:
 def _split(chunks: np.ndarray, readings: Sequence[_Reading]) -> list[list[int]]:
     """(N,) of the batch to a list a text."""
     starts = accumulate((len(reading.ids) for reading in readings), initial=0)
+    own = (chunks[start : start + len(reading.ids)] for reading, start in zip(readings, starts, strict=False))
     return [
-        np.where(reading.silent, -1, chunks[start : start + len(reading.ids)]).tolist()
-        for reading, start in zip(readings, starts, strict=False)
+        (np.where(reading.silent, -1, part) if reading.silent.any() else part).tolist()
+        for reading, part in zip(readings, own, strict=True)
     ]
 
 
@@ -244,21 +254,20 @@ def _occurrences(strings: list[bytes], data: bytes) -> list[MaskedStretch]:
 def _student_reading(ids: Sequence[int], table: TokenTable) -> _Reading:
     numbers = _integers(ids)
     ids = numbers.tolist()
-    if min(ids, default=0) < 0:
-        raise ValueError(f"token id {min(ids)} among a completion's ids: strip the padding first")
-    rows = [table.rows[i] if i < len(table.rows) else b"" for i in ids]
-    widths = table.widths_of(numbers)
-    silent, spaces = widths == 0, np.zeros_like(widths)
-    first = next((n for n, row in enumerate(rows) if row), len(rows))
+    if numbers.min(initial=0) < 0:
+        raise ValueError(f"token id {numbers.min()} among a completion's ids: strip the padding first")
+    (rows, widths), masked = table.read(numbers), []
+    silent, covered = widths == 0, widths
     if table.word_starts:
+        first = next((n for n, row in enumerate(rows) if row), len(rows))
         spaces = _integers(n > first and i in table.word_starts for n, i in enumerate(ids))
         rows = [b" " * space + row for space, row in zip(spaces.tolist(), rows, strict=True)]
-    elif table.prefix_space != "never" and first < len(rows) and rows[first].startswith(b" "):
-        rows[first] = rows[first][1:]
-        widths[first] -= 1
-    ends = np.cumsum(widths + spaces)
-    lost = ends[spaces > 0] - widths[spaces > 0]
-    masked = [MaskedStretch(end - 1, end, "whitespace") for end in lost.tolist()]
+        covered = widths + spaces
+        lost = np.cumsum(covered)[spaces > 0] - widths[spaces > 0]
+        masked = [MaskedStretch(end - 1, end, "whitespace") for end in lost.tolist()]
+    elif table.prefix_space != "never":
+        _strip_prefix_space(rows, widths)
+    ends = np.cumsum(covered)
     text, invalid = _decoded(b"".join(rows))
     if not invalid:
         return _Reading(text, ids, ends, widths, silent, masked)
@@ -289,6 +298,14 @@ def _in_text(offsets: np.ndarray, invalid: list[tuple[int, int]]) -> np.ndarray:
     return offsets + grown[np.searchsorted([end for _, end in invalid], offsets, side="right")]
 
 
+def _strip_prefix_space(rows: list[bytes], widths: np.ndarray):
+    """Takes the space off the front of the first token that spells anything."""
+    first = next((n for n, row in enumerate(rows) if row), None)
+    if first is not None and rows[first].startswith(b" "):
+        rows[first] = rows[first][1:]
+        widths[first] -= 1
+
+
 # --- the teacher's side
 
 
@@ -311,12 +328,10 @@ def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
 
 def _teacher_reading(text: str, tokens: Any, table: TokenTable) -> _Reading:
     data = text.encode()
-    rows, widths = [table.rows[i] for i in tokens.ids], table.widths_of(_integers(tokens.ids))
+    rows, widths = table.read(_integers(tokens.ids))
     spelled = b"".join(rows)
     if spelled != data and _has_prefix_space(spelled, data, table):
-        first = next(n for n, row in enumerate(rows) if row)
-        rows[first] = rows[first][1:]
-        widths[first] -= 1
+        _strip_prefix_space(rows, widths)
         spelled = spelled[1:]
     silent = np.zeros(len(rows), dtype=bool)
     if spelled == data:
@@ -338,25 +353,16 @@ def _has_prefix_space(spelled: bytes, data: bytes, table: TokenTable) -> bool:
     return spelled[1:] == data or table.prefix_space == "always" or not data.startswith(b" ")
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """Tokens `first:last` that share the text's bytes `start:end` and no byte with any other token."""
-
-    first: int
-    last: int
-    start: int
-    end: int
-
-
-def _cells(spans: Sequence[tuple[int, int]]) -> list[_Cell]:
-    """Tokens grouped where their spans overlap; a token with an empty span joins the next."""
-    cells: list[_Cell] = []
+def _cells(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+    """Tokens grouped where their spans overlap; a token with an empty span joins the next. Each cell is tokens
+    `first:last` that share the text's bytes `start:end` and no byte with any other token."""
+    cells: list[tuple[int, int, int, int]] = []
     for token, (start, end) in enumerate(spans):
-        cell = _Cell(token, token + 1, start, end)
-        while cells and (cell.start < cells[-1].end or cells[-1].start == cells[-1].end):
-            before = cells.pop()
-            cell = _Cell(before.first, cell.last, min(before.start, cell.start), max(before.end, cell.end))
-        cells.append(cell)
+        first = token
+        while cells and (start < cells[-1][3] or cells[-1][2] == cells[-1][3]):
+            first, _, start_before, end_before = cells.pop()
+            start, end = min(start_before, start), max(end_before, end)
+        cells.append((first, token + 1, start, end))
     return cells
 
 
@@ -369,26 +375,27 @@ def _by_cells(
     leave out the space that `▁` stands for. Any other cell is masked, its last token covering it, and so is the text
     that no exact cell covers.
     """
-    ends, widths, masked = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64), []
+    ends, widths, masked = [0] * len(rows), [0] * len(rows), []
     done = 0
-    for cell in _cells(spans):
-        tokens = slice(cell.first, cell.last)
-        reason = "unknown_token" if any(unknown[tokens]) else "normalized"
-        spelled = b"".join(rows[tokens])
-        start = cell.end - len(spelled)
+    for first, last, _, end in _cells(spans):
+        reason = "unknown_token" if any(unknown[first:last]) else "normalized"
+        spelled = rows[first] if last == first + 1 else b"".join(rows[first:last])
+        start = end - len(spelled)
         if reason == "normalized" and spelled and start >= done and data.startswith(spelled, start):
-            widths[tokens] = [len(row) for row in rows[tokens]]
-            ends[tokens] = start + np.cumsum(widths[tokens])
+            at = start
+            for token in range(first, last):
+                widths[token] = len(rows[token])
+                ends[token] = at = at + widths[token]
         else:
-            start = cell.end
-            ends[tokens] = done
-            ends[cell.last - 1], widths[cell.last - 1] = cell.end, cell.end - done
+            start = end
+            ends[first:last] = [done] * (last - first)
+            ends[last - 1], widths[last - 1] = end, end - done
         if done < start:
             masked.append(MaskedStretch(done, start, reason))
-        done = cell.end
+        done = end
     if done < len(data):
         masked.append(MaskedStretch(done, len(data), "normalized"))
-    return ends, widths, masked
+    return _integers(ends), _integers(widths), masked
 
 
 _DIFF_UNIT = re.compile(rb"[A-Za-z0-9]+|[\xc0-\xff][\x80-\xbf]*|[\x00-\xff]")

@@ -6,6 +6,7 @@ is masked. Only ids past the tokenizer (padding rows of an LM head), which the t
 
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .align import TextAlignment
@@ -31,6 +32,8 @@ class OneTokenizer:
         read = [token for token, is_known in zip(ids, known, strict=True) if is_known]
         numbers = iter(range(len(read)))
         spelled = [self._rows[token] for token in read]
+        widths = np.array([len(row) for row in spelled], dtype=np.int64)
+        ends = np.cumsum(widths)
         return TextAlignment(
             text=b"".join(spelled).decode(errors="replace"),
             student_ids=ids,
@@ -40,6 +43,8 @@ class OneTokenizer:
             student_widths=[
                 len(self._rows[token]) if is_known else 0 for token, is_known in zip(ids, known, strict=True)
             ],
-            chunk_bytes=spelled,
+            num_chunks=len(read),
             masked=[],
+            _spelled=b"".join(spelled),
+            _spans=np.stack([ends - widths, ends], 1),
         )

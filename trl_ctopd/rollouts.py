@@ -81,7 +81,7 @@ def pair(
     for prompt, ids, end, alignment in zip(prompts, completions, ended, aligner(contents), strict=True):
         student_chunks, student_widths = list(alignment.student_chunks), list(alignment.student_widths)
         teacher_ids, teacher_chunks = list(alignment.teacher_ids), list(alignment.teacher_chunks)
-        num_chunks = len(alignment.chunk_bytes)
+        num_chunks = alignment.num_chunks
         if end:
             bridged = eos_policy == "bridge"
             student_chunks.append(num_chunks if bridged else -1)

@@ -54,13 +54,15 @@ class TokenTable:
     prefix_space: str
 
     @cached_property
-    def widths(self) -> np.ndarray:
-        """(V + 1,) bytes of each id, and 0 for any past the last."""
-        return np.array([*map(len, self.rows), 0])
+    def _by_id(self) -> tuple[list[bytes], np.ndarray]:
+        """Bytes and how many they are, with a last entry for all ids past the others."""
+        return [*self.rows, b""], np.array([*map(len, self.rows), 0])
 
-    def widths_of(self, ids: np.ndarray) -> np.ndarray:
-        """(N,) bytes that each of `ids` (N,) spells."""
-        return self.widths[np.minimum(ids, len(self.rows))]
+    def read(self, ids: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+        """The bytes of each of `ids` (N,), none for one past the last, and how many they are (N,)."""
+        rows, widths = self._by_id
+        known = np.minimum(ids, len(self.rows))
+        return list(map(rows.__getitem__, known.tolist())), widths[known]
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:

@@ -5,26 +5,28 @@
 Writes `alignment.json` and `alignment.png` to `benchmarks/results/speed/`. The folder holds `tokenizers/<name>` as
 published on the hub, `datasets/gsm8k/train.jsonl` and `datasets/multilingual/sample.jsonl`.
 
-- `ours`: one call of `TextAligner` with all completions.
+- `ours`: one call of `TextAligner` with all completions, and the teacher's sum of each chunk.
 - `reference`: the slow and obvious one, and the check: where nothing is masked, `ours` has exactly its chunks.
 - `gold`: what TRL's `GOLDTrainer` does with sampled completions; its own functions do the work, and the loop of
   `_maybe_add_completion_byte_offsets` is restated. Byte-level BPE on both sides only.
 - `dpca_published`: DPCA as published: `retokenize_batch` and `_align_chunks` of ivanniu/On-Policy-Distill,
   verl/workers/reward_manager/opd.py, commit 927a8264f2e303b7f82c2d331a58fd4240c8805a. The procedure in other words, with
-  the decoded slices and their order kept. Of the pairs here, its caller has template markers for llama-3.2 <- qwen2.5
-  alone and raises for the others; those show what the procedure does with them.
+  the decoded slices, their order and the tensors it writes a chunk at a time kept. Of the pairs here, its caller has
+  template markers for llama-3.2 <- qwen2.5 and llama-3.2 <- deepseek-v3 alone and raises for the others; those show what
+  the procedure does with them.
 
 Decisions.
-- Every method starts from the same lists of student ids and ends at the chunk of each token, as its own code has it.
-  `gold` ends at its groups of positions; numbering them for the count is not timed. `dpca_published` is spared its
-  log-probabilities and the tensors it writes a chunk at a time.
+- Every method starts from the same lists of student ids and ends at the chunk of each token, as its own code has it;
+  `ours` and `dpca_published` also at the teacher's log-probability of each chunk (here of zeros). `gold` ends at its groups
+  of positions; numbering them for the count is not timed.
 - Completions only: no prompts, no template markers to replace, no stop tokens.
 - `encode` is the teacher's tokenizer alone, one `encode_batch` of the same texts by its backend. All methods need it, so
-  times are given with and without. What `transformers` adds around it stays in the times without.
+  times are given with and without. Without: `ours` and `dpca_published` are run again with the teacher's encoding at hand
+  (the latter without decoding the text either, as `_align_chunks` by itself); for the others it is the difference.
 - Token tables are built once a run, with the aligner: their time is given apart.
 - Times are processor time of this process, single-threaded: another process on the machine does not count.
 - The methods take turns, a round at a time; a ratio is the median of the rounds' ratios. `dpca_published` gets fewer
-  rounds, and one where a run takes longer than `SLOW_SECONDS`.
+  rounds, one where a run takes longer than `SLOW_SECONDS`, and none at a length where it would take ten times that.
 - A completion is the student's encoding of joined texts, cut at a number of tokens. The cut can split a character.
 - The masked share is that of the student's tokens without a usable chunk. `dpca_published` masks in `_align_chunks`; that
   its caller drops some completions whole is not counted. `gold` masks nothing.
@@ -39,10 +41,12 @@ import time
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -56,7 +60,8 @@ from trl.experimental.gold.gold_trainer import ULDLoss, build_teacher_inputs_fro
 from trl.experimental.utils import is_byte_level_tokenizer, piece_byte_len
 
 from benchmarks.report import header, save
-from trl_ctopd import TextAligner, TextAlignment, token_bytes
+from trl_ctopd import TextAligner, TextAlignment, align, token_bytes
+from trl_ctopd.credit import chunk_sum
 
 
 matplotlib.use("Agg")
@@ -66,6 +71,7 @@ from matplotlib import pyplot as plt
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 PAIRS = (  # student, teacher
     ("llama-3.2", "qwen2.5"),
+    ("llama-3.2", "deepseek-v3"),
     ("qwen2.5", "mistral-v3"),
     ("llama-2", "qwen2.5"),
     ("smollm2-instruct", "llama-3.2"),
@@ -74,9 +80,10 @@ TEXTS = ("gsm8k", "multilingual")
 LENGTHS = (256, 2_048, 16_384)  # student tokens in a completion
 BATCH_TOKENS = 16_384
 ROUNDS = {"encode": 7, "ours": 7, "reference": 7, "gold": 7, "dpca_published": 3}
-SLOW_SECONDS = 10
+ROUNDS |= {"ours, encoded": 7, "dpca_published, encoded": 3}
+SLOW_SECONDS = 3
 LARGE_CHUNK = 6  # tokens; what `dpca_published` calls unreliable
-PLOTTED = ("gsm8k", PAIRS[:2])
+PLOTTED = ("gsm8k", (PAIRS[0], PAIRS[2]))
 
 Completions = list[list[int]]
 Chunks = list[list[int]]  # of each completion, the chunk of each student token; -1 = none
@@ -89,9 +96,12 @@ class Pair:
         self.student, self.teacher = student, teacher
         start = time.process_time()
         self.aligner = TextAligner(student, teacher)
+        self.aligner([student.encode("a", add_special_tokens=False)])  # what is built on first use
         self.build_seconds = time.process_time() - start
         self.student_rows, self.teacher_rows = token_bytes(student), token_bytes(teacher)
-        self.student_adds_space = b"".join(self.student_rows[i] for i in student.encode("a")).startswith(b" ")
+        self.student_adds_space = b"".join(
+            self.student_rows[i] for i in student.encode("a", add_special_tokens=False)
+        ).startswith(b" ")
 
     def text(self, ids: list[int]) -> str:
         data = b"".join(self.student_rows[i] for i in ids)
@@ -105,8 +115,13 @@ def encode(pair: Pair, texts: list[str]) -> None:
     pair.teacher.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
 
 
-def ours(pair: Pair, completions: Completions) -> list[TextAlignment]:
-    return pair.aligner(completions)
+def ours(pair: Pair, completions: Completions, encoded: list | None = None) -> list[TextAlignment]:
+    with mock.patch.object(align, "encode_as_text", lambda *_: encoded) if encoded else nullcontext():
+        alignments = pair.aligner(completions)
+    for alignment in alignments:
+        chunks = torch.tensor([alignment.teacher_chunks])
+        chunk_sum(torch.zeros(chunks.shape), chunks, alignment.num_chunks)
+    return alignments
 
 
 def reference(pair: Pair, completions: Completions) -> list[tuple[list[int], list[int]]]:
@@ -155,23 +170,33 @@ def gold(pair: Pair, completions: Completions) -> list[tuple[list[list[int]], li
     return groups
 
 
-def dpca_published(pair: Pair, completions: Completions) -> list[tuple[list[int], list[int]]]:
+def dpca_published(
+    pair: Pair, completions: Completions, encoded: list | None = None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     found = []
-    for ids in completions:
-        text = pair.student.decode(ids, skip_special_tokens=False)
-        teacher_ids = pair.teacher(text, add_special_tokens=False)["input_ids"]
-        student_chunks, teacher_chunks = [-1] * len(ids), [-1] * len(teacher_ids)
+    for row, ids in enumerate(completions):
+        if encoded:
+            teacher_ids = encoded[row].ids
+        else:
+            text = pair.student.decode(ids, skip_special_tokens=False)
+            teacher_ids = pair.teacher(text, add_special_tokens=False)["input_ids"]
+        log_probs, aligned = torch.zeros(len(teacher_ids)), torch.zeros(len(ids))
+        student_chunks = torch.full((len(ids),), -1.0)
         at, number = (0, 0), 0
         while at[0] < len(ids) and at[1] < len(teacher_ids):
             match = _next_match(pair, ids, teacher_ids, *at)
             if match is None:
                 break  # nothing after it is aligned
             sizes = match[0] - at[0], match[1] - at[1]
+            budget = log_probs[at[1] : match[1]].sum()
             if max(sizes) <= LARGE_CHUNK:
-                student_chunks[at[0] : match[0]] = [number] * sizes[0]
-                teacher_chunks[at[1] : match[1]] = [number] * sizes[1]
+                aligned[at[0] : match[0]] = budget / sizes[0]
+                student_chunks[at[0] : match[0]] = number
+            else:
+                aligned[at[0] : match[0]] = float("inf")
             at, number = match, number + 1
-        found.append((student_chunks, teacher_chunks))
+        aligned[at[0] :] = float("inf")
+        found.append((student_chunks, aligned))
     return found
 
 
@@ -218,6 +243,8 @@ def chunks_of_students(name: str, output: list) -> Chunks:
         return [alignment.student_chunks for alignment in output]
     if name == "gold":
         return [_numbered(*groups) for groups in output]
+    if name == "dpca_published":
+        return [chunks.int().tolist() for chunks, _ in output]
     return [chunks for chunks, _ in output]
 
 
@@ -284,25 +311,31 @@ def refusal(pair: Pair, completions: Completions) -> str | None:
     return None
 
 
-def run_rounds(runs: dict[str, Callable[[], Any]]) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of every round, and what the last one gave."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    outputs = {name: run() for name, run in runs.items() if name != "dpca_published"}  # warm
-    for count in range(max(ROUNDS.values())):
+def run_rounds(runs: dict[str, Callable[[], Any]]) -> tuple[dict[str, dict[int, float]], dict[str, Any]]:
+    """Seconds by round, and what the last one gave. Those with fewer rounds take part in the last ones."""
+    times: dict[str, dict[int, float]] = {name: {} for name in runs}
+    outputs = {name: run() for name, run in runs.items() if not name.startswith("dpca_published")}  # warm
+    for left in reversed(range(max(ROUNDS.values()))):
         for name, run in runs.items():
-            if count < ROUNDS[name] and max(times[name], default=0) < SLOW_SECONDS:
-                elapsed, outputs[name] = seconds(run)
-                times[name].append(elapsed)
+            if left < ROUNDS[name] and max(times[name].values(), default=0) < SLOW_SECONDS:
+                times[name][left], outputs[name] = seconds(run)
     return times, outputs
 
 
-def measure(pair: Pair, completions: Completions) -> tuple[list[dict], dict]:
+def measure(pair: Pair, completions: Completions, too_slow: bool) -> tuple[list[dict], dict]:
     """A record a method, and the ratios of the others' times to those of `ours`."""
     texts = [pair.text(ids) for ids in completions]
     refused = {"gold": why} if (why := refusal(pair, completions)) else {}
+    if too_slow:
+        refused["dpca_published"] = f"It would take more than {10 * SLOW_SECONDS} s, as it grows with the square."
     runs = {name: partial(function, pair, completions) for name, function in METHODS.items() if name not in refused}
-    times, outputs = run_rounds({"encode": partial(encode, pair, texts), **runs})
-    without = {name: [a - b for a, b in zip(times[name], times["encode"], strict=False)] for name in runs}
+    encoded = align.encode_as_text(pair.teacher, texts)
+    again = {f"{name}, encoded": partial(runs[name], encoded) for name in ("ours", "dpca_published") if name in runs}
+    times, outputs = run_rounds({"encode": partial(encode, pair, texts), **runs, **again})
+    without = {
+        name: times.get(f"{name}, encoded", {n: time_ - times["encode"][n] for n, time_ in times[name].items()})
+        for name in runs
+    }
     tokens = sum(map(len, completions))
     records, ratios = [], {}
     for name in METHODS:
@@ -316,8 +349,8 @@ def measure(pair: Pair, completions: Completions) -> tuple[list[dict], dict]:
             {
                 "method": name,
                 "rounds": len(times[name]),
-                "us_per_token": round(statistics.median(times[name]) / tokens * 1e6, 3),
-                "us_per_token_without_encode": round(statistics.median(without[name]) / tokens * 1e6, 3),
+                "us_per_token": round(statistics.median(times[name].values()) / tokens * 1e6, 3),
+                "us_per_token_without_encode": round(statistics.median(without[name].values()) / tokens * 1e6, 3),
                 "chunks": sum(len({*own} - {-1}) for own in chunks),
                 "masked_share": round(sum(own.count(-1) for own in chunks) / tokens, 5),
             }
@@ -325,20 +358,21 @@ def measure(pair: Pair, completions: Completions) -> tuple[list[dict], dict]:
         ratios[name] = {"total": _ratio(times[name], times["ours"])}
         ratios[name]["without_encode"] = _ratio(without[name], without["ours"])
     return records, {
-        "encode_us_per_token": round(statistics.median(times["encode"]) / tokens * 1e6, 3),
+        "encode_us_per_token": round(statistics.median(times["encode"].values()) / tokens * 1e6, 3),
         "completions": len(completions),
         "completions_checked": check(outputs["ours"], outputs["reference"]),
         "over_ours": {name: ratio for name, ratio in ratios.items() if name != "ours"},
     }
 
 
-def _ratio(theirs: list[float], own: list[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(theirs, own, strict=False)), 2)
+def _ratio(theirs: dict[int, float], own: dict[int, float]) -> float:
+    return round(statistics.median(time_ / own[n] for n, time_ in theirs.items()), 2)
 
 
 def growth_exponent(records: list[dict]) -> float | None:
     """The slope of log seconds a completion over log tokens: 1 = linear."""
-    if any(record["us_per_token"] is None for record in records):
+    records = [record for record in records if record["us_per_token"] is not None]
+    if len(records) < 2:
         return None
     lengths = np.array([record["student_tokens"] for record in records])
     times = np.array([record["us_per_token"] for record in records]) * lengths
@@ -352,20 +386,19 @@ def plot(records: list[dict], path: Path) -> None:
     text, pairs = PLOTTED
     figure, panels = plt.subplots(1, len(pairs), figsize=(10, 4.5), sharey=True, layout="constrained")
     for panel, (student, teacher) in zip(panels, pairs, strict=True):
-        for name in METHODS:
-            own = [
-                r
-                for r in records
-                if (r["student"], r["teacher"], r["text"], r["method"]) == (student, teacher, text, name)
-            ]
-            if all(record["us_per_token"] for record in own):
-                lengths, times = zip(*((r["student_tokens"], r["us_per_token"]) for r in own), strict=True)
-                panel.loglog(lengths, times, marker="o", label=name)
+        own = [r for r in records if (r["student"], r["teacher"], r["text"]) == (student, teacher, text)]
+        for color, name in enumerate(METHODS):
+            line = [r for r in own if r["method"] == name and r["us_per_token"]]
+            if line:
+                masked = max(r["masked_share"] for r in line)
+                label = f"{name}, {masked:.0%} masked" if masked > 0.01 else name
+                times = [r["us_per_token"] for r in line]
+                panel.loglog([r["student_tokens"] for r in line], times, color=f"C{color}", marker="o", label=label)
         panel.set(title=f"{student} student, {teacher} teacher", xlabel="tokens in a completion")
         panel.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-        panel.legend()
+        panel.legend(loc="upper left")
     panels[0].set_ylabel("processor time, µs a student token")
     figure.suptitle(f"From sampled tokens to chunks, teacher's encoding included ({text})")
     figure.savefig(path, dpi=150)
@@ -387,7 +420,7 @@ def show(records: list[dict], ratios: list[dict]) -> None:
                 "-" if ratio is None else f"{ratio['total']:,.1f} ({ratio['without_encode']:,.1f})"
                 for ratio in (case["over_ours"]["gold"], case["over_ours"]["dpca_published"])
             ),
-            f"{own[-1]['masked_share']:.1%}",
+            "-" if own[-1]["masked_share"] is None else f"{own[-1]['masked_share']:.1%}",
         )
     Console(width=170).print(table)
 
@@ -409,10 +442,13 @@ def main(assets: Path) -> None:
         gc.freeze()  # collections during a run search what the run has made, not the vocabularies
         builds.append({**sides, "seconds": round(pair.build_seconds, 3)})
         for text in TEXTS:
-            start = len(records)
+            start, next_seconds = len(records), 0.0
             for length in LENGTHS:
                 case = {**sides, "text": text, "student_tokens": length}
-                own_records, own_ratios = measure(pair, sample(pair.student, texts[text], length))
+                too_slow = next_seconds > 10 * SLOW_SECONDS
+                own_records, own_ratios = measure(pair, sample(pair.student, texts[text], length), too_slow)
+                published = own_records[-1]["us_per_token"]
+                next_seconds = 0 if published is None else 8 * published * BATCH_TOKENS / 1e6
                 records += [{**case, **record} for record in own_records]
                 ratios.append({**case, **own_ratios})
             found = {name: growth_exponent(records[start + i :: len(METHODS)]) for i, name in enumerate(METHODS)}

@@ -322,8 +322,8 @@ class Ours:
         return {"teacher": sum(len(row) for part in args for row in part)}
 
     def _count_student(self, args: tuple, kwargs: dict, result: Any) -> dict[str, Any]:
-        mask, starts = args[1]["attention_mask"], args[1]["prompt_lengths"]
-        return {"student": mask.sum(), "written": mask.sum() - starts.sum(), "prompts": starts.sum()}
+        tokens, prompts = args[1]["lengths"].sum(), args[1]["prompt_lengths"].sum()
+        return {"student": tokens, "written": tokens - prompts, "prompts": prompts}
 
     def run(self) -> Step:
         self.trainer.train()

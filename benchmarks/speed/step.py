@@ -15,15 +15,16 @@ Decisions:
   full length (`models.py` says how), and a run in which the two trainers wrote or read unlike numbers of tokens is an
   error.
 - GOLD runs on-policy with the ULD loss and its byte alignment, all else by default; `hybrid` is `uld_use_hybrid_loss`.
-- On the CPU all sides are built first, take one step each that does not count, and then take turns, a round at a time, in
-  an order that turns with the round. A ratio is the median of the rounds' ratios. Times are of the wall; the processor
-  time of the process is given beside them, as other processes do not count in it.
+- On the CPU all sides are built first, take one step each that does not count, and then take turns: at least five rounds,
+  more where they are short, in an order that turns with the round. A ratio is the median of the rounds' ratios. Times are
+  of the wall; the processor time of the process is given beside them, as other processes do not count in it.
 - On the GPU each side is alone: built, warmed, timed, then built anew with twice the prompts until memory does not do.
 - The floor is three plain loops of the same sizes and nothing else: `generate` with a cache for all prompts at once; the
   teacher's forward pass, with log-probs of the tokens of the text alone, for the very ids that it read in our trainer; the
-  student's forward and backward pass with log-probs of the written tokens, and the optimizer's step. Logits come in tiles
-  of `TILE` tokens and each tile's gradient is taken at once, which a loss that needs all log-probs first cannot do. It
-  clips no gradients, logs nothing and has no data loader.
+  student's forward and backward pass for the log-probs of the written tokens; and the optimizer's step. The heads are
+  those that were fastest: TRL's kernel for the teacher; for the student `TILE` tokens' logits at a time, whose gradient is
+  taken at once, by hand. A loss that needs all log-probs first cannot do that, and pays for the logits twice. It clips no
+  gradients, logs nothing and has no data loader. Rows are padded on the right and nothing is masked.
 
 What differs between the two trainers besides the loss, each as its own code has it:
 - GOLD calls `generate` once a micro-batch, ours once a step.
@@ -44,7 +45,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -57,6 +58,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
+from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks.report import header, save
 from benchmarks.speed.models import (
@@ -85,6 +87,7 @@ from matplotlib import pyplot as plt
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 ROWS, GPU_ROWS = (128_256, 151_936), (128_256, 152_064)
 TILE = 512
+COLUMNS = {"cpu": 1024, "cuda": 8192}  # of the vocabulary at a time
 SIDES = ("floor", "ours", "gold", "gold hybrid")
 PHASES = {  # in the order of the plot
     "generation": "tab:blue",
@@ -108,12 +111,13 @@ class Plan:
 def cpu_plan(assets: Path, folder: Path, quick: bool) -> Plan:
     tokenizers = small(assets, folder)
     rows = len(AutoTokenizer.from_pretrained(tokenizers[0])), len(AutoTokenizer.from_pretrained(tokenizers[1]))
-    batch = {"batch": 2, "accumulation": 2} if quick else {}
-    settings = {}
-    for length in (16, 32) if quick else (32, 128, 512):
-        settings[f"small vocabularies, {length} tokens"] = Setting(tokenizers, rows, length, **batch)
-    for length in (32,) if quick else (128, 512):
-        settings[f"published vocabularies, {length} tokens"] = Setting(published(assets), ROWS, length, **batch)
+    settings = {
+        f"small vocabularies, {length} tokens": Setting(tokenizers, rows, length)
+        for length in ((32,) if quick else (32, 128, 512))
+    }
+    # GOLD's time grows with the square of the length: at 512 tokens, a quarter of the prompts
+    for length, batch in ((32, 1),) if quick else ((128, 4), (512, 1)):
+        settings[f"published vocabularies, {length} tokens"] = Setting(published(assets), ROWS, length, batch)
     return Plan(settings, rounds=2 if quick else 5, seconds=0 if quick else 60)
 
 
@@ -133,75 +137,77 @@ class Floor:
     """What no on-policy step can do without, in plain loops; `texts` are the teacher's prompts and completions."""
 
     def __init__(self, setting: Setting, rows: list[tuple[str, str]], texts: tuple[list[list[int]], list[list[int]]]):
-        self._setting, self._clock = setting, Clock(setting.device)
-        self._texts = sorted(zip(*texts, strict=True), key=lambda text: -len(text[0]) - len(text[1]))
+        self._setting, self._clock, self._texts = setting, Clock(setting.device), list(zip(*texts, strict=True))
         self.student, self.teacher = setting.model(0), setting.model(1).eval().requires_grad_(False)
         if setting.lora:
             self.student = get_peft_model(self.student, setting.peft_config)
         trained = [weight for weight in self.student.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
-        self._prompts = setting.tokenizer(0).apply_chat_template(
-            [[turn("user", question)] for question, _ in rows],
-            add_generation_prompt=True,
-            padding=True,
-            padding_side="left",
-            return_dict=True,
-            return_tensors="pt",
-        ).to(setting.device)  # fmt: skip
-        length = setting.new_tokens
-        self._config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length)
+        tokenizer, conversation = setting.tokenizer(0), [[turn("user", question)] for question, _ in rows]
+        self._prompts = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
+        padded = tokenizer.pad(self._prompts, padding_side="left", return_tensors="pt")
+        self._padded = padded.to(setting.device)
+        self._config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=setting.new_tokens)
 
     def run(self) -> Step:
-        clock, batch = self._clock, self._setting.batch
+        clock = self._clock
         clock.start()
         with clock.phase("generation"):
             self.student.eval()
-            sequences = self.student.generate(**self._prompts, generation_config=self._config)
+            sequences = self.student.generate(**self._padded, generation_config=self._config)
             self.student.train()
+            written = sequences[:, self._padded["input_ids"].shape[1] :].tolist()
         with clock.phase("teacher"), torch.no_grad():
-            for start in range(0, len(self._texts), batch):
-                self._score(self._texts[start : start + batch])
+            head = self.teacher.get_output_embeddings().weight
+            for hidden, targets in self._read(self.teacher, self._texts, "teacher"):
+                columns = COLUMNS[self._setting.device]
+                ChunkedLogProbFunction.apply(hidden, head, None, targets, 1.0, columns, None, 1.0, ())
         with clock.phase("student"):
-            for ids, mask in zip(sequences.split(batch), self._prompts["attention_mask"].split(batch), strict=True):
-                self._learn(ids, mask)
+            texts = list(zip(self._prompts["input_ids"], written, strict=True))
+            student = self.student.get_base_model() if self._setting.lora else self.student
+            for hidden, targets in self._read(student, texts, "student"):
+                hidden.backward(head_gradient(hidden.detach(), student.get_output_embeddings().weight, targets))
         with clock.phase("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad()
         clock.stop()
+        tokens = clock.step.tokens
+        tokens["written"], tokens["prompts"] = sum(map(len, written)), tokens["student"] - sum(map(len, written))
         return finished(clock.step, clock.step.phases)
 
-    def _score(self, texts: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
-        width = max(len(prompt) + len(written) for prompt, written in texts)
-        ids = torch.zeros(len(texts), width, dtype=torch.long)
-        mask, scored = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, (prompt, written) in enumerate(texts):
-            end = len(prompt) + len(written)
-            ids[row, :end] = torch.tensor([*prompt, *written])
-            mask[row, :end] = scored[row, len(prompt) : end] = 1
-        ids, mask, scored = (part.to(self._setting.device) for part in (ids, mask, scored))
-        self._clock.step.tokens["teacher"] += mask.sum()
-        hidden = self.teacher.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        hidden, targets = hidden[:, :-1][scored[:, 1:] > 0], ids[scored > 0]
-        return [self._losses(self.teacher, *tile) for tile in zip(hidden.split(TILE), targets.split(TILE), strict=True)]
+    def _read(self, model, texts: list[tuple[list[int], list[int]]], side: str) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The states (n, H) that completions' tokens are predicted from, and the tokens (n,), a micro-batch at a time."""
+        texts = sorted(texts, key=lambda text: -len(text[0]) - len(text[1]))
+        for start in range(0, len(texts), self._setting.batch):
+            micro_batch = texts[start : start + self._setting.batch]
+            rows = [torch.tensor([*prompt, *written]) for prompt, written in micro_batch]
+            self._clock.step.tokens[side] += sum(map(len, rows))
+            at = [
+                torch.stack([torch.full((len(written),), row), len(prompt) + torch.arange(len(written))])
+                for row, (prompt, written) in enumerate(micro_batch)
+            ]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            row, column = torch.cat(at, 1)
+            ids, targets, row, before = (p.to(self._setting.device) for p in (ids, ids[row, column], row, column - 1))
+            yield model.base_model(input_ids=ids, use_cache=False).last_hidden_state[row, before], targets
 
-    def _learn(self, ids: torch.Tensor, prompt_mask: torch.Tensor) -> None:
-        length = ids.shape[1] - prompt_mask.shape[1]
-        mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(ids), length)], 1)
-        tokens = {"student": mask.sum(), "prompts": prompt_mask.sum(), "written": mask.sum() - prompt_mask.sum()}
-        for name, number in tokens.items():
-            self._clock.step.tokens[name] += number
-        model = self.student.get_base_model() if self._setting.lora else self.student
-        states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        hidden = states[:, -length - 1 : -1].flatten(0, 1)
-        leaf, targets = hidden.detach().requires_grad_(), ids[:, -length:].flatten()
-        for part, wanted in zip(leaf.split(TILE), targets.split(TILE), strict=True):
-            self._losses(model, part, wanted).sum().backward()
-        hidden.backward(leaf.grad)
 
-    @staticmethod
-    def _losses(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = model.get_output_embeddings()(hidden)
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+@torch.no_grad()
+def head_gradient(hidden: torch.Tensor, weight: torch.nn.Parameter, targets: torch.Tensor) -> torch.Tensor:
+    """The gradient of `cross_entropy(hidden @ weight.T, targets, reduction="sum")` with respect to `hidden` (n, H); what
+    `weight` gets is added to its `grad`."""
+    gradient = torch.empty_like(hidden)
+    if weight.requires_grad and weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    for start in range(0, len(hidden), TILE):
+        part, wanted = hidden[start : start + TILE], targets[start : start + TILE, None]
+        logits = (part @ weight.T).float().softmax(-1)
+        logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1))
+        logits = logits.to(weight.dtype)
+        gradient[start : start + TILE] = logits @ weight
+        if weight.requires_grad:
+            weight.grad.addmm_(logits.T, part)
+    return gradient
 
 
 def builders(setting: Setting, rows: list[tuple[str, str]], folder: Path) -> dict[str, Callable]:
