@@ -31,6 +31,8 @@ FAMILIES = {
     "windows in every other layer": ("Gemma2Config", {"sliding_window": 5}),
     "learned positions": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}),
     "a state instead of a cache": ("MambaConfig", {"state_size": 4}),
+    "convolutions in the cache": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
+    "linear attention": ("MiniMaxConfig", {"num_local_experts": 2, "block_size": 8}),
 }
 STOPS = list(range(1, 10))
 DRAW = random.Random(0)
@@ -75,6 +77,23 @@ def test_rows_that_leave_change_no_text(family):
     model = model_of(family)
     together = cut(_generate(model, PROMPTS, settings(), rows_leave=False))
     assert len({len(ids) for ids in together}) >= 2, "of uneven length"
+    assert cut(_generate(model, PROMPTS, settings(), rows_leave=True)) == together
+
+
+@torch.no_grad()
+def test_positions_that_a_model_keeps_beside_its_cache_go_with_their_rows():
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    text = {**SHAPE, "rope_parameters": rope, "rope_scaling": rope}
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config={"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32}
+    )
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.15)
+    together = cut(_generate(model, PROMPTS, settings(), rows_leave=False))
+    assert len({len(ids) for ids in together}) >= 2
     assert cut(_generate(model, PROMPTS, settings(), rows_leave=True)) == together
 
 

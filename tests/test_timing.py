@@ -67,6 +67,19 @@ def test_a_phase_is_charged_without_the_phases_within_it_and_the_rest_is_overhea
     )
 
 
+def test_a_phase_that_is_not_in_every_step_is_a_mean_over_all_of_them(clock):
+    meter = Meter()
+    timer = PhaseTimer(meter)
+    for seconds in (6, 0):
+        timer.begin()
+        if seconds:
+            spend(clock, timer, "generation", before=seconds)
+        spend(clock, timer, "student", before=2)
+        timer.end()
+    figures = meter.read(OneProcess())
+    assert (figures["seconds/generation"], figures["seconds/student"], figures["seconds/step"]) == (3, 2, 5)
+
+
 def test_time_between_steps_is_nobodys(clock):
     meter = Meter()
     timer = PhaseTimer(meter)

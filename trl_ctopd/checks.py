@@ -36,6 +36,11 @@ def check_arguments(model, teacher_model, args, train_dataset):
         raise ValueError(
             "`train_sampling_strategy='group_by_length'` does not apply: lengths are known once the student has written."
         )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with `accelerate "
+            "launch`, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
     if args.rollout_reuse > 1:
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         rows = None if isinstance(train_dataset, IterableDataset) else len(train_dataset)
@@ -93,11 +98,13 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
             f"rollout_reuse={args.rollout_reuse} trains on completions of a student that has been updated since, which "
             f"distillation_loss={loss_name(name)!r} does not account for: set it to 1, or choose one of {', '.join(able)}."
         )
-    bounds = [getattr(args, knob) for knob in ("clip_ratio_low", "clip_ratio_high")]
-    if args.rollout_reuse == 1 and bounds != [0.2, 0.28]:
-        raise ValueError(
-            f"clip_ratio_low={bounds[0]} and clip_ratio_high={bounds[1]} have no effect with rollout_reuse=1."
-        )
+    for knob in ("clip_ratio_low", "clip_ratio_high"):
+        default = type(args).__dataclass_fields__[knob].default
+        if (args.rollout_reuse == 1 or args.lmbda == 0) and getattr(loss, knob, default) != default:
+            raise ValueError(
+                f"{knob}={getattr(loss, knob)} has no effect with rollout_reuse={args.rollout_reuse} and lmbda={args.lmbda}: "
+                "it bounds how far a later step goes with completions of the student's own."
+            )
     if policy != "on" and args.off_policy_loss_kwargs:
         raise ValueError(
             f"off_policy_loss_kwargs has no effect: distillation_loss={loss_name(name)!r} is right on any text, or on "
@@ -142,6 +149,11 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None):
 
 def check_vocabulary(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
     """Raises `ValueError` where the tokenizer has ids that the model does not embed."""
+    if any(type(module).__name__ == "TrainableTokensLayer" for module in model.modules()):
+        raise ValueError(
+            f"The {side} has `trainable_token_indices`, whose rows are no part of its embedding's own weight: choose "
+            "`modules_to_save=['embed_tokens', 'lm_head']` instead."
+        )
     rows = model.get_input_embeddings().num_embeddings
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:

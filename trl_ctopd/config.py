@@ -201,25 +201,24 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=True,
         metadata={
             "help": "Deal a step's completions to its micro-batches by length, the longest first: less padding, the same "
-            "gradient."
+            "gradient. Completions of one prompt may come into several micro-batches."
         },
     )
     rollout_reuse: int = field(
         default=1,
         metadata={
             "help": "Optimizer steps taken on the same completions and scores. Above 1, dpca and strict_sampled weigh each "
-            "token by how much likelier it has become, within PPO's bounds (`clip_ratio_low`, `clip_ratio_high`)."
+            "token by how much likelier it has become, within PPO's bounds (`clip_ratio_low`, `clip_ratio_high`). A "
+            "checkpoint between two of them keeps the completions."
         },
     )
     clip_ratio_low: float = field(
         default=0.2,
-        metadata={"help": "PPO's lower bound of that ratio is 1 - clip_ratio_low. No effect while rollout_reuse is 1."},
+        metadata={"help": "PPO's lower bound of that ratio is 1 - clip_ratio_low. For rollout_reuse above 1."},
     )
     clip_ratio_high: float = field(
         default=0.28,
-        metadata={
-            "help": "PPO's upper bound of that ratio is 1 + clip_ratio_high. No effect while rollout_reuse is 1."
-        },
+        metadata={"help": "PPO's upper bound of that ratio is 1 + clip_ratio_high. For rollout_reuse above 1."},
     )
 
     # The two conversations

@@ -2,9 +2,9 @@
 
 Decisions: one call for all prompts it is given, in the order of their length, unless `generation_batch_size` cuts it;
 nothing shapes the distribution but the run's own settings. Rows that have ended leave the batch: whenever half of them
-have, the call ends and the others go on, in one of their own, from the cache they have. Under ZeRO-3 and FSDP, where
-every process must make the same calls, with further `generation_kwargs`, some of which count from the start of a call,
-and for models whose cache cannot be cut, they stay.
+have, the call ends and the others go on, in one of their own: from the cache they have, or, where a model keeps more
+than plain keys and values, by reading their text anew. Under ZeRO-3 and FSDP, where every process must make the same
+calls, and with further `generation_kwargs`, some of which count from the start of a call, they stay.
 """
 
 import copy
@@ -15,7 +15,15 @@ from functools import partial
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import ContinuousBatchingConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -23,6 +31,9 @@ from trl.models.utils import unwrap_model_for_generation
 
 from .config import CrossTokenizerGKDConfig
 from .rollouts import pad_rows
+
+
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def sampling_config(args: CrossTokenizerGKDConfig, stop_ids: list[int], pad_token_id: int) -> GenerationConfig:
@@ -61,6 +72,11 @@ def write(
     sharded = accelerator.num_processes > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
     generate: Callable[..., list[list[int]]] = partial(_generate, rows_leave=not (sharded or args.generation_kwargs))
     if backend == "transformers_continuous":
+        if sharded and not is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "generation_backend='transformers_continuous' under FSDP would make unlike numbers of forward passes in "
+                "its processes, and hang: choose 'transformers'."
+            )
         generate = partial(_generate_continuously, settings=args.transformers_continuous_batching_config or {})
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     size = args.generation_batch_size or len(prompts)
@@ -83,7 +99,6 @@ def _generate(
     model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, rows_leave: bool
 ) -> list[list[int]]:
     """Completions with whatever stands after their first stop token."""
-    rows_leave = rows_leave and not (_has_virtual_tokens(model) or model._is_stateful)
     width, limit = max(map(len, prompts)), config.max_new_tokens
     device = model.get_input_embeddings().weight.device
     flipped = [prompt[::-1] for prompt in prompts]  # padded on the left
@@ -110,9 +125,18 @@ def _generate(
         [left] = (~torch.isin(own, stop_ids).any(1)).nonzero(as_tuple=True)
         if not len(left) or own.shape[1] == limit:
             return written.tolist()
-        rows, sequences, cache = rows[left], output.sequences[left], output.past_key_values
+        rows, sequences = rows[left], output.sequences[left]
         mask = torch.cat([mask[left], mask.new_ones(len(left), sequences.shape[1] - mask.shape[1])], 1)
-        cache.batch_select_indices(left)
+        cache = _cut(model, getattr(output, "past_key_values", None), left)
+
+
+def _cut(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cache | None:
+    """The cache of these rows alone; `None` where the model keeps anything else of a batch, in it or beside it."""
+    plain = type(cache) is DynamicCache and all(type(layer) in _PLAIN_LAYERS for layer in cache.layers)
+    if not plain or _has_virtual_tokens(model) or any(hasattr(module, "rope_deltas") for module in model.modules()):
+        return None
+    cache.batch_select_indices(rows.cpu())  # layers may be on several devices
+    return cache
 
 
 class _HalfHaveEnded(StoppingCriteria):

@@ -76,7 +76,8 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
         if scored is None:
             return original(*args, **kwargs)
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[tuple(scored)]
+        states = self.base_model(*args, **kwargs).last_hidden_state
+        hidden = states[tuple(scored.to(states.device))]  # the layers may be on several devices
         head, config = self.get_output_embeddings(), self.config.get_text_config()
         weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
         with maybe_gather_lm_head_ctx(weight, bias):
@@ -119,7 +120,14 @@ def lm_head(model: PreTrainedModel, dtype: torch.dtype, temperature: float) -> C
 
 @torch.no_grad()
 def check_head(side: str, model: PreTrainedModel):
-    """Raises `ValueError` where the logits of `model` are not what `lm_head` makes of its `hidden_states`."""
+    """Raises `ValueError` where the logits of `model` are not what `lm_head` makes of its `hidden_states`, as log-probs
+    of given tokens are made of them too."""
+    unfit = (
+        f"The {side}'s {type(model).__name__} does more to its logits than a matrix product, a scale and a soft cap, so "
+        "that its head cannot be used apart from its backbone: choose another model."
+    )
+    if model.base_model is model:
+        raise ValueError(unfit)
     if any(hasattr(part, "ds_id") or isinstance(part, DTensor) for part in model.parameters()):
         return  # sharded: it cannot run outside of its wrapper
     ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
@@ -128,11 +136,7 @@ def check_head(side: str, model: PreTrainedModel):
     if states:
         found = lm_head(model, states[0].dtype, 1.0)(states[0]).to(logits)
         if not (found - logits).abs().max() <= 0.02 * logits.abs().max():
-            raise ValueError(
-                f"The {side}'s {type(model).__name__} does more to its logits than a matrix product, a scale and a "
-                "soft cap, so its distributions cannot be projected apart from it: choose a loss on log-probs (dpca, "
-                "strict_sampled, alm or sft)."
-            )
+            raise ValueError(unfit)
 
 
 def _logit_scale(config) -> float:

@@ -5,7 +5,6 @@ for a GPU that does not have to: work queued in one phase is charged to the one 
 """
 
 import time
-from collections import defaultdict
 from contextlib import contextmanager
 
 from transformers import TrainerCallback
@@ -26,13 +25,14 @@ class PhaseTimer(TrainerCallback):
 
     def __init__(self, meter: Meter):
         self._meter = meter
-        self._seconds: dict[str, float] = defaultdict(float)
+        self._seconds: dict[str, float] = {}
         self._phases: list[str] = []
         self._since = self._begin = 0.0
 
     def begin(self):
         """A step begins, whatever came before."""
-        self._seconds.clear()
+        self._phases.clear()
+        self._seconds = dict.fromkeys(self._seconds, 0.0)  # a phase that is not in every step is 0 in the others
         self._begin = self._since = time.perf_counter()
 
     def end(self):
@@ -63,7 +63,7 @@ class PhaseTimer(TrainerCallback):
         """The time since the last change goes to the innermost phase, or to none."""
         now = time.perf_counter()
         if self._phases:
-            self._seconds[self._phases[-1]] += now - self._since
+            self._seconds[self._phases[-1]] = self._seconds.get(self._phases[-1], 0.0) + now - self._since
         self._since = now
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

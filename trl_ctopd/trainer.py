@@ -189,9 +189,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             check_signal(loss, self.teacher.signals)
             for structure in getattr(loss, "structures", ()):
                 getattr(self.vocabulary, structure)
-        if "logits" in map(signal_of, losses):
-            check_head("student", base_model(self.model))
-            check_head("teacher", self.teacher.base_model)
+        check_head("student", base_model(self.model))
+        check_head("teacher", self.teacher.base_model)
 
     # The two conversations
 
@@ -267,9 +266,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         if reuse == 1:
             return super()._get_train_sampler(train_dataset)
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
-        window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = None if args.train_sampling_strategy == "sequential" else args.seed
-        return data.RepeatedWindows(rows, window, reuse, seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        seed = None if args.train_sampling_strategy == "sequential" else seed
+        return data.RepeatedWindows(rows, self.get_total_train_batch_size(args), reuse, seed)
 
     # Rollouts
 
@@ -289,13 +288,31 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
-        if self.args.rollout_reuse > 1:
-            torch.save((self._window, self._old_log_probs), self._pending(output_dir))
+        if self.state.global_step % self.args.rollout_reuse:
+            torch.save((self._window_layout(), self._window, self._old_log_probs), self._pending(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.args.rollout_reuse > 1 and checkpoint is not None and self._pending(checkpoint).exists():
-            self._window, self._old_log_probs = torch.load(self._pending(checkpoint), self.accelerator.device)
+        if checkpoint is None or not self._pending(checkpoint).exists():
+            return
+        layout, window, old_log_probs = torch.load(self._pending(checkpoint), "cpu")
+        if layout == self._window_layout():
+            self._window, self._old_log_probs = window, old_log_probs
+        else:
+            logger.warning(
+                f"{checkpoint} keeps completions of other settings than these (then {layout}, now "
+                f"{self._window_layout()}): they are left, and the student writes anew."
+            )
+
+    def _window_layout(self) -> dict[str, int]:
+        names = (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "num_generations",
+            "rollout_reuse",
+            "world_size",
+        )
+        return {name: getattr(self.args, name) for name in names}
 
     def _pending(self, checkpoint: str) -> Path:
         """Where a checkpoint keeps the completions that this process has yet to train on."""
@@ -445,11 +462,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # N counts every process, and DDP averages over them
 
-            self._meters[mode].add({**chunk_metrics(batch, entropy), **metrics})
-            if model.training and self.args.rollout_reuse > 1:
-                self._old_log_probs.setdefault(inputs["index"], batch.policy_log_probs)
-            if self.args.log_completions:
-                self._keep_samples(inputs, batch)
+            self._meters[mode].add(metrics)
+            if batch.old_log_probs is None:  # text of the student as it is now
+                self._meters[mode].add(chunk_metrics(batch, entropy))
+                if model.training and self.args.rollout_reuse > 1:
+                    self._old_log_probs[inputs["index"]] = batch.policy_log_probs
+                if self.args.log_completions:
+                    self._keep_samples(inputs, batch)
             return loss
 
     def _score(self, model: nn.Module, inputs: dict) -> tuple[ScoredChunks, torch.Tensor]:
@@ -466,6 +485,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 targets=inputs["input_ids"][scored[0], scored[1] + 1],
             )
         log_probs, entropy = (on_grid(values, scored, inputs["input_ids"]) for values in scores)
+        old = self._old_log_probs.get(inputs["index"]) if model.training else None
         batch = ScoredChunks(
             student_log_probs=log_probs,
             teacher_log_probs=inputs["teacher_log_probs"],
@@ -475,7 +495,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             num_chunks=inputs["num_chunks"],
             student_ids=inputs["input_ids"][:, 1:],
             teacher_ids=inputs["teacher_ids"],
-            old_log_probs=self._old_log_probs.get(inputs["index"]) if model.training else None,
+            old_log_probs=None if old is None else old.to(log_probs.device),
         )
         if on_distributions:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front

@@ -3,9 +3,9 @@ Models, trainers and a clock that `step.py` and `scaling.py` share.
 
 Decisions:
 - Models have random weights; what a step costs does not depend on what they know. A random student writes random text, so
-  only tokens that are text by themselves can be drawn: none that ends the turn, so that all completions have full length;
-  no control token; no part of a character, which sensible text has few of. This is a matter of weights (`only_text`), so
-  neither trainer needs a logits processor for it.
+  only tokens of ASCII text can be drawn: none that ends the turn, so that all completions have full length; no control
+  token; nothing that a normaliser changes, which TRL's byte offsets stop at with an error. This is a matter of weights
+  (`only_text`), so neither trainer needs a logits processor for it.
 - Both trainers are driven by their own `train()`, one epoch at a time, and an epoch is one optimizer step: what is timed is
   all from `on_epoch_begin` to `on_epoch_end`, the loading of the batch and the logging of the step included, whatever the
   insides of the two loops are. What `train()` does before and after is not timed.
@@ -78,6 +78,7 @@ class Setting:
     accumulation: int = 2
     shapes: tuple[dict, dict] = (NARROW, NARROW)
     lora: bool = False
+    hybrid: bool = True  # whether GOLD's hybrid loss takes part
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
@@ -139,10 +140,10 @@ class Setting:
 
 
 def only_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Lets `model` draw no id but those of whole characters, after one of them: the first number of a hidden state is the
+    """Lets `model` draw no id but those of ASCII text, after one of them: the first number of a hidden state is the
     token's own sign, which no layer changes, and only their rows of the tied head agree with it."""
     table, added = token_bytes(tokenizer), tokenizer.added_tokens_decoder
-    text = [i for i, data in enumerate(table) if i not in added and data and is_utf8(data)]
+    text = [i for i, data in enumerate(table) if i not in added and data.isascii() and data]
     with torch.no_grad():
         rows = model.get_input_embeddings().weight
         rows[:, 0] = -4
@@ -150,14 +151,6 @@ def only_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = 0
             layer.mlp.down_proj.weight[0] = 0
-
-
-def is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def conversations(assets: Path, rows: int) -> list[tuple[str, str]]:

@@ -105,7 +105,7 @@ def show(results: dict[str, dict]) -> None:
 
 
 def plot(results: dict[str, dict], path: Path) -> None:
-    figure, panels = plt.subplots(1, len(results), figsize=(4.4 * len(results), 4.6), layout="constrained")
+    figure, panels = plt.subplots(1, len(results), figsize=(4.4 * len(results), 5.2), layout="constrained")
     for axes, (axis, result) in zip(panels, results.items(), strict=True):
         sizes, ours, gold = result["sizes"], result["ours"], result["gold"]
         for name, seconds in ours["phases"].items():
@@ -120,7 +120,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.suptitle("Growth of a step and of its phases (exponent)")
     figure.savefig(path, dpi=120)
 

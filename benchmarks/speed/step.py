@@ -115,9 +115,11 @@ def cpu_plan(assets: Path, folder: Path, quick: bool) -> Plan:
         f"small vocabularies, {length} tokens": Setting(tokenizers, rows, length)
         for length in ((32,) if quick else (32, 128, 512))
     }
-    # GOLD's time grows with the square of the length: at 512 tokens, a quarter of the prompts
-    for length, batch in ((32, 1),) if quick else ((128, 4), (512, 1)):
-        settings[f"published vocabularies, {length} tokens"] = Setting(published(assets), ROWS, length, batch)
+    # GOLD's time grows with the square of the length: at 512 tokens, one prompt
+    for length, prompts in ((32, 2),) if quick else ((128, 2), (512, 1)):
+        settings[f"published vocabularies, {length} tokens"] = Setting(
+            published(assets), ROWS, length, 1, prompts, hybrid=length < 512
+        )
     return Plan(settings, rounds=2 if quick else 5, seconds=0 if quick else 60)
 
 
@@ -128,7 +130,15 @@ def gpu_plan(assets: Path, quick: bool) -> Plan:
     for length in (16,) if quick else (2_048, 8_192):
         for lora in (True, False):
             settings[f"{'LoRA' if lora else 'full'}, {length:,} tokens"] = Setting(
-                published(assets), GPU_ROWS, length, 1, 1 if quick else 4, shapes, lora, device, torch.bfloat16
+                published(assets),
+                GPU_ROWS,
+                length,
+                1,
+                1 if quick else 4,
+                shapes,
+                lora,
+                device=device,
+                dtype=torch.bfloat16,
             )
     return Plan(settings, rounds=2 if quick else 3, largest=2 if quick else 64)
 
@@ -212,11 +222,10 @@ def head_gradient(hidden: torch.Tensor, weight: torch.nn.Parameter, targets: tor
 
 def builders(setting: Setting, rows: list[tuple[str, str]], folder: Path) -> dict[str, Callable]:
     """How each side but the floor is built."""
-    return {
-        "ours": lambda: Ours(setting, rows, folder),
-        "gold": lambda: Gold(setting, rows, folder),
-        "gold hybrid": lambda: Gold(setting, rows, folder, hybrid=True),
-    }
+    found = {"ours": lambda: Ours(setting, rows, folder), "gold": lambda: Gold(setting, rows, folder)}
+    if setting.hybrid:
+        found["gold hybrid"] = lambda: Gold(setting, rows, folder, hybrid=True)
+    return found
 
 
 def take_turns(
@@ -228,12 +237,13 @@ def take_turns(
         side.run()
     sides["floor"] = Floor(setting, rows, sides["ours"].texts)
     sides["floor"].run()
+    names = [name for name in SIDES if name in sides]
     steps, begun = defaultdict(list), time.perf_counter()
     for turn_of in tqdm(count(), leave=False):
         if turn_of >= rounds and time.perf_counter() - begun >= seconds:
             break
-        start = turn_of % len(SIDES)
-        for name in SIDES[start:] + SIDES[:start]:
+        start = turn_of % len(names)
+        for name in names[start:] + names[:start]:
             gc.collect()
             steps[name].append(sides[name].run())
     check_tokens(setting, steps)

@@ -10,6 +10,9 @@ import torch
 from .base import Metrics, ScoredChunks
 
 
+_LARGEST_LOG_RATIO = 20.0  # finite in any precision, and far out of bounds
+
+
 def check_clip(advantage_clip: float | None):
     """Raises `ValueError` for a clip that would let nothing through."""
     if advantage_clip is not None and not advantage_clip > 0:
@@ -40,7 +43,8 @@ def policy_gradient(
 ) -> tuple[torch.Tensor, Metrics]:
     """−Σ_i min(A_i ρ_i, A_i clip(ρ_i, 1 − clip_ratio_low, 1 + clip_ratio_high)) / N, of detached advantages (B, S), with ρ_i =
     exp(log p_i − log p_i of the policy that wrote); `cut` (B, S) tells which advantages met their own clip."""
-    ratio = torch.exp(batch.student_log_probs - batch.policy_log_probs)
+    log_ratio = batch.student_log_probs - batch.policy_log_probs
+    ratio = torch.exp(log_ratio.clamp(max=_LARGEST_LOG_RATIO))
     surrogate = torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high))
     metrics = {"advantage/clipped_fraction": (cut.sum(), batch.scored_tokens)}
     if batch.old_log_probs is not None:

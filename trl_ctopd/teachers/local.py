@@ -97,7 +97,8 @@ class LocalTeacher:
             log_probs = self.model(**inputs).log_probs.split(counts)
         if not with_hidden:
             return [(own, None) for own in log_probs]
-        return list(zip(log_probs, states[0][tuple(inputs["scored"])].cpu().split(counts), strict=True))
+        hidden = states[0][tuple(scored.to(states[0].device))]
+        return list(zip(log_probs, hidden.cpu().split(counts), strict=True))
 
 
 def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, distributed: bool) -> PreTrainedModel:
