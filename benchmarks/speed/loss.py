@@ -235,7 +235,8 @@ def plot(lengths: list[int], results: dict[str, dict], path: Path) -> None:
     axes.set(xlabel="student tokens", ylabel="MiB beyond the models", yscale="log")
     axes.set_title(f"Memory of a loss at vocabularies of {ROWS[STUDENT]:,} and {ROWS[TEACHER]:,}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.set_xticks(lengths)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
