@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trl_ctopd import heads
-from trl_ctopd.heads import TokenScores, add_token_scores, base_model, hidden_states, lm_head
+from trl_ctopd.heads import TokenScores, add_token_scores, base_model, check_head, hidden_states, lm_head
 
 
 VOCAB = 37
@@ -331,6 +331,25 @@ def test_a_weight_in_pieces_is_brought_together_and_its_gradient_goes_back_to_th
         gradient = getattr(model.lm_head, name).grad
         assert isinstance(gradient, DTensor)
         torch.testing.assert_close(gradient.full_tensor(), getattr(whole.lm_head, name).grad)
+
+
+@every_family
+def test_a_head_that_can_be_used_by_itself_passes(family):
+    check_head("student", model_of(family, torch.float32))
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused():
+    model = model_of("Llama, untied", torch.float32)
+    model.lm_head.register_forward_hook(lambda module, args, output: output.tanh())
+    with pytest.raises(ValueError, match="student's LlamaForCausalLM does more to its logits"):
+        check_head("student", model)
+
+
+def test_an_offloaded_head_is_refused_by_name():
+    model = model_of("Llama, untied")
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="teacher's LM head is offloaded.*device_map"):
+        check_head("teacher", model)
 
 
 @every_family

@@ -128,6 +128,10 @@ def check_head(side: str, model: PreTrainedModel):
     )
     if model.base_model is model:
         raise ValueError(unfit)
+    if model.get_output_embeddings().weight.device.type == "meta":
+        raise ValueError(
+            f"The {side}'s LM head is offloaded, and it is read apart from its model: give it a device in `device_map`."
+        )
     if any(hasattr(part, "ds_id") or isinstance(part, DTensor) for part in model.parameters()):
         return  # sharded: it cannot run outside of its wrapper
     ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
