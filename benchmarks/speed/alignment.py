@@ -398,7 +398,7 @@ def plot(records: list[dict], path: Path) -> None:
         panel.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-        panel.legend(loc="upper left")
+        panel.legend(loc="best")
     panels[0].set_ylabel("processor time, µs a student token")
     figure.suptitle(f"From sampled tokens to chunks, teacher's encoding included ({text})")
     figure.savefig(path, dpi=150)
