@@ -12,6 +12,7 @@ Decisions:
   CPU in float32; all prompts are one micro-batch.
 - The tokenizers stay small (1,000 and 2,000 entries), so the text is alike at every number of rows; further rows are
   computed and cannot be drawn.
+- GOLD takes part up to `LONGEST_OF_GOLD` tokens: its step grows with the square of the length.
 - A point is the fastest of `REPEATS` steps after one that does not count: other work on the machine only ever adds.
 - An exponent is the slope of the logarithms: 1 is growth in proportion. It is of this range alone; what is the same at
   every size (a prompt, the layers, the calls) lowers it, attention raises it.
@@ -48,7 +49,8 @@ AXES = {  # name: what it sets, values, values of --quick
     "vocabulary rows": (lambda n: {"rows": (n, n)}, (8_192, 32_768, 131_072), (4_096, 8_192)),
 }
 SIDES: dict[str, Callable] = {"ours": Ours, "gold": Gold}
-REPEATS = 5
+REPEATS = 3
+LONGEST_OF_GOLD = 256
 
 
 def fastest(build: Callable, setting: Setting, assets: Path, folder: Path, repeats: int) -> Step:
@@ -83,12 +85,13 @@ def exponent(sizes: list[int], seconds: list[float]) -> float | None:
 
 
 def measure(base: Setting, change: Callable[[int], dict], sizes: list[int], assets: Path, folder: Path, repeats: int):
-    settings = [replace(base, **change(size)) for size in sizes]
-    result = {"sizes": sizes}
+    settings = {size: replace(base, **change(size)) for size in sizes}
+    result = {}
     for name, build in SIDES.items():
-        found = sweep(build, settings, assets, folder, repeats)
+        own = {n: s for n, s in settings.items() if name == "ours" or s.new_tokens <= LONGEST_OF_GOLD}
+        found = {"sizes": list(own), **sweep(build, list(own.values()), assets, folder, repeats)}
         parts = {"total": found["seconds"], **found["phases"]}
-        result[name] = found | {"exponents": {part: exponent(sizes, own) for part, own in parts.items()}}
+        result[name] = found | {"exponents": {part: exponent(found["sizes"], times) for part, times in parts.items()}}
     return result
 
 
@@ -107,7 +110,8 @@ def show(results: dict[str, dict]) -> None:
 def plot(results: dict[str, dict], path: Path) -> None:
     figure, panels = plt.subplots(1, len(results), figsize=(4.4 * len(results), 5.2), layout="constrained")
     for axes, (axis, result) in zip(panels, results.items(), strict=True):
-        sizes, ours, gold = result["sizes"], result["ours"], result["gold"]
+        ours, gold = result["ours"], result["gold"]
+        sizes = ours["sizes"]
         for name, seconds in ours["phases"].items():
             if max(seconds) > 0.005 * max(ours["seconds"]):
                 label = f"{name} ({ours['exponents'][name]})"
@@ -115,7 +119,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
         total = {"color": "black", "linewidth": 2}
         axes.plot(sizes, ours["seconds"], marker="o", label=f"a step ({ours['exponents']['total']})", **total)
         label = f"GOLD's step ({gold['exponents']['total']})"
-        axes.plot(sizes, gold["seconds"], marker="o", linestyle="--", label=label, **total)
+        axes.plot(gold["sizes"], gold["seconds"], marker="o", linestyle="--", label=label, **total)
         axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds")
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
