@@ -99,11 +99,11 @@ def build_student_tokenizer(amounts: list[int]) -> PreTrainedTokenizerFast:
         ),
     )
     # The trainer of `tokenizers` can't add the 256 byte tokens that SentencePiece's own does, so they're put in here.
-    pieces = [tuple(piece) for piece in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    # It orders the pieces anew in every process, and the later digits of their scores vary.
+    pieces = [(piece, round(score, 2)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
     byte_tokens = [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
-    tokenizer.model = models.Unigram(
-        pieces[: len(control)] + byte_tokens + pieces[len(control) :], unk_id=0, byte_fallback=True
-    )
+    learned = sorted(pieces[len(control) :])
+    tokenizer.model = models.Unigram(pieces[: len(control)] + byte_tokens + learned, unk_id=0, byte_fallback=True)
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
