@@ -1,7 +1,7 @@
 """
 The demo over several seeds: `make demo`'s own command, its figures gathered in `benchmarks/results/demo.json`.
 
-    python benchmarks/demo_seeds.py --seeds 0 1 2
+    python -m benchmarks.demo_seeds --seeds 0 1 2
 
 A seed whose `demo_output/seed<n>/metrics.json` is there is not run again.
 """
@@ -13,7 +13,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from real_input import machine
+from benchmarks.report import machine, save
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,8 +36,7 @@ def main(seeds: list[int], output: Path) -> None:
             subprocess.run(command, check=True)
         runs.append(json.loads((folder / "metrics.json").read_text()))
     result = {"date": date.today().isoformat(), "machine": machine(), "runs": runs}
-    path = ROOT / "benchmarks" / "results" / "demo.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    save(ROOT / "benchmarks" / "results" / "demo.json", result)
     for run in runs:
         print(f"seed {run['seed']}: " + ", ".join(f"{name} {run[name]:.3f}" for name in SHOWN))
 

@@ -2,7 +2,7 @@
 Real input through the real script: `examples/distill.py` with published tokenizers and chat templates on GSM8K
 questions.
 
-    CTOPD_ASSETS=<folder> python benchmarks/real_input.py
+    CTOPD_ASSETS=<folder> python -m benchmarks.real_input
 
 The folder holds `tokenizers/<name>` as published on the hub and `datasets/gsm8k/{train,test}.jsonl`. Each run is a
 process of its own; figures go to `benchmarks/results/real_input.json`, and two alignments a pair are printed to be
@@ -18,18 +18,15 @@ Decisions:
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -43,6 +40,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from benchmarks.report import assets_folder, header, save
 from trl_ctopd import TextAligner, TextAlignment, token_bytes
 from trl_ctopd.chat import Conversation, Speaker, unshared_markup
 from trl_ctopd.rollouts import Prompt, Rollout, pair
@@ -260,42 +258,21 @@ def measure(student: str, teacher: str, assets: Path, steps: int, folder: Path) 
     }
 
 
-def machine() -> dict:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average_before": round(os.getloadavg()[0], 2),
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args().steps
-    if not os.environ.get("CTOPD_ASSETS"):
-        parser.error("CTOPD_ASSETS names no folder with the real tokenizers and data")
-    packages = ("trl_ctopd", "trl", "transformers", "tokenizers", "torch", "peft", "accelerate", "datasets")
+    assets = assets_folder(parser)
     report = {
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
+        **header(),
         "settings": {**SHAPE, **SETTINGS, "stop_probability": STOP_PROBABILITY},
         "runs": [],
     }
     for student, teacher in PAIRS:
         with tempfile.TemporaryDirectory() as folder:
-            report["runs"].append(measure(student, teacher, Path(os.environ["CTOPD_ASSETS"]), steps, Path(folder)))
+            report["runs"].append(measure(student, teacher, assets, steps, Path(folder)))
         print(f"\n{json.dumps(report['runs'][-1], indent=2)}")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\nFigures: {RESULTS.relative_to(ROOT)}")
+    save(RESULTS, report)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What every result file says of itself: the machine, the date, the versions."""
+"""What the benchmarks share: what every result file says of itself, and the real data."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -42,7 +43,14 @@ def save(path: Path, report: dict) -> None:
     print(f"Figures: {path}")
 
 
-def gsm8k_answers(assets: Path, rows: int) -> list[str]:
-    """The first reference answers of GSM8K, real text for whatever reads or cuts text."""
+def assets_folder(parser: argparse.ArgumentParser) -> Path:
+    """The folder of real tokenizers and data that `CTOPD_ASSETS` names; ends the program where it names none."""
+    if not os.environ.get("CTOPD_ASSETS"):
+        parser.error("CTOPD_ASSETS names no folder with the real tokenizers and data")
+    return Path(os.environ["CTOPD_ASSETS"])
+
+
+def gsm8k(assets: Path, rows: int) -> list[dict[str, str]]:
+    """The first rows of GSM8K, each a `question` and an `answer`: real text for whatever reads or cuts text."""
     lines = (assets / "datasets" / "gsm8k" / "train.jsonl").read_text().splitlines()[:rows]
-    return [json.loads(line)["answer"] for line in lines]
+    return [json.loads(line) for line in lines]

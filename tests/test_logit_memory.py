@@ -1,22 +1,16 @@
 """What a loss on distributions holds beyond the models, in bytes that the allocator counted: a bound on the CPU and, with
 other kernels, a close guess elsewhere."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from tokenizers_for_tests import byte_level
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.speed.loss import peak_bytes
 from trl_ctopd import align_text
 from trl_ctopd.heads import add_token_scores
 from trl_ctopd.losses import LOSSES, Distributions, ScoredChunks, build_loss
 from trl_ctopd.vocabulary import VocabularyPair
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.speed.loss import peak_bytes
 
 
 STUDENT_SIZE, TEACHER_SIZE, HIDDEN, TILE = 20_000, 24_000, 4, 64  # mostly rows beyond the tokenizers

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-real_input = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "real_input.py"))
+real_input = runpy.run_module("benchmarks.real_input")
 
 
 @pytest.fixture(scope="module")

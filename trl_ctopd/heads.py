@@ -78,7 +78,7 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
         kwargs["use_cache"] = False
         states = self.base_model(*args, **kwargs).last_hidden_state
         hidden = states[tuple(scored.to(states.device))]  # the layers may be on several devices
-        head, config = self.get_output_embeddings(), self.config.get_text_config()
+        head, (softcap, scale) = self.get_output_embeddings(), _softcap_and_scale(self)
         weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
         with maybe_gather_lm_head_ctx(weight, bias):
             return TokenScores(
@@ -89,8 +89,8 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
                     targets.to(weight.device),
                     temperature,
                     _TILE_COLUMNS.get(weight.device.type, _SMALL_TILE_COLUMNS),
-                    getattr(config, "final_logit_softcapping", None),
-                    _logit_scale(config),
+                    softcap,
+                    scale,
                     outputs,
                 )[:2]
             )
@@ -103,9 +103,8 @@ def lm_head(model: PreTrainedModel, dtype: torch.dtype, temperature: float) -> C
     The model's LM head, for hidden states of `dtype`: (n, H) in, logits over `temperature` (n, V) out, on the head's own
     device. Its weight is as it is now; gradients reach it.
     """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    head, (softcap, scale) = model.get_output_embeddings(), _softcap_and_scale(model)
     weight, bias = (None if part is None else _whole(part).to(dtype) for part in (head.weight, head.bias))
-    softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(weight.device.type, enabled=False):
@@ -141,6 +140,11 @@ def check_head(side: str, model: PreTrainedModel):
         found = lm_head(model, states[0].dtype, 1.0)(states[0]).to(logits)
         if not (found - logits).abs().max() <= 0.02 * logits.abs().max():
             raise ValueError(unfit)
+
+
+def _softcap_and_scale(model: PreTrainedModel) -> tuple[float | None, float]:
+    config = model.config.get_text_config()
+    return getattr(config, "final_logit_softcapping", None), _logit_scale(config)
 
 
 def _logit_scale(config) -> float:

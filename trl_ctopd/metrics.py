@@ -92,13 +92,11 @@ class Meter:
     def read(self, accelerator) -> dict[str, float]:
         """All figures over all processes, in the order of their names; the meter starts anew. Every process must call
         it, with the same names. A figure without weight is left out."""
+        found = [pair for names, pairs in self._tensors.items() for pair in zip(names, pairs, strict=True)]
+        found += [(name, torch.tensor(pair)) for name, pair in self._numbers.items()]
         sums: dict[str, torch.Tensor] = {}
-        for names, found in self._tensors.items():
-            for name, pair in zip(names, found.to(accelerator.device), strict=True):
-                sums[name] = sums[name] + pair if name in sums else pair
-        for name, pair in self._numbers.items():
-            pair = torch.tensor(pair, device=accelerator.device)
-            sums[name] = sums[name] + pair if name in sums else pair
+        for name, pair in found:
+            sums[name] = sums.get(name, 0) + pair.to(accelerator.device)
         self._numbers.clear()
         self._tensors.clear()
         if not sums:

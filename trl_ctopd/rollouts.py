@@ -123,9 +123,11 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
     A micro-batch of tensors on the CPU.
 
     Returns:
-        `input_ids`, `labels` (B, 1 + S), padded at the end, which no token before can see: `labels` holds the ids that are scored, -100 elsewhere;
-        `scored` (2, n): row of each scored token, and column of the one before it, -1 being a row's last; `student_chunks`, `student_widths` (B, S); `teacher_chunks`, `teacher_ids` (B, T); `prompt_lengths` (B,), the index of each
-        row's first completion token; `lengths` (B,), of prompt and completion; `num_chunks` (`int`), at least 1.
+        `input_ids`, `labels` (B, 1 + S), padded at the end, which no token before can see: `labels` holds the ids that are
+        scored, -100 elsewhere; `scored` (2, n): row of each scored token, and column of the one before it, -1 being a
+        row's last; `student_chunks`, `student_widths` (B, S); `teacher_chunks`, `teacher_ids` (B, T); `prompt_lengths`
+        (B,), the index of each row's first completion token; `lengths` (B,), of prompt and completion; `num_chunks`
+        (`int`), at least 1.
     """
     rows = [[*rollout.prompt.student_ids, *rollout.student_ids] for rollout in rollouts]
     length = max(len(row) for row in rows)

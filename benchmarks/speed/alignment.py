@@ -32,6 +32,7 @@ Decisions.
   its caller drops some completions whole is not counted. `gold` masks nothing.
 """
 
+import argparse
 import gc
 import json
 import os
@@ -59,7 +60,7 @@ from transformers.utils import logging
 from trl.experimental.gold.gold_trainer import ULDLoss, build_teacher_inputs_from_texts
 from trl.experimental.utils import is_byte_level_tokenizer, piece_byte_len
 
-from benchmarks.report import header, save
+from benchmarks.report import assets_folder, header, save
 from trl_ctopd import TextAligner, TextAlignment, align, token_bytes
 from trl_ctopd.credit import chunk_sum
 
@@ -460,9 +461,9 @@ def main(assets: Path) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.set_verbosity_error()  # a completion longer than a tokenizer's model reads is no mistake here
-    if not os.environ.get("CTOPD_ASSETS"):
-        raise SystemExit("CTOPD_ASSETS names no folder with the real tokenizers and texts")
-    main(Path(os.environ["CTOPD_ASSETS"]))
+    main(assets_folder(parser))

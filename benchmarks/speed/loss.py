@@ -20,7 +20,6 @@ Decisions:
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from trl.experimental.gold import GOLDConfig
 from trl.experimental.gold.gold_trainer import GOLDTrainer, ULDLoss, build_teacher_inputs_from_texts
 
-from benchmarks.report import gsm8k_answers, header, save
+from benchmarks.report import assets_folder, gsm8k, header, save
 from trl_ctopd import TextAlignment, align_text
 from trl_ctopd.heads import add_token_scores, hidden_states, lm_head
 from trl_ctopd.losses import LOSSES, Distributions, ScoredChunks, build_loss
@@ -256,7 +255,7 @@ def main(assets: Path, output: Path, gpu: bool, lengths: list[int]) -> None:
         device, hidden, dtype = torch.device("cuda"), (2048, 3584), torch.bfloat16
     where = scene(assets, hidden, dtype, device, ROWS)
     where.vocabulary = compared(where)
-    text = where.tokenizers[0].encode(" ".join(gsm8k_answers(assets, 200)), add_special_tokens=False)
+    text = where.tokenizers[0].encode(" ".join(row["answer"] for row in gsm8k(assets, 200)), add_special_tokens=False)
     report |= {
         "lengths": lengths,
         "rows": ROWS,
@@ -287,9 +286,8 @@ if __name__ == "__main__":
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    if not os.environ.get("CTOPD_ASSETS"):
-        parser.error("CTOPD_ASSETS names no folder with the real tokenizers and data")
+    assets = assets_folder(parser)
     if arguments.gpu and not torch.cuda.is_available():
         parser.error("--gpu: there is none")
     output = arguments.output or RESULTS / ("loss_gpu.json" if arguments.gpu else "loss.json")
-    main(Path(os.environ["CTOPD_ASSETS"]), output, arguments.gpu, arguments.lengths)
+    main(assets, output, arguments.gpu, arguments.lengths)

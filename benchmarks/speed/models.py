@@ -14,7 +14,6 @@ Decisions:
 
 import ctypes
 import functools
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -42,6 +41,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
+from benchmarks.report import gsm8k
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer, token_bytes
 
 
@@ -155,8 +155,7 @@ def only_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 
 def conversations(assets: Path, rows: int) -> list[tuple[str, str]]:
     """The first questions and answers of GSM8K."""
-    lines = (assets / "datasets" / "gsm8k" / "train.jsonl").read_text().splitlines()[:rows]
-    return [(row["question"], row["answer"]) for row in map(json.loads, lines)]
+    return [(row["question"], row["answer"]) for row in gsm8k(assets, rows)]
 
 
 def published(assets: Path) -> tuple[Path, Path]:

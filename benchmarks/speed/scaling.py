@@ -20,7 +20,6 @@ Decisions:
 
 import argparse
 import gc
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks.report import header, save
+from benchmarks.report import assets_folder, header, save
 from benchmarks.speed.models import Gold, Ours, Setting, Step, conversations, quiet, small
 
 
@@ -150,6 +149,4 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "scaling.json")
     arguments = parser.parse_args()
-    if not os.environ.get("CTOPD_ASSETS"):
-        parser.error("CTOPD_ASSETS names no folder with the real data")
-    main(Path(os.environ["CTOPD_ASSETS"]), arguments.output, arguments.quick)
+    main(assets_folder(parser), arguments.output, arguments.quick)

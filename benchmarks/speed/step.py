@@ -40,7 +40,6 @@ What differs between the two trainers besides the loss, each as its own code has
 import argparse
 import dataclasses
 import gc
-import os
 import statistics
 import tempfile
 import time
@@ -60,7 +59,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 from trl.kernels import ChunkedLogProbFunction
 
-from benchmarks.report import header, save
+from benchmarks.report import assets_folder, header, save
 from benchmarks.speed.models import (
     LEARNING_RATE,
     LLAMA_1B,
@@ -423,9 +422,8 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    if not os.environ.get("CTOPD_ASSETS"):
-        parser.error("CTOPD_ASSETS names no folder with the real tokenizers and data")
+    assets = assets_folder(parser)
     if arguments.gpu and not (arguments.quick or torch.cuda.is_available()):
         parser.error("--gpu: there is none")
     output = arguments.output or RESULTS / ("step_gpu.json" if arguments.gpu else "step.json")
-    main(Path(os.environ["CTOPD_ASSETS"]), output, arguments.gpu, arguments.quick)
+    main(assets, output, arguments.gpu, arguments.quick)

@@ -7,17 +7,16 @@ masks everything after the first place where its aligner gets stuck; here none o
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from ..credit import CREDITS, gaps, shares, spread
-from .base import Loss, Metrics, ScoredChunks
-from .policy_gradient import check_bounds, check_clip, clipped, policy_gradient
+from .base import Metrics, ScoredChunks
+from .policy_gradient import PolicyGradient, check_clip, clipped
 
 
 @dataclass
-class DPCA(Loss):
+class DPCA(PolicyGradient):
     """
     loss = −Σ_i clip(A_i, ±advantage_clip) · exp(log p_i − sg(log p_i)) / N,  A_i = (L_T − L_S) · w_i,
 
@@ -27,25 +26,20 @@ class DPCA(Loss):
         credit (`str`, defaults to `"semantic"`): how a chunk's gap is shared among its student tokens, see
             [`~trl_ctopd.credit.shares`].
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on |A_i| in nats; `None` for no bound.
-        clip_ratio_low (`float`, defaults to `0.2`), clip_ratio_high (`float`, defaults to `0.28`): PPO's bounds.
+        clip_ratio_low, clip_ratio_high: of [`PolicyGradient`].
     """
-
-    policy: ClassVar[str] = "on"
-    weighs_by_ratio: ClassVar[bool] = True
 
     credit: str = "semantic"
     advantage_clip: float | None = 10.0
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.28
 
     def __post_init__(self):
+        super().__post_init__()
         if self.credit not in CREDITS:
             raise ValueError(f"Unknown credit {self.credit!r}: choose one of {', '.join(CREDITS)}.")
         check_clip(self.advantage_clip)
-        check_bounds(self.clip_ratio_low, self.clip_ratio_high)
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
-        return policy_gradient(batch, *self.advantages(batch), num_items, self.clip_ratio_low, self.clip_ratio_high)
+        return self.surrogate(batch, *self.advantages(batch), num_items)
 
     @torch.no_grad()
     def advantages(self, batch: ScoredChunks) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,9 +5,12 @@ again (`ScoredChunks.old_log_probs`), PPO's bounds on the ratio do (arXiv 1707.0
 the lower as in the paper of DPCA. Advantages stay those of the policy that wrote.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 
-from .base import Metrics, ScoredChunks
+from .base import Loss, Metrics, ScoredChunks
 
 
 _LARGEST_LOG_RATIO = 20.0  # finite in any precision, and far out of bounds
@@ -25,29 +28,40 @@ def clipped(advantages: torch.Tensor, advantage_clip: float | None) -> tuple[tor
     return advantages.clamp(-bound, bound), advantages.abs() > bound
 
 
-def check_bounds(clip_ratio_low: float, clip_ratio_high: float):
-    """Raises `ValueError` for bounds that do not hold 1 between them."""
-    if not (0 < clip_ratio_low <= 1 and clip_ratio_high > 0):
-        raise ValueError(
-            f"clip_ratio_low must be above 0 and at most 1, and clip_ratio_high above 0, got {clip_ratio_low} and {clip_ratio_high}."
-        )
+@dataclass(kw_only=True)
+class PolicyGradient(Loss):
+    """
+    −Σ_i min(A_i ρ_i, A_i clip(ρ_i, 1 − clip_ratio_low, 1 + clip_ratio_high)) / N, with ρ_i = exp(log p_i − log p_i of the
+    policy that wrote).
 
+    Args:
+        clip_ratio_low (`float`, defaults to `0.2`), clip_ratio_high (`float`, defaults to `0.28`): PPO's bounds on the
+            ratio, where completions are used again.
+    """
 
-def policy_gradient(
-    batch: ScoredChunks,
-    advantages: torch.Tensor,
-    cut: torch.Tensor,
-    num_items: torch.Tensor | int,
-    clip_ratio_low: float,
-    clip_ratio_high: float,
-) -> tuple[torch.Tensor, Metrics]:
-    """−Σ_i min(A_i ρ_i, A_i clip(ρ_i, 1 − clip_ratio_low, 1 + clip_ratio_high)) / N, of detached advantages (B, S), with ρ_i =
-    exp(log p_i − log p_i of the policy that wrote); `cut` (B, S) tells which advantages met their own clip."""
-    log_ratio = batch.student_log_probs - batch.policy_log_probs
-    ratio = torch.exp(log_ratio.clamp(max=_LARGEST_LOG_RATIO))
-    surrogate = torch.minimum(advantages * ratio, advantages * ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high))
-    metrics = {"advantage/clipped_fraction": (cut.sum(), batch.scored_tokens)}
-    if batch.old_log_probs is not None:
-        outside = ((ratio < 1 - clip_ratio_low) & (advantages < 0)) | ((ratio > 1 + clip_ratio_high) & (advantages > 0))
-        metrics["ratio/clipped_fraction"] = (outside.sum(), batch.scored_tokens)
-    return -surrogate.sum() / num_items, metrics
+    policy: ClassVar[str] = "on"
+    weighs_by_ratio: ClassVar[bool] = True
+
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.28
+
+    def __post_init__(self):
+        if not (0 < self.clip_ratio_low <= 1 and self.clip_ratio_high > 0):
+            raise ValueError(
+                "clip_ratio_low must be above 0 and at most 1, and clip_ratio_high above 0, got "
+                f"{self.clip_ratio_low} and {self.clip_ratio_high}."
+            )
+
+    def surrogate(
+        self, batch: ScoredChunks, advantages: torch.Tensor, cut: torch.Tensor, num_items: torch.Tensor | int
+    ) -> tuple[torch.Tensor, Metrics]:
+        """The loss of detached advantages (B, S); `cut` (B, S) tells which of them met their clip."""
+        low, high = 1 - self.clip_ratio_low, 1 + self.clip_ratio_high
+        log_ratio = batch.student_log_probs - batch.policy_log_probs
+        ratio = torch.exp(log_ratio.clamp(max=_LARGEST_LOG_RATIO))
+        value = torch.minimum(advantages * ratio, advantages * ratio.clamp(low, high))
+        metrics = {"advantage/clipped_fraction": (cut.sum(), batch.scored_tokens)}
+        if batch.old_log_probs is not None:
+            outside = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
+            metrics["ratio/clipped_fraction"] = (outside.sum(), batch.scored_tokens)
+        return -value.sum() / num_items, metrics

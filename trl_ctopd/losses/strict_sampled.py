@@ -7,43 +7,35 @@ the other losses and a micro-batch needs to know nothing of the others; the shar
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from ..credit import gaps, spread
-from .base import Loss, Metrics, ScoredChunks
-from .policy_gradient import check_bounds, check_clip, clipped, policy_gradient
+from .base import Metrics, ScoredChunks
+from .policy_gradient import PolicyGradient, check_clip, clipped
 
 
 @dataclass
-class StrictSampled(Loss):
+class StrictSampled(PolicyGradient):
     """
     loss = −Σ_i clip(log q_i − log p_i, ±advantage_clip) · exp(log p_i − sg(log p_i)) / N over the chunks of one token on
     each side.
 
     Args:
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on the log-ratio in nats; `None` for no bound.
-        clip_ratio_low (`float`, defaults to `0.2`), clip_ratio_high (`float`, defaults to `0.28`): PPO's bounds, where completions
-            are used again.
+        clip_ratio_low, clip_ratio_high: of [`PolicyGradient`].
     """
 
-    policy: ClassVar[str] = "on"
-    weighs_by_ratio: ClassVar[bool] = True
-
     advantage_clip: float | None = 10.0
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.28
 
     def __post_init__(self):
+        super().__post_init__()
         check_clip(self.advantage_clip)
-        check_bounds(self.clip_ratio_low, self.clip_ratio_high)
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         matched = batch.scorable & (batch.student_tokens == 1) & (batch.teacher_tokens == 1)
         scores = batch.policy_log_probs, batch.teacher_log_probs
         gap, _ = gaps(*scores, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
         advantages = spread(gap.masked_fill(~matched, 0), batch.student_chunks)
-        bounds = self.clip_ratio_low, self.clip_ratio_high
-        value, metrics = policy_gradient(batch, *clipped(advantages, self.advantage_clip), num_items, *bounds)
+        value, metrics = self.surrogate(batch, *clipped(advantages, self.advantage_clip), num_items)
         return value, {**metrics, "loss/compared_fraction": (matched.sum(), batch.scored_tokens)}
