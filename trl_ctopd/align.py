@@ -17,8 +17,8 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, chain, compress, pairwise
-from typing import Any
+from itertools import accumulate, chain, compress, islice, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,29 +43,62 @@ class MaskedStretch:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class AlignedTokens:
+    """One side's N tokens of a completion.
+
+    Attributes:
+        ids: the student's as sampled, or the teacher's encoding of the text.
+        chunks: (N,) the chunk of each token, -1 = takes no part.
+        widths: (N,) bytes of the text that each token covers.
+    """
+
+    ids: list[int]
+    chunks: np.ndarray
+    widths: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class TextAlignment:
     """One completion, read by two tokenizers.
 
     Attributes:
         text: what the student wrote, U+FFFD for invalid UTF-8; what the teacher reads.
-        student_ids, teacher_ids: the ids as sampled, and the teacher's encoding of `text`.
-        student_chunks, teacher_chunks: the chunk of each token, -1 = takes no part.
-        student_widths: bytes of the text that each student token covers.
+        student, teacher: its tokens on either side.
         num_chunks: how many chunks there are.
         masked: the stretches that no chunk holds, sorted; they may overlap.
     """
 
     text: str
-    student_ids: list[int]
-    teacher_ids: list[int]
-    student_chunks: list[int]
-    teacher_chunks: list[int]
-    student_widths: list[int]
+    student: AlignedTokens
+    teacher: AlignedTokens
     num_chunks: int
     masked: list[MaskedStretch]
-    _spelled: bytes = field(repr=False, compare=False)
-    _spans: np.ndarray = field(repr=False, compare=False)  # (C, 2) of each chunk in `_spelled`
+    _spelled: bytes = field(repr=False)
+    _spans: np.ndarray = field(repr=False)  # (C, 2) of each chunk in `_spelled`
+
+    @property
+    def student_ids(self) -> list[int]:
+        return self.student.ids
+
+    @property
+    def teacher_ids(self) -> list[int]:
+        return self.teacher.ids
+
+    @cached_property
+    def student_chunks(self) -> list[int]:
+        """The chunk of each student token, -1 = takes no part."""
+        return self.student.chunks.tolist()
+
+    @cached_property
+    def teacher_chunks(self) -> list[int]:
+        """The chunk of each teacher token, -1 = takes no part."""
+        return self.teacher.chunks.tolist()
+
+    @cached_property
+    def student_widths(self) -> list[int]:
+        """Bytes of the text that each student token covers."""
+        return self.student.widths.tolist()
 
     @cached_property
     def chunk_bytes(self) -> list[bytes]:
@@ -107,53 +140,50 @@ class TextAligner:
         """Completions without padding. Ids past the vocabulary (padding rows of an LM head) stand for no text."""
         if not completions:
             return []
-        students = [_student_reading(ids, self._student) for ids in completions]
+        students = _student_readings(completions, self._student)
         teachers = self._teacher_readings([student.text for student in students])
-        data = [student.text.encode() for student in students]
         masked = [
-            sorted(student.masked + teacher.masked + _occurrences(self._markup, bytes_), key=lambda m: (m.start, m.end))
-            for student, teacher, bytes_ in zip(students, teachers, data, strict=True)
+            sorted(student.masked + teacher.masked + _occurrences(self._markup, student.data), key=_place)
+            for student, teacher in zip(students, teachers, strict=True)
         ]
-        chunks = synchronized_chunks(_side(students), _side(teachers), _integers(map(len, data)), _stretches(masked))
+        sides = _side(students), _side(teachers)
+        chunks = synchronized_chunks(*sides, _integers(len(s.data) for s in students), _stretches(masked))
         spans = np.stack([chunks.start, chunks.end], 1)
-        of_texts = np.split(spans, np.searchsorted(chunks.text, np.arange(1, len(data))))
         return [
             TextAlignment(
-                text=student.text,
-                student_ids=student.ids,
-                teacher_ids=teacher.ids,
-                student_chunks=student_chunks,
-                teacher_chunks=teacher_chunks,
-                student_widths=student.widths.tolist(),
+                student.text,
+                AlignedTokens(student.ids, np.where(student.silent, -1, student_chunks), student.widths),
+                AlignedTokens(teacher.ids, teacher_chunks, teacher.widths),
                 num_chunks=len(own_spans),
                 masked=stretches,
-                _spelled=bytes_,
+                _spelled=student.data,
                 _spans=own_spans,
             )
-            for student, teacher, student_chunks, teacher_chunks, bytes_, own_spans, stretches in zip(
+            for student, teacher, student_chunks, teacher_chunks, own_spans, stretches in zip(
                 students,
                 teachers,
-                _split(chunks.student, students),
-                _split(chunks.teacher, teachers),
-                data,
-                of_texts,
+                *(
+                    np.split(of_side, np.cumsum(side.counts)[:-1])
+                    for of_side, side in zip((chunks.student, chunks.teacher), sides, strict=True)
+                ),
+                np.split(spans, np.searchsorted(chunks.text, np.arange(1, len(students)))),
                 masked,
                 strict=True,
             )
         ]
 
     def _teacher_readings(self, texts: Sequence[str]) -> list["_Reading"]:
-        readings = []
-        for text, tokens in zip(texts, encode_as_text(self._teacher_tokenizer, texts), strict=True):
-            pieces = [_teacher_reading(*piece, self._teacher) for piece in self._without_controls(text, tokens)]
-            readings.append(pieces[0] if len(pieces) == 1 else _joined(pieces))
-        return readings
+        tokens = encode_as_text(self._teacher_tokenizer, texts)
+        pieces = [self._without_controls(*text) for text in zip(texts, tokens, strict=True)]
+        readings = iter(_teacher_readings(list(chain.from_iterable(pieces)), self._teacher))
+        return [_joined(list(islice(readings, len(own)))) for own in pieces]
 
     def _without_controls(self, text: str, tokens: Any) -> list[tuple[str, Any]]:
         """The text in the pieces that must be encoded apart, so that none becomes a control token."""
-        if self._control_ids.isdisjoint(tokens.ids):
+        controls = self._control_ids.intersection(tokens.ids)
+        if not controls:
             return [(text, tokens)]
-        cuts = sorted(set().union(*(self._cuts(text, tokens, i) for i in self._control_ids.intersection(tokens.ids))))
+        cuts = sorted(set().union(*(self._cuts(text, tokens, i) for i in controls)))
         if not cuts:
             keep = [i not in self._control_ids for i in tokens.ids]
             offsets = tokens.offsets and list(compress(tokens.offsets, keep))
@@ -180,13 +210,12 @@ class _Tokens:
     offsets: list[tuple[int, int]] | None
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """A text as one side's tokens cover it: where each token ends in the text's bytes, how many it covers (both (N,)),
-    and which tokens take no part whatever they cover.
-    """
+class _Reading(NamedTuple):
+    """A text as one side's tokens cover it: where each token ends in the text's bytes `data`, how many it covers, and
+    whether it stands for no text at all (each (N,))."""
 
     text: str
+    data: bytes
     ids: list[int]
     ends: np.ndarray
     widths: np.ndarray
@@ -206,27 +235,20 @@ def _stretches(masked: Sequence[Sequence[MaskedStretch]]) -> np.ndarray:
 
 def _side(readings: Sequence[_Reading]) -> Side:
     return Side(
-        np.concatenate([_integers([]), *(reading.ends for reading in readings)]),
-        np.concatenate([_integers([]), *(reading.widths for reading in readings)]),
+        np.concatenate([reading.ends for reading in readings]),
+        np.concatenate([reading.widths for reading in readings]),
         _integers(len(reading.ids) for reading in readings),
     )
 
 
-def _split(chunks: np.ndarray, readings: Sequence[_Reading]) -> list[list[int]]:
-    """(N,) of the batch to a list a text."""
-    starts = accumulate((len(reading.ids) for reading in readings), initial=0)
-    own = (chunks[start : start + len(reading.ids)] for reading, start in zip(readings, starts, strict=False))
-    return [
-        (np.where(reading.silent, -1, part) if reading.silent.any() else part).tolist()
-        for reading, part in zip(readings, own, strict=True)
-    ]
-
-
 def _joined(pieces: Sequence[_Reading]) -> _Reading:
     """Neighbouring pieces of a text as one."""
-    starts = list(accumulate((len(piece.text.encode()) for piece in pieces), initial=0))[:-1]
+    if len(pieces) == 1:
+        return pieces[0]
+    starts = list(accumulate((len(piece.data) for piece in pieces), initial=0))[:-1]
     return _Reading(
         "".join(piece.text for piece in pieces),
+        b"".join(piece.data for piece in pieces),
         [i for piece in pieces for i in piece.ids],
         np.concatenate([piece.ends + start for piece, start in zip(pieces, starts, strict=True)]),
         np.concatenate([piece.widths for piece in pieces]),
@@ -237,6 +259,32 @@ def _joined(pieces: Sequence[_Reading]) -> _Reading:
             for m in piece.masked
         ],
     )
+
+
+def _place(stretch: MaskedStretch) -> tuple[int, int]:
+    return stretch.start, stretch.end
+
+
+def _read(texts: Sequence[Sequence[int]], table: TokenTable) -> list[tuple[np.ndarray, bytes, np.ndarray]]:
+    """For each list of N ids: they themselves (N,), the bytes that they spell, how many each of them does (N,)."""
+    counts = [len(ids) for ids in texts]
+    ids = np.fromiter(chain.from_iterable(texts), dtype=np.int64, count=sum(counts))
+    if ids.min(initial=0) < 0:
+        raise ValueError(f"token id {ids.min()} among a completion's ids: strip the padding first")
+    spelled, widths = table.read(ids)
+    token_at = np.cumsum([0, *counts])
+    byte_at = np.concatenate([[0], np.cumsum(widths)])[token_at]
+    return [
+        (ids[first:last], spelled[start:end], widths[first:last])
+        for (first, last), (start, end) in zip(pairwise(token_at.tolist()), pairwise(byte_at.tolist()), strict=True)
+    ]
+
+
+def _without_first_byte(widths: np.ndarray) -> np.ndarray:
+    """`widths` with one byte less for the first token that has any."""
+    widths = widths.copy()
+    widths[np.argmax(widths > 0)] -= 1
+    return widths
 
 
 def _occurrences(strings: list[bytes], data: bytes) -> list[MaskedStretch]:
@@ -251,30 +299,28 @@ def _occurrences(strings: list[bytes], data: bytes) -> list[MaskedStretch]:
 # --- the student's side
 
 
-def _student_reading(ids: Sequence[int], table: TokenTable) -> _Reading:
-    numbers = _integers(ids)
-    ids = numbers.tolist()
-    if numbers.min(initial=0) < 0:
-        raise ValueError(f"token id {numbers.min()} among a completion's ids: strip the padding first")
-    (rows, widths), masked = table.read(numbers), []
-    silent, covered = widths == 0, widths
+def _student_readings(completions: Sequence[Sequence[int]], table: TokenTable) -> list[_Reading]:
+    return [_student_reading(*read, table) for read in _read(completions, table)]
+
+
+def _student_reading(ids: np.ndarray, written: bytes, widths: np.ndarray, table: TokenTable) -> _Reading:
+    silent, masked = widths == 0, []
+    if table.prefix_space != "never" and written.startswith(b" "):
+        widths, written = _without_first_byte(widths), written[1:]
+    ends = np.cumsum(widths)
     if table.word_starts:
-        first = next((n for n, row in enumerate(rows) if row), len(rows))
-        spaces = _integers(n > first and i in table.word_starts for n, i in enumerate(ids))
-        rows = [b" " * space + row for space, row in zip(spaces.tolist(), rows, strict=True)]
-        covered = widths + spaces
-        lost = np.cumsum(covered)[spaces > 0] - widths[spaces > 0]
-        masked = [MaskedStretch(end - 1, end, "whitespace") for end in lost.tolist()]
-    elif table.prefix_space != "never":
-        _strip_prefix_space(rows, widths)
-    ends = np.cumsum(covered)
-    text, invalid = _decoded(b"".join(rows))
+        starts = ends - widths
+        spaced = (starts > 0) & np.isin(ids, list(table.word_starts))
+        written = np.insert(np.frombuffer(written, np.uint8), starts[spaced], ord(" ")).tobytes()
+        ends += np.cumsum(spaced)
+        masked = [MaskedStretch(at - 1, at, "whitespace") for at in (ends - widths)[spaced].tolist()]
+    text, invalid = _decoded(written)
     if not invalid:
-        return _Reading(text, ids, ends, widths, silent, masked)
+        return _Reading(text, written, ids.tolist(), ends, widths, silent, masked)
     starts, ends = _in_text(ends - widths, invalid), _in_text(ends, invalid)
     replaced = _in_text(_integers(start for start, _ in invalid), invalid).tolist()
     masked += [MaskedStretch(start, start + 3, "invalid_utf8") for start in replaced]
-    return _Reading(text, ids, ends, ends - starts, silent, masked)
+    return _Reading(text, text.encode(), ids.tolist(), ends, ends - starts, silent, masked)
 
 
 def _decoded(data: bytes) -> tuple[str, list[tuple[int, int]]]:
@@ -298,14 +344,6 @@ def _in_text(offsets: np.ndarray, invalid: list[tuple[int, int]]) -> np.ndarray:
     return offsets + grown[np.searchsorted([end for _, end in invalid], offsets, side="right")]
 
 
-def _strip_prefix_space(rows: list[bytes], widths: np.ndarray):
-    """Takes the space off the front of the first token that spells anything."""
-    first = next((n for n, row in enumerate(rows) if row), None)
-    if first is not None and rows[first].startswith(b" "):
-        rows[first] = rows[first][1:]
-        widths[first] -= 1
-
-
 # --- the teacher's side
 
 
@@ -326,24 +364,29 @@ def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
     return encoded.encodings or [_Tokens(ids, None) for ids in encoded["input_ids"]]
 
 
-def _teacher_reading(text: str, tokens: Any, table: TokenTable) -> _Reading:
+def _teacher_readings(pieces: Sequence[tuple[str, Any]], table: TokenTable) -> list[_Reading]:
+    ids = [tokens.ids for _, tokens in pieces]
+    return [
+        _teacher_reading(text, tokens, own_ids, *read, table)
+        for (text, tokens), own_ids, (_, *read) in zip(pieces, ids, _read(ids, table), strict=True)
+    ]
+
+
+def _teacher_reading(
+    text: str, tokens: Any, ids: list[int], spelled: bytes, widths: np.ndarray, table: TokenTable
+) -> _Reading:
     data = text.encode()
-    rows, widths = table.read(_integers(tokens.ids))
-    spelled = b"".join(rows)
+    silent = np.zeros(len(ids), dtype=bool)
     if spelled != data and _has_prefix_space(spelled, data, table):
-        _strip_prefix_space(rows, widths)
-        spelled = spelled[1:]
-    silent = np.zeros(len(rows), dtype=bool)
+        widths, spelled = _without_first_byte(widths), spelled[1:]
     if spelled == data:
-        return _Reading(text, tokens.ids, np.cumsum(widths), widths, silent, [])
-    if tokens.offsets is None:
-        spans = _spans_by_difference(data, rows, [i in table.word_starts for i in tokens.ids])
+        return _Reading(text, data, ids, np.cumsum(widths), widths, silent, [])
+    if (offsets := tokens.offsets) is None:
+        spans = _spans_by_difference(data, spelled, widths, np.isin(ids, list(table.word_starts)))
     else:
-        at = list(accumulate((len(character.encode()) for character in text), initial=0))
-        spans = [(at[start], at[end]) for start, end in tokens.offsets]
-    unknown = [i in table.unknown for i in tokens.ids]
-    ends, widths, masked = _by_cells(data, rows, spans, unknown)
-    return _Reading(text, tokens.ids, ends, widths, silent, masked)
+        spans = _byte_spans(data, offsets)
+    ends, widths, masked = _by_cells(data, spelled, widths, spans, np.isin(ids, list(table.unknown)))
+    return _Reading(text, data, ids, ends, widths, silent, masked)
 
 
 def _has_prefix_space(spelled: bytes, data: bytes, table: TokenTable) -> bool:
@@ -353,21 +396,25 @@ def _has_prefix_space(spelled: bytes, data: bytes, table: TokenTable) -> bool:
     return spelled[1:] == data or table.prefix_space == "always" or not data.startswith(b" ")
 
 
-def _cells(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
-    """Tokens grouped where their spans overlap; a token with an empty span joins the next. Each cell is tokens
-    `first:last` that share the text's bytes `start:end` and no byte with any other token."""
-    cells: list[tuple[int, int, int, int]] = []
-    for token, (start, end) in enumerate(spans):
-        first = token
-        while cells and (start < cells[-1][3] or cells[-1][2] == cells[-1][3]):
-            first, _, start_before, end_before = cells.pop()
-            start, end = min(start_before, start), max(end_before, end)
-        cells.append((first, token + 1, start, end))
-    return cells
+def _byte_spans(data: bytes, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """(N, 2) spans of characters as spans of bytes."""
+    begins_character = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
+    at = np.append(np.flatnonzero(begins_character), len(data))
+    return at[_integers(chain.from_iterable(offsets)).reshape(-1, 2)]
+
+
+def _cells(spans: np.ndarray) -> np.ndarray:
+    """The first token of each cell: tokens (N, 2) grouped so that no two cells share a byte. An empty span joins the
+    next."""
+    starts, ends = spans.T
+    apart = np.maximum.accumulate(ends)[:-1] <= np.minimum.accumulate(starts[::-1])[::-1][1:]
+    first = np.flatnonzero(np.concatenate([[True], apart]))
+    empty = np.minimum.reduceat(starts, first) == np.maximum.reduceat(ends, first)
+    return first[np.concatenate([[True], ~empty[:-1]])]
 
 
 def _by_cells(
-    data: bytes, rows: Sequence[bytes], spans: Sequence[tuple[int, int]], unknown: Sequence[bool]
+    data: bytes, spelled: bytes, widths: np.ndarray, spans: np.ndarray, unknown: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, list[MaskedStretch]]:
     """Ends, widths (N,) and masked stretches of tokens that do not spell `data` as a whole.
 
@@ -375,39 +422,43 @@ def _by_cells(
     leave out the space that `▁` stands for. Any other cell is masked, its last token covering it, and so is the text
     that no exact cell covers.
     """
-    ends, widths, masked = [0] * len(rows), [0] * len(rows), []
-    done = 0
-    for first, last, _, end in _cells(spans):
-        reason = "unknown_token" if any(unknown[first:last]) else "normalized"
-        spelled = rows[first] if last == first + 1 else b"".join(rows[first:last])
-        start = end - len(spelled)
-        if reason == "normalized" and spelled and start >= done and data.startswith(spelled, start):
-            at = start
-            for token in range(first, last):
-                widths[token] = len(rows[token])
-                ends[token] = at = at + widths[token]
-        else:
-            start = end
-            ends[first:last] = [done] * (last - first)
-            ends[last - 1], widths[last - 1] = end, end - done
-        if done < start:
-            masked.append(MaskedStretch(done, start, reason))
-        done = end
-    if done < len(data):
-        masked.append(MaskedStretch(done, len(data), "normalized"))
-    return _integers(ends), _integers(widths), masked
+    if not len(widths):
+        return widths, widths, [MaskedStretch(0, len(data), "normalized")]
+    first = _cells(spans)
+    sizes, end = np.add.reduceat(widths, first), np.maximum.reduceat(spans[:, 1], first)
+    done, start = np.append(0, end[:-1]), end - sizes
+    unknown = np.logical_or.reduceat(unknown, first)
+    shift = start - (np.cumsum(sizes) - sizes)  # from a byte's place in `spelled` to its place in `data`
+    place = np.arange(len(spelled)) + np.repeat(shift, sizes)
+    is_other = np.frombuffer(data, np.uint8).take(place, mode="clip") != np.frombuffer(spelled, np.uint8)
+    others = np.concatenate([[0], np.cumsum(is_other)])[np.cumsum([0, *sizes])]
+    exact = ~unknown & (sizes > 0) & (start >= done) & (np.diff(others) == 0)
+
+    cell = np.repeat(np.arange(len(first)), np.diff(first, append=len(widths)))
+    ends = np.where(exact[cell], np.cumsum(widths) + shift[cell], done[cell])
+    widths = np.where(exact[cell], widths, 0)
+    last = np.append(first[1:], len(widths))[~exact] - 1
+    ends[last], widths[last] = end[~exact], (end - done)[~exact]
+
+    done, stop = np.append(done, end[-1]), np.append(np.where(exact, start, end), len(data))
+    masked = [
+        MaskedStretch(int(done[n]), int(stop[n]), "unknown_token" if n < len(first) and unknown[n] else "normalized")
+        for n in np.flatnonzero(done < stop)
+    ]
+    return ends, widths, masked
 
 
 _DIFF_UNIT = re.compile(rb"[A-Za-z0-9]+|[\xc0-\xff][\x80-\xbf]*|[\x00-\xff]")
 
 
-def _spans_by_difference(data: bytes, rows: Sequence[bytes], word_starts: Sequence[bool]) -> list[tuple[int, int]]:
-    """Where in `data` each token's bytes come from, for a tokenizer that gives no offsets: by `difflib`.
+def _spans_by_difference(data: bytes, spelled: bytes, widths: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    """(N, 2) where in `data` each token's bytes come from, for a tokenizer that gives no offsets: by `difflib`.
 
     Tokens that touch an altered stretch get the whole of it. Where a WordPiece lost whitespace, a space stands in for
     it while comparing, so that words find their like.
     """
-    written = [b" " * lost + row for row, lost in zip(rows, word_starts, strict=True)]
+    rows = [spelled[end - width : end] for end, width in zip(np.cumsum(widths).tolist(), widths.tolist(), strict=True)]
+    written = [b" " * is_lost + row for row, is_lost in zip(rows, lost.tolist(), strict=True)]
     ours, theirs = _DIFF_UNIT.findall(data), _DIFF_UNIT.findall(b"".join(written))
     our_at = list(accumulate(map(len, ours), initial=0))
     their_at = list(accumulate(map(len, theirs), initial=0))
@@ -423,7 +474,8 @@ def _spans_by_difference(data: bytes, rows: Sequence[bytes], word_starts: Sequen
     before = accumulate((stop if row else 0 for (_, stop), row in zip(spans, rows, strict=True)), max, initial=0)
     starts = [start if row else len(data) for (start, _), row in zip(spans, rows, strict=True)]
     after = [*accumulate(reversed(starts), min)][::-1]
-    return [
+    spans = [
         (min(span), max(span)) if row else (low, max(low, high))
         for span, row, low, high in zip(spans, rows, before, after, strict=False)
     ]
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)

@@ -50,13 +50,13 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float
     and the bytes masked for each reason in a figure of their own."""
     rows = len(rollouts)
     tokens = sum(len(rollout.student_ids) for rollout in rollouts)
-    num_bytes = sum(sum(rollout.student_widths) for rollout in rollouts)
+    num_bytes = sum(rollout.student_widths.sum() for rollout in rollouts)
     masked = {reason: 0 for reason in REASONS}
     for rollout in rollouts:
         for stretch in rollout.alignment.masked:
             masked[stretch.reason] += stretch.end - stretch.start
     return {
-        "alignment/masked_fraction": (sum(chunk < 0 for r in rollouts for chunk in r.student_chunks), tokens),
+        "alignment/masked_fraction": (sum((rollout.student_chunks < 0).sum() for rollout in rollouts), tokens),
         **{f"masked_bytes/{reason}": (count, num_bytes) for reason, count in masked.items()},
         "alignment/teacher_context_exceeded_fraction": (sum(rollout.unread for rollout in rollouts), rows),
         "completions/mean_length": (tokens, rows),

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .align import TextAlignment
-from .token_bytes import token_bytes
+from .align import AlignedTokens, TextAlignment
+from .token_bytes import token_bytes, token_table
 
 
 def is_one_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> bool:
@@ -22,29 +22,22 @@ class OneTokenizer:
     """Takes the place of `TextAligner` where `is_one_tokenizer`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._rows = token_bytes(tokenizer)
+        self._table = token_table(tokenizer)
 
     def __call__(self, completions: Sequence[Sequence[int]]) -> list[TextAlignment]:
-        return [self._align(list(ids)) for ids in completions]
+        return [self._align(np.array(ids, dtype=np.int64)) for ids in completions]
 
-    def _align(self, ids: list[int]) -> TextAlignment:
-        known = [token < len(self._rows) for token in ids]
-        read = [token for token, is_known in zip(ids, known, strict=True) if is_known]
-        numbers = iter(range(len(read)))
-        spelled = [self._rows[token] for token in read]
-        widths = np.array([len(row) for row in spelled], dtype=np.int64)
-        ends = np.cumsum(widths)
+    def _align(self, ids: np.ndarray) -> TextAlignment:
+        spelled, widths = self._table.read(ids)
+        known = ids < len(self._table.rows)
+        read = np.arange(known.sum())
+        ends = np.cumsum(widths[known])
         return TextAlignment(
-            text=b"".join(spelled).decode(errors="replace"),
-            student_ids=ids,
-            teacher_ids=read,
-            student_chunks=[next(numbers) if is_known else -1 for is_known in known],
-            teacher_chunks=list(range(len(read))),
-            student_widths=[
-                len(self._rows[token]) if is_known else 0 for token, is_known in zip(ids, known, strict=True)
-            ],
+            spelled.decode(errors="replace"),
+            AlignedTokens(ids.tolist(), np.where(known, np.cumsum(known) - 1, -1), widths),
+            AlignedTokens(ids[known].tolist(), read, widths[known]),
             num_chunks=len(read),
             masked=[],
-            _spelled=b"".join(spelled),
-            _spans=np.stack([ends - widths, ends], 1),
+            _spelled=spelled,
+            _spans=np.stack([ends - widths[known], ends], 1),
         )

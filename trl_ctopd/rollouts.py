@@ -26,17 +26,17 @@ class Prompt:
 @dataclass
 class Rollout:
     """
-    A completion of `prompt`: `student_ids` with their chunk and their bytes, `teacher_ids` with their chunk; -1 takes
-    no part. `ended` tells whether the writer ended its turn, `unread` whether the teacher's context is too short for
-    it.
+    A completion of `prompt`: `student_ids` with their chunk and their bytes (S,), `teacher_ids` with their chunk (T,);
+    -1 takes no part. `ended` tells whether the writer ended its turn, `unread` whether the teacher's context is too
+    short for it.
     """
 
     prompt: Prompt
     student_ids: list[int]
-    student_chunks: list[int]
-    student_widths: list[int]
+    student_chunks: np.ndarray
+    student_widths: np.ndarray
     teacher_ids: list[int]
-    teacher_chunks: list[int]
+    teacher_chunks: np.ndarray
     num_chunks: int
     ended: bool
     unread: bool
@@ -79,22 +79,22 @@ def pair(
     contents = [ids[:-1] if end else ids for ids, end in zip(completions, ended, strict=True)]
     rollouts = []
     for prompt, ids, end, alignment in zip(prompts, completions, ended, aligner(contents), strict=True):
-        student_chunks, student_widths = list(alignment.student_chunks), list(alignment.student_widths)
-        teacher_ids, teacher_chunks = list(alignment.teacher_ids), list(alignment.teacher_chunks)
-        num_chunks = alignment.num_chunks
+        student, teacher, num_chunks = alignment.student, alignment.teacher, alignment.num_chunks
+        student_chunks, student_widths = student.chunks, student.widths
+        teacher_ids, teacher_chunks = teacher.ids, teacher.chunks
         if end:
             bridged = eos_policy == "bridge"
-            student_chunks.append(num_chunks if bridged else -1)
-            student_widths.append(0)
+            student_chunks = np.append(student_chunks, num_chunks if bridged else -1)
+            student_widths = np.append(student_widths, 0)
             if bridged:
                 turn_end = turn_ends[ids[-1]]
-                teacher_ids += turn_end
-                teacher_chunks += [num_chunks] * len(turn_end)
+                teacher_ids = [*teacher_ids, *turn_end]
+                teacher_chunks = np.append(teacher_chunks, [num_chunks] * len(turn_end))
                 num_chunks += 1
         unread = teacher_context is not None and len(prompt.teacher_ids) + len(teacher_ids) > teacher_context
         if unread:
-            student_chunks = [-1] * len(student_chunks)
-            teacher_ids, teacher_chunks, num_chunks = [], [], 0
+            student_chunks = np.full_like(student_chunks, -1)
+            teacher_ids, teacher_chunks, num_chunks = [], teacher_chunks[:0], 0
         rollouts.append(
             Rollout(
                 prompt,

@@ -54,15 +54,20 @@ class TokenTable:
     prefix_space: str
 
     @cached_property
-    def _by_id(self) -> tuple[list[bytes], np.ndarray]:
-        """Bytes and how many they are, with a last entry for all ids past the others."""
-        return [*self.rows, b""], np.array([*map(len, self.rows), 0])
+    def _packed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All rows one after the other, where each begins and how many bytes it has, with an empty row at the end for
+        all ids past the others."""
+        widths = np.array([*map(len, self.rows), 0])
+        return np.frombuffer(b"".join(self.rows), dtype=np.uint8), np.cumsum(widths) - widths, widths
 
-    def read(self, ids: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        """The bytes of each of `ids` (N,), none for one past the last, and how many they are (N,)."""
-        rows, widths = self._by_id
-        known = np.minimum(ids, len(self.rows))
-        return list(map(rows.__getitem__, known.tolist())), widths[known]
+    def read(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
+        """What `ids` (N,) spell, nothing for one past the last, and how many bytes each of them does (N,)."""
+        packed, starts, widths = self._packed
+        ids = np.minimum(ids, len(self.rows))
+        widths = widths[ids]
+        place = np.repeat(starts[ids] - (np.cumsum(widths) - widths), widths)
+        place += np.arange(len(place))
+        return packed[place].tobytes(), widths
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:

@@ -120,7 +120,7 @@ def ours(pair: Pair, completions: Completions, encoded: list | None = None) -> l
     with mock.patch.object(align, "encode_as_text", lambda *_: encoded) if encoded else nullcontext():
         alignments = pair.aligner(completions)
     for alignment in alignments:
-        chunks = torch.tensor([alignment.teacher_chunks])
+        chunks = torch.from_numpy(alignment.teacher.chunks)[None]
         chunk_sum(torch.zeros(chunks.shape), chunks, alignment.num_chunks)
     return alignments
 
