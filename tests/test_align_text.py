@@ -462,6 +462,18 @@ class TestSlowTeachers:
             assert alignment.chunk_bytes == align_text(encode(student, text), student, word_piece()).chunk_bytes
 
 
+@given(words=st.lists(st.sampled_from(["the", "lazy", "dog", "cafe\u0301", "你好", "ᄀ\u1161", "\n"]), max_size=200))
+@settings(max_examples=50, deadline=None)
+def test_in_a_long_text_nfc_masks_the_decomposed_letters_and_nothing_far_from_them(words):
+    """Most places are not the tokenizer's word but follow from the place of another token."""
+    text = " ".join(words)
+    alignment = align_text(encode(byte_level(), text), byte_level(), byte_level(nfc=True))
+    check_spelling(alignment, byte_level(), byte_level(nfc=True))
+    masked = {at for stretch in alignment.masked for at in range(stretch.start, stretch.end)}
+    altered = {len(text[:at].encode()) for at, character in enumerate(text) if character in "\u0301\u1161"}
+    assert altered <= masked <= {at + near for at in altered for near in range(-6, 6)}
+
+
 @pytest.mark.parametrize("teacher", [lambda: byte_level(nfc=True), lambda: unigram(nfkc=True), unigram, word_piece])
 @given(text=st.text(st.sampled_from("ab AB\n \u0301\u0323ﬁ½éÅ你Ａᄀ\u1161ᚠ"), max_size=30))
 @settings(max_examples=150, deadline=None)

@@ -122,7 +122,7 @@ def test_texts_without_tokens_and_empty_batches_have_no_chunks():
     ]
 
 
-@pytest.mark.parametrize("module", ["token_bytes", "alignment", "align"])
+@pytest.mark.parametrize("module", ["token_bytes", "alignment", "altered_text", "align"])
 def test_aligning_imports_without_trl_and_without_torch(module):
     """In a fresh process; transformers and torch come with the caller's tokenizer, not with the maths."""
     code = f"import sys, trl_ctopd.{module}; print([m for m in ('trl', 'torch', 'transformers') if m in sys.modules])"

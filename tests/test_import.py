@@ -11,7 +11,10 @@ import pytest
 
 
 PACKAGE = pathlib.Path(importlib.util.find_spec("trl_ctopd").origin).parent
-MATHS = ["trl_ctopd", *(f"trl_ctopd.{name}" for name in ("token_bytes", "align", "alignment", "credit", "losses"))]
+MATHS = [
+    "trl_ctopd",
+    *(f"trl_ctopd.{name}" for name in ("token_bytes", "align", "alignment", "altered_text", "credit", "losses")),
+]
 PUBLIC = """
 import json, sys, trl_ctopd
 before = "trl" in sys.modules
@@ -52,6 +55,7 @@ def test_the_maths_imports_without_trl():
         ("token_bytes", {"numpy"}),
         ("align", {"numpy"}),
         ("alignment", {"numpy"}),
+        ("altered_text", {"numpy"}),
         ("credit", {"torch"}),
         ("losses", {"torch"}),
     ],

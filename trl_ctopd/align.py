@@ -12,35 +12,21 @@ Decisions.
   survives even that is left out, and its text masked.
 """
 
-import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, chain, compress, islice, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .alignment import Side, synchronized_chunks
+from .altered_text import MaskedStretch, read_by_cells, spans_by_asking, spans_by_difference
 from .token_bytes import TokenTable, token_table
 
 
 REASONS = ("invalid_utf8", "whitespace", "unknown_token", "normalized", "markup")
-
-
-@dataclass(frozen=True)
-class MaskedStretch:
-    """Bytes `start:end` of `text.encode()` that no chunk holds.
-
-    `reason`: "invalid_utf8" (the student wrote it), "whitespace" (lost by the student's WordPiece), "unknown_token"
-    (the teacher's vocabulary has none for it), "normalized" (the teacher's tokens do not spell the text as it stands:
-    its normalizer changed it, or dropped whitespace), "markup".
-    """
-
-    start: int
-    end: int
-    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +121,7 @@ class TextAligner:
         self._teacher_tokenizer = teacher_tokenizer
         self._markup = [string.encode() for string in masked_strings]
         self._control_ids = self._teacher.special | frozenset(teacher_control_ids)
+        self._is_control = np.isin(np.arange(len(self._teacher.rows) + 1), list(self._control_ids))
 
     def __call__(self, completions: Sequence[Sequence[int]]) -> list[TextAlignment]:
         """Completions without padding. Ids past the vocabulary (padding rows of an LM head) stand for no text."""
@@ -162,11 +149,9 @@ class TextAligner:
             for student, teacher, student_chunks, teacher_chunks, own_spans, stretches in zip(
                 students,
                 teachers,
-                *(
-                    np.split(of_side, np.cumsum(side.counts)[:-1])
-                    for of_side, side in zip((chunks.student, chunks.teacher), sides, strict=True)
-                ),
-                np.split(spans, np.searchsorted(chunks.text, np.arange(1, len(students)))),
+                _split(chunks.student, sides[0].counts),
+                _split(chunks.teacher, sides[1].counts),
+                _split(spans, np.bincount(chunks.text, minlength=len(students))),
                 masked,
                 strict=True,
             )
@@ -174,23 +159,24 @@ class TextAligner:
 
     def _teacher_readings(self, texts: Sequence[str]) -> list["_Reading"]:
         tokens = encode_as_text(self._teacher_tokenizer, texts)
-        pieces = [self._without_controls(*text) for text in zip(texts, tokens, strict=True)]
-        readings = iter(_teacher_readings(list(chain.from_iterable(pieces)), self._teacher))
-        return [_joined(list(islice(readings, len(own)))) for own in pieces]
+        read = _read([own.ids for own in tokens], self._teacher)
+        return [
+            self._without_controls(text, own)
+            if self._is_control[np.minimum(ids, len(self._teacher.rows))].any()
+            else _teacher_reading(text, own, *spelled, self._teacher)
+            for text, own, (ids, *spelled) in zip(texts, tokens, read, strict=True)
+        ]
 
-    def _without_controls(self, text: str, tokens: Any) -> list[tuple[str, Any]]:
-        """The text in the pieces that must be encoded apart, so that none becomes a control token."""
-        controls = self._control_ids.intersection(tokens.ids)
-        if not controls:
-            return [(text, tokens)]
-        cuts = sorted(set().union(*(self._cuts(text, tokens, i) for i in controls)))
-        if not cuts:
-            keep = [i not in self._control_ids for i in tokens.ids]
-            offsets = tokens.offsets and list(compress(tokens.offsets, keep))
-            return [(text, _Tokens(list(compress(tokens.ids, keep)), offsets))]
-        parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
-        encoded = zip(parts, encode_as_text(self._teacher_tokenizer, parts), strict=True)
-        return [piece for part, part_tokens in encoded for piece in self._without_controls(part, part_tokens)]
+    def _without_controls(self, text: str, tokens: Any) -> "_Reading":
+        """Encodes anew, cut in pieces none of which becomes a control token."""
+        cuts = sorted(set().union(*(self._cuts(text, tokens, i) for i in self._control_ids.intersection(tokens.ids))))
+        if cuts:
+            return _joined(self._teacher_readings([text[a:b] for a, b in pairwise([0, *cuts, len(text)])]))
+        kept = {n: i for n, i in enumerate(tokens.ids) if i not in self._control_ids}
+        token_to_chars = tokens.token_to_chars and [tokens.token_to_chars(n) for n in kept].__getitem__
+        tokens = _Tokens(list(kept.values()), token_to_chars)
+        [(_, *spelled)] = _read([tokens.ids], self._teacher)
+        return _teacher_reading(text, tokens, *spelled, self._teacher)
 
     def _cuts(self, text: str, tokens: Any, control_id: int) -> set[int]:
         """After the first character of every place where the text spells the token, or where the tokenizer found it."""
@@ -198,16 +184,18 @@ class TextAligner:
         starts = {match.start() for match in re.finditer(f"(?={re.escape(literal)})", text)}
         if starts and len(literal) > 1:
             return {start + 1 for start in starts}
-        spans = zip(tokens.ids, tokens.offsets or [], strict=False)
-        return {start + 1 for i, (start, end) in spans if i == control_id and end - start > 1}
+        if tokens.token_to_chars is None:
+            return set()
+        spans = (tokens.token_to_chars(n) for n, i in enumerate(tokens.ids) if i == control_id)
+        return {start + 1 for start, end in spans if end - start > 1}
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """As `tokenizers.Encoding` has them: ids and, where the tokenizer knows them, character spans in the text."""
+    """As `tokenizers.Encoding` has them: ids and, where the tokenizer knows it, each token's span of characters."""
 
     ids: list[int]
-    offsets: list[tuple[int, int]] | None
+    token_to_chars: Callable[[int], tuple[int, int]] | None = None
 
 
 class _Reading(NamedTuple):
@@ -265,26 +253,29 @@ def _place(stretch: MaskedStretch) -> tuple[int, int]:
     return stretch.start, stretch.end
 
 
-def _read(texts: Sequence[Sequence[int]], table: TokenTable) -> list[tuple[np.ndarray, bytes, np.ndarray]]:
-    """For each list of N ids: they themselves (N,), the bytes that they spell, how many each of them does (N,)."""
+def _split(values: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """`values` of the batch, a part a text."""
+    return [values[first:last] for first, last in pairwise(np.append(0, np.cumsum(counts)).tolist())]
+
+
+def _read(texts: Sequence[Sequence[int]], table: TokenTable) -> list[tuple[np.ndarray, bytes, np.ndarray, np.ndarray]]:
+    """For each list of N ids: they themselves (N,), the bytes that they spell, and how many of those are each token's
+    and up to its end (N,)."""
     counts = [len(ids) for ids in texts]
     ids = np.fromiter(chain.from_iterable(texts), dtype=np.int64, count=sum(counts))
     if ids.min(initial=0) < 0:
         raise ValueError(f"token id {ids.min()} among a completion's ids: strip the padding first")
     spelled, widths = table.read(ids)
-    token_at = np.cumsum([0, *counts])
-    byte_at = np.concatenate([[0], np.cumsum(widths)])[token_at]
-    return [
-        (ids[first:last], spelled[start:end], widths[first:last])
-        for (first, last), (start, end) in zip(pairwise(token_at.tolist()), pairwise(byte_at.tolist()), strict=True)
-    ]
+    ends = np.cumsum(widths)
+    before = np.append(0, ends)[np.append(0, np.cumsum(counts))]  # (B + 1,) bytes before each text
+    ends -= np.repeat(before[:-1], counts)
+    parts = [spelled[start:stop] for start, stop in pairwise(before.tolist())]
+    return list(zip(_split(ids, counts), parts, _split(widths, counts), _split(ends, counts), strict=True))
 
 
-def _without_first_byte(widths: np.ndarray) -> np.ndarray:
-    """`widths` with one byte less for the first token that has any."""
-    widths = widths.copy()
-    widths[np.argmax(widths > 0)] -= 1
-    return widths
+def _without_first_byte(spelled: bytes, widths: np.ndarray, ends: np.ndarray) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """What tokens spell but for the first byte, which the first of them with any loses."""
+    return spelled[1:], np.where(ends == widths, np.maximum(widths - 1, 0), widths), np.maximum(ends - 1, 0)
 
 
 def _occurrences(strings: list[bytes], data: bytes) -> list[MaskedStretch]:
@@ -303,16 +294,17 @@ def _student_readings(completions: Sequence[Sequence[int]], table: TokenTable) -
     return [_student_reading(*read, table) for read in _read(completions, table)]
 
 
-def _student_reading(ids: np.ndarray, written: bytes, widths: np.ndarray, table: TokenTable) -> _Reading:
+def _student_reading(
+    ids: np.ndarray, written: bytes, widths: np.ndarray, ends: np.ndarray, table: TokenTable
+) -> _Reading:
     silent, masked = widths == 0, []
     if table.prefix_space != "never" and written.startswith(b" "):
-        widths, written = _without_first_byte(widths), written[1:]
-    ends = np.cumsum(widths)
+        written, widths, ends = _without_first_byte(written, widths, ends)
     if table.word_starts:
         starts = ends - widths
         spaced = (starts > 0) & np.isin(ids, list(table.word_starts))
         written = np.insert(np.frombuffer(written, np.uint8), starts[spaced], ord(" ")).tobytes()
-        ends += np.cumsum(spaced)
+        ends = ends + np.cumsum(spaced)
         masked = [MaskedStretch(at - 1, at, "whitespace") for at in (ends - widths)[spaced].tolist()]
     text, invalid = _decoded(written)
     if not invalid:
@@ -348,11 +340,11 @@ def _in_text(offsets: np.ndarray, invalid: list[tuple[int, int]]) -> np.ndarray:
 
 
 def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
-    """Each text's `ids` and `offsets`, special tokens spelled out as plain text."""
+    """Each text's tokens, special tokens spelled out as plain text."""
     if not texts:
         return []
     if hasattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer"):  # mistral-common: never reads control text
-        return [_Tokens(tokenizer.encode(text, add_special_tokens=False), None) for text in texts]
+        return [_Tokens(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     encoded = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -361,32 +353,24 @@ def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
         return_token_type_ids=False,
         verbose=False,
     )
-    return encoded.encodings or [_Tokens(ids, None) for ids in encoded["input_ids"]]
-
-
-def _teacher_readings(pieces: Sequence[tuple[str, Any]], table: TokenTable) -> list[_Reading]:
-    ids = [tokens.ids for _, tokens in pieces]
-    return [
-        _teacher_reading(text, tokens, own_ids, *read, table)
-        for (text, tokens), own_ids, (_, *read) in zip(pieces, ids, _read(ids, table), strict=True)
-    ]
+    return encoded.encodings or [_Tokens(ids) for ids in encoded["input_ids"]]
 
 
 def _teacher_reading(
-    text: str, tokens: Any, ids: list[int], spelled: bytes, widths: np.ndarray, table: TokenTable
+    text: str, tokens: Any, spelled: bytes, widths: np.ndarray, ends: np.ndarray, table: TokenTable
 ) -> _Reading:
-    data = text.encode()
-    silent = np.zeros(len(ids), dtype=bool)
+    data, ids, masked = text.encode(), tokens.ids, []
     if spelled != data and _has_prefix_space(spelled, data, table):
-        widths, spelled = _without_first_byte(widths), spelled[1:]
-    if spelled == data:
-        return _Reading(text, data, ids, np.cumsum(widths), widths, silent, [])
-    if (offsets := tokens.offsets) is None:
-        spans = _spans_by_difference(data, spelled, widths, np.isin(ids, list(table.word_starts)))
-    else:
-        spans = _byte_spans(data, offsets)
-    ends, widths, masked = _by_cells(data, spelled, widths, spans, np.isin(ids, list(table.unknown)))
-    return _Reading(text, data, ids, ends, widths, silent, masked)
+        spelled, widths, ends = _without_first_byte(spelled, widths, ends)
+    if not ids and data:
+        masked = [MaskedStretch(0, len(data), "normalized")]
+    elif spelled != data:
+        if tokens.token_to_chars is None:
+            spans = spans_by_difference(data, spelled, widths, np.isin(ids, list(table.word_starts)))
+        else:
+            spans = spans_by_asking(data, spelled, widths, ends, tokens.token_to_chars)
+        ends, widths, masked = read_by_cells(data, spelled, widths, spans, np.isin(ids, list(table.unknown)))
+    return _Reading(text, data, ids, ends, widths, np.zeros(len(ids), dtype=bool), masked)
 
 
 def _has_prefix_space(spelled: bytes, data: bytes, table: TokenTable) -> bool:
@@ -394,88 +378,3 @@ def _has_prefix_space(spelled: bytes, data: bytes, table: TokenTable) -> bool:
     if table.prefix_space == "never" or not spelled.startswith(b" "):
         return False
     return spelled[1:] == data or table.prefix_space == "always" or not data.startswith(b" ")
-
-
-def _byte_spans(data: bytes, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """(N, 2) spans of characters as spans of bytes."""
-    begins_character = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
-    at = np.append(np.flatnonzero(begins_character), len(data))
-    return at[_integers(chain.from_iterable(offsets)).reshape(-1, 2)]
-
-
-def _cells(spans: np.ndarray) -> np.ndarray:
-    """The first token of each cell: tokens (N, 2) grouped so that no two cells share a byte. An empty span joins the
-    next."""
-    starts, ends = spans.T
-    apart = np.maximum.accumulate(ends)[:-1] <= np.minimum.accumulate(starts[::-1])[::-1][1:]
-    first = np.flatnonzero(np.concatenate([[True], apart]))
-    empty = np.minimum.reduceat(starts, first) == np.maximum.reduceat(ends, first)
-    return first[np.concatenate([[True], ~empty[:-1]])]
-
-
-def _by_cells(
-    data: bytes, spelled: bytes, widths: np.ndarray, spans: np.ndarray, unknown: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, list[MaskedStretch]]:
-    """Ends, widths (N,) and masked stretches of tokens that do not spell `data` as a whole.
-
-    A cell whose bytes are the text's, up to the end of its span, is exact; it may begin before its span, since offsets
-    leave out the space that `▁` stands for. Any other cell is masked, its last token covering it, and so is the text
-    that no exact cell covers.
-    """
-    if not len(widths):
-        return widths, widths, [MaskedStretch(0, len(data), "normalized")]
-    first = _cells(spans)
-    sizes, end = np.add.reduceat(widths, first), np.maximum.reduceat(spans[:, 1], first)
-    done, start = np.append(0, end[:-1]), end - sizes
-    unknown = np.logical_or.reduceat(unknown, first)
-    shift = start - (np.cumsum(sizes) - sizes)  # from a byte's place in `spelled` to its place in `data`
-    place = np.arange(len(spelled)) + np.repeat(shift, sizes)
-    is_other = np.frombuffer(data, np.uint8).take(place, mode="clip") != np.frombuffer(spelled, np.uint8)
-    others = np.concatenate([[0], np.cumsum(is_other)])[np.cumsum([0, *sizes])]
-    exact = ~unknown & (sizes > 0) & (start >= done) & (np.diff(others) == 0)
-
-    cell = np.repeat(np.arange(len(first)), np.diff(first, append=len(widths)))
-    ends = np.where(exact[cell], np.cumsum(widths) + shift[cell], done[cell])
-    widths = np.where(exact[cell], widths, 0)
-    last = np.append(first[1:], len(widths))[~exact] - 1
-    ends[last], widths[last] = end[~exact], (end - done)[~exact]
-
-    done, stop = np.append(done, end[-1]), np.append(np.where(exact, start, end), len(data))
-    masked = [
-        MaskedStretch(int(done[n]), int(stop[n]), "unknown_token" if n < len(first) and unknown[n] else "normalized")
-        for n in np.flatnonzero(done < stop)
-    ]
-    return ends, widths, masked
-
-
-_DIFF_UNIT = re.compile(rb"[A-Za-z0-9]+|[\xc0-\xff][\x80-\xbf]*|[\x00-\xff]")
-
-
-def _spans_by_difference(data: bytes, spelled: bytes, widths: np.ndarray, lost: np.ndarray) -> np.ndarray:
-    """(N, 2) where in `data` each token's bytes come from, for a tokenizer that gives no offsets: by `difflib`.
-
-    Tokens that touch an altered stretch get the whole of it. Where a WordPiece lost whitespace, a space stands in for
-    it while comparing, so that words find their like.
-    """
-    rows = [spelled[end - width : end] for end, width in zip(np.cumsum(widths).tolist(), widths.tolist(), strict=True)]
-    written = [b" " * is_lost + row for row, is_lost in zip(rows, lost.tolist(), strict=True)]
-    ours, theirs = _DIFF_UNIT.findall(data), _DIFF_UNIT.findall(b"".join(written))
-    our_at = list(accumulate(map(len, ours), initial=0))
-    their_at = list(accumulate(map(len, theirs), initial=0))
-    begin = np.full(their_at[-1] + 1, len(data))  # of a token whose first byte is this one
-    end = np.zeros(their_at[-1] + 1, dtype=np.int64)  # of a token whose last byte is the one before
-    for kind, i1, i2, j1, j2 in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
-        (i1, i2), (j1, j2) = (our_at[i1], our_at[i2]), (their_at[j1], their_at[j2])
-        begin[j1:j2] = np.arange(i1, i2) if kind == "equal" else i1
-        end[j1 + 1 : j2 + 1] = np.arange(i1 + 1, i2 + 1) if kind == "equal" else i2
-    ends = accumulate(map(len, written))
-    spans = [(int(begin[stop - len(row)]), int(end[stop])) for stop, row in zip(ends, rows, strict=True)]
-    # An unknown token has no bytes to compare: it may stand for all that is between its neighbours.
-    before = accumulate((stop if row else 0 for (_, stop), row in zip(spans, rows, strict=True)), max, initial=0)
-    starts = [start if row else len(data) for (start, _), row in zip(spans, rows, strict=True)]
-    after = [*accumulate(reversed(starts), min)][::-1]
-    spans = [
-        (min(span), max(span)) if row else (low, max(low, high))
-        for span, row, low, high in zip(spans, rows, before, after, strict=False)
-    ]
-    return np.array(spans, dtype=np.int64).reshape(-1, 2)

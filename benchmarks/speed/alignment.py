@@ -63,6 +63,7 @@ from trl.experimental.utils import is_byte_level_tokenizer, piece_byte_len
 from benchmarks.report import assets_folder, header, save
 from trl_ctopd import TextAligner, TextAlignment, align, token_bytes
 from trl_ctopd.credit import chunk_sum
+from trl_ctopd.rollouts import pad_rows
 
 
 matplotlib.use("Agg")
@@ -119,9 +120,9 @@ def encode(pair: Pair, texts: list[str]) -> None:
 def ours(pair: Pair, completions: Completions, encoded: list | None = None) -> list[TextAlignment]:
     with mock.patch.object(align, "encode_as_text", lambda *_: encoded) if encoded else nullcontext():
         alignments = pair.aligner(completions)
-    for alignment in alignments:
-        chunks = torch.from_numpy(alignment.teacher.chunks)[None]
-        chunk_sum(torch.zeros(chunks.shape), chunks, alignment.num_chunks)
+    rows = [alignment.teacher.chunks for alignment in alignments]
+    chunks = pad_rows(rows, max(map(len, rows)), -1)
+    chunk_sum(torch.zeros(chunks.shape), chunks, max(alignment.num_chunks for alignment in alignments))
     return alignments
 
 
