@@ -26,10 +26,7 @@ from .altered_text import MaskedStretch, read_by_cells, spans_by_asking, spans_b
 from .token_bytes import TokenTable, token_table
 
 
-REASONS = ("invalid_utf8", "whitespace", "unknown_token", "normalized", "markup")
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # a comparison of its own, since arrays have none that is one answer
 class AlignedTokens:
     """One side's N tokens of a completion.
 
@@ -43,8 +40,14 @@ class AlignedTokens:
     chunks: np.ndarray
     widths: np.ndarray
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AlignedTokens):
+            return NotImplemented
+        arrays = zip((self.chunks, self.widths), (other.chunks, other.widths), strict=True)
+        return self.ids == other.ids and all(np.array_equal(*pair) for pair in arrays)
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True)
 class TextAlignment:
     """One completion, read by two tokenizers.
 
@@ -60,8 +63,8 @@ class TextAlignment:
     teacher: AlignedTokens
     num_chunks: int
     masked: list[MaskedStretch]
-    _spelled: bytes = field(repr=False)
-    _spans: np.ndarray = field(repr=False)  # (C, 2) of each chunk in `_spelled`
+    _spelled: bytes = field(repr=False, compare=False)
+    _spans: np.ndarray = field(repr=False, compare=False)  # (C, 2) of each chunk in `_spelled`
 
     @property
     def student_ids(self) -> list[int]:
@@ -121,7 +124,8 @@ class TextAligner:
         self._teacher_tokenizer = teacher_tokenizer
         self._markup = [string.encode() for string in masked_strings]
         self._control_ids = self._teacher.special | frozenset(teacher_control_ids)
-        self._is_control = np.isin(np.arange(len(self._teacher.rows) + 1), list(self._control_ids))
+        # by id, the last for all past the others; a control token may have an id past all those that spell something
+        self._is_control = np.isin(np.arange(max(self._control_ids, default=0) + 2), list(self._control_ids))
 
     def __call__(self, completions: Sequence[Sequence[int]]) -> list[TextAlignment]:
         """Completions without padding. Ids past the vocabulary (padding rows of an LM head) stand for no text."""
@@ -162,7 +166,7 @@ class TextAligner:
         read = _read([own.ids for own in tokens], self._teacher)
         return [
             self._without_controls(text, own)
-            if self._is_control[np.minimum(ids, len(self._teacher.rows))].any()
+            if self._is_control[np.minimum(ids, len(self._is_control) - 1)].any()
             else _teacher_reading(text, own, *spelled, self._teacher)
             for text, own, (ids, *spelled) in zip(texts, tokens, read, strict=True)
         ]
@@ -231,8 +235,6 @@ def _side(readings: Sequence[_Reading]) -> Side:
 
 def _joined(pieces: Sequence[_Reading]) -> _Reading:
     """Neighbouring pieces of a text as one."""
-    if len(pieces) == 1:
-        return pieces[0]
     starts = list(accumulate((len(piece.data) for piece in pieces), initial=0))[:-1]
     return _Reading(
         "".join(piece.text for piece in pieces),

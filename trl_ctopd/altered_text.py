@@ -16,6 +16,9 @@ from itertools import accumulate
 import numpy as np
 
 
+REASONS = ("invalid_utf8", "whitespace", "unknown_token", "normalized", "markup")
+
+
 @dataclass(frozen=True)
 class MaskedStretch:
     """Bytes `start:end` of `text.encode()` that no chunk holds.
@@ -98,8 +101,9 @@ def read_by_cells(
     ends[last], widths[last] = end[~exact], (end - done)[~exact]
 
     done, stop = np.append(done, end[-1]), np.append(np.where(exact, start, end), len(data))
+    unknown = np.append(unknown, False)
     masked = [
-        MaskedStretch(int(done[n]), int(stop[n]), "unknown_token" if n < len(first) and unknown[n] else "normalized")
+        MaskedStretch(int(done[n]), int(stop[n]), "unknown_token" if unknown[n] else "normalized")
         for n in np.flatnonzero(done < stop)
     ]
     return ends, widths, masked

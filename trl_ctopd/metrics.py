@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .align import REASONS
+from .altered_text import REASONS
 from .credit import gaps
 from .losses import Metrics, ScoredChunks
 from .rollouts import Rollout
