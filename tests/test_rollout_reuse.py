@@ -238,8 +238,8 @@ def test_the_completions_shown_are_of_all_lengths(build, capsys):
         log_completions=True, num_completions_to_print=4, gradient_accumulation_steps=4, model=student_model()
     )
     shown = []
-    keep = trainer._keep_samples
-    trainer._keep_samples = lambda *args: keep(*args) or shown.append(len(trainer._samples))
+    keep = trainer._samples.keep
+    trainer._samples.keep = lambda *args: keep(*args) or shown.append(len(trainer._samples))
     trainer.train()
     assert shown == [1, 2, 3, 4]
     assert "nats/byte" in capsys.readouterr().out

@@ -246,7 +246,11 @@ class CrossTokenizerGKDConfig(GKDConfig):
 
     # Looking at it
     log_completions: bool = field(
-        default=False, metadata={"help": "Print a table of sampled completions with their gap at each logging step."}
+        default=False,
+        metadata={
+            "help": "Print a table of sampled completions with their gap at each logging step, and send it to TensorBoard, "
+            "wandb or trackio where `report_to` names them."
+        },
     )
     num_completions_to_print: int = field(default=4, metadata={"help": "Rows of that table."})
 

@@ -1,10 +1,10 @@
 """`CrossTokenizerGKDTrainer`: the wiring between TRL's GKD trainer and the maths of this package."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -14,11 +14,8 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl.trainer.utils import (
-    disable_dropout_in_model,
-    get_config_model_id,
-    print_prompt_completions_sample,
-)
+from transformers.utils import is_in_notebook
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from . import card, data
 from .align import TextAligner, align_text
@@ -33,14 +30,15 @@ from .checks import (
     load_tokenizer,
     signal_of,
 )
+from .compare import compare
 from .config import CrossTokenizerGKDConfig, GKDTrainer
-from .credit import gaps
 from .generation import sampling_config, write
 from .heads import add_token_scores, base_model, check_head, hidden_states, lm_head
 from .losses import Distributions, ScoredChunks, build_loss
 from .metrics import Meter, chunk_metrics, rollout_metrics
 from .one_tokenizer import OneTokenizer, is_one_tokenizer
 from .rollouts import Prompt, Rollout, collate, grouped_by_length, on_grid, pad_scores, pair
+from .samples import Samples, show
 from .teachers.local import LocalTeacher, load_teacher
 from .timing import PhaseTimer
 from .vocabulary import CACHE_DIR, VocabularyPair
@@ -116,12 +114,12 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self.distillation_loss = self.off_policy_loss = distillation_loss(args)
         if getattr(self.distillation_loss, "policy", "both") == "on":
             self.off_policy_loss = build_loss(args.off_policy_loss, **(args.off_policy_loss_kwargs or {}))
-        self._context = context_length(model, args)
+        self.student_context = context_length(model, args)
         self._meters = {"train": Meter(), "eval": Meter()}
         self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
         self._window: list[dict] = []  # the optimizer step's micro-batches, and the next steps' with `rollout_reuse`
         self._old_log_probs: dict[int, torch.Tensor] = {}  # of those micro-batches, as the student wrote them
-        self._samples: list[tuple[str, str, float]] = []
+        self._samples = Samples()
 
         self._init_without_shared_vocabulary(
             model,
@@ -140,6 +138,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         # What GKDTrainer's own methods and callers read
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         set_seed(args.seed, device_specific=True)
+        if is_in_notebook():
+            from .notebook import show_figures  # needs IPython
+
+            show_figures(self)
 
     def _init_without_shared_vocabulary(self, model, **kwargs):
         """`GKDTrainer.__init__` refuses two vocabularies, and what else it sets up is replaced here; so its own parent,
@@ -249,7 +251,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 fn_kwargs={
                     "student": self.student_side,
                     "teacher": self.teacher_side,
-                    "longest_prompt": None if self._context is None else self._context - args.max_new_tokens,
+                    "longest_prompt": None
+                    if self.student_context is None
+                    else self.student_context - args.max_new_tokens,
                     "needs_reference": args.lmbda < 1 and not args.seq_kd and dataset_name == "train",
                     "dataset_name": dataset_name,
                 },
@@ -327,14 +331,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         with phase("generation"):
             completions = self._draw(model, window, on_policy)
         with phase("alignment"):
-            rollouts = pair(
-                [prompt for prompts in window for prompt in prompts],
-                completions,
-                self.aligner,
-                turn_ends=self.turn_ends,
-                eos_policy=self.args.eos_policy,
-                teacher_context=self.teacher_context,
-            )
+            rollouts = self._pair([prompt for prompts in window for prompt in prompts], completions)
         texts = [rollout.teacher_prompt_ids for rollout in rollouts], [rollout.teacher_ids for rollout in rollouts]
         with_hidden = any(signal_of(self._loss_for(on)) == "logits" for on in on_policy)
         with phase("teacher"):
@@ -358,6 +355,20 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 batch["teacher_hidden"] = pad_scores([hidden[r] for r in rows], teacher_length)
             batches.append({**batch, "on_policy": on, "index": index})
         return batches
+
+    def _pair(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[Rollout]:
+        return pair(
+            prompts,
+            completions,
+            self.aligner,
+            turn_ends=self.turn_ends,
+            eos_policy=self.args.eos_policy,
+            teacher_context=self.teacher_context,
+        )
+
+    def _pair_again(self, completions: Sequence[list[int]]) -> list[Rollout]:
+        """Of completions alone: prompts bear on nothing but the teacher's context."""
+        return self._pair([Prompt([], [])] * len(completions), completions)
 
     def _micro_batches(
         self, rollouts: list[Rollout], window: list[list[Prompt]], on_policy: list[bool]
@@ -468,7 +479,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 if model.training and self.args.rollout_reuse > 1:
                     self._old_log_probs[inputs["index"]] = batch.policy_log_probs
                 if self.args.log_completions:
-                    self._keep_samples(inputs, batch)
+                    micro_batches = self.current_gradient_accumulation_steps if model.training else 1
+                    self._samples.keep(inputs, batch, -(-self.args.num_completions_to_print // micro_batches))
             return loss
 
     def _score(self, model: nn.Module, inputs: dict) -> tuple[ScoredChunks, torch.Tensor]:
@@ -542,31 +554,27 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             prefix = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "eval_")
             figures = {f"{prefix}{name}": value for name, value in figures.items()}
         logs.update(figures)
-        if self._samples:
-            if self.accelerator.is_main_process:
-                prompts, completions, shown_gaps = zip(*self._samples, strict=True)
-                shown = self.args.num_completions_to_print
-                print_prompt_completions_sample(
-                    prompts, completions, {"gap, nats/byte": shown_gaps}, None, self.state.global_step, shown
-                )
-            self._samples.clear()
         super().log(logs, start_time)
+        if self.is_world_process_zero() and self._samples:
+            samples = self._samples.take(self.state.global_step, self.processing_class, self._pair_again)
+            show(samples, self.processing_class, self.callback_handler.callbacks, self.args.num_completions_to_print)
+        self._samples.clear()
 
-    @torch.no_grad()
-    def _keep_samples(self, inputs: dict, batch: ScoredChunks):
-        """Some of the micro-batch's texts with their gap, as many as are to be shown of all of them together."""
-        scored = batch.student_log_probs, batch.teacher_log_probs
-        gap, neutral = gaps(*scored, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
-        num_bytes = batch.student_sum(batch.student_widths).masked_fill(neutral, 0).sum(1)
-        per_byte = (-gap.sum(1) / num_bytes.clamp(min=1)).tolist()
-        ids, starts, ends = inputs["input_ids"], inputs["prompt_lengths"], inputs["lengths"]
-        rows = zip(ids.tolist(), starts.tolist(), ends.tolist(), per_byte, strict=True)
-        micro_batches = self.current_gradient_accumulation_steps if self.model.training else 1
-        share = -(-self.args.num_completions_to_print // micro_batches)
-        self._samples += [
-            (self.processing_class.decode(row[:start]), self.processing_class.decode(row[start:end]), gap)
-            for row, start, end, gap in islice(rows, share)
-        ]
+    def compare(
+        self, prompts: Sequence[str | list[dict] | Mapping], max_new_tokens: int | None = None
+    ) -> list[dict[str, str | list[dict]]]:
+        """
+        Prints the greedy answers of the student before its training, of the student now and of the teacher side by side.
+
+        Args:
+            prompts: plain texts, conversations (lists of messages) or dataset rows, rendered as in training.
+            max_new_tokens: of each answer; as in training when `None`. Never past a model's context.
+
+        Returns:
+            A `dict` a prompt: `prompt`, `student_before` (with an adapter only, which is switched off for it),
+            `student_now`, `teacher`. Every process of a distributed run must call it.
+        """
+        return compare(self, prompts, max_new_tokens)
 
     # Card
 
