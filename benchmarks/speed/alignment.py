@@ -186,7 +186,7 @@ def dpca_published(
         student_chunks = torch.full((len(ids),), -1.0)
         at, number = (0, 0), 0
         while at[0] < len(ids) and at[1] < len(teacher_ids):
-            match = _next_match(pair, ids, teacher_ids, *at)
+            match = next_match(pair, ids, teacher_ids, *at)
             if match is None:
                 break  # nothing after it is aligned
             sizes = match[0] - at[0], match[1] - at[1]
@@ -202,7 +202,7 @@ def dpca_published(
     return found
 
 
-def _next_match(pair: Pair, student_ids: list[int], teacher_ids: list[int], s0: int, t0: int) -> tuple[int, int] | None:
+def next_match(pair: Pair, student_ids: list[int], teacher_ids: list[int], s0: int, t0: int) -> tuple[int, int] | None:
     """The first ends at which both sides decode to the same text since `s0`, `t0`; None where it gets stuck."""
     s, t = s0 + 1, t0 + 1
     while s <= len(student_ids) and t <= len(teacher_ids):

@@ -1,0 +1,170 @@
+"""A world: a task, a teacher that knows it, a weak student, and what they are asked. Trained once and kept on disk.
+
+Decisions:
+- All methods and all seeds of a task and a pair of tokenizers meet the same world, so that a difference between two runs is
+  owed to the method or to the seed of the distillation.
+- Neither the held-out prompts nor those that learning rates are chosen by, two sets without a prompt in common, are seen in any
+  training, of the two models or of the distillation.
+- `teacher="same"` is another teacher, trained alike on the student's own tokenizer and template.
+- The cache is keyed by the settings, and by this folder's code that makes a world.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    Olmo2Config,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from . import models, tasks, toy_pairs
+from .tasks import Item, Task
+
+
+CACHE = Path(os.environ.get("CTOPD_BENCHMARK_CACHE", "~/.cache/trl_ctopd_benchmarks")).expanduser()
+CODE = ("tasks.py", "toy_pairs.py", "models.py")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the two models are, how long they are trained, and how long the task's answers are."""
+
+    teacher_width: int
+    student_width: int
+    layers: int
+    teacher_steps: dict[str, int]  # by task
+    student_steps: dict[str, int]
+    batch_size: int
+    learning_rate: float
+    task: dict[str, dict[str, int]]  # arguments of each task
+    held_out: int
+    prompts: int  # of the distillation
+    device: str = "cpu"
+
+
+@dataclass
+class World:
+    task: Task
+    teacher: PreTrainedModel
+    teacher_tokenizer: PreTrainedTokenizerBase
+    student: PreTrainedModel
+    student_tokenizer: PreTrainedTokenizerBase
+    held_out: list[Item]
+    validation: list[Item]
+    questions: list[Item]
+    folder: Path  # of the teacher and its tokenizer
+    figures: dict[str, float]  # accuracies of the teacher and of the student at its start
+
+
+def world(size: Size, task_name: str, pair: str, teacher: str = "cross", seed: int = 0) -> World:
+    """From the cache, or trained now."""
+    task = getattr(tasks, task_name)(**size.task.get(task_name, {}))
+    rng = random.Random(f"{task_name} {seed}")
+    held_out = tasks.draw_different(task, size.held_out, rng)
+    kept = frozenset(item.prompt for item in held_out)
+    validation = tasks.draw_different(task, size.held_out, rng, kept)
+    kept |= frozenset(item.prompt for item in validation)
+    unseen = replace(task, draw=partial(_draw_unseen, task, kept))
+    questions = [unseen.draw(rng) for _ in range(size.prompts)]
+    build = partial(_train, size, unseen, pair, seed=seed)
+    student, student_tokenizer, student_figures, _ = _cached(
+        {**_settings(size, "student"), "task": task_name, "pair": pair, "side": "student", "seed": seed},
+        build,
+        held_out,
+    )
+    teacher, teacher_tokenizer, teacher_figures, folder = _cached(
+        {**_settings(size, "teacher"), "task": task_name, "pair": pair, "side": f"{teacher} teacher", "seed": seed},
+        build,
+        held_out,
+    )
+    figures = {"teacher": teacher_figures["accuracy"], "start": student_figures["accuracy"]}
+    return World(
+        task,
+        teacher.to(size.device),
+        teacher_tokenizer,
+        student.to(size.device),
+        student_tokenizer,
+        held_out,
+        validation,
+        questions,
+        folder,
+        figures,
+    )
+
+
+def _settings(size: Size, side: str) -> dict:
+    """What of `size` the side's training depends on."""
+    other = {"student": "teacher", "teacher": "student"}[side]
+    skipped = ("prompts", "device", f"{other}_width", f"{other}_steps")
+    return {name: value for name, value in asdict(size).items() if name not in skipped}
+
+
+def _draw_unseen(task: Task, kept: frozenset[str], rng: random.Random) -> Item:
+    while True:
+        item = task.draw(rng)
+        if item.prompt not in kept:
+            return item
+
+
+def _train(size: Size, task: Task, pair: str, side: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    rng = random.Random(f"{side} {seed}")
+    set_seed(seed)
+    items = [task.draw(rng) for _ in range(3000)]
+    texts = [f"{item.prompt}\n{item.answer}" for item in items]
+    texts += 20 * [f"{item.prompt}\n{item.answer}" for item in tasks.second_skill()]
+    tokenizers = toy_pairs.build(pair, texts)
+    is_student = side == "student"
+    tokenizer = tokenizers[0 if is_student or side == "same teacher" else 1]
+    config, width = (LlamaConfig, size.student_width) if is_student else (Olmo2Config, size.teacher_width)
+    model = models.new_model(config, tokenizer, width, size.layers).to(size.device)
+    steps = (size.student_steps if is_student else size.teacher_steps)[task.name]
+    example = models.student_example if is_student else models.teacher_example
+    label = f"{task.name}, {pair}: {side}"
+    models.pretrain(model, tokenizer, partial(example, task, rng), steps, label, size.learning_rate, size.batch_size)
+    return model, tokenizer
+
+
+def _cached(settings: dict, build, held_out: list[Item]) -> tuple:
+    """Model, tokenizer, figures and their folder."""
+    code = "".join((Path(__file__).parent / name).read_text() for name in CODE)
+    digest = hashlib.sha256((json.dumps(settings, sort_keys=True) + code).encode()).hexdigest()[:16]
+    folder = CACHE / "worlds" / digest
+    with locked(CACHE / "locks" / digest):
+        if not (folder / "figures.json").exists():
+            task = build.args[1]
+            model, tokenizer = build(settings["side"])
+            folder.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            figures = {"accuracy": models.accuracy(model, tokenizer, task, held_out)}
+            (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+            (folder / "figures.json").write_text(json.dumps(figures) + "\n")  # last: what is there is whole
+            print(f"{task.name}, {settings['pair']}: the {settings['side']}'s accuracy is {figures['accuracy']:.3f}")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return model, AutoTokenizer.from_pretrained(folder), json.loads((folder / "figures.json").read_text()), folder
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Whether the lock is ours, which the system takes back from a process that has ended, however it did."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
