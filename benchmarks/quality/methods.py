@@ -186,10 +186,10 @@ def do(run: Run, world: World, folder: Path, rendered: dict) -> dict:
     clock.stop()
     tokens = {name: int(count) for name, count in clock.step.tokens.items()}
     student = trainer.model
-    with _evaluating(student):
+    with clock.phase("evaluation"), _evaluating(student):
         ends = _measured(run, student, world, items)
     parameters = {"student": student.num_parameters(), "teacher": world.teacher.num_parameters()}
-    write_flops = 2 * parameters["student"] * (tokens["student"] if _writes(method) else 0)
+    written_share = method.config.get("lmbda", 0.5 if method.gold else 1.0)
     finite = all(torch.isfinite(weight).all() for weight in student.parameters())
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -202,7 +202,7 @@ def do(run: Run, world: World, folder: Path, rendered: dict) -> dict:
         "tokens": tokens,
         "parameters": parameters,
         "teacher_flops": 2 * parameters["teacher"] * tokens["teacher"] * method.teacher_flops,
-        "student_flops": 6 * parameters["student"] * tokens["student"] + write_flops,
+        "student_flops": int((6 + 2 * written_share) * parameters["student"] * tokens["student"]),
         "finite": bool(finite),
         "log": [{name: _number(value) for name, value in entry.items()} for entry in log],
     }
@@ -210,10 +210,6 @@ def do(run: Run, world: World, folder: Path, rendered: dict) -> dict:
 
 def _number(value):
     return (round(value, 5) if math.isfinite(value) else str(value)) if isinstance(value, float) else value
-
-
-def _writes(method: Method) -> float:
-    return method.config.get("lmbda", 0.5 if method.gold else 1.0) > 0
 
 
 def _measured(run: Run, student: PreTrainedModel, world: World, items: list[Item]) -> dict:
