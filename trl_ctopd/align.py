@@ -24,6 +24,7 @@ import numpy as np
 from .alignment import Side, synchronized_chunks
 from .altered_text import MaskedStretch, read_by_cells, spans_by_asking, spans_by_difference
 from .token_bytes import TokenTable, token_table
+from .viewer.shown import Shown
 
 
 @dataclass(frozen=True, eq=False)  # a comparison of its own, since arrays have none that is one answer
@@ -48,7 +49,7 @@ class AlignedTokens:
 
 
 @dataclass(frozen=True)
-class TextAlignment:
+class TextAlignment(Shown):
     """One completion, read by two tokenizers.
 
     Attributes:
@@ -65,6 +66,7 @@ class TextAlignment:
     masked: list[MaskedStretch]
     _spelled: bytes = field(repr=False, compare=False)
     _spans: np.ndarray = field(repr=False, compare=False)  # (C, 2) of each chunk in `_spelled`
+    _tables: tuple[TokenTable, TokenTable] = field(repr=False, compare=False)  # what each side's ids stand for
 
     @property
     def student_ids(self) -> list[int]:
@@ -149,6 +151,7 @@ class TextAligner:
                 masked=stretches,
                 _spelled=student.data,
                 _spans=own_spans,
+                _tables=(self._student, self._teacher),
             )
             for student, teacher, student_chunks, teacher_chunks, own_spans, stretches in zip(
                 students,

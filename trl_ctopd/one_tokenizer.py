@@ -40,4 +40,5 @@ class OneTokenizer:
             masked=[],
             _spelled=spelled,
             _spans=np.stack([ends - widths[known], ends], 1),
+            _tables=(self._table, self._table),
         )

@@ -41,6 +41,7 @@ class TokenTable:
     Attributes:
         rows: the bytes of each id; index = id.
         special: ids of control tokens, which stand for no text.
+        names: what the tokenizer calls its control and unknown tokens, by id.
         unknown: ids that the tokenizer writes for text that it has no token for; their rows are b"" too.
         word_starts: ids before which the tokenizer has thrown whitespace away (WordPiece only, else empty).
         prefix_space: when a space is put before a text that is encoded: "never", "unless_space" (where the text has
@@ -52,6 +53,7 @@ class TokenTable:
     unknown: frozenset[int]
     word_starts: frozenset[int]
     prefix_space: str
+    names: dict[int, str]
 
     @cached_property
     def _packed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -110,7 +112,9 @@ def _build_table(tokenizer: Any) -> TokenTable:
     for i, row in spelled.items():
         if i not in special and i not in unknown:
             rows[i] = row
-    return TokenTable(rows, special, unknown, word_starts - special - unknown, _prefix_space(tokenizer, rows))
+    silent = [*special, *unknown]
+    names = dict(zip(silent, tokenizer.convert_ids_to_tokens(silent), strict=True))
+    return TokenTable(rows, special, unknown, word_starts - special - unknown, _prefix_space(tokenizer, rows), names)
 
 
 def _prefix_space(tokenizer: Any, rows: list[bytes]) -> str:
