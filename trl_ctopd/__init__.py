@@ -1,12 +1,19 @@
 """On-policy distillation of language models across tokenizers, as a Hugging Face TRL trainer.
 
 The maths (`token_bytes`, `align`, `alignment`, `credit`, `losses`) imports without TRL; the trainer and its config are
-loaded on first use.
+loaded on first use, and so is `align`, which is also a command (`python -m trl_ctopd.align`).
 """
 
-from .align import TextAligner, TextAlignment, align_text
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .token_bytes import UnsupportedTokenizerError, token_bytes
 
+
+if TYPE_CHECKING:
+    from .align import TextAligner, TextAlignment, align_text
+    from .config import CrossTokenizerGKDConfig
+    from .trainer import CrossTokenizerGKDTrainer
 
 __version__ = "0.1.0"
 
@@ -20,15 +27,19 @@ __all__ = [
     "token_bytes",
 ]
 
+_MODULES = {
+    "CrossTokenizerGKDConfig": "config",
+    "CrossTokenizerGKDTrainer": "trainer",
+    "TextAligner": "align",
+    "TextAlignment": "align",
+    "align_text": "align",
+}
+
 
 def __getattr__(name):
-    if name == "CrossTokenizerGKDConfig":
-        from .config import CrossTokenizerGKDConfig as value
-    elif name == "CrossTokenizerGKDTrainer":
-        from .trainer import CrossTokenizerGKDTrainer as value
-    else:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return value
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__():

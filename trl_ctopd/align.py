@@ -383,3 +383,9 @@ def _has_prefix_space(spelled: bytes, data: bytes, table: TokenTable) -> bool:
     if table.prefix_space == "never" or not spelled.startswith(b" "):
         return False
     return spelled[1:] == data or table.prefix_space == "always" or not data.startswith(b" ")
+
+
+if __name__ == "__main__":  # python -m trl_ctopd.align
+    from .viewer.cli import main
+
+    main()

@@ -1,8 +1,10 @@
 """What stands where: a text as a row of segments, each with its tokens on both sides, in the order of the text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+
+import numpy as np
 
 from ..align import TextAlignment
 from ..altered_text import REASONS
@@ -147,7 +149,7 @@ def token_data(alignment: TextAlignment, side: int, token: int) -> tuple[bytes, 
     return row, "" if row else table.names.get(i, f"id {i}")
 
 
-def figures(alignments: Sequence[TextAlignment]) -> dict:
+def figures(alignments: Iterable[TextAlignment]) -> dict:
     """
     How far apart two tokenizers are over some texts.
 
@@ -157,20 +159,19 @@ def figures(alignments: Sequence[TextAlignment]) -> dict:
         one token on each side; `student_tokens_per_chunk`, `teacher_tokens_per_chunk`; `masked_bytes` by reason. A share
         of nothing is None.
     """
-    counts = dict.fromkeys(("texts", "bytes", "student_tokens", "teacher_tokens", "chunks", "one_to_one_chunks"), 0)
-    inside = [0, 0]
-    covered, masked = 0, dict.fromkeys(REASONS, 0)
+    names = ("texts", "bytes", "student_tokens", "teacher_tokens", "chunks", "one_to_one_chunks")
+    counts, inside, covered, masked = dict.fromkeys(names, 0), [0, 0], 0, {}
     for alignment in alignments:
-        found = [segment for segment in segments(alignment) if segment.chunk >= 0]
+        sides = [side.chunks[side.chunks >= 0] for side in (alignment.student, alignment.teacher)]
+        sizes = [np.bincount(chunks, minlength=alignment.num_chunks) for chunks in sides]
         counts["texts"] += 1
         counts["bytes"] += len(alignment._spelled)
         counts["student_tokens"] += len(alignment.student_ids)
         counts["teacher_tokens"] += len(alignment.teacher_ids)
         counts["chunks"] += alignment.num_chunks
-        counts["one_to_one_chunks"] += sum(segment.one_to_one for segment in found)
-        covered += sum(segment.end - segment.start for segment in found)
-        for side, chunks in enumerate((alignment.student_chunks, alignment.teacher_chunks)):
-            inside[side] += sum(chunk >= 0 for chunk in chunks)
+        counts["one_to_one_chunks"] += int(((sizes[0] == 1) & (sizes[1] == 1)).sum())
+        covered += int((alignment._spans[:, 1] - alignment._spans[:, 0]).sum())
+        inside = [count + len(chunks) for count, chunks in zip(inside, sides, strict=True)]
         for stretch in alignment.masked:
             masked[stretch.reason] = masked.get(stretch.reason, 0) + stretch.end - stretch.start
     return {
@@ -179,7 +180,7 @@ def figures(alignments: Sequence[TextAlignment]) -> dict:
         "one_to_one_fraction": _share(counts["one_to_one_chunks"], counts["student_tokens"]),
         "student_tokens_per_chunk": _share(inside[0], counts["chunks"]),
         "teacher_tokens_per_chunk": _share(inside[1], counts["chunks"]),
-        "masked_bytes": {reason: count for reason, count in masked.items() if count},
+        "masked_bytes": masked,
     }
 
 
