@@ -16,7 +16,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
@@ -181,7 +181,7 @@ def do(run: Run, world: World, folder: Path, rendered: dict) -> dict:
     trainer.remove_callback(PrinterCallback)
     (_watch_trl if method.gold else _watch_ours)(trainer, clock)
     clock.start()
-    with _own_template(world) if method.own_template else _as_it_is():
+    with teacher_template(world) if method.own_template else nullcontext():
         trainer.train()
     clock.stop()
     tokens = {name: int(count) for name, count in clock.step.tokens.items()}
@@ -365,12 +365,7 @@ def _watch_trl(trainer: GOLDTrainer, clock: Clock) -> None:
 
 
 @contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _own_template(world: World) -> Iterator[None]:
+def teacher_template(world: World) -> Iterator[None]:
     """Within, GOLD's teacher reads each question in its own chat template."""
     original: Callable = gold_trainer.build_teacher_inputs_from_texts
     sides = (world.student_tokenizer, world.teacher_tokenizer)
