@@ -22,7 +22,7 @@ SIZE = worlds.Size(
     held_out=4,
     prompts=8,
 )
-SCALE = run.Scale(SIZE, 2, 2, (1e-3, 1e-4), seeds=1, other_seeds=1, curve=(1, 2))
+SCALE = run.Scale(SIZE, 2, 2, (1e-3, 1e-4), ("sums",), seeds=1, other_seeds=1, curve=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,8 @@ def finished(tmp_path_factory):
         patch.setattr("trl_ctopd.trainer.CACHE_DIR", folder / "vocabularies")
         patch.setitem(run.SCALES, "cpu", SCALE)
         patch.setattr(run, "HOME", {"sums": "digits"})
-        patch.setattr(run, "HEADLINE", ["dpca", "seq_kd"])
+        patch.setattr(run, "LEADING", ["dpca", "seq_kd"])
+        patch.setattr(run, "OTHERS", [])
         path = folder / "runs.jsonl"
         run.main("cpu", ["tuning"], None, path)
         whole = path.read_text()

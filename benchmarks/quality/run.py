@@ -8,11 +8,13 @@ run to `benchmarks/results/quality/runs.jsonl`, from which `report.py` makes the
 Stop it at any time and start it again: what is finished is skipped. Start it twice: the two share the work.
 
 Decisions:
-- The runs are a list in the order of their importance, seed by seed over all methods and tasks, so that one that is cut off
-  is still balanced. `--minutes` ends it after so long; `--stages` does parts of it.
-- Tuning comes first: each method meets the same grid of learning rates in each world, with a seed of its own, judged by
+- The runs are a list in the order of their importance, seed by seed over all stages, methods and tasks, so that one that is
+  cut off is still balanced. `--minutes` ends it after so long; `--stages` does parts of it. The leading methods have more
+  seeds than the others.
+- Tuning comes first: each method meets the same grid of learning rates on one task, with a seed of its own, judged by
   greedy accuracy on prompts that are not the held-out ones, then by the gap. What is reported has other seeds.
-- A run that cannot be done (TRL's trainer refuses some tokenizers) is a line with its error, and is not tried again.
+- A run that cannot be done (TRL's trainer refuses some tokenizers) is a line with its error, and none of its kind is tried
+  again.
 """
 
 import argparse
@@ -25,8 +27,9 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -42,7 +45,9 @@ from .worlds import CACHE, Size, locked, world
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
 HOME = {"sums": "digits", "plurals": "families", "stories": "sizes"}  # the pair of each task in the headline
 MORE_PAIRS = (("plurals", "lengths"), ("sums", "coarse"))
-HEADLINE = [name for name in METHODS if not name.endswith(("_off", "decode_and_compare"))] + ["trl_gold_template_off"]
+LEADING = ["dpca", "dpca_macro", "strict_sampled", "seq_kd", "bpm", "strict_topk", "simct", "sft"]
+OTHERS = [name for name in METHODS if name not in LEADING and not name.endswith(("_off", "decode_and_compare"))]
+OTHERS += ["trl_gold_template_off"]
 OFF_POLICY = ["alm_off", "gold_off", "uld_off", "cdm_off"]
 
 
@@ -52,13 +57,14 @@ class Scale:
     updates: int
     prompts: int
     learning_rates: tuple[float, ...]  # the likeliest first
-    seeds: int
-    other_seeds: int  # of all but the headline
+    tuned_on: tuple[str, ...]  # tasks; the first one's learning rate holds for those that are not among them
+    seeds: int  # of the leading methods
+    other_seeds: int
     curve: tuple[int, ...]  # updates at which seq_kd's accuracy is measured, for table 1's last column
 
     @property
     def measured_at(self) -> tuple[int, ...]:
-        return tuple(sorted({max(1, self.updates * part // 8) for part in (1, 2, 4)}))
+        return tuple(sorted({max(1, self.updates * part // 4) for part in (1, 2)}))
 
 
 SCALES = {
@@ -73,11 +79,12 @@ SCALES = {
             learning_rate=3e-3,
             task={},
             held_out=200,
-            prompts=40 * 48,
+            prompts=40 * 24,
         ),
         updates=40,
-        prompts=48,
-        learning_rates=(3e-4, 1e-3, 1e-4),
+        prompts=24,
+        learning_rates=(3e-4, 1e-3),
+        tuned_on=("sums",),
         seeds=5,
         other_seeds=3,
         curve=(5, 10, 20, 40, 80, 160),
@@ -99,12 +106,13 @@ SCALES = {
         updates=200,
         prompts=128,
         learning_rates=(3e-5, 1e-4, 1e-5, 3e-4),
+        tuned_on=tuple(HOME),
         seeds=8,
         other_seeds=5,
         curve=(10, 25, 50, 100, 200, 400, 800),
     ),
 }
-STAGES = ("tuning", "headline", "alignment", "same", "curve", "pairs", "again", "off_policy")
+STAGES = ("tuning", "headline", "alignment", "same", "curve", "again", "off_policy", "pairs")
 
 
 def key(scale: str, run: Run) -> str:
@@ -117,39 +125,34 @@ class Plan:
     def __init__(self, scale: Scale):
         self.scale = scale
 
-    def runs(self, stage: str, found: dict[str, dict]) -> Iterator[Run | None]:
-        """The runs of a stage; `None` for one whose learning rate is not chosen yet."""
-        if stage == "tuning":
-            for rate in self.scale.learning_rates:
-                for method in HEADLINE:
-                    for task, pair in HOME.items():
-                        yield self._run(method, task, pair, "cross", 0, rate, "tuning")
-            return
-        seeds = self.scale.seeds if stage == "headline" else self.scale.other_seeds
-        for seed in range(1, seeds + 1):
-            yield from self._of_seed(stage, seed, found)
+    def runs(self, stages: Sequence[str], found: dict[str, dict]) -> Iterator[Run | None]:
+        """The runs of the stages; `None` for one whose learning rate is not chosen yet."""
+        if "tuning" in stages:
+            for rate, method, task in product(self.scale.learning_rates, LEADING + OTHERS, self.scale.tuned_on):
+                yield self._run(method, task, HOME[task], "cross", 0, rate, "tuning")
+        for seed in range(1, self.scale.seeds + 1):
+            for stage in stages:
+                for method, task, pair, teacher in self._cases(stage, seed):
+                    rate = self.chosen(method, task, found)
+                    yield None if rate is None else self._run(method, task, pair, teacher, seed, rate, stage)
 
-    def _of_seed(self, stage: str, seed: int, found: dict[str, dict]) -> Iterator[Run | None]:
-        if stage == "headline":
-            cases = [(method, task, pair, "cross") for method in HEADLINE for task, pair in HOME.items()]
-        elif stage == "alignment":
-            cases = [("dpca_decode_and_compare", task, pair, "cross") for task, pair in HOME.items()]
-        elif stage == "same":
-            cases = [(m, task, pair, "same") for m in ("dpca", "seq_kd") for task, pair in HOME.items()]
-        elif stage == "curve":
-            cases = [("seq_kd", task, pair, "cross") for task, pair in HOME.items()]
-        elif stage == "again":
-            cases = [("dpca", task, pair, "cross") for task, pair in HOME.items()]
-        elif stage == "pairs":
-            names = ("dpca", "dpca_macro", "strict_sampled", "bpm", "simct", "dpca_decode_and_compare")
-            cases = [(method, task, pair, "cross") for method in names for task, pair in MORE_PAIRS]
-        else:
-            cases = [(method, task, pair, "cross") for method in OFF_POLICY for task, pair in HOME.items()]
-        for method, task, pair, teacher in cases:
-            like = method.removesuffix("_off") if method in OFF_POLICY else method
-            like = "dpca" if method == "dpca_decode_and_compare" else like
-            rate = self.chosen(like, task, found)
-            yield None if rate is None else self._run(method, task, pair, teacher, seed, rate, stage)
+    def _cases(self, stage: str, seed: int) -> Iterator[tuple[str, str, str, str]]:
+        """Method, task, pair and teacher."""
+        if stage == "tuning" or (stage != "headline" and seed > self.scale.other_seeds):
+            return
+        more = [(task, pair, "cross") for task, pair in MORE_PAIRS]
+        home = [(task, pair, "cross") for task, pair in HOME.items()]
+        methods, worlds = {
+            "headline": (LEADING + (OTHERS if seed <= self.scale.other_seeds else []), home),
+            "alignment": (["dpca_decode_and_compare"], home),
+            "same": (["dpca", "seq_kd"], [(task, pair, "same") for task, pair, _ in home]),
+            "curve": (["seq_kd"], home),
+            "again": (["dpca"], home),
+            "off_policy": (OFF_POLICY, home),
+            "pairs": (["dpca", "dpca_decode_and_compare", "dpca_macro", "strict_sampled", "bpm"], more),
+        }[stage]
+        for method, one in product(methods, worlds):
+            yield method, *one
 
     def _run(self, method: str, task: str, pair: str, teacher: str, seed: int, rate: float, purpose: str) -> Run:
         scale = self.scale
@@ -163,7 +166,11 @@ class Plan:
         return Run(method, task, pair, teacher, seed, rate, updates, scale.prompts, purpose, measured_at)
 
     def chosen(self, method: str, task: str, found: dict[str, dict]) -> float | None:
-        """The learning rate with the best accuracy, then the smallest gap; `None` until all were tried."""
+        """The learning rate with the best accuracy, then the smallest gap; `None` until all were tried. A method in
+        another form has the rate of the one that was tuned."""
+        if method not in LEADING + OTHERS:
+            method = method.removesuffix("_off").removesuffix("_decode_and_compare")
+        task = task if task in self.scale.tuned_on else self.scale.tuned_on[0]
         tried = [
             line
             for line in found.values()
@@ -199,25 +206,24 @@ def read(path: Path) -> dict[str, dict]:
 
 
 def append(path: Path, entry: dict) -> None:
-    """One line, in one write, on the disk before this returns."""
+    """One line, in one write, on the disk before this returns; after one that was cut off, a new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(("" if whole else "\n") + json.dumps(entry) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def next_run(plan: Plan, scale: str, stages: list[str], found: dict[str, dict], busy: set[str]) -> Run | None:
-    for stage in stages:
-        for run in plan.runs(stage, found):
-            if run is not None and key(scale, run) not in found and key(scale, run) not in busy:
-                return run
-    return None
+def unfinished(plan: Plan, scale: str, stages: Sequence[str], found: dict[str, dict]) -> Iterator[Run | None]:
+    refused = {_kind(line["run"]) for line in found.values() if "error" in line}
+    for run in plan.runs(stages, found):
+        if run is None or (key(scale, run) not in found and _kind(asdict(run)) not in refused):
+            yield run
 
 
-def left(plan: Plan, scale: str, stages: list[str], found: dict[str, dict]) -> int:
-    runs = [run for stage in stages for run in plan.runs(stage, found)]
-    return sum(run is None or key(scale, run) not in found for run in runs)
+def _kind(run: dict) -> tuple[str, ...]:
+    return tuple(run[name] for name in ("method", "task", "pair", "teacher"))
 
 
 def main(scale_name: str, stages: list[str], minutes: float | None, path: Path) -> None:
@@ -228,12 +234,13 @@ def main(scale_name: str, stages: list[str], minutes: float | None, path: Path) 
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     plan, rendered, worlds, busy, begun = Plan(scale), {}, {}, set(), time.monotonic()
     seconds: list[float] = []
-    with tqdm(total=left(plan, scale_name, stages, read(path)), unit="run") as bar:
+    with tqdm(unit="run") as bar:
         while minutes is None or time.monotonic() - begun < 60 * minutes:
             found = read(path)
-            bar.n = bar.total - left(plan, scale_name, stages, found)
+            runs = [*unfinished(plan, scale_name, stages, found)]
+            bar.n, bar.total = len(found), len(found) + len(runs)
             bar.refresh()
-            run = next_run(plan, scale_name, stages, found, busy)
+            run = next((run for run in runs if run is not None and key(scale_name, run) not in busy), None)
             if run is None:
                 if not busy:
                     break
