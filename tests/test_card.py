@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from trl_ctopd import CrossTokenizerGKDConfig, __version__, card
 from trl_ctopd.losses import ALM, LOSSES
+from trl_ctopd.provenance import PACKAGES
 
 
 STUDENT, TEACHER = toys.student_tokenizer(), toys.teacher_tokenizer()
@@ -121,7 +122,7 @@ def test_the_card_names_both_models_both_tokenizers_the_method_its_paper_and_the
     paper = card.PAPERS["dpca"]
     assert f"- Method: `dpca`, [{paper.title}](https://huggingface.co/papers/{paper.arxiv})" in text
     assert f"- trl_ctopd {__version__}\n- trl 1." in text
-    for package in card.PACKAGES:
+    for package in PACKAGES:
         assert re.search(rf"^- {package} \d+\.\d+", text, re.MULTILINE)
 
 

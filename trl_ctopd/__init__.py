@@ -1,7 +1,7 @@
 """On-policy distillation of language models across tokenizers, as a Hugging Face TRL trainer.
 
-The maths (`token_bytes`, `align`, `alignment`, `credit`, `losses`) imports without TRL; the trainer and its config are
-loaded on first use, and so is `align`, which is also a command (`python -m trl_ctopd.align`).
+The maths (`token_bytes`, `align`, `alignment`, `credit`, `losses`) imports without TRL; the trainer, its config and
+its report are loaded on first use, and so is `align`, which is also a command (`python -m trl_ctopd.align`).
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ from .token_bytes import UnsupportedTokenizerError, token_bytes
 if TYPE_CHECKING:
     from .align import TextAligner, TextAlignment, align_text
     from .config import CrossTokenizerGKDConfig
+    from .report import DistillationReportCallback
     from .trainer import CrossTokenizerGKDTrainer
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CrossTokenizerGKDConfig",
     "CrossTokenizerGKDTrainer",
+    "DistillationReportCallback",
     "TextAligner",
     "TextAlignment",
     "UnsupportedTokenizerError",
@@ -30,6 +32,7 @@ __all__ = [
 _MODULES = {
     "CrossTokenizerGKDConfig": "config",
     "CrossTokenizerGKDTrainer": "trainer",
+    "DistillationReportCallback": "report",
     "TextAligner": "align",
     "TextAlignment": "align",
     "align_text": "align",

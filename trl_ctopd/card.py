@@ -6,18 +6,16 @@
 
 import re
 from dataclasses import fields
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
-from . import __version__
 from .config import CrossTokenizerGKDConfig
 from .losses import LOSSES
+from .provenance import describe, hub_name, on_hub, versions
 
 
 class Paper(NamedTuple):
@@ -123,7 +121,6 @@ METRICS = {
     "completions/truncated_fraction": "share of completions cut off at `max_new_tokens`",
     "entropy": "of the student's next-token distribution, in nats",
 }
-PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "tokenizers", "torch")
 
 
 def model_card(
@@ -144,13 +141,13 @@ def model_card(
     The card of a run. `student` and `teacher` are hub names, folders, or "" for a model made in place. `log_history` is
     the trainer state's: the last value logged of each figure is shown.
     """
-    student, teacher = _hub_name(student), _hub_name(teacher)
+    student, teacher = hub_name(student), hub_name(teacher)
     template_kwargs = {name: value for name, value in (args.chat_template_kwargs or {}).items() if value is not None}
     metrics = _metrics(log_history)
     return ModelCard.from_template(
         ModelCardData(
-            base_model=student if _on_hub(student) else None,
-            datasets=dataset_name if _on_hub(dataset_name) else None,
+            base_model=student if on_hub(student) else None,
+            datasets=dataset_name if on_hub(dataset_name) else None,
             library_name="peft" if adapter else "transformers",
             pipeline_tag="text-generation",
             model_name=model_name,
@@ -161,9 +158,9 @@ def model_card(
         hub_model_id=hub_model_id or model_name,
         student=_link(student),
         teacher=_link(teacher),
-        base_on_hub=_on_hub(student),
-        student_tokenizer=_describe(student_tokenizer),
-        teacher_tokenizer=_describe(teacher_tokenizer),
+        base_on_hub=on_hub(student),
+        student_tokenizer=describe(student_tokenizer),
+        teacher_tokenizer=describe(teacher_tokenizer),
         story=_story(args, student_tokenizer.get_vocab() == teacher_tokenizer.get_vocab()),
         method=_method(args),
         citation=_citation(_paper(args)),
@@ -176,36 +173,14 @@ def model_card(
         settings=_settings(args),
         metrics=metrics,
         evaluated=any(evaluation for _, evaluation, _ in metrics.values()),
-        versions={"trl_ctopd": __version__, **{name: version(name) for name in PACKAGES}},
+        versions=versions(),
     )
 
 
-def _hub_name(name: str) -> str:
-    """The hub's name of a model read from its cache folder; any other name as it is."""
-    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", name)
-    return "/".join(cached.groups()) if cached else name
-
-
-def _on_hub(name: str | None) -> bool:
-    if not name or "/" not in name or Path(name).exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def _link(name: str, kind: str = "") -> str:
-    if _on_hub(name):
+    if on_hub(name):
         return f"[{name}](https://huggingface.co/{kind}{name})"
     return f"`{Path(name).name}`" if Path(name).name else "an unnamed model"
-
-
-def _describe(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    kind = type(tokenizer).__name__ if backend is None else type(backend.model).__name__
-    return f"{kind}, {len(tokenizer):,} tokens"
 
 
 def _story(args: CrossTokenizerGKDConfig, one_tokenizer: bool) -> str:

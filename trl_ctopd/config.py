@@ -252,7 +252,16 @@ class CrossTokenizerGKDConfig(GKDConfig):
             "wandb or trackio where `report_to` names them."
         },
     )
-    num_completions_to_print: int = field(default=4, metadata={"help": "Rows of that table."})
+    num_completions_to_print: int = field(
+        default=4, metadata={"help": "Rows of that table, and samples in the report."}
+    )
+    report: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep a page `report.html` in output_dir up to date: curves, sample completions with their credit, "
+            "settings, and warnings in words. It shows prompts, and goes with `push_to_hub`."
+        },
+    )
 
     def __post_init__(self):
         if self.bf16 is None and not self.use_cpu and not is_torch_bf16_gpu_available():

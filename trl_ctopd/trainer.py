@@ -37,6 +37,7 @@ from .heads import add_token_scores, base_model, check_head, hidden_states, lm_h
 from .losses import Distributions, ScoredChunks, build_loss
 from .metrics import Meter, chunk_metrics, rollout_metrics
 from .one_tokenizer import OneTokenizer, is_one_tokenizer
+from .report import DistillationReportCallback
 from .rollouts import Prompt, Rollout, collate, grouped_by_length, on_grid, pad_scores, pair
 from .samples import Samples, show
 from .teachers.local import LocalTeacher, load_teacher
@@ -128,7 +129,11 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[self._timers["train"], *(callbacks or [])],
+            callbacks=[
+                self._timers["train"],
+                *([DistillationReportCallback()] if args.report else []),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
             peft_config=peft_config,
         )
@@ -366,7 +371,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             teacher_context=self.teacher_context,
         )
 
-    def _pair_again(self, completions: Sequence[list[int]]) -> list[Rollout]:
+    def align_completions(self, completions: Sequence[list[int]]) -> list[Rollout]:
         """Of completions alone: prompts bear on nothing but the teacher's context."""
         return self._pair([Prompt([], [])] * len(completions), completions)
 
@@ -478,7 +483,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 self._meters[mode].add(chunk_metrics(batch, entropy))
                 if model.training and self.args.rollout_reuse > 1:
                     self._old_log_probs[inputs["index"]] = batch.policy_log_probs
-                if self.args.log_completions:
+                if self.args.log_completions or self._reports:
                     micro_batches = self.current_gradient_accumulation_steps if model.training else 1
                     self._samples.keep(inputs, batch, -(-self.args.num_completions_to_print // micro_batches))
             return loss
@@ -550,15 +555,23 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 "Masked text costs the student nothing, and the gap says nothing of it: look at the completions "
                 "(log_completions=True), and lower the learning rate if the share grows."
             )
+        prefix = ""
         if mode == "eval":  # `eval_math_runtime` for the dataset "math" of several
             prefix = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "eval_")
-            figures = {f"{prefix}{name}": value for name, value in figures.items()}
-        logs.update(figures)
+        logs.update({f"{prefix}{name}": value for name, value in figures.items()})
         super().log(logs, start_time)
-        if self.is_world_process_zero() and self._samples:
-            samples = self._samples.take(self.state.global_step, self.processing_class, self._pair_again)
-            show(samples, self.processing_class, self.callback_handler.callbacks, self.args.num_completions_to_print)
+        if self.is_world_process_zero():
+            step, tokenizer = self.state.global_step, self.processing_class
+            samples = self._samples.take(step, tokenizer, self.align_completions)
+            if samples and self.args.log_completions:
+                show(samples, tokenizer, self.callback_handler.callbacks, self.args.num_completions_to_print)
+            for report in self._reports:
+                report.update(self, prefix, samples)
         self._samples.clear()
+
+    @property
+    def _reports(self) -> list[DistillationReportCallback]:
+        return [own for own in self.callback_handler.callbacks if isinstance(own, DistillationReportCallback)]
 
     def compare(
         self, prompts: Sequence[str | list[dict] | Mapping], max_new_tokens: int | None = None

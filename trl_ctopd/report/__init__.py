@@ -1,0 +1,63 @@
+"""`DistillationReportCallback`: the run as one page that a person can look at while it goes on."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..samples import Sample
+
+
+MOST_OF_THE_TIME = 0.02  # that writing the page may take; a log that comes sooner is in the next page
+
+
+class DistillationReportCallback(TrainerCallback, ExportableState):
+    """
+    Writes `report.html` into the output folder, anew as the run logs: curves, sample completions with their credit, settings,
+    versions, and warnings in words. The page is one file that loads nothing from elsewhere.
+
+    `CrossTokenizerGKDConfig(report=True)` adds one, and so does `callbacks=[DistillationReportCallback()]`. A resumed run
+    goes on with its curves and its first completions. The page shows prompts and completions, and goes with
+    `push_to_hub`, as everything in the output folder does.
+    """
+
+    def __init__(self):
+        # samples as JSON has them, by the prefix of their figures: "" of training, "eval_", "eval_math_"
+        self.first: dict[str, list[dict]] = {}
+        self.last: dict[str, list[dict]] = {}
+        self._not_before = 0.0
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"first": self.first, "last": self.last}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        known = state.stateful_callbacks.setdefault(
+            type(self).__name__, self.state()
+        )  # Trainer asks for it when it saves
+        if state.global_step:  # a resumed run
+            kept = (known[0] if isinstance(known, list) else known)["attributes"]
+            self.first, self.last = dict(kept["first"]), dict(kept["last"])
+
+    def update(self, trainer, prefix: str, samples: Sequence[Sample]):
+        """Called by the trainer on its main process whenever it has logged."""
+        if samples:
+            kept = [asdict(sample) for sample in samples]
+            self.first.setdefault(prefix, kept)
+            self.last[prefix] = kept
+        now = time.perf_counter()
+        ends = "train_runtime" in trainer.state.log_history[-1]
+        if now < self._not_before and not ends:
+            return
+        from .page import page  # reads the viewer, which nobody else needs
+
+        path = Path(trainer.args.output_dir) / "report.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(".report.html")
+        unfinished.write_text(page(trainer, self.first, self.last), encoding="utf-8")
+        os.replace(unfinished, path)
+        done = time.perf_counter()
+        self._not_before = done + (done - now) / MOST_OF_THE_TIME
