@@ -22,7 +22,7 @@ SIZE = worlds.Size(
     held_out=4,
     prompts=8,
 )
-SCALE = run.Scale(SIZE, 2, 2, (1e-3, 1e-4), ("sums",), seeds=1, other_seeds=1, curve=(1, 2))
+SCALE = run.Scale(SIZE, 2, 2, (1e-3, 1e-4), seeds=1, other_seeds=1, curve=(1, 2))
 
 
 @pytest.fixture(scope="module")

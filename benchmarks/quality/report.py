@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 
 from .methods import METHODS
-from .run import HOME, MORE_PAIRS, OFF_POLICY, RESULTS, SCALES, read, results_file
+from .run import HOME, MORE_PAIRS, OFF_POLICY, RESULTS, SCALES, STAGES, Plan, key, read, results_file
 
 
 matplotlib.use("Agg")
@@ -384,7 +383,9 @@ def refused(lines: Lines) -> str:
 
 def main(scale: str) -> None:
     suffix = "" if scale == "cpu" else f"_{scale}"
-    lines = list(read(results_file(scale)).values())
+    found = read(results_file(scale))
+    wanted = {key(scale, run) for run in Plan(SCALES[scale]).runs(STAGES, found) if run is not None}
+    lines = [line for own, line in found.items() if own in wanted]  # others had a learning rate that lost
     gradient = json.loads((RESULTS / "gradient.json").read_text())["gradients"]
     made = blocks(lines, gradient)
     if scale == "cpu":
@@ -394,8 +395,8 @@ def main(scale: str) -> None:
         (RESULTS / f"report{suffix}.md").write_text("\n\n".join(f"## {name}\n\n{text}" for name, text in made.items()))
     plot(lines, RESULTS / f"headline{suffix}.png")
     curves(lines, RESULTS / f"curves{suffix}.png")
-    total = np.sum([line["all_cpu_seconds"] for line in lines]) / 60
-    print(f"{len(lines)} runs, {total:.0f} CPU minutes")
+    minutes = sum(line["all_cpu_seconds"] for line in found.values()) / 60
+    print(f"{len(found)} runs, {len(lines)} of them in the tables, {minutes:.0f} CPU minutes")
 
 
 if __name__ == "__main__":
