@@ -22,7 +22,7 @@ SIZE = worlds.Size(
     held_out=4,
     prompts=8,
 )
-SCALE = run.Scale(SIZE, 2, 2, (1e-3, 1e-4), seeds=1, other_seeds=1, curve=(1, 2))
+SCALE = run.Scale(SIZE, 2, 2, (1e-3, 1e-4), ("sums",), (), seeds=1, other_seeds=1, curve=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_the_report_renders_from_real_runs_and_leaves_what_is_written_by_hand(fi
     lines = [
         {**line, "teacher_accuracy": 1.0} for line in run.read(finished[0]).values()
     ]  # this one has learned nothing
-    made = report.blocks(lines, gradients)
+    made = report.blocks(lines, gradients, run.Plan(SCALE), run.read(finished[0]))
     report.plot(lines, tmp_path / "headline.png")
     report.curves(lines, tmp_path / "curves.png")
     assert (tmp_path / "headline.png").stat().st_size > 5_000 and (tmp_path / "curves.png").stat().st_size > 5_000
@@ -163,6 +163,22 @@ def test_the_tokenizers_of_a_pair_cut_the_same_text_differently_and_lose_nothing
         assert tokenizer.batch_decode(ids) == [item.answer for item in items]
         assert max(map(len, ids)) <= task.max_new_tokens
     assert sum(student.tokenize(item.answer) != teacher.tokenize(item.answer) for item in items) > 150
+
+
+def test_the_gpu_scale_has_models_of_20_to_100_million_parameters_and_room_for_its_longer_answers():
+    size = run.SCALES["gpu"].size
+    student, teacher = toy_pairs.build("digits", [TASKS[0].draw(random.Random(seed)).answer for seed in range(50)])
+    for config, tokenizer, width in (
+        (models.LlamaConfig, student, size.student_width),
+        (models.Olmo2Config, teacher, size.teacher_width),
+    ):
+        with torch.device("meta"):
+            assert 20e6 < models.new_model(config, tokenizer, width, size.layers).num_parameters() < 100e6
+    for name, pair in run.HOME.items():
+        task = getattr(tasks, name)(**size.task[name])
+        items = [task.draw(random.Random(seed)) for seed in range(200)]
+        for tokenizer in toy_pairs.build(pair, [f"{item.prompt}\n{item.answer}" for item in items]):
+            assert max(len(tokenizer.encode(item.answer)) for item in items) < task.max_new_tokens
 
 
 def test_only_what_comes_after_the_given_beginning_is_learned():

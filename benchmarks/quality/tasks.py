@@ -155,7 +155,7 @@ def sums(addends: int = 6) -> Task:
     def is_right(item: Item, completion: str) -> bool:
         return completion.rpartition("=")[2] == str(sum(item.facts))
 
-    return Task("sums", draw, mistaken, derailed, is_right, max_new_tokens=5 * addends + 2)
+    return Task("sums", draw, mistaken, derailed, is_right, max_new_tokens=len("".join(_steps((9,) * addends))) + 6)
 
 
 def _steps(numbers: Sequence[int], add: Callable[[int, int], int] = int.__add__, until: int = 10**6) -> list[str]:
