@@ -22,7 +22,7 @@ SIZE = worlds.Size(
     held_out=4,
     prompts=8,
 )
-SCALE = run.Scale(SIZE, 2, 2, (1e-3, 1e-4), seeds=1, other_seeds=1, curve=(1, 2))
+SCALE = run.Scale(SIZE, 2, 2, (1e-3, 1e-4), ("sums",), (), seeds=1, other_seeds=1, curve=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_the_report_renders_from_real_runs_and_leaves_what_is_written_by_hand(fi
     lines = [
         {**line, "teacher_accuracy": 1.0} for line in run.read(finished[0]).values()
     ]  # this one has learned nothing
-    made = report.blocks(lines, gradients)
+    made = report.blocks(lines, gradients, run.Plan(SCALE), run.read(finished[0]))
     report.plot(lines, tmp_path / "headline.png")
     report.curves(lines, tmp_path / "curves.png")
     assert (tmp_path / "headline.png").stat().st_size > 5_000 and (tmp_path / "curves.png").stat().st_size > 5_000

@@ -19,7 +19,21 @@ from pathlib import Path
 import matplotlib
 
 from .methods import METHODS
-from .run import HOME, MORE_PAIRS, OFF_POLICY, RESULTS, SCALES, STAGES, Plan, key, read, results_file
+from .run import (
+    HOME,
+    LEADING,
+    MORE_PAIRS,
+    OFF_POLICY,
+    OTHERS,
+    RESULTS,
+    SCALES,
+    STAGES,
+    Lines,
+    Plan,
+    key,
+    read,
+    results_file,
+)
 
 
 matplotlib.use("Agg")
@@ -32,8 +46,6 @@ CREDITS = ("dpca", "dpca_uniform", "dpca_byte_length", "dpca_last", "dpca_macro"
 GRADIENT = ("semantic", "uniform", "byte_length", "last", "macro", "strict mask")
 DRAWN = ("dpca", "dpca_macro", "strict_sampled", "bpm", "sft", "seq_kd", "trl_gold_template_on")
 FACTOR = 1e9
-
-Lines = list[dict]
 
 
 def share(line: dict) -> float:
@@ -156,24 +168,25 @@ def short(lines: Lines) -> str:
     return table(["method", *HOME, "n", "second skill kept"], rows)
 
 
-def rates(lines: Lines) -> str:
-    """The chosen learning rates, and what each of the grid came to."""
-    grid = sorted({line["run"]["learning_rate"] for line in lines if line["run"]["purpose"] == "tuning"})
+def rates(plan: Plan, found: dict[str, dict]) -> str:
+    """What each learning rate came to, the chosen one in bold."""
     rows = []
     for method in METHODS:
         cells = []
         for task in HOME:
-            tried = {line["run"]["learning_rate"]: line for line in select(lines, "tuning", method=method, task=task)}
-            used = {line["run"]["learning_rate"] for line in select(lines, "headline", method=method, task=task)}
-            marks = [
-                f"**{tried[r]['accuracy']:.2f}**" if r in used else f"{tried[r]['accuracy']:.2f}"
-                for r in grid
-                if r in tried
-            ]
-            cells.append(" / ".join(marks) or "–")
+            best = plan.chosen(method, task, found)
+            marks = {
+                line["run"]["learning_rate"]: f"{line['accuracy']:.2f}"
+                for line in plan.tried(method, task, found)
+                if "error" not in line and method in LEADING + OTHERS
+            }
+            texts = [f"**{mark}**" if rate == best else mark for rate, mark in sorted(marks.items())]
+            cells.append(
+                ", ".join(f"{text} at {rate:g}" for text, rate in zip(texts, sorted(marks), strict=True)) or "–"
+            )
         if any(cell != "–" for cell in cells):
             rows.append([f"`{method}`", *cells])
-    return table([f"accuracy at {' / '.join(f'{rate:g}' for rate in grid)}", *HOME], rows)
+    return table(["method", *HOME], rows)
 
 
 def credit(lines: Lines, gradient: dict) -> str:
@@ -333,9 +346,8 @@ def curves(lines: Lines, path: Path) -> None:
             lower.plot(median(runs, flops), middle[-1], "o", color=f"C{color}", label=method)
         spent, accuracies = sequence_curve(lines, task)
         lower.plot(spent[1:], accuracies[1:], color="black", marker=".", linewidth=1, label="seq_kd, 160 updates")
-        upper.axhline(
-            select(lines, "headline", task=task)[0]["teacher_accuracy"], color="black", linewidth=0.8, linestyle=":"
-        )
+        for line in select(lines, "headline", task=task)[:1]:
+            upper.axhline(line["teacher_accuracy"], color="black", linewidth=0.8, linestyle=":")
         upper.set(title=f"{task} ({HOME[task]})", xlabel="updates", ylim=(-0.02, 1.03))
         lower.set(xlabel="FLOPs of teacher and student", xscale="log", ylim=(-0.02, 1.03))
         for panel in (upper, lower):
@@ -356,7 +368,7 @@ def fill(path: Path, blocks: dict[str, str]) -> None:
     path.write_text(text)
 
 
-def blocks(lines: Lines, gradient: dict) -> dict[str, str]:
+def blocks(lines: Lines, gradient: dict, plan: Plan, found: dict[str, dict]) -> dict[str, str]:
     return {
         "short": short(lines),
         "worlds": worlds(lines),
@@ -368,7 +380,7 @@ def blocks(lines: Lines, gradient: dict) -> dict[str, str]:
         "table 7": same(lines),
         "pairs": more_pairs(lines),
         "again": again(lines),
-        "rates": rates(lines),
+        "rates": rates(plan, found),
         "refused": refused(lines),
     }
 
@@ -384,10 +396,11 @@ def refused(lines: Lines) -> str:
 def main(scale: str) -> None:
     suffix = "" if scale == "cpu" else f"_{scale}"
     found = read(results_file(scale))
-    wanted = {key(scale, run) for run in Plan(SCALES[scale]).runs(STAGES, found) if run is not None}
+    plan = Plan(SCALES[scale])
+    wanted = {key(scale, run) for run in plan.runs(STAGES, found) if run is not None}
     lines = [line for own, line in found.items() if own in wanted]  # others had a learning rate that lost
     gradient = json.loads((RESULTS / "gradient.json").read_text())["gradients"]
-    made = blocks(lines, gradient)
+    made = blocks(lines, gradient, plan, found)
     if scale == "cpu":
         fill(PAGE, made)
         fill(README, {"short": made["short"]})

@@ -11,8 +11,10 @@ Decisions:
 - The runs are a list in the order of their importance, seed by seed over all stages, methods and tasks, so that one that is
   cut off is still balanced. `--minutes` ends it after so long; `--stages` does parts of it. The leading methods have more
   seeds than the others.
-- Tuning comes first: each method meets the same grid of learning rates on each task, with a seed of its own, judged by
-  greedy accuracy on prompts that are not the held-out ones, then by the gap. What is reported has other seeds.
+- Tuning comes first: each method meets the same grid of learning rates, with a seed of its own, judged by greedy accuracy on
+  prompts that are not the held-out ones, then by the gap. What is reported has other seeds. A scale that can't afford it on
+  all tasks (`tuned_on`) tunes on the others with the first seed that is reported, and with two values: the one chosen on the
+  first task, and the first other of `elsewhere`.
 - A run that cannot be done (TRL's trainer refuses some tokenizers) is a line with its error, and none of its kind is tried
   again.
 """
@@ -48,7 +50,6 @@ MORE_PAIRS = (("plurals", "lengths"), ("sums", "coarse"))
 LEADING = ["dpca", "dpca_macro", "strict_sampled", "seq_kd", "bpm", "strict_topk", "simct", "sft"]
 OTHERS = [name for name in METHODS if name not in LEADING and not name.endswith(("_off", "decode_and_compare"))]
 OTHERS += ["trl_gold_template_off"]
-TUNED_ONCE = ["cdm", "multi_level_ot", *(name for name in OTHERS if name.startswith("trl"))]  # the slow ones: on `sums`
 OFF_POLICY = ["alm_off", "gold_off", "uld_off", "cdm_off"]
 
 
@@ -58,6 +59,8 @@ class Scale:
     updates: int
     prompts: int
     learning_rates: tuple[float, ...]  # the likeliest first
+    tuned_on: tuple[str, ...]  # tasks
+    elsewhere: tuple[float, ...]  # learning rates on tasks that are not among them
     seeds: int  # of the leading methods
     other_seeds: int
     curve: tuple[int, ...]  # updates at which seq_kd's accuracy is measured, for table 1's last column
@@ -84,6 +87,8 @@ SCALES = {
         updates=40,
         prompts=24,
         learning_rates=(3e-4, 1e-3, 1e-4),
+        tuned_on=("sums",),
+        elsewhere=(3e-4, 1e-4),
         seeds=5,
         other_seeds=3,
         curve=(5, 10, 20, 40, 80, 160),
@@ -105,12 +110,17 @@ SCALES = {
         updates=200,
         prompts=128,
         learning_rates=(3e-5, 1e-4, 1e-5, 3e-4),
+        tuned_on=tuple(HOME),
+        elsewhere=(),
         seeds=8,
         other_seeds=5,
         curve=(10, 25, 50, 100, 200, 400, 800),
     ),
 }
-STAGES = ("tuning", "headline", "alignment", "same", "curve", "again", "off_policy", "pairs")
+STAGES = ("tuning", "headline", "others", "alignment", "same", "curve", "again", "off_policy", "pairs")
+
+
+Lines = list[dict]
 
 
 def key(scale: str, run: Run) -> str:
@@ -126,14 +136,17 @@ class Plan:
     def runs(self, stages: Sequence[str], found: dict[str, dict]) -> Iterator[Run | None]:
         """The runs of the stages; `None` for one whose learning rate is not chosen yet."""
         if "tuning" in stages:
-            for (task, pair), rate, method in product(HOME.items(), self.scale.learning_rates, LEADING + OTHERS):
-                if self._tuned_on(method, task) == task:
-                    yield self._run(method, task, pair, "cross", 0, rate, "tuning")
+            for task, rate, method in product(self.scale.tuned_on, self.scale.learning_rates, LEADING + OTHERS):
+                yield self._run(method, task, HOME[task], "cross", 0, rate, "tuning")
         for seed in range(1, self.scale.seeds + 1):
             for stage in stages:
+                purpose = "headline" if stage == "others" else stage
                 for method, task, pair, teacher in self._cases(stage, seed):
-                    rate = self.chosen(method, task, found)
-                    yield None if rate is None else self._run(method, task, pair, teacher, seed, rate, stage)
+                    rates = [self.chosen(method, task, found)]
+                    if rates == [None] and seed == 1 and purpose == "headline":
+                        rates = self._grid(method, task, found)
+                    for rate in rates:
+                        yield None if rate is None else self._run(method, task, pair, teacher, seed, rate, purpose)
 
     def _cases(self, stage: str, seed: int) -> Iterator[tuple[str, str, str, str]]:
         """Method, task, pair and teacher."""
@@ -142,7 +155,8 @@ class Plan:
         more = [(task, pair, "cross") for task, pair in MORE_PAIRS]
         home = [(task, pair, "cross") for task, pair in HOME.items()]
         methods, worlds = {
-            "headline": (LEADING + (OTHERS if seed <= self.scale.other_seeds else []), home),
+            "headline": (LEADING, home),
+            "others": (OTHERS, home),
             "alignment": (["dpca_decode_and_compare"], home),
             "same": (["dpca", "seq_kd"], [(task, pair, "same") for task, pair, _ in home]),
             "curve": (["seq_kd"], home),
@@ -164,25 +178,32 @@ class Plan:
             seed += 100
         return Run(method, task, pair, teacher, seed, rate, updates, scale.prompts, purpose, measured_at)
 
-    def _tuned_on(self, method: str, task: str) -> str:
-        return next(iter(HOME)) if method in TUNED_ONCE else task
+    def _grid(self, method: str, task: str, found: dict[str, dict]) -> list[float | None]:
+        """What a method is tuned over, `None` where this is not known yet."""
+        if task in self.scale.tuned_on:
+            return list(self.scale.learning_rates)
+        first = self.chosen(method, self.scale.tuned_on[0], found)
+        return [first, next(rate for rate in self.scale.elsewhere if rate != first)]
+
+    def tried(self, method: str, task: str, found: dict[str, dict]) -> Lines:
+        """The runs that a learning rate is chosen by."""
+        purpose, seed = ("tuning", 0) if task in self.scale.tuned_on else ("headline", 1)
+        wanted = {"method": method, "task": task, "purpose": purpose, "seed": seed}
+        grid = self._grid(method, task, found)
+        lines = [line for line in found.values() if all(line["run"][name] == value for name, value in wanted.items())]
+        return [line for line in lines if line["run"]["learning_rate"] in grid]
 
     def chosen(self, method: str, task: str, found: dict[str, dict]) -> float | None:
         """The learning rate with the best accuracy, then the smallest gap; `None` until all were tried. A method in
         another form has the rate of the one that was tuned."""
         if method not in LEADING + OTHERS:
             method = method.removesuffix("_off").removesuffix("_decode_and_compare")
-        task = self._tuned_on(method, task)
-        tried = [
-            line
-            for line in found.values()
-            if line["run"]["purpose"] == "tuning" and (line["run"]["method"], line["run"]["task"]) == (method, task)
-        ]
-        if len(tried) < len(self.scale.learning_rates):
+        tried, grid = self.tried(method, task, found), self._grid(method, task, found)
+        if None in grid or (len(tried) < len(grid) and not any("error" in line for line in tried)):
             return None
         good = [line for line in tried if "error" not in line]
         if not good:
-            return self.scale.learning_rates[0]
+            return grid[0]
 
         def merit(line: dict) -> tuple[float, float]:
             gap = line["gap_nats_per_byte"]
