@@ -9,7 +9,7 @@ Stop it at any time and start it again: what is finished is skipped. Start it tw
 
 Decisions:
 - The runs are a list in the order of their importance, seed by seed over all stages, methods and tasks, so that one that is
-  cut off is still balanced. `--minutes` ends it after so long; `--stages` does parts of it. The leading methods have more
+  cut off is still balanced. `--minutes` ends it after so long; `--stages` and `--methods` do parts of it. The leading methods have more
   seeds than the others.
 - Tuning comes first: each method meets the same grid of learning rates, with a seed of its own, judged by greedy accuracy on
   prompts that are not the held-out ones, then by the gap. What is reported has other seeds. A scale that can't afford it on
@@ -249,7 +249,9 @@ def _kind(run: dict) -> tuple[str, ...]:
     return tuple(run[name] for name in ("method", "task", "pair", "teacher"))
 
 
-def main(scale_name: str, stages: list[str], minutes: float | None, path: Path) -> None:
+def main(
+    scale_name: str, stages: list[str], minutes: float | None, path: Path, methods: Sequence[str] = tuple(METHODS)
+) -> None:
     quiet()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -260,7 +262,7 @@ def main(scale_name: str, stages: list[str], minutes: float | None, path: Path) 
     with tqdm(unit="run") as bar:
         while minutes is None or time.monotonic() - begun < 60 * minutes:
             found = read(path)
-            runs = [*unfinished(plan, scale_name, stages, found)]
+            runs = [run for run in unfinished(plan, scale_name, stages, found) if run is None or run.method in methods]
             bar.n, bar.total = len(found), len(found) + len(runs)
             bar.refresh()
             run = next((run for run in runs if run is not None and key(scale_name, run) not in busy), None)
@@ -296,9 +298,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = arguments.results or results_file(arguments.scale)
-    main(arguments.scale, arguments.stages, arguments.minutes, path)
+    main(arguments.scale, arguments.stages, arguments.minutes, path, arguments.methods)
