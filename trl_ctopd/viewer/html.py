@@ -5,7 +5,7 @@ Decisions.
   that the names of the rows can be painted beside them by one repeated mask, wherever a line wraps.
 - What colour tells is also written: a token's credit as a figure, a merged chunk as `2 : 3`, a masked stretch by its reason.
   Orange and blue are told apart by colour-blind readers.
-- Each chunk has one box of figures, shown for the token that is pointed at or has the keyboard's focus: beside it where
+- Each chunk has one box of figures, shown for the token that is pointed at or has the keyboard's focus: below it where
   the browser knows CSS anchors, else, and on a phone, at the bottom of the screen.
 - Everything from outside goes through `visible.pieces` and `html.escape`. The page forbids itself to load or run anything.
 """
@@ -100,7 +100,7 @@ def facts(alignment: TextAlignment, scored: "ScoredRollout | None") -> list[tupl
     if found["coverage"] is not None:
         shown.append((f"{found['coverage']:.0%}", "of bytes compared"))
     if scored is not None and scored.nats_per_byte is not None:
-        shown.append((f"{scored.nats_per_byte:.3f}".replace("-", "−"), "nats a byte between student and teacher"))
+        shown.append((f"{scored.nats_per_byte:.3f}".replace("-", "−"), "nats a byte of gap"))
     return shown
 
 
