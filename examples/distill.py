@@ -20,6 +20,9 @@ accelerate launch --num_processes 4 examples/distill.py \
     --config examples/configs/distill_lora.yaml --gradient_accumulation_steps 2
 ```
 
+A teacher behind a vLLM server (docs/remote_teacher.md) in place of one in this process:
+`--teacher_server_url http://host:port --teacher_model_name_or_path Qwen/Qwen2.5-72B-Instruct`.
+
 Decisions:
 - `--dataset_name` is a name on the hub, a local folder, or a local .jsonl, .json or .parquet file (no test split then).
 - `--prompt_column` is for rows without `prompt` and `messages`: one column's text becomes a user message, and the

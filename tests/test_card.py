@@ -44,7 +44,9 @@ def make(tmp_path):
             "tags": ["trl", "ctopd"],
             "log_history": LOG,
         }
-        return card.model_card(**{**options, **changes})
+        options |= changes
+        teacher = options.pop("teacher"), options.pop("teacher_tokenizer")
+        return card.model_card(**{"teachers": [teacher], **options})
 
     return build
 
@@ -277,6 +279,16 @@ def test_two_models_of_one_tokenizer_are_not_said_to_have_two(make):
     text = make(teacher_tokenizer=toys.student_tokenizer()).content
     assert "the teacher, which has the same tokenizer, scored them token by token." in text
     assert "another tokenizer" not in text
+
+
+def test_several_teachers_have_a_row_each(make):
+    text = make(teachers=[("lab/Maths-7B", TEACHER), ("lab/Code-7B", STUDENT)]).content
+    assert "distilled from [lab/Maths-7B](https://huggingface.co/lab/Maths-7B), [lab/Code-7B](" in text
+    assert [line.split("|")[3].strip() for line in text.splitlines() if line.startswith("| teacher |")] == [
+        f"Unigram, {len(TEACHER)} tokens",
+        f"BPE, {len(STUDENT)} tokens",
+    ]
+    assert "each one's teacher scored the same text in its own tokens" in text
 
 
 def test_off_policy_rows_bring_their_loss_into_the_settings(make):

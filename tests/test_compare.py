@@ -40,7 +40,7 @@ def test_an_adapters_student_is_shown_before_and_now_beside_its_teacher(build, c
     rows = trainer.compare(prompts, max_new_tokens=6)
     asked = [{"prompt": prompt} for prompt in prompts]
     student = trainer.student_side, trainer.stop_ids, asked, 6
-    teacher = trainer.teacher_side, trainer.teacher_stop_ids, asked, 6
+    teacher = trainer.panel.only.side, trainer.panel.only.stop_ids, asked, 6
     merged = trainer.model.merge_and_unload()
     columns = {
         "prompt": prompts,
@@ -76,7 +76,8 @@ def test_an_answer_ends_where_the_models_context_does(build, monkeypatch):
     monkeypatch.setattr("trl_ctopd.compare.write", lambda *args: limits.append(args[2].max_new_tokens) or write(*args))
     trainer.compare(CHAT[:1], max_new_tokens=1000)
     asked = [
-        len(side.prompt_ids(read_example({"prompt": CHAT[0]}))) for side in (trainer.student_side, trainer.teacher_side)
+        len(side.prompt_ids(read_example({"prompt": CHAT[0]})))
+        for side in (trainer.student_side, trainer.panel.only.side)
     ]
     assert limits == [64 - asked[0], 48 - asked[1]]
     with pytest.raises(ValueError, match=r"prompt of \d+ tokens leaves no room to answer in a context of 64"):

@@ -315,9 +315,8 @@ def test_chat_template_kwargs_go_to_their_own_side(build):
         for tokenizer in tokenizers:
             tokenizer.chat_template = template
         trainer = build(chat_template_kwargs=ours, teacher_chat_template_kwargs=theirs)
-        trainer._tokenizer, trainer.teacher_processing_class = tokenizers
-        for side in ("student_side", "teacher_side"):
-            del trainer.__dict__[side]
+        trainer._tokenizer, trainer.panel.only.side.tokenizer = tokenizers
+        del trainer.__dict__["student_side"]
         rendered = trainer._prepare_dataset(prompts(1), None, trainer.args, False, None, "train")[0]
         texts = tokenizers[0].decode(rendered["prompt_ids"]), tokenizers[1].decode(rendered["teacher_prompt_ids"])
         assert tuple("two two two" in text for text in texts) == shouting

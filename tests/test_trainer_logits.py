@@ -167,8 +167,8 @@ class LogProbsOnly(LocalTeacher):
 
 
 def test_a_loss_on_distributions_refuses_a_teacher_that_gives_log_probs_only(build, monkeypatch):
-    monkeypatch.setattr("trl_ctopd.trainer.LocalTeacher", LogProbsOnly)
-    message = "BPM needs the teacher's logits, and this teacher gives logprobs only.*dpca, strict_sampled, alm, sft"
+    monkeypatch.setattr("trl_ctopd.teachers.panel.LocalTeacher", LogProbsOnly)
+    message = "BPM needs the teacher's logits, and a teacher .* gives logprobs only.*dpca, strict_sampled, alm, sft"
     with pytest.raises(ValueError, match=message):
         build(distillation_loss="bpm")
     with pytest.raises(ValueError, match="GOLD needs"):

@@ -194,7 +194,19 @@ def test_a_hostile_completion_is_text_and_nothing_else(index, tmp_path):
     allowed = {"html", "head", "meta", "title", "style", "body", "main", "div", "span", "p", "b", "i", "small", "bdi"}
     assert {tag for tag, _ in page.tags} <= allowed | {"details", "summary", "br"}
     names = {name for _, attributes in page.tags for name in attributes}
-    assert names <= {"lang", "charset", "http-equiv", "content", "name", "class", "dir", "tabindex", "style", "role"}
+    assert names <= {
+        "lang",
+        "charset",
+        "http-equiv",
+        "content",
+        "name",
+        "class",
+        "dir",
+        "tabindex",
+        "style",
+        "role",
+        "open",
+    }
     assert not {"\x1b", "\x00", "\u202e", "\u202c"} & {*html}
     assert "<script>" in page.of("x")
     if index == 4:

@@ -5,6 +5,7 @@
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -128,9 +129,8 @@ def model_card(
     model_name: str,
     hub_model_id: str | None,
     student: str,
-    teacher: str,
+    teachers: Sequence[tuple[str, PreTrainedTokenizerBase]],
     student_tokenizer: PreTrainedTokenizerBase,
-    teacher_tokenizer: PreTrainedTokenizerBase,
     args: CrossTokenizerGKDConfig,
     adapter: bool,
     dataset_name: str | None,
@@ -138,10 +138,11 @@ def model_card(
     log_history: list[dict],
 ) -> ModelCard:
     """
-    The card of a run. `student` and `teacher` are hub names, folders, or "" for a model made in place. `log_history` is
+    The card of a run. `student` and the names of `teachers` are hub names, folders, or "" for a model made in place.
+    `log_history` is
     the trainer state's: the last value logged of each figure is shown.
     """
-    student, teacher = hub_name(student), hub_name(teacher)
+    student = hub_name(student)
     template_kwargs = {name: value for name, value in (args.chat_template_kwargs or {}).items() if value is not None}
     metrics = _metrics(log_history)
     return ModelCard.from_template(
@@ -157,11 +158,10 @@ def model_card(
         model_name=model_name,
         hub_model_id=hub_model_id or model_name,
         student=_link(student),
-        teacher=_link(teacher),
+        teachers=[(_link(hub_name(name)), describe(tokenizer)) for name, tokenizer in teachers],
         base_on_hub=on_hub(student),
         student_tokenizer=describe(student_tokenizer),
-        teacher_tokenizer=describe(teacher_tokenizer),
-        story=_story(args, student_tokenizer.get_vocab() == teacher_tokenizer.get_vocab()),
+        story=_story(args, [student_tokenizer.get_vocab() == tokenizer.get_vocab() for _, tokenizer in teachers]),
         method=_method(args),
         citation=_citation(_paper(args)),
         dataset=_link(dataset_name, "datasets/") if dataset_name else "",
@@ -183,7 +183,7 @@ def _link(name: str, kind: str = "") -> str:
     return f"`{Path(name).name}`" if Path(name).name else "an unnamed model"
 
 
-def _story(args: CrossTokenizerGKDConfig, one_tokenizer: bool) -> str:
+def _story(args: CrossTokenizerGKDConfig, one_tokenizer: list[bool]) -> str:
     """Who wrote, and how the teacher's judgement reached the student."""
     given = "the teacher's" if args.seq_kd else "the dataset's"
     if args.lmbda >= 1:
@@ -194,10 +194,12 @@ def _story(args: CrossTokenizerGKDConfig, one_tokenizer: bool) -> str:
         written = f"The completions were {given}"
     if args.distillation_loss == "sft":
         return f"{written}; the student learned them by cross-entropy."
-    if one_tokenizer:
-        return f"{written}; the teacher, which has the same tokenizer, scored them token by token."
+    if all(one_tokenizer):
+        teacher = "the teacher" if len(one_tokenizer) == 1 else "each one's teacher"
+        return f"{written}; {teacher}, which has the same tokenizer, scored them token by token."
+    teacher = "the teacher, which has another tokenizer," if len(one_tokenizer) == 1 else "each one's teacher"
     return (
-        f"{written}; the teacher, which has another tokenizer, scored the same text in its own tokens, and its scores were "
+        f"{written}; {teacher} scored the same text in its own tokens, and its scores were "
         "carried over to the student's tokens by the bytes that both stand for."
     )
 

@@ -1,6 +1,6 @@
 """The trainer's arguments, and what can be known to be wrong with them before any training time is spent."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 from datasets import Dataset, IterableDataset
@@ -8,21 +8,35 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from .config import CrossTokenizerGKDConfig
 from .losses import LOSSES, build_loss, loss_name
+from .teachers.servers import is_url
 
 
 def check_arguments(model, teacher_model, args, train_dataset):
     """Raises `TypeError` or `ValueError` for arguments of the trainer that cannot work together."""
     if not isinstance(args, CrossTokenizerGKDConfig):
         raise TypeError(f"`args` must be a CrossTokenizerGKDConfig, got {type(args).__name__}.")
-    if teacher_model is None:
+    if teacher_model is None or teacher_model in ({}, []):
         raise ValueError("No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` in the config.")
-    if teacher_model is model and not isinstance(model, str):
+    teachers = list(teacher_model.values()) if isinstance(teacher_model, Mapping) else [teacher_model]
+    if any(teacher is model for teacher in teachers) and not isinstance(model, str):
         raise ValueError("Teacher and student are the same module; load the teacher apart, since it is frozen.")
-    if not isinstance(teacher_model, str) and args.teacher_model_init_kwargs:
+    by_name = [teacher for teacher in teachers if isinstance(teacher, str) and not is_url(teacher)]
+    if args.teacher_model_init_kwargs and not by_name:
+        kind = "at a server" if isinstance(teachers[0], str | Sequence) else f"a {type(teachers[0]).__name__}"
         raise ValueError(
             f"`teacher_model_init_kwargs` {sorted(args.teacher_model_init_kwargs)} are for a teacher given by name, but "
-            f"`teacher_model` is a {type(teacher_model).__name__} that is loaded already."
+            f"`teacher_model` is {kind} that is loaded already."
         )
+    if any(is_url(teacher) or isinstance(teacher, list | tuple) for teacher in teachers):
+        if args.temperature != 1.0:
+            raise ValueError(
+                f"temperature={args.temperature}: a server's log-probs of a text are those at temperature 1. Set it to 1.0, or "
+                "take a teacher in this process."
+            )
+        if args.seq_kd:
+            raise ValueError("seq_kd: a teacher behind a server reads and does not write: take one in this process.")
+    if isinstance(teacher_model, Mapping) and args.seq_kd:
+        raise ValueError("seq_kd: with several teachers, the student or the dataset writes: set seq_kd=False.")
     if train_dataset is None or (isinstance(train_dataset, Dataset) and not len(train_dataset)):
         raise ValueError(f"`train_dataset` is {'missing' if train_dataset is None else 'empty'}: it gives the prompts.")
     if isinstance(train_dataset, IterableDataset) and next(iter(train_dataset), None) is None:
@@ -129,8 +143,8 @@ def check_signal(loss: Callable, signals: Sequence[str]):
     if wanted != "none" and wanted not in signals:
         able = [name for name, known in LOSSES.items() if known.signal in ("none", *signals)]
         raise ValueError(
-            f"{loss_name(loss)} needs the teacher's {wanted}, and this teacher gives {', '.join(signals)} only. Choose "
-            f"one of {', '.join(able)}, or a teacher in this process."
+            f"{loss_name(loss)} needs the teacher's {wanted}, and a teacher behind a server, or one of several, gives "
+            f"{', '.join(signals)} only. Choose one of {', '.join(able)}, or a single teacher in this process."
         )
 
 

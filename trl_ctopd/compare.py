@@ -56,9 +56,11 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
         with unwrapped.disable_adapter():
             columns["student_before"] = answers(*student)
     columns["student_now"] = answers(*student)
-    columns["teacher"] = answers(
-        trainer.teacher.model, trainer.teacher_side, trainer.teacher_stop_ids, trainer.teacher_context
-    )
+    for name, seat in trainer.panel.seats.items():
+        if not seat.remote:  # a server reads, and writes nothing
+            columns[f"teacher_{name}" if name else "teacher"] = answers(
+                seat.teacher.model, seat.side, seat.stop_ids, seat.context
+            )
     if trainer.is_world_process_zero():
         _print(conversations, columns, limit)
     asked = [conversation.prompt for conversation in conversations]
@@ -72,7 +74,7 @@ def _print(conversations: list[Conversation], columns: dict[str, list[tuple[str,
     table = Table(title="Greedy answers", title_justify="left", caption="\n".join(notes), caption_justify="left")
     table.show_lines = True
     for name in ("prompt", *columns):
-        table.add_column(HEADINGS[name])
+        table.add_column(HEADINGS.get(name, name))
     for conversation, *answers in zip(conversations, *columns.values(), strict=True):
         table.add_row(Text(_asked(conversation.prompt)), *(Text(text + "…" * (not ended)) for text, ended in answers))
     Console().print(table)

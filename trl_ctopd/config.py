@@ -234,7 +234,36 @@ class CrossTokenizerGKDConfig(GKDConfig):
     # The teacher
     teacher_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Hub name or folder of the teacher, where the trainer is given no `teacher_model`."},
+        metadata={
+            "help": "Hub name or folder of the teacher, or http://host:port of a server that has it, where the trainer is given "
+            "no `teacher_model`. Beside `teacher_server_url`: the model that is served, whose tokenizer is loaded here."
+        },
+    )
+    teacher_server_url: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "http://host:port of a server with the teacher (`vllm serve`), or of several, which share the work. For "
+            "losses on log-probs, at temperature 1."
+        },
+    )
+    teacher_server_api_key_env: str = field(
+        default="TEACHER_SERVER_API_KEY",
+        metadata={
+            "help": "Name of the environment variable with the server's API key; the key itself is kept nowhere."
+        },
+    )
+    teacher_server_concurrency: int = field(
+        default=32, metadata={"help": "Completions at the server at the same time, a process."}
+    )
+    teacher_server_timeout: float = field(
+        default=120.0, metadata={"help": "Seconds after which a request to the server is tried again."}
+    )
+    teacher_server_retries: int = field(
+        default=8,
+        metadata={
+            "help": "Further tries of a request that failed, after pauses from half a second to 30; then training ends with an "
+            "error, and the last checkpoint resumes."
+        },
     )
     teacher_batch_size: int | None = field(
         default=None,
@@ -275,12 +304,26 @@ class CrossTokenizerGKDConfig(GKDConfig):
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
         optional = ("teacher_batch_size", "generation_batch_size")
-        for name in ("max_new_tokens", "num_generations", "logit_tile_tokens", "rollout_reuse", *optional):
+        counts = (
+            "max_new_tokens",
+            "num_generations",
+            "logit_tile_tokens",
+            "rollout_reuse",
+            "teacher_server_concurrency",
+        )
+        for name in (*counts, *optional):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if isinstance(self.teacher_server_url, str):
+            self.teacher_server_url = [self.teacher_server_url]
+        if not (self.teacher_server_timeout > 0 and self.teacher_server_retries >= 0):
+            raise ValueError(
+                "teacher_server_timeout must be positive and teacher_server_retries not negative, got "
+                f"{self.teacher_server_timeout} and {self.teacher_server_retries}."
+            )
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str) and name in CrossTokenizerGKDConfig.__annotations__:

@@ -9,29 +9,36 @@ from .chat import Speaker, read_example
 from .rollouts import Prompt
 
 
-COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids"]
+COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids", "teacher"]
 
 
 def render_row(
     example: Mapping,
     index: int,
     student: Speaker,
-    teacher: Speaker,
+    teachers: Mapping[str, Speaker],
     longest_prompt: int | None,
     needs_reference: bool,
     dataset_name: str = "train",
-) -> dict[str, list[int]]:
+) -> dict[str, list[int] | str]:
     """
-    The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`.
+    The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`. Among
+    several `teachers`, the row's `teacher` column names its own; the only one is called "".
 
     Raises:
         ValueError: naming the row, where it has no prompt, cannot be rendered, has no reference though one is needed,
-            or is longer than `longest_prompt` student tokens.
+            names none of several teachers, or is longer than `longest_prompt` student tokens.
     """
     try:
         conversation = read_example(example)
+        name = "" if "" in teachers else example.get("teacher")
+        if name not in teachers:
+            raise ValueError(
+                f"its column `teacher` is {name!r}, and the teachers are {', '.join(map(repr, teachers))}: give every row one "
+                "of these"
+            )
         prompt_ids = student.prompt_ids(conversation)
-        teacher_prompt_ids = teacher.prompt_ids(conversation)
+        teacher_prompt_ids = teachers[name].prompt_ids(conversation)
         if needs_reference and conversation.reference is None:
             raise ValueError(
                 "no completion and no final assistant message, which `lmbda` < 1 learns from: add one, or set lmbda=1.0, "
@@ -45,12 +52,12 @@ def render_row(
             f"Row {index} of the {dataset_name} dataset: its prompt has {len(prompt_ids)} student tokens, and context and max_new_tokens "
             f"leave room for {longest_prompt}. Filter such rows out, lower max_new_tokens or raise max_length."
         )
-    return {"prompt_ids": prompt_ids, "teacher_prompt_ids": teacher_prompt_ids, "reference_ids": reference_ids}
+    return dict(zip(COLUMNS, (prompt_ids, teacher_prompt_ids, reference_ids, name), strict=True))
 
 
 def collate_prompts(rows: list[dict]) -> dict:
     """A batch of rendered rows; `Prompt` objects pass through data loaders and device placement as they are."""
-    return {"prompts": [Prompt(row["prompt_ids"], row["teacher_prompt_ids"], row["reference_ids"]) for row in rows]}
+    return {"prompts": [Prompt(*(row[column] for column in COLUMNS)) for row in rows]}
 
 
 class RepeatedWindows(Sampler[int]):

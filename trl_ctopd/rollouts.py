@@ -16,11 +16,13 @@ from .align import TextAligner, TextAlignment
 
 @dataclass
 class Prompt:
-    """One dataset row, rendered for both models: token ids, and the reference in student ids if there is one."""
+    """One dataset row, rendered for both models: token ids, the reference in student ids if there is one, and which of
+    several teachers reads it."""
 
     student_ids: list[int]
     teacher_ids: list[int]
     reference_ids: list[int] | None = None
+    teacher: str = ""
 
 
 @dataclass

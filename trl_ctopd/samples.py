@@ -34,6 +34,7 @@ class Sample:
         teacher_log_probs: nats, one for each token of the teacher, its turn end included where that is compared; empty
             where nothing is scored.
         gap: student minus teacher log-probability, nats a byte of scored text; `None` where none is scored.
+        teacher: its place among several teachers.
     """
 
     step: int
@@ -42,6 +43,7 @@ class Sample:
     student_log_probs: list[float]
     teacher_log_probs: list[float]
     gap: float | None
+    teacher: int = 0
 
 
 class Samples:
@@ -62,6 +64,7 @@ class Samples:
             batch.student_log_probs.detach(),
             batch.teacher_log_probs,
             batch.scorable,
+            inputs["teacher_places"],
         )
         self._kept += zip(*(tensor[:rows].clone() for tensor in tensors), strict=True)  # not views of a whole batch
 
@@ -69,18 +72,19 @@ class Samples:
         return len(self._kept)
 
     def take(
-        self, step: int, tokenizer: PreTrainedTokenizerBase, read: Callable[[Sequence[list[int]]], list[Rollout]]
+        self, step: int, tokenizer: PreTrainedTokenizerBase, read: Callable[[list[list[int]], list[int]], list[Rollout]]
     ) -> list[Sample]:
-        """What was kept; `read` sets completions beside the teacher's tokens, as when they were written."""
+        """What was kept; `read` sets completions beside their teachers' tokens, as when they were written."""
         rows = [[tensor.tolist() for tensor in row] for row in self._kept]
         self.clear()
         samples = []
-        for row, rollout in zip(rows, read([ids[start:end] for ids, start, end, *_ in rows]), strict=True):
-            ids, start, end, student, teacher, scorable = row
+        completions, teachers = [ids[start:end] for ids, start, end, *_ in rows], [row[-1] for row in rows]
+        for row, rollout in zip(rows, read(completions, teachers), strict=True):
+            ids, start, end, student, teacher, scorable, place = row
             student, teacher = student[start - 1 : end - 1], teacher[: len(rollout.teacher_ids)]
             teacher = teacher if any(scorable) else []
             gap = _per_byte(rollout, student, teacher) if teacher else None
-            samples.append(Sample(step, tokenizer.decode(ids[:start]), ids[start:end], student, teacher, gap))
+            samples.append(Sample(step, tokenizer.decode(ids[:start]), ids[start:end], student, teacher, gap, place))
         return samples
 
 

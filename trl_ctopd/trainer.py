@@ -18,8 +18,8 @@ from transformers.utils import is_in_notebook
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from . import card, data
-from .align import TextAligner, align_text
-from .chat import Speaker, unshared_markup
+from .align import align_text
+from .chat import Speaker
 from .checks import (
     check_arguments,
     check_signal,
@@ -36,11 +36,12 @@ from .generation import sampling_config, write
 from .heads import add_token_scores, base_model, check_head, hidden_states, lm_head
 from .losses import Distributions, ScoredChunks, build_loss
 from .metrics import Meter, chunk_metrics, rollout_metrics
-from .one_tokenizer import OneTokenizer, is_one_tokenizer
 from .report import DistillationReportCallback
-from .rollouts import Prompt, Rollout, collate, grouped_by_length, on_grid, pad_scores, pair
+from .rollouts import Prompt, Rollout, collate, grouped_by_length, on_grid, pad_scores
 from .samples import Samples, show
-from .teachers.local import LocalTeacher, load_teacher
+from .teachers.local import LocalTeacher
+from .teachers.panel import Awaited, Model, Panel, settled
+from .teachers.remote import RemoteTeacher
 from .timing import PhaseTimer
 from .vocabulary import CACHE_DIR, VocabularyPair
 
@@ -65,8 +66,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
-        teacher_model (`str` or `PreTrainedModel`): the teacher; `args.teacher_model_name_or_path` when `None`. A module
-            is frozen and put in eval mode.
+        teacher_model (`str`, `list` of `str`, `PreTrainedModel`, or `dict` of them): the teacher, by name, as
+            `http://host:port` of a server that has it (or several), or as a module, which is frozen and put in eval mode;
+            what `args` name when `None`. In a `dict`, several by name, of which each row's `teacher` column chooses one.
         args ([`CrossTokenizerGKDConfig`], *optional*): the settings.
         train_dataset (`Dataset` or `IterableDataset`): rows with `prompt`, `prompt` and `completion`, or `messages`,
             each conversational or (the first two) plain text; optional `tools` and `chat_template_kwargs`.
@@ -74,7 +76,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer; loaded from the model when
         `None`.
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; loaded from the teacher when
-        `None`.
+        `None`; a `dict` of them for several.
         callbacks (`list` of `TrainerCallback`, *optional*), optimizers (`tuple`): as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): train an adapter instead of the whole student.
     """
@@ -87,30 +89,26 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: Model | Mapping[str, Model] | None = None,
         args: CrossTokenizerGKDConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
     ):
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         args = CrossTokenizerGKDConfig(f"{Path(model_id).name}-ctopd") if args is None else args
-        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+        if teacher_model is None:
+            teacher_model = args.teacher_server_url or args.teacher_model_name_or_path
         check_arguments(model, teacher_model, args, train_dataset)
 
-        teacher_id = teacher_model if isinstance(teacher_model, str) else get_config_model_id(teacher_model.config)
-        revision, teacher_revision = (
-            (kwargs or {}).get("revision") for kwargs in (args.model_init_kwargs, args.teacher_model_init_kwargs)
-        )
+        revision = (args.model_init_kwargs or {}).get("revision")
         processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code)
         ensure_pad_token(processing_class, args.pad_token)
-        self.teacher_processing_class = load_tokenizer(
-            teacher_processing_class, teacher_id, teacher_revision, args.trust_remote_code
-        )
+        self.panel = Panel(teacher_model, teacher_processing_class, args)
         self.args = args  # the dataset is rendered before Trainer sets it
         self.distillation_loss = self.off_policy_loss = distillation_loss(args)
         if getattr(self.distillation_loss, "policy", "both") == "on":
@@ -138,7 +136,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             peft_config=peft_config,
         )
         self._finish_student()
-        self._finish_teacher(teacher_model)
+        self.panel.sit(self.accelerator, self.student_side, self.stop_ids)
         self._finish_losses()
         # What GKDTrainer's own methods and callers read
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
@@ -173,31 +171,17 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self.generation_config = sampling_config(self.args, self.stop_ids, pad_token_id)
         student.generation_config.eos_token_id = self.stop_ids  # the saved student stops where it learned to
 
-    def _finish_teacher(self, model: str | PreTrainedModel):
-        args = self.args
-        if isinstance(model, str):
-            distributed = self.accelerator.num_processes > 1
-            model = load_teacher(model, args.teacher_model_init_kwargs, args.trust_remote_code, distributed)
-        check_vocabulary("teacher", model, self.teacher_processing_class)
-        rows = args.per_device_train_batch_size * args.num_generations
-        self.teacher = LocalTeacher(model, self.accelerator, args.temperature, args.teacher_batch_size or rows)
-        self.teacher_model = self.teacher.model
-        self.teacher_context = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None)
-        self.teacher_stop_ids = self.teacher_side.stop_ids(self.teacher.generation_config)
-        turn_end = self.teacher_side.turn_end
-        # a teacher of the same tokenizer reads the student's own stop token, if it is one of its own
-        shared = self.teacher_stop_ids if isinstance(self.aligner, OneTokenizer) else []
-        self.turn_ends = {stop: [stop] if stop in shared else turn_end for stop in self.stop_ids}
-
     def _finish_losses(self):
         """What the losses read of the two vocabularies, built before any training time is spent."""
         losses = [self.distillation_loss, *([self.off_policy_loss] if self.args.lmbda < 1 else [])]
         for loss in losses:
-            check_signal(loss, self.teacher.signals)
+            check_signal(loss, self.panel.signals)
             for structure in getattr(loss, "structures", ()):
                 getattr(self.vocabulary, structure)
         check_head("student", base_model(self.model))
-        check_head("teacher", self.teacher.base_model)
+        for seat in self.panel.seats.values():
+            if not seat.remote:
+                check_head("teacher", seat.teacher.base_model)
 
     # The two conversations
 
@@ -205,33 +189,32 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def student_side(self) -> Speaker:
         return Speaker(self._tokenizer, self.args.chat_template_kwargs)
 
-    @cached_property
-    def teacher_side(self) -> Speaker:
-        kwargs = self.args.teacher_chat_template_kwargs
-        return Speaker(self.teacher_processing_class, self.args.chat_template_kwargs if kwargs is None else kwargs)
+    @property
+    def teacher(self) -> LocalTeacher | RemoteTeacher:
+        """The only one."""
+        return self.panel.only.teacher
 
-    @cached_property
-    def aligner(self) -> TextAligner | OneTokenizer:
-        if is_one_tokenizer(self._tokenizer, self.teacher_processing_class):
-            return OneTokenizer(self._tokenizer)
-        return TextAligner(
-            self._tokenizer,
-            self.teacher_processing_class,
-            masked_strings=unshared_markup(self.student_side, self.teacher_side),
-            teacher_control_ids=self.teacher_side.control_ids,
-        )
+    @property
+    def teacher_model(self) -> nn.Module:
+        """The only teacher's, in this process."""
+        return self.teacher.model
+
+    @property
+    def teacher_processing_class(self) -> PreTrainedTokenizerBase:
+        """The only teacher's."""
+        return self.panel.only.tokenizer
 
     @cached_property
     def vocabulary(self) -> VocabularyPair:
         student, teacher = base_model(self.model), self.teacher.base_model
-        turn_end_is_one_token = all(len(ids) == 1 for ids in self.turn_ends.values())
+        turn_end_is_one_token = all(len(ids) == 1 for ids in self.panel.only.turn_ends.values())
         return VocabularyPair(
             self._tokenizer,
             self.teacher_processing_class,
             student_size=student.get_output_embeddings().out_features,
             teacher_size=teacher.get_output_embeddings().out_features,
             student_stops=self.stop_ids,
-            teacher_stops=self.teacher_stop_ids if turn_end_is_one_token else (),
+            teacher_stops=self.panel.only.stop_ids if turn_end_is_one_token else (),
             device=self.accelerator.device,
             cache_dir=CACHE_DIR,
         )
@@ -255,7 +238,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 with_indices=True,
                 fn_kwargs={
                     "student": self.student_side,
-                    "teacher": self.teacher_side,
+                    "teachers": self.panel.sides,
                     "longest_prompt": None
                     if self.student_context is None
                     else self.student_context - args.max_new_tokens,
@@ -298,7 +281,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
         if self.state.global_step % self.args.rollout_reuse:
-            torch.save((self._window_layout(), self._window, self._old_log_probs), self._pending(output_dir))
+            window = [settled(batch) for batch in self._window]
+            torch.save((self._window_layout(), window, self._old_log_probs), self._pending(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -336,44 +320,36 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         with phase("generation"):
             completions = self._draw(model, window, on_policy)
         with phase("alignment"):
-            rollouts = self._pair([prompt for prompts in window for prompt in prompts], completions)
-        texts = [rollout.teacher_prompt_ids for rollout in rollouts], [rollout.teacher_ids for rollout in rollouts]
-        with_hidden = any(signal_of(self._loss_for(on)) == "logits" for on in on_policy)
+            rollouts = self.panel.pair([prompt for prompts in window for prompt in prompts], completions)
         with phase("teacher"):
-            if with_hidden:
-                scores, hidden = zip(*self.teacher.log_probs_and_hidden(*texts), strict=True)
-            else:
-                scores = self.teacher.log_probs(*texts)
+            with_hidden = any(signal_of(self._loss_for(on)) == "logits" for on in on_policy)
+            readings = self.panel.read(rollouts, with_hidden)
         self._meters[mode].add(rollout_metrics(rollouts))
         self._meters[mode].add({"off_policy_fraction": (on_policy.count(False), len(on_policy))})
 
-        batches = []
+        batches, names = [], list(self.panel.seats)
         for index, (rows, on) in enumerate(
             zip(self._micro_batches(rollouts, window, on_policy), on_policy, strict=True)
         ):
             batch = collate(
                 [rollouts[r] for r in rows], self.processing_class.pad_token_id, self.args.pad_to_multiple_of
             )
+            batch["teacher_places"] = torch.tensor([names.index(rollouts[r].prompt.teacher) for r in rows])
             teacher_length = batch["teacher_chunks"].shape[1]
-            batch["teacher_log_probs"] = pad_scores([scores[r] for r in rows], teacher_length)
+            batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)
             if signal_of(self._loss_for(on)) == "logits":
-                batch["teacher_hidden"] = pad_scores([hidden[r] for r in rows], teacher_length)
+                batch["teacher_hidden"] = pad_scores([readings.hidden[r] for r in rows], teacher_length)
             batches.append({**batch, "on_policy": on, "index": index})
         return batches
 
-    def _pair(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[Rollout]:
-        return pair(
-            prompts,
-            completions,
-            self.aligner,
-            turn_ends=self.turn_ends,
-            eos_policy=self.args.eos_policy,
-            teacher_context=self.teacher_context,
-        )
-
-    def align_completions(self, completions: Sequence[list[int]]) -> list[Rollout]:
-        """Of completions alone: prompts bear on nothing but the teacher's context."""
-        return self._pair([Prompt([], [])] * len(completions), completions)
+    def align_completions(
+        self, completions: Sequence[list[int]], teachers: Sequence[int] | None = None
+    ) -> list[Rollout]:
+        """Of completions alone, and the places of their teachers in the panel: prompts bear on nothing but the teacher's
+        context."""
+        names = list(self.panel.seats)
+        prompts = [Prompt([], [], teacher=names[place]) for place in teachers or [0] * len(completions)]
+        return self.panel.pair(prompts, completions)
 
     def _micro_batches(
         self, rollouts: list[Rollout], window: list[list[Prompt]], on_policy: list[bool]
@@ -416,16 +392,17 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         limit = self.args.max_new_tokens
         if not self.args.seq_kd or not prompts:
             return [prompt.reference_ids[:limit] for prompt in prompts]
-        stop_ids, pad_token_id = self.teacher_stop_ids, self.teacher_processing_class.pad_token_id
+        seat = self.panel.only
+        stop_ids, pad_token_id = seat.stop_ids, seat.tokenizer.pad_token_id
         config = sampling_config(self.args, stop_ids, stop_ids[0] if pad_token_id is None else pad_token_id)
         longest = max(len(prompt.teacher_ids) for prompt in prompts)
-        if self.teacher_context is not None:
-            if longest >= self.teacher_context:
+        if seat.context is not None:
+            if longest >= seat.context:
                 raise ValueError(
                     f"seq_kd: a prompt of {longest} teacher tokens leaves the teacher no room to write in its context of "
-                    f"{self.teacher_context}. Filter such rows out."
+                    f"{seat.context}. Filter such rows out."
                 )
-            config.max_new_tokens = min(limit, self.teacher_context - longest)
+            config.max_new_tokens = min(limit, seat.context - longest)
         written = write(
             self.teacher.model, [prompt.teacher_ids for prompt in prompts], config, self.accelerator, self.args
         )
@@ -433,7 +410,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def _respell(self, teacher_ids: list[int]) -> list[int]:
         """What the student would write for the teacher's completion."""
-        ended = bool(teacher_ids) and teacher_ids[-1] in self.teacher_stop_ids
+        ended = bool(teacher_ids) and teacher_ids[-1] in self.panel.only.stop_ids
         tokenizer = self.teacher_processing_class
         text = align_text(teacher_ids[:-1] if ended else teacher_ids, tokenizer, tokenizer).text
         ids = self.processing_class.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -490,10 +467,11 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def _score(self, model: nn.Module, inputs: dict) -> tuple[ScoredChunks, torch.Tensor]:
         """The student's forward pass: what the loss reads, and the entropy (B, S) of the student's distributions."""
+        mode = "train" if model.training else "eval"
         on_distributions = signal_of(self._loss_for(inputs["on_policy"])) == "logits"
         student, scored = base_model(self.accelerator.unwrap_model(model)), inputs["scored"]
         with (
-            self._timers["train" if model.training else "eval"]("student"),
+            self._timers[mode]("student"),
             hidden_states(student) if on_distributions else nullcontext() as states,
         ):
             scores = model(
@@ -505,7 +483,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         old = self._old_log_probs.get(inputs["index"]) if model.training else None
         batch = ScoredChunks(
             student_log_probs=log_probs,
-            teacher_log_probs=inputs["teacher_log_probs"],
+            teacher_log_probs=self._settled(inputs["teacher_log_probs"], mode),
             student_chunks=inputs["student_chunks"],
             teacher_chunks=inputs["teacher_chunks"],
             student_widths=inputs["student_widths"],
@@ -518,6 +496,15 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
             self._add_distributions(batch, student, states[0][:, :-1][:, -length:], inputs["teacher_hidden"])
         return batch, entropy.detach()
+
+    def _settled(self, scores: torch.Tensor | Awaited, mode: str) -> torch.Tensor:
+        """The teacher's log-probs; waits for those that a server still works on."""
+        if not isinstance(scores, Awaited):
+            return scores
+        with self._timers[mode]("teacher_wait"):
+            log_probs = scores.log_probs
+        self._meters[mode].add(scores.metrics)
+        return log_probs
 
     def _add_distributions(self, batch: ScoredChunks, student: PreTrainedModel, hidden, teacher_hidden):
         """Gives `batch` what a loss on whole distributions reads, from the hidden states of both sides, projected in the
@@ -608,9 +595,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             model_name=model_name or Path(self.args.output_dir).resolve().name,
             hub_model_id=self.hub_model_id,
             student=get_config_model_id(self.model.config),
-            teacher=get_config_model_id(self.teacher.config),
+            teachers=[(seat.name, seat.tokenizer) for seat in self.panel.seats.values()],
             student_tokenizer=self.processing_class,
-            teacher_tokenizer=self.teacher_processing_class,
             args=self.args,
             adapter=isinstance(self.model, PeftModel),
             dataset_name=dataset_name,

@@ -258,7 +258,8 @@ def _ours_built(
         rendered[key] = rendered[key].train_dataset
     trainer = _trainer(method, run, world, folder, rendered[key], callbacks=[watch])
     if method.decode_and_compare:
-        trainer.aligner = DecodeAndCompare(trainer.aligner, world.student_tokenizer, world.teacher_tokenizer)
+        seat = trainer.panel.only
+        seat.aligner = DecodeAndCompare(seat.aligner, world.student_tokenizer, world.teacher_tokenizer)
     return trainer
 
 

@@ -113,6 +113,7 @@ MORE = [
 PHASES = {
     "generation": "the student writes",
     "teacher": "the teacher reads",
+    "teacher_wait": "waiting for the teacher's server",
     "student": "the student learns",
     "optimizer": "update",
     "alignment": "alignment",
@@ -141,10 +142,10 @@ def page(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]]) -> 
     ]
     return _template().render(
         student=_name(base_model(trainer.model)),
-        teacher=_name(trainer.teacher.base_model),
+        teacher=", ".join(_teacher_name(seat) for seat in trainer.panel.seats.values()),
         status=_status(state),
         updated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        warnings=advice(state.log_history, args, trainer.teacher_context),
+        warnings=advice(state.log_history, args, trainer.panel.context),
         tiles=_tiles(logged),
         charts=_charts([MAIN[0], *evaluated, *MAIN[1:]], logged),
         more=_charts([*own, *MORE], logged),
@@ -185,6 +186,10 @@ def figures(log_history: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, 
 def _name(model: PreTrainedModel) -> str:
     """The hub's or the folder's, or the kind of a model made in place."""
     return provenance.short_name(get_config_model_id(model.config)) or type(model).__name__
+
+
+def _teacher_name(seat) -> str:
+    return provenance.short_name(seat.name) if seat.remote else _name(seat.teacher.base_model)
 
 
 def _is_extra(name: str, drawn: set[str]) -> bool:
@@ -267,7 +272,8 @@ def _views(trainer, samples: list[dict]) -> list[Markup]:
     by = loss if isinstance(loss, Loss) and loss.signal == "logprobs" else None  # else dpca's credit is shown
     samples = [Sample(**sample) for sample in samples]
     shown = []
-    for sample, rollout in zip(samples, trainer.align_completions([own.ids for own in samples]), strict=True):
+    rollouts = trainer.align_completions([own.ids for own in samples], [own.teacher for own in samples])
+    for sample, rollout in zip(samples, rollouts, strict=True):
         alignment = alignment_of(rollout)
         if sample.teacher_log_probs and all(map(math.isfinite, sample.student_log_probs)):
             log_probs = sample.student_log_probs, sample.teacher_log_probs
@@ -297,7 +303,7 @@ def _facts(trainer) -> dict[str, str]:
     facts = {
         "method": loss_name(args.distillation_loss),
         "student's tokenizer": provenance.describe(trainer.processing_class),
-        "teacher's tokenizer": provenance.describe(trainer.teacher_processing_class),
+        "teacher's tokenizer": ", ".join(provenance.describe(seat.tokenizer) for seat in trainer.panel.seats.values()),
         "dataset": f"{provenance.short_name(source)}, {rows}" if source else rows,
         "a step": provenance.step(args),
         "seed": str(args.seed),

@@ -5,7 +5,7 @@ Decisions.
   that the names of the rows can be painted beside them by one repeated mask, wherever a line wraps.
 - What colour tells is also written: a token's credit as a figure, a merged chunk as `2 : 3`, a masked stretch by its reason.
   Orange and blue are told apart by colour-blind readers.
-- Each chunk has one box of figures, shown for the token that is pointed at or has the keyboard's focus: beside it where
+- Each chunk has one box of figures, shown for the token that is pointed at or has the keyboard's focus: below it where
   the browser knows CSS anchors, else, and on a phone, at the bottom of the screen.
 - Everything from outside goes through `visible.pieces` and `html.escape`. The page forbids itself to load or run anything.
 """
@@ -35,7 +35,7 @@ def stylesheet() -> str:
     """The CSS of all fragments; every rule is about `.ctopd` alone."""
     css = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
     pointed = ",".join(
-        f".ctopd .c:has(.{side}>.t:nth-child({n}):is(:hover,:focus)) .{side[0]}:nth-child({n} of .{side[0]})"
+        f".ctopd .c:has(.{side}>.t:nth-child({n}):is(:hover,:focus)) .of-{side}:nth-child({n} of .of-{side})"
         for side in _SIDES
         for n in range(1, _HIGHLIGHTED + 1)
     )
@@ -51,12 +51,12 @@ def page(shown: "TextAlignment | ScoredRollout") -> str:
         f"<style>{stylesheet()}"
         ":root{color-scheme:light dark}body{margin:0;background:#f3f4f6}main{max-width:68rem;margin:0 auto;padding:1rem}"
         "@media(prefers-color-scheme:dark){body{background:#0d1117}}@media(max-width:40rem){main{padding:0}}</style></head>"
-        f"<body><main>{fragment(shown)}</main></body></html>"
+        f"<body><main>{fragment(shown, explained=True)}</main></body></html>"
     )
 
 
-def fragment(shown: "TextAlignment | ScoredRollout") -> str:
-    """One `<div class="ctopd">`; needs `stylesheet()` on the page."""
+def fragment(shown: "TextAlignment | ScoredRollout", explained: bool = False) -> str:
+    """One `<div class="ctopd">`; needs `stylesheet()` on the page. `explained`: with the guide open."""
     scored = None if isinstance(shown, TextAlignment) else shown
     alignment = shown if scored is None else scored.alignment
     parts = [_facts(alignment, scored)]
@@ -65,7 +65,7 @@ def fragment(shown: "TextAlignment | ScoredRollout") -> str:
     parts += [_line(line, alignment, scored) for line in lines(alignment)] or [
         '<p class="empty">an empty completion</p>'
     ]
-    parts += [_legend(alignment, scored), _guide(scored)]
+    parts += [_legend(alignment, scored), _guide(scored, explained)]
     return f'<div class="ctopd{" scored" if scored else ""}">{"".join(parts)}</div>'
 
 
@@ -100,7 +100,7 @@ def facts(alignment: TextAlignment, scored: "ScoredRollout | None") -> list[tupl
     if found["coverage"] is not None:
         shown.append((f"{found['coverage']:.0%}", "of bytes compared"))
     if scored is not None and scored.nats_per_byte is not None:
-        shown.append((f"{scored.nats_per_byte:.3f}".replace("-", "−"), "nats a byte between student and teacher"))
+        shown.append((f"{scored.nats_per_byte:.3f}".replace("-", "−"), "nats a byte of gap"))
     return shown
 
 
@@ -231,7 +231,7 @@ def _rows(segment: Segment, alignment: TextAlignment, scored) -> Iterator[str]:
                 str(ids[token]),
                 *_token_figures(side, token, segment, scored),
             ]
-            yield _row(name[0], cells)
+            yield _row(f"of-{name}", cells)
 
 
 def _row(kind: str, cells: Sequence[str]) -> str:
@@ -277,7 +277,7 @@ def _legend(alignment: TextAlignment, scored) -> str:
     return f'<div class="legend">{"".join(items)}</div>'
 
 
-def _guide(scored) -> str:
+def _guide(scored, explained: bool) -> str:
     credit = (
         "<p><b>Colour</b> is credit. Both models give each chunk a probability. Where the teacher finds it less likely than "
         "the student, the difference, the <i>gap</i>, is negative: its student tokens are orange and will be written less "
@@ -286,7 +286,7 @@ def _guide(scored) -> str:
         else ""
     )
     return (
-        "<details><summary>How to read this</summary><p>The text stands on top, the <b>student</b>’s tokens for it below, "
+        f"<details{' open' if explained else ''}><summary>How to read this</summary><p>The text stands on top, the <b>student</b>’s tokens for it below, "
         "then the <b>teacher</b>’s. Two tokenizers cut a text at different places. A <b>chunk</b> is the shortest stretch at "
         "whose two ends both of them cut: only there do both models say how likely the same bytes are, so only chunks can be "
         f"compared.</p>{credit}<p>␣ is a space, ⏎ a line break, ⇥ a tab; "

@@ -1,0 +1,280 @@
+"""The viewer in a real browser, Debian's Chromium: what a person sees, points at and tabs through."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers_for_tests import byte_level, metaspace_bpe, word_piece
+from toys import student_tokenizer, teacher_tokenizer
+
+from trl_ctopd import align_text
+from trl_ctopd.viewer import ScoredRollout, stylesheet, with_turn_end
+
+
+HOSTILE = (
+    "<script>window.hacked = 1</script> <img src=x onerror='window.hacked = 1'> \x1b[31m \u202eevil\u202c \x00 </div></body>"
+    " <style>* {display: none}</style> &lt;b&gt; http://127.0.0.1:9/x"
+)
+SENTENCE = "The quick brown fox doesn't care; 1234567890 times"
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def aligned(text: str, student=byte_level, teacher=metaspace_bpe):
+    return align_text(encode(student(), text), student(), teacher())
+
+
+def scored(alignment, **settings) -> ScoredRollout:
+    """Figures of every size and sign, all different."""
+    sizes = [0.01, 0.3, 9, 2, 0.7, 30, 5]
+    student, teacher = (
+        [-sizes[(n * step) % 7] - n / 1000 for n in range(len(ids))]
+        for ids, step in ((alignment.student_ids, 1), (alignment.teacher_ids, 3))
+    )
+    return ScoredRollout.from_log_probs(alignment, student, teacher, **settings)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("needs a browser: there is no chromium on the PATH (apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser's driver: pip install playwright")
+    quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=executable,
+            args=["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, tmp_path):
+    """`visit(shown)` opens its page from disk; what the page asks for, logs or pops up is in `page.seen`. By the end of
+    the test it must have been nothing but the page itself."""
+    pages = []
+
+    def visit(shown, width: int = 1000, scheme: str = "light", html: str | None = None):
+        file = tmp_path / f"{len(pages)}.html"
+        if html is None:
+            shown.to_html(file)
+        else:
+            file.write_text(html, encoding="utf-8")
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=scheme, has_touch=width < 500
+        )
+        page = context.new_page()
+        page.seen, page.address = [], file.as_uri()
+        page.on("request", lambda request: page.seen.append(request.url))
+        page.on("console", lambda message: page.seen.append(message.text))
+        page.on("pageerror", lambda error: page.seen.append(str(error)))
+        page.on("dialog", lambda dialog: page.seen.append(dialog.message))
+        page.goto(file.as_uri())
+        pages.append(page)
+        return page
+
+    yield visit
+    for page in pages:
+        assert page.seen == [page.address]
+        page.context.close()
+
+
+def shown_boxes(page) -> list[str]:
+    return [box.inner_text() for box in page.locator(".box").all() if box.is_visible()]
+
+
+def figures_of(shown: ScoredRollout, token: int) -> list[str]:
+    """What the box of a student token has to say."""
+    chunk = shown.alignment.student_chunks[token]
+    values = (
+        shown.student_log_probs[token],
+        shown.advantages[token],
+        shown.student_budget[chunk],
+        shown.teacher_budget[chunk],
+        shown.gap[chunk],
+    )
+    nats = [f"{value:+.1f}" if abs(value) >= 9.995 else f"{value:+.2f}" for value in values]
+    return [*(text.replace("-", "−") for text in nats), f"{shown.shares[token]:.0%}"]
+
+
+def on_screen(page, locator) -> bool:
+    box, screen = locator.bounding_box(), page.viewport_size
+    return (
+        box["x"] >= 0
+        and box["y"] >= 0
+        and box["x"] + box["width"] <= screen["width"]
+        and box["y"] + box["height"] <= screen["height"]
+    )
+
+
+def test_it_opens_from_disk_and_asks_the_network_for_nothing(visit):
+    page = visit(scored(aligned(SENTENCE), prompt="Say something"))
+    assert page.locator(".x").all_inner_texts() != []
+    assert page.evaluate("document.scripts.length") == 0
+
+
+@pytest.mark.parametrize("token", [0, 5, -1])
+def test_pointing_at_a_token_shows_its_figures_beside_its_chunk(visit, token):
+    shown = scored(aligned(SENTENCE))
+    page = visit(shown)
+    assert shown_boxes(page) == []
+    tokens = page.locator(".student .t")
+    token %= tokens.count()
+    tokens.nth(token).hover()
+    [text] = shown_boxes(page)
+    assert all(figure in text for figure in figures_of(shown, token))
+    box = page.locator(".box:visible")
+    assert on_screen(page, box)
+    place, at = page.locator(".c:hover").bounding_box(), box.bounding_box()
+    assert min(abs(at["y"] - place["y"] - place["height"]), abs(at["y"] + at["height"] - place["y"])) < 10
+    marked = page.locator(".box:visible .of-student").all()
+    colours = [row.evaluate("row => getComputedStyle(row).backgroundColor") for row in marked]
+    first = shown.alignment.student_chunks.index(shown.alignment.student_chunks[token])
+    assert [colour != "rgba(0, 0, 0, 0)" for colour in colours] == [n == token - first for n in range(len(marked))]
+
+
+def test_the_keyboard_reaches_every_token_and_shows_its_figures(visit):
+    shown = scored(aligned("The quick 1234567890"))
+    page = visit(shown)
+    tokens = page.locator(".t").count()
+    reached = set()
+    for _ in range(tokens):
+        page.keyboard.press("Tab")
+        [text] = shown_boxes(page)
+        assert on_screen(page, page.locator(".box:visible"))
+        side, token = page.evaluate(
+            "[...document.querySelectorAll('.student .t')].includes(document.activeElement)"
+            "? ['student', [...document.querySelectorAll('.student .t')].indexOf(document.activeElement)]"
+            ": ['teacher', [...document.querySelectorAll('.teacher .t')].indexOf(document.activeElement)]"
+        )
+        reached.add((side, token))
+        if side == "student":
+            assert all(figure in text for figure in figures_of(shown, token))
+    assert len(reached) == tokens
+
+
+def test_what_is_pointed_at_wins_over_what_has_the_focus(visit):
+    page = visit(scored(aligned(SENTENCE)))
+    page.keyboard.press("Tab")
+    page.locator(".student .t").nth(4).hover()
+    [text] = shown_boxes(page)
+    assert text.startswith(f"Chunk {aligned(SENTENCE).student_chunks[4] + 1} ")
+
+
+def test_a_hostile_completion_stays_text(visit):
+    for alignment in (
+        aligned(HOSTILE),
+        aligned(HOSTILE, metaspace_bpe, byte_level),
+        aligned(HOSTILE, byte_level, word_piece),
+    ):
+        page = visit(scored(alignment, prompt=HOSTILE))
+        assert page.evaluate("window.hacked") is None
+        assert page.evaluate("document.querySelectorAll('script, img, a, iframe').length") == 0
+        assert page.evaluate("document.querySelectorAll('style').length") == 1
+        text = "".join(page.locator(".x").all_inner_texts()).replace("␣", " ")
+        assert "<script>window.hacked = 1</script>" in text
+        assert "&lt;b&gt;" in text
+        assert "ESC" in text
+        assert "\u202e" not in page.content()
+
+
+CONTRAST = """
+() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
+  const pixel = (under, over) => {
+    canvas.fillStyle = under; canvas.fillRect(0, 0, 1, 1);
+    canvas.fillStyle = over; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = rgb => {
+    const [r, g, b] = rgb.map(c => c / 255).map(c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const page = getComputedStyle(document.querySelector('.ctopd')).backgroundColor;
+  return [...document.querySelectorAll('.t, .note, .x, .facts, .legend, summary')].map(element => {
+    const style = getComputedStyle(element);
+    const [a, b] = [light(pixel(page, style.backgroundColor)), light(pixel(page, style.color))];
+    return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+  });
+}
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_has_the_contrast_that_reading_takes_in_light_and_in_dark(visit, scheme):
+    shown = scored(aligned(SENTENCE))
+    assert shown.advantages.max() > 5 and shown.advantages.min() < -5  # noqa: PT018
+    page = visit(shown, scheme=scheme)
+    assert min(page.evaluate(CONTRAST)) >= 4.5
+    channels = re.findall(r"\d+", page.locator(".ctopd").evaluate("e => getComputedStyle(e).backgroundColor"))
+    assert (int(channels[0]) > 128) == (scheme == "light")
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_a_phone_shows_it_without_scrolling_sideways_and_the_figures_at_a_tap(visit, width):
+    long = aligned("supercalifragilisticexpialidocious" * 3 + " ÇA VA BIEN " * 8, byte_level, word_piece)
+    page = visit(scored(long, prompt="a" * 200), width=width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page = visit(scored(aligned(SENTENCE)), width=width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator(".student .t").nth(6).tap()
+    [text] = shown_boxes(page)
+    assert all(figure in text for figure in figures_of(scored(aligned(SENTENCE)), 6))
+    box = page.locator(".box:visible")
+    assert on_screen(page, box)
+    assert box.bounding_box()["width"] == width
+
+
+def test_lines_read_from_right_to_left_flow_that_way(visit):
+    page = visit(aligned("نص حكيم له سر قاطع\nThe quick brown fox"))
+    for line, (before, after) in ((0, (1, 0)), (1, (0, 1))):
+        groups = page.locator(".line").nth(line).locator(".g")
+        places = [groups.nth(n).bounding_box()["x"] for n in range(2)]
+        assert places[before] < places[after]
+
+
+def test_rows_stand_beside_their_names_wherever_a_line_wraps(visit):
+    student, teacher = student_tokenizer(), teacher_tokenizer()
+    end = with_turn_end(aligned("one two 🙂", student_tokenizer, teacher_tokenizer), student.eos_token_id, [4])
+    assert teacher.convert_ids_to_tokens(4) == "<|end|>"
+    for shown in (
+        aligned(SENTENCE * 4),
+        scored(aligned(SENTENCE * 4)),
+        scored(end),
+        aligned("ÇA VA 👩‍👩‍👧 ไทย", byte_level, word_piece),
+    ):
+        page = visit(shown, width=600)
+        tops = page.evaluate(
+            "[...document.querySelectorAll('.g')].flatMap(g => ['.student', '.teacher', '.note'].map("
+            "row => [...g.querySelectorAll(row)].map(e => e.getBoundingClientRect().y - g.getBoundingClientRect().y)))"
+        )
+        assert len({tuple(sorted({round(top, 1) for top in found})) for found in tops}) == 3
+        heights = page.evaluate("[...document.querySelectorAll('.g')].map(g => g.getBoundingClientRect().height)")
+        painted = page.evaluate("getComputedStyle(document.querySelector('.line'), '::before').maskSize")
+        assert {f"{height:.4g}px" for height in heights} == {painted.split()[1]}
+
+
+def test_several_stand_on_one_page_with_one_stylesheet(visit):
+    first, second = scored(aligned("The quick")), aligned("brown fox")
+    page = visit(
+        None,
+        html=f"<!doctype html><meta charset=utf-8><style>{stylesheet()}</style><p class=c>{first.html_fragment()}"
+        f"{second.html_fragment()}{first._repr_html_()}",
+    )
+    assert page.locator(".ctopd").count() == 3
+    page.locator(".ctopd").nth(1).locator(".student .t").first.hover()
+    assert len(shown_boxes(page)) == 1
+    page.locator(".ctopd").nth(2).locator(".student .t").first.hover()
+    [text] = shown_boxes(page)
+    assert figures_of(first, 0)[0] in text
+
+
+def test_the_file_is_one_and_whole(tmp_path):
+    aligned(SENTENCE).to_html(tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert not re.search(r"""(src|href)\s*=|url\((?!"data:)|@import""", Path(tmp_path / "page.html").read_text("utf-8"))

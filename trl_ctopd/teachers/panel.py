@@ -1,0 +1,261 @@
+"""The teachers of a run: one, or several by name, among which each row of the dataset chooses.
+
+Each has a seat: what scores, how it is spoken to, and how its tokens meet the student's. Servers are asked for their scores
+first, so that they read while a teacher in this process does.
+
+Left out: losses on whole distributions with several teachers, whose vocabularies would all have to be compared.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id
+
+from ..align import TextAligner
+from ..chat import Speaker, unshared_markup
+from ..checks import check_vocabulary, load_tokenizer
+from ..config import CrossTokenizerGKDConfig
+from ..metrics import Metrics
+from ..one_tokenizer import OneTokenizer, is_one_tokenizer
+from ..rollouts import Prompt, Rollout, pad_scores, pair
+from .local import LocalTeacher, load_teacher
+from .remote import RemoteScores, RemoteTeacher
+from .servers import Servers, is_url
+
+
+ONLY = ""  # the name of a teacher that is the only one
+Model = str | PreTrainedModel | Sequence[str]
+
+
+class Seat:
+    """
+    Args:
+        model: a module, a hub name or folder, or the address (or addresses) of a server. A server is asked at once; a model
+            is loaded by `sit`, since its tokenizer alone is needed before.
+        tokenizer: the teacher's; loaded from the model, or from what the server loaded it from, where it is None.
+
+    Attributes:
+        teacher: what scores.
+        name: of the model: a hub name or folder, or "".
+        context: the tokens it can read, None for no limit.
+        stop_ids: what ends its turn.
+        turn_ends: for each student id that ends a turn, the teacher's ids that do.
+    """
+
+    teacher: LocalTeacher | RemoteTeacher
+    context: int | None
+    stop_ids: list[int]
+    turn_ends: dict[int, list[int]]
+
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase | None, args: CrossTokenizerGKDConfig):
+        self._model, self._args = model, args
+        self.remote = is_url(model) or not isinstance(model, str | PreTrainedModel)
+        if self.remote:
+            named = args.teacher_model_name_or_path if args.teacher_server_url else None
+            self.teacher = _connect([model] if is_url(model) else model, named, args)
+            self.name, self.context = self.teacher.root, self.teacher.context
+            self.tokenizer = self._tokenizer_of_server(tokenizer, named or self.name)
+            self.teacher.check(self.tokenizer)
+        else:
+            self.name = model if isinstance(model, str) else get_config_model_id(model.config)
+            revision = (args.teacher_model_init_kwargs or {}).get("revision")
+            self.tokenizer = load_tokenizer(tokenizer, self.name, revision, args.trust_remote_code)
+        kwargs = args.teacher_chat_template_kwargs
+        self.side = Speaker(self.tokenizer, args.chat_template_kwargs if kwargs is None else kwargs)
+
+    def _tokenizer_of_server(self, tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:
+        try:
+            return load_tokenizer(tokenizer, name, None, self._args.trust_remote_code)
+        except OSError as error:
+            raise ValueError(
+                f"The tokenizer of the teacher's server is not known: {name!r} is no folder here, and no model of the hub "
+                "that can be reached. Pass `teacher_processing_class`; or set `teacher_server_url` to the address, and "
+                "`teacher_model_name_or_path` to the name or folder of the model."
+            ) from error
+
+    def sit(self, accelerator, student: Speaker, student_stop_ids: list[int]):
+        """What needs the student and the run's processes."""
+        model, args, generation_config = self._model, self._args, None
+        if not self.remote:
+            if isinstance(model, str):
+                distributed = accelerator.num_processes > 1
+                model = load_teacher(model, args.teacher_model_init_kwargs, args.trust_remote_code, distributed)
+            check_vocabulary("teacher", model, self.tokenizer)
+            rows = args.per_device_train_batch_size * args.num_generations
+            self.teacher = LocalTeacher(model, accelerator, args.temperature, args.teacher_batch_size or rows)
+            self.context = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None)
+            generation_config = self.teacher.generation_config
+        del self._model
+        self.student = student
+        self.stop_ids = self.side.stop_ids(generation_config)
+        turn_end = self.side.turn_end
+        # a teacher of the same tokenizer reads the student's own stop token, if it is one of its own
+        shared = self.stop_ids if isinstance(self.aligner, OneTokenizer) else []
+        self.turn_ends = {stop: [stop] if stop in shared else turn_end for stop in student_stop_ids}
+
+    @cached_property
+    def aligner(self) -> TextAligner | OneTokenizer:
+        student = self.student.tokenizer
+        if is_one_tokenizer(student, self.tokenizer):
+            return OneTokenizer(student)
+        return TextAligner(
+            student,
+            self.tokenizer,
+            masked_strings=unshared_markup(self.student, self.side),
+            teacher_control_ids=self.side.control_ids,
+        )
+
+
+class Panel:
+    """
+    Args:
+        models: the only teacher, or teachers by name.
+        tokenizers: the only teacher's tokenizer, or tokenizers by name; None where they are to be loaded.
+    """
+
+    def __init__(
+        self,
+        models: Model | Mapping[str, Model],
+        tokenizers: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None,
+        args: CrossTokenizerGKDConfig,
+    ):
+        several = isinstance(models, Mapping)
+        tokenizers = (tokenizers or {}) if several else {ONLY: tokenizers}
+        if not isinstance(tokenizers, Mapping) or not set(tokenizers) <= (set(models) if several else {ONLY}):
+            names = ", ".join(map(repr, tokenizers)) if isinstance(tokenizers, Mapping) else type(tokenizers).__name__
+            raise ValueError(
+                f"`teacher_processing_class` is {names}, and the teachers are {', '.join(map(repr, models))}: pass a dict "
+                "with their names."
+            )
+        self.seats = {
+            name: Seat(model, tokenizers.get(name), args)
+            for name, model in (models.items() if several else [(ONLY, models)])
+        }
+        self._eos_policy = args.eos_policy
+
+    @property
+    def only(self) -> Seat | None:
+        return self.seats.get(ONLY)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that every teacher can read, None for no limit."""
+        return min((seat.context for seat in self.seats.values() if seat.context is not None), default=None)
+
+    @property
+    def sides(self) -> dict[str, Speaker]:
+        return {name: seat.side for name, seat in self.seats.items()}
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """What every teacher gives, for every loss."""
+        return self.only.teacher.signals if self.only else ("logprobs",)
+
+    def sit(self, accelerator, student: Speaker, student_stop_ids: list[int]):
+        """What needs the student and the run's processes. Raises `ValueError` where its processes would not all do alike."""
+        self._device = accelerator.device
+        sharded = accelerator.state.deepspeed_plugin is not None or getattr(accelerator.state, "fsdp_plugin", None)
+        if sharded and len(self.seats) > 1 and not all(seat.remote for seat in self.seats.values()):
+            raise ValueError(
+                "Several teachers under DeepSpeed or FSDP: rows choose their teacher, so that processes would make unlike "
+                "numbers of forward passes, and hang. Put the teachers behind servers."
+            )
+        for seat in self.seats.values():
+            seat.sit(accelerator, student, student_stop_ids)
+
+    def pair(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[Rollout]:
+        """Sets each completion beside its own teacher's tokenization of it."""
+        rollouts: dict[int, Rollout] = {}
+        for name, seat in self.seats.items():
+            rows = [row for row, prompt in enumerate(prompts) if prompt.teacher == name]
+            found = pair(
+                [prompts[row] for row in rows],
+                [completions[row] for row in rows],
+                seat.aligner,
+                turn_ends=seat.turn_ends,
+                eos_policy=self._eos_policy,
+                teacher_context=seat.context,
+            )
+            rollouts |= zip(rows, found, strict=True)
+        return [rollouts[row] for row in range(len(prompts))]
+
+    def read(self, rollouts: Sequence[Rollout], with_hidden: bool) -> "Readings":
+        """Each teacher reads its rows; a server's scores may still be on their way when this comes back."""
+        readings = Readings(self._device, any(seat.remote for seat in self.seats.values()))
+        for name, seat in sorted(self.seats.items(), key=lambda named: not named[1].remote):
+            rows = [row for row, rollout in enumerate(rollouts) if rollout.prompt.teacher == name]
+            texts = [rollouts[row].teacher_prompt_ids for row in rows], [rollouts[row].teacher_ids for row in rows]
+            if not rows:
+                continue
+            if seat.remote:
+                scores = seat.teacher.start(*texts)
+                readings.awaited |= {row: (scores, place) for place, row in enumerate(rows)}
+            elif with_hidden:
+                scores, hidden = zip(*seat.teacher.log_probs_and_hidden(*texts), strict=True)
+                readings.found |= zip(rows, scores, strict=True)
+                readings.hidden |= zip(rows, hidden, strict=True)
+            else:
+                readings.found |= zip(rows, seat.teacher.log_probs(*texts), strict=True)
+        return readings
+
+
+class Readings:
+    """The teachers' scores of a step's rollouts, `found` and still `awaited`, by row; and hidden states where asked for."""
+
+    def __init__(self, device: torch.device, some_remote: bool):
+        self._device, self._some_remote = device, some_remote
+        self.found: dict[int, torch.Tensor] = {}
+        self.awaited: dict[int, tuple[RemoteScores, int]] = {}
+        self.hidden: dict[int, torch.Tensor] = {}
+
+    def log_probs(self, rows: Sequence[int], length: int) -> "torch.Tensor | Awaited":
+        """(len(rows), `length`) log-probs of these rows, 0 past their ends: now, or once a server has them."""
+        if not self._some_remote:
+            return pad_scores([self.found[row] for row in rows], length)
+        return Awaited(self, list(rows), length)
+
+    def row(self, row: int) -> torch.Tensor:
+        if row in self.found:
+            return self.found[row].to(self._device)
+        scores, place = self.awaited[row]
+        return scores.row(place).to(self._device)
+
+    def failed(self, rows: Sequence[int]) -> int:
+        """How many of `rows`, which have been waited for, no server could score."""
+        places = [self.awaited[row] for row in rows if row in self.awaited]
+        return sum(scores.failed(place) for scores, place in places)
+
+
+class Awaited:
+    """A micro-batch's log-probs that a server may still be working on."""
+
+    def __init__(self, readings: Readings, rows: list[int], length: int):
+        self._readings, self._rows, self._length = readings, rows, length
+
+    @cached_property
+    def log_probs(self) -> torch.Tensor:
+        """(B, T), NaN in rows that could not be scored; waits. Raises `TeacherServerError`."""
+        return pad_scores([self._readings.row(row) for row in self._rows], self._length)
+
+    @property
+    def metrics(self) -> Metrics:
+        return {"teacher/failed_fraction": (self._readings.failed(self._rows), len(self._rows))}
+
+
+def settled(batch: dict) -> dict:
+    """`batch` with the log-probs themselves where a server had still to give them; waits."""
+    scores = batch["teacher_log_probs"]
+    return {**batch, "teacher_log_probs": scores.log_probs} if isinstance(scores, Awaited) else batch
+
+
+def _connect(urls: Sequence[str], model: str | None, args: CrossTokenizerGKDConfig) -> RemoteTeacher:
+    servers = Servers(
+        urls,
+        args.teacher_server_api_key_env,
+        args.teacher_server_timeout,
+        args.teacher_server_retries,
+        args.teacher_server_concurrency,
+    )
+    return RemoteTeacher(servers, model)
