@@ -410,7 +410,8 @@ def main(scale: str) -> None:
     found = read(results_file(scale))
     plan = Plan(SCALES[scale])
     wanted = {key(scale, run) for run in plan.runs(STAGES, found) if run is not None}
-    lines = [line for own, line in found.items() if own in wanted]  # others had a learning rate that lost
+    # others had a learning rate that lost; the long runs are too dear to be done again for that
+    lines = [line for own, line in found.items() if own in wanted or line["run"]["purpose"] == "curve"]
     gradient = json.loads((RESULTS / "gradient.json").read_text())["gradients"]
     made = blocks(lines, gradient, plan, found)
     if scale == "cpu":
