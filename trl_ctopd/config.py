@@ -196,6 +196,46 @@ class CrossTokenizerGKDConfig(GKDConfig):
         },
     )
 
+    use_vllm: bool = field(
+        default=False,
+        metadata={
+            "help": "Let vLLM write the student's completions, through TRL's `VLLMGeneration` (`pip install trl[vllm]`)."
+        },
+    )
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={
+            "help": "Where vLLM runs: colocate (in the training processes, on their GPUs) or server (`vllm serve`, on GPUs "
+            "of its own, with the flags that TRL's vLLM guide names)."
+        },
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "http://host:port of the student's vLLM server. None: http://0.0.0.0:8000."}
+    )
+    vllm_server_timeout: float = field(
+        default=240.0, metadata={"help": "Seconds that the student's vLLM server is waited for at the start."}
+    )
+    vllm_group_port: int = field(
+        default=51216, metadata={"help": "Port over which that server is given the student's weights."}
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory for a colocated engine."}
+    )
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that share a colocated engine."})
+    vllm_max_model_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt plus completion of a colocated engine. None: the model's own."}
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False, metadata={"help": "Free a colocated engine's memory while the student learns."}
+    )
+    vllm_importance_sampling_clip_max: float = field(
+        default=3.0,
+        metadata={
+            "help": "vLLM's kernels sample from a distribution that is a little another than the one trained: dpca and "
+            "strict_sampled weigh each token by the ratio of the two, up to this bound."
+        },
+    )
+
     # Using it
     length_grouped: bool = field(
         default=True,
@@ -319,6 +359,10 @@ class CrossTokenizerGKDConfig(GKDConfig):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if isinstance(self.teacher_server_url, str):
             self.teacher_server_url = [self.teacher_server_url]
+        if not self.vllm_importance_sampling_clip_max > 0:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_max must be positive, got {self.vllm_importance_sampling_clip_max}."
+            )
         if not (self.teacher_server_timeout > 0 and self.teacher_server_retries >= 0):
             raise ValueError(
                 "teacher_server_timeout must be positive and teacher_server_retries not negative, got "

@@ -161,6 +161,12 @@ def on_grid(values: torch.Tensor, scored: torch.Tensor, input_ids: torch.Tensor)
     return grid.index_put(tuple(scored), values.to(grid.device))[:, :-1]
 
 
+def on_columns(values: Sequence[Sequence[float]], batch: dict) -> torch.Tensor:
+    """`values`, one for each completion token of each row of a batch that `collate` made, as (B, S), 0 elsewhere."""
+    starts = batch["prompt_lengths"].tolist()
+    return pad_rows(values, batch["input_ids"].shape[1], 0.0, starts)[:, 1:].float()
+
+
 def pad_scores(scores: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     """B teacher rows of shape (T_b, ...) as one (B, `length`, ...) tensor, 0 where a row has ended."""
     padded = scores[0].new_zeros(len(scores), length, *scores[0].shape[1:])
@@ -170,9 +176,9 @@ def pad_scores(scores: Sequence[torch.Tensor], length: int) -> torch.Tensor:
 
 
 def pad_rows(
-    rows: Sequence[Sequence[int]], length: int, value: int, starts: Sequence[int] | None = None
+    rows: Sequence[Sequence[float]], length: int, value: float, starts: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """(B, `length`) of B rows of integers, each from its start on (0 without `starts`), `value` elsewhere."""
+    """(B, `length`) of B rows of numbers of the kind of `value`, each from its start on (0 without `starts`), `value` elsewhere."""
     padded = np.full((len(rows), length), value)
     for row, (own, start) in enumerate(zip(rows, starts or [0] * len(rows), strict=True)):
         padded[row, start : start + len(own)] = own

@@ -37,12 +37,13 @@ from .heads import add_token_scores, base_model, check_head, hidden_states, lm_h
 from .losses import Distributions, ScoredChunks, build_loss
 from .metrics import Meter, chunk_metrics, rollout_metrics
 from .report import DistillationReportCallback
-from .rollouts import Prompt, Rollout, collate, grouped_by_length, on_grid, pad_scores
+from .rollouts import Prompt, Rollout, collate, grouped_by_length, on_columns, on_grid, pad_scores
 from .samples import Samples, show
 from .teachers.local import LocalTeacher
 from .teachers.panel import Awaited, Model, Panel, settled
 from .teachers.remote import RemoteTeacher
 from .timing import PhaseTimer
+from .vllm_writing import VLLMWriter, importance
 from .vocabulary import CACHE_DIR, VocabularyPair
 
 
@@ -169,6 +170,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 "generation config no eos_token_id. Set one of them."
             )
         self.generation_config = sampling_config(self.args, self.stop_ids, pad_token_id)
+        self._vllm = None
+        if self.args.use_vllm:
+            self._vllm = VLLMWriter(self.model, self.accelerator, self.processing_class, self.args, self.stop_ids)
         student.generation_config.eos_token_id = self.stop_ids  # the saved student stops where it learned to
 
     def _finish_losses(self):
@@ -318,7 +322,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         window = [[prompt for prompt in prompts for _ in range(repeats)] for prompts in window]
         on_policy = [mode == "eval" or draw < self.args.lmbda for draw in self._lmbda_draws(len(window))]
         with phase("generation"):
-            completions = self._draw(model, window, on_policy)
+            completions, sampled = zip(*self._draw(model, window, on_policy), strict=True)
         with phase("alignment"):
             rollouts = self.panel.pair([prompt for prompts in window for prompt in prompts], completions)
         with phase("teacher"):
@@ -339,6 +343,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)
             if signal_of(self._loss_for(on)) == "logits":
                 batch["teacher_hidden"] = pad_scores([readings.hidden[r] for r in rows], teacher_length)
+            if on and self._vllm is not None:
+                batch["sampled_log_probs"] = on_columns([sampled[r] for r in rows], batch)
             batches.append({**batch, "on_policy": on, "index": index})
         return batches
 
@@ -369,11 +375,19 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def _loss_for(self, on_policy: bool) -> Callable:
         return self.distillation_loss if on_policy else self.off_policy_loss
 
-    def _draw(self, model: nn.Module, window: list[list[Prompt]], on_policy: list[bool]) -> list[list[int]]:
-        """A completion for each prompt of `window`, in its order: the student's own, or one it did not write."""
+    def _draw(
+        self, model: nn.Module, window: list[list[Prompt]], on_policy: list[bool]
+    ) -> list[tuple[list[int], list[float] | None]]:
+        """A completion for each prompt of `window`, in its order: the student's own, with the log-probs that vLLM drew it
+        with where that wrote it, or one the student did not write."""
         groups = list(zip(window, on_policy, strict=True))
-        written = iter(self._write(model, [prompt for prompts, on in groups if on for prompt in prompts]))
-        given = iter(self._references([prompt for prompts, on in groups if not on for prompt in prompts]))
+        own = [prompt for prompts, on in groups if on for prompt in prompts]
+        if self._vllm is not None:
+            written = iter(self._vllm.write([prompt.student_ids for prompt in own], self.state.global_step))
+        else:
+            written = ((ids, None) for ids in self._write(model, own))
+        others = [prompt for prompts, on in groups if not on for prompt in prompts]
+        given = ((ids, None) for ids in self._references(others))
         return [next(written if on else given) for prompts, on in groups for _ in prompts]
 
     def _write(self, model: nn.Module, prompts: list[Prompt]) -> list[list[int]]:
@@ -492,6 +506,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             teacher_ids=inputs["teacher_ids"],
             old_log_probs=None if old is None else old.to(log_probs.device),
         )
+        if "sampled_log_probs" in inputs:
+            clip_max = self.args.vllm_importance_sampling_clip_max
+            batch.importance, metrics = importance(batch, inputs["sampled_log_probs"].to(log_probs.device), clip_max)
+            self._meters[mode].add(metrics)
         if on_distributions:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
             self._add_distributions(batch, student, states[0][:, :-1][:, -length:], inputs["teacher_hidden"])

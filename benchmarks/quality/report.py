@@ -38,6 +38,7 @@ from .run import (
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 
 ROOT = Path(__file__).parents[2]
@@ -359,6 +360,7 @@ def curves(lines: Lines, path: Path) -> None:
             upper.axhline(line["teacher_accuracy"], color="black", linewidth=0.8, linestyle=":")
         upper.set(title=f"{task} ({HOME[task]})", xlabel="updates", ylim=(-0.02, 1.03))
         lower.set(xlabel="FLOPs of teacher and student", xscale="log", ylim=(-0.02, 1.03))
+        lower.xaxis.set_minor_formatter(NullFormatter())
         for panel in (upper, lower):
             panel.grid(alpha=0.25)
     panels[0, 0].set_ylabel("greedy accuracy, held-out")

@@ -57,6 +57,8 @@ class ScoredChunks:
         student_ids (`torch.LongTensor` of shape (B, S)), teacher_ids (`torch.LongTensor` of shape (B, T)): the tokens.
         old_log_probs (`torch.Tensor` of shape (B, S), *optional*): `student_log_probs` as they were before the first update
             on these completions, where this is a later one.
+        importance (`torch.Tensor` of shape (B, S), *optional*): how much likelier each token is under the policy than under
+            the sampler that drew it, within bounds, where these are not one.
 
     And where the loss asks for distributions (`signal = "logits"`):
         student, teacher (`Distributions`): of the two models, over (B, S) and (B, T).
@@ -73,6 +75,7 @@ class ScoredChunks:
     student_ids: torch.Tensor | None = None
     teacher_ids: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
     student: Distributions | None = None
     teacher: Distributions | None = None
     vocabulary: VocabularyPair | None = None

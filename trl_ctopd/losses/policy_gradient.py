@@ -55,7 +55,10 @@ class PolicyGradient(Loss):
     def surrogate(
         self, batch: ScoredChunks, advantages: torch.Tensor, cut: torch.Tensor, num_items: torch.Tensor | int
     ) -> tuple[torch.Tensor, Metrics]:
-        """The loss of detached advantages (B, S); `cut` (B, S) tells which of them met their clip."""
+        """The loss of detached advantages (B, S); `cut` (B, S) tells which of them met their clip. Where another sampler drew
+        the tokens, each advantage counts `ScoredChunks.importance` times."""
+        if batch.importance is not None:
+            advantages = advantages * batch.importance
         low, high = 1 - self.clip_ratio_low, 1 + self.clip_ratio_high
         log_ratio = batch.student_log_probs - batch.policy_log_probs
         ratio = torch.exp(log_ratio.clamp(max=_LARGEST_LOG_RATIO))

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..align import TextAlignment
 from .html import facts, number
-from .segments import WHY, Segment, lines, token_data
+from .segments import WHY, Group, Segment, lines, token_data
 from .visible import plain
 
 
@@ -22,7 +22,7 @@ _DOWN, _UP = (214, 112, 20), (46, 124, 214)
 
 
 class _Column(NamedTuple):
-    """A segment, each row of it as wide as `width` cells."""
+    """A segment or a group of them, whose rows are `width` cells wide at most."""
 
     width: int
     rows: dict[str, Text]
@@ -36,10 +36,10 @@ def print_shown(shown: "TextAlignment | ScoredRollout", console: Console | None 
     names = [name for name in _NAMES if name != "credit" or scored is not None]
     margin = max(map(len, names)) + 1
     for line in lines(alignment):
-        columns = [_column(segment, alignment, scored) for group in line.groups for segment in group.segments]
+        columns = [_group(group, alignment, scored) for group in line.groups]
         for wrapped in _wrapped(columns, console.width - margin - 1):
             for name in names:
-                row = Text(_NAMES[name].ljust(margin), style="dim", no_wrap=True, overflow="crop")
+                row = Text(no_wrap=True, overflow="crop").append(_NAMES[name].ljust(margin), style="dim")
                 for column in wrapped:
                     row.append("│", style="dim").append_text(_centred(column.rows[name], column.width))
                 console.print(row.append("│", style="dim"), soft_wrap=True)
@@ -61,9 +61,19 @@ def _wrapped(columns: list[_Column], width: int) -> Iterator[list[_Column]]:
         yield row
 
 
+def _group(group: Group, alignment: TextAlignment, scored) -> _Column:
+    """The group's text over its segments."""
+    columns = [_column(segment, alignment, scored) for segment in group.segments]
+    rows = {
+        name: Text.assemble(("┊", "dim")).join(_centred(column.rows[name], column.width) for column in columns)
+        for name in columns[0].rows
+    }
+    text = plain(group.data) or ("⟨end of turn⟩" if group.segments[0].chunk >= 0 else "")
+    rows["text"] = Text(text, style="bold")
+    return _Column(max(row.cell_len for row in rows.values()), rows)
+
+
 def _column(segment: Segment, alignment: TextAlignment, scored) -> _Column:
-    data = alignment._spelled[segment.start : segment.end]
-    text = plain(data) if data else "⟨end of turn⟩" if segment.chunk >= 0 else ""
     if segment.chunk < 0:
         note = ", ".join(WHY[reason][0] for reason in segment.reasons)
     else:
@@ -75,10 +85,9 @@ def _column(segment: Segment, alignment: TextAlignment, scored) -> _Column:
     sizes = [max(cell_len(name), cell_len(credit)) for name, credit in zip(student, credits, strict=True)]
     styles = [_style(scored, segment, token) for token in segment.student]
     rows = {
-        "text": Text(text, style="bold"),
         "student": _cells(student, sizes, styles),
         "credit": _cells(credits, sizes, styles),
-        "teacher": Text("╎").join(Text(_name(alignment, 1, token)) for token in segment.teacher),
+        "teacher": Text.assemble(("╎", "dim")).join(Text(_name(alignment, 1, token)) for token in segment.teacher),
         "note": Text(note, style="dim" if segment.chunk >= 0 else "italic"),
     }
     return _Column(max(1, *(row.cell_len for row in rows.values())), rows)
@@ -86,7 +95,9 @@ def _column(segment: Segment, alignment: TextAlignment, scored) -> _Column:
 
 def _cells(texts: list[str], sizes: list[int], styles: list[Style]) -> Text:
     cells = zip(texts, sizes, styles, strict=True)
-    return Text("╎").join(Text.assemble(_centred(Text(text), size), style=style) for text, size, style in cells)
+    return Text.assemble(("╎", "dim")).join(
+        Text.assemble(_centred(Text(text), size), style=style) for text, size, style in cells
+    )
 
 
 def _centred(text: Text, width: int) -> Text:
