@@ -105,8 +105,8 @@ def _generate(
     prompts: list[list[int]],
     config: GenerationConfig,
     rows_leave: bool,
-    together: bool,
-    device: torch.device | None,
+    together: bool = False,
+    device: torch.device | None = None,
 ) -> list[list[int]]:
     """Completions with whatever stands after their first stop token. With `together`, every process makes as many forward
     passes as the others."""
