@@ -5,15 +5,19 @@ SEED ?= 0
 DEMO_ARGS ?=
 TEST_WORKERS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.installed-bench
 	$(VENV)/bin/python examples/demo/run.py --seed $(SEED) $(DEMO_ARGS)
 
 # One thread a process: the models are tiny, and more threads only wait for each other. A file stays with one worker, since
 # its tests share what they train.
+PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	$(PYTEST) -m "not slow" $(TEST_ARGS)
+
+test-all: $(VENV)/.installed-test
+	$(PYTEST) $(TEST_ARGS)
 
 RUFF_FLAGS = --isolated --line-length 120
 lint: $(VENV)/.installed-test

@@ -1,5 +1,6 @@
 """The vectorised intersection against two pointers walked one boundary at a time."""
 
+import itertools
 import subprocess
 import sys
 from itertools import pairwise
@@ -37,27 +38,28 @@ def two_pointers(student: list[Token], teacher: list[Token], length: int, masked
 
 def vectorised(texts: list[Text]):
     """`synchronized_chunks` on a batch, as one answer a text in the reference's form."""
+    lengths = np.array([text[2] for text in texts], dtype=np.int64)
+    bases = [0, *itertools.accumulate(lengths.tolist())]
     sides = [
         Side(
-            np.array([end for text in texts for _, end in text[side]], dtype=np.int64),
+            np.array([base + end for base, text in zip(bases, texts, strict=False) for _, end in text[side]], np.int64),
             np.array([end - start for text in texts for start, end in text[side]], dtype=np.int64),
             np.array([len(text[side]) for text in texts], dtype=np.int64),
         )
         for side in (0, 1)
     ]
-    masked = [(row, start, end) for row, text in enumerate(texts) for start, end in text[3]]
-    lengths = np.array([text[2] for text in texts], dtype=np.int64)
-    chunks = synchronized_chunks(*sides, lengths, np.array(masked, dtype=np.int64).reshape(-1, 3))
-    answers, used = [], [0, 0]
-    for row, text in enumerate(texts):
-        own = chunks.text == row
-        intervals = list(zip(chunks.start[own].tolist(), chunks.end[own].tolist(), strict=True))
-        numbers = [
-            numbers[start : start + len(text[side])].tolist()
-            for side, (numbers, start) in enumerate(zip((chunks.student, chunks.teacher), used, strict=True))
-        ]
-        used = [start + len(text[side]) for side, start in enumerate(used)]
-        answers.append((intervals, *numbers))
+    masked = [(base + start, base + end) for base, text in zip(bases, texts, strict=False) for start, end in text[3]]
+    chunks = synchronized_chunks(*sides, lengths, np.array(masked, dtype=np.int64).reshape(-1, 2))
+    intervals = zip(chunks.start.tolist(), chunks.end.tolist(), strict=True)
+    numbers = [iter(numbers.tolist()) for numbers in (chunks.student, chunks.teacher)]
+    answers = [
+        (
+            list(itertools.islice(intervals, count)),
+            *(list(itertools.islice(own, len(text[side]))) for side, own in enumerate(numbers)),
+        )
+        for text, count in zip(texts, chunks.counts.tolist(), strict=True)
+    ]
+    assert not [*intervals, *itertools.chain(*numbers)]
     return answers
 
 

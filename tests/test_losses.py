@@ -215,11 +215,11 @@ class World:
         texts = ["".join(y) for y in self.completions]
         splits = self.completions, [self.tokenize(text) for text in texts]
         widths = [[np.array([len(token) for token in tokens]) for tokens in split] for split in splits]
-        ends = [np.concatenate([*map(np.cumsum, rows)]) for rows in widths]
         counts = [np.array([*map(len, rows)]) for rows in widths]
-        sides = [*map(Side, ends, map(np.concatenate, widths), counts)]
+        widths = [*map(np.concatenate, widths)]
+        sides = [*map(Side, map(np.cumsum, widths), widths, counts)]
         lengths = np.array([*map(len, texts)])
-        chunks = synchronized_chunks(*sides, lengths, np.zeros((0, 3), dtype=np.int64))
+        chunks = synchronized_chunks(*sides, lengths, np.zeros((0, 2), dtype=np.int64))
         return tuple(
             [part.tolist() for part in np.split(numbers, np.cumsum(side.counts)[:-1])]
             for numbers, side in zip((chunks.student, chunks.teacher), sides, strict=True)

@@ -16,13 +16,13 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .alignment import Side, synchronized_chunks
-from .altered_text import MaskedStretch, read_by_cells, spans_by_asking, spans_by_difference
+from .alignment import Side, bounds, synchronized_chunks
+from .altered_text import MaskedStretch, read_altered
 from .token_bytes import TokenTable, token_table
 from .viewer.shown import Shown
 
@@ -133,62 +133,54 @@ class TextAligner:
         """Completions without padding. Ids past the vocabulary (padding rows of an LM head) stand for no text."""
         if not completions:
             return []
-        students = _student_readings(completions, self._student)
-        teachers = self._teacher_readings([student.text for student in students])
-        masked = [
-            sorted(student.masked + teacher.masked + _occurrences(self._markup, student.data), key=_place)
-            for student, teacher in zip(students, teachers, strict=True)
-        ]
-        sides = _side(students), _side(teachers)
-        chunks = synchronized_chunks(*sides, _integers(len(s.data) for s in students), _stretches(masked))
-        spans = np.stack([chunks.start, chunks.end], 1)
+        texts, data, student, silent = _student_reading(completions, self._student)
+        teacher = self._teacher_reading(texts)
+        masked = sorted([*student.masked, *teacher.masked, *_occurrences(self._markup, data)], key=_place)
+        places = _integers(chain.from_iterable(map(_place, masked))).reshape(-1, 2)
+        lengths = _lengths(data)
+        chunks = synchronized_chunks(student.side, teacher.side, lengths, places)
+        chunks.student[silent] = -1
         return [
-            TextAlignment(
-                student.text,
-                AlignedTokens(student.ids, np.where(student.silent, -1, student_chunks), student.widths),
-                AlignedTokens(teacher.ids, teacher_chunks, teacher.widths),
-                num_chunks=len(own_spans),
-                masked=stretches,
-                _spelled=student.data,
-                _spans=own_spans,
-                _tables=(self._student, self._teacher),
-            )
-            for student, teacher, student_chunks, teacher_chunks, own_spans, stretches in zip(
-                students,
-                teachers,
-                _split(chunks.student, sides[0].counts),
-                _split(chunks.teacher, sides[1].counts),
-                _split(spans, np.bincount(chunks.text, minlength=len(students))),
-                masked,
+            TextAlignment(text, ours, theirs, len(spans), stretches, spelled, spans, (self._student, self._teacher))
+            for text, ours, theirs, spans, stretches, spelled in zip(
+                texts,
+                student.tokens(chunks.student),
+                teacher.tokens(chunks.teacher),
+                _split(np.stack([chunks.start, chunks.end], 1), chunks.counts),
+                _by_text(masked, places[:, 0], bounds(lengths)),
+                data,
                 strict=True,
             )
         ]
 
-    def _teacher_readings(self, texts: Sequence[str]) -> list["_Reading"]:
-        tokens = encode_as_text(self._teacher_tokenizer, texts)
-        read = _read([own.ids for own in tokens], self._teacher)
-        return [
-            self._without_controls(text, own)
-            if self._is_control[np.minimum(ids, len(self._is_control) - 1)].any()
-            else _teacher_reading(text, own, *spelled, self._teacher)
-            for text, own, (ids, *spelled) in zip(texts, tokens, read, strict=True)
-        ]
+    def _teacher_reading(self, texts: Sequence[str]) -> "_Reading":
+        pieces = [[tokens] for tokens in encode_as_text(self._teacher_tokenizer, texts)]
+        ids, counts = _flat([tokens.ids for [tokens] in pieces])
+        is_control = self._is_control[np.minimum(ids, len(self._is_control) - 1)]
+        if is_control.any():
+            for row in np.unique(np.repeat(np.arange(len(texts)), counts)[is_control]).tolist():
+                pieces[row] = self._without_controls(*pieces[row])
+            ids, counts = _flat([tokens.ids for text in pieces for tokens in text])
+        return _teacher_reading(pieces, ids, counts, self._teacher)
 
-    def _without_controls(self, text: str, tokens: Any) -> "_Reading":
-        """Encodes anew, cut in pieces none of which becomes a control token."""
-        cuts = sorted(set().union(*(self._cuts(text, tokens, i) for i in self._control_ids.intersection(tokens.ids))))
+    def _without_controls(self, tokens: "_Tokens") -> list["_Tokens"]:
+        """The text encoded in pieces none of which becomes a control token."""
+        text, controls = tokens.text, self._control_ids.intersection(tokens.ids)
+        if not controls:
+            return [tokens]
+        cuts = sorted(set().union(*(self._cuts(tokens, i) for i in controls)))
         if cuts:
-            return _joined(self._teacher_readings([text[a:b] for a, b in pairwise([0, *cuts, len(text)])]))
+            parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+            encoded = encode_as_text(self._teacher_tokenizer, parts)
+            return [piece for part in encoded for piece in self._without_controls(part)]
         kept = {n: i for n, i in enumerate(tokens.ids) if i not in self._control_ids}
         token_to_chars = tokens.token_to_chars and [tokens.token_to_chars(n) for n in kept].__getitem__
-        tokens = _Tokens(list(kept.values()), token_to_chars)
-        [(_, *spelled)] = _read([tokens.ids], self._teacher)
-        return _teacher_reading(text, tokens, *spelled, self._teacher)
+        return [_Tokens(text, list(kept.values()), token_to_chars)]
 
-    def _cuts(self, text: str, tokens: Any, control_id: int) -> set[int]:
+    def _cuts(self, tokens: "_Tokens", control_id: int) -> set[int]:
         """After the first character of every place where the text spells the token, or where the tokenizer found it."""
         literal = self._teacher_tokenizer.convert_ids_to_tokens(control_id)
-        starts = {match.start() for match in re.finditer(f"(?={re.escape(literal)})", text)}
+        starts = {match.start() for match in re.finditer(f"(?={re.escape(literal)})", tokens.text)}
         if starts and len(literal) > 1:
             return {start + 1 for start in starts}
         if tokens.token_to_chars is None:
@@ -199,137 +191,133 @@ class TextAligner:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """As `tokenizers.Encoding` has them: ids and, where the tokenizer knows it, each token's span of characters."""
+    """A text's ids and, where the tokenizer knows it, each token's span of characters."""
 
+    text: str
     ids: list[int]
-    token_to_chars: Callable[[int], tuple[int, int]] | None = None
+    token_to_chars: Callable[[int], tuple[int, int]] | None
 
 
 class _Reading(NamedTuple):
-    """A text as one side's tokens cover it: where each token ends in the text's bytes `data`, how many it covers, and
-    whether it stands for no text at all (each (N,))."""
+    """A batch of texts as one side's tokens cover it: each text's ids, where the tokens end in the bytes of all texts,
+    and what this side masks of these."""
 
-    text: str
-    data: bytes
-    ids: list[int]
-    ends: np.ndarray
-    widths: np.ndarray
-    silent: np.ndarray
+    ids: list[list[int]]
+    side: Side
     masked: list[MaskedStretch]
+
+    def tokens(self, chunks: np.ndarray) -> list[AlignedTokens]:
+        """Each text's, given the chunk of every token (N,)."""
+        counts = self.side.counts
+        parts = zip(self.ids, _split(chunks, counts), _split(self.side.widths, counts), strict=True)
+        return [AlignedTokens(*part) for part in parts]
 
 
 def _integers(values: Any) -> np.ndarray:
     return np.fromiter(values, dtype=np.int64)
 
 
-def _stretches(masked: Sequence[Sequence[MaskedStretch]]) -> np.ndarray:
-    """(M, 3) text, start, end."""
-    rows = ((row, stretch.start, stretch.end) for row, stretches in enumerate(masked) for stretch in stretches)
-    return _integers(chain.from_iterable(rows)).reshape(-1, 3)
+def _lengths(parts: Sequence[Any]) -> np.ndarray:
+    return _integers(map(len, parts))
 
 
-def _side(readings: Sequence[_Reading]) -> Side:
-    return Side(
-        np.concatenate([reading.ends for reading in readings]),
-        np.concatenate([reading.widths for reading in readings]),
-        _integers(len(reading.ids) for reading in readings),
-    )
-
-
-def _joined(pieces: Sequence[_Reading]) -> _Reading:
-    """Neighbouring pieces of a text as one."""
-    starts = list(accumulate((len(piece.data) for piece in pieces), initial=0))[:-1]
-    return _Reading(
-        "".join(piece.text for piece in pieces),
-        b"".join(piece.data for piece in pieces),
-        [i for piece in pieces for i in piece.ids],
-        np.concatenate([piece.ends + start for piece, start in zip(pieces, starts, strict=True)]),
-        np.concatenate([piece.widths for piece in pieces]),
-        np.concatenate([piece.silent for piece in pieces]),
-        [
-            MaskedStretch(m.start + start, m.end + start, m.reason)
-            for piece, start in zip(pieces, starts, strict=True)
-            for m in piece.masked
-        ],
-    )
+def _by_text(masked: Sequence[MaskedStretch], starts: np.ndarray, bases: np.ndarray) -> list[list[MaskedStretch]]:
+    """The batch's stretches as those of each text, which begin at `bases`."""
+    texts: list[list[MaskedStretch]] = [[] for _ in bases[1:]]
+    rows = np.searchsorted(bases, starts, side="right") - 1
+    for stretch, row, base in zip(masked, rows.tolist(), bases[rows].tolist(), strict=True):
+        texts[row].append(MaskedStretch(stretch.start - base, stretch.end - base, stretch.reason))
+    return texts
 
 
 def _place(stretch: MaskedStretch) -> tuple[int, int]:
     return stretch.start, stretch.end
 
 
-def _split(values: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+def _split(values: Any, counts: np.ndarray) -> list[Any]:
     """`values` of the batch, a part a text."""
-    return [values[first:last] for first, last in pairwise(np.append(0, np.cumsum(counts)).tolist())]
+    return [values[first:last] for first, last in pairwise(bounds(counts).tolist())]
 
 
-def _read(texts: Sequence[Sequence[int]], table: TokenTable) -> list[tuple[np.ndarray, bytes, np.ndarray, np.ndarray]]:
-    """For each list of N ids: they themselves (N,), the bytes that they spell, and how many of those are each token's
-    and up to its end (N,)."""
-    counts = [len(ids) for ids in texts]
-    ids = np.fromiter(chain.from_iterable(texts), dtype=np.int64, count=sum(counts))
+def _flat(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """All ids (N,), and how many of them are each text's (B,)."""
+    counts = _lengths(texts)
+    ids = np.fromiter(chain.from_iterable(texts), dtype=np.int64, count=counts.sum())
     if ids.min(initial=0) < 0:
         raise ValueError(f"token id {ids.min()} among a completion's ids: strip the padding first")
+    return ids, counts
+
+
+def _read(ids: np.ndarray, counts: np.ndarray, table: TokenTable) -> tuple[list[bytes], np.ndarray]:
+    """What each text's tokens spell, and how many bytes are each token's (N,)."""
     spelled, widths = table.read(ids)
-    ends = np.cumsum(widths)
-    before = np.append(0, ends)[np.append(0, np.cumsum(counts))]  # (B + 1,) bytes before each text
-    ends -= np.repeat(before[:-1], counts)
-    parts = [spelled[start:stop] for start, stop in pairwise(before.tolist())]
-    return list(zip(_split(ids, counts), parts, _split(widths, counts), _split(ends, counts), strict=True))
+    return _split(spelled, np.diff(bounds(widths)[bounds(counts)])), widths
 
 
-def _without_first_byte(spelled: bytes, widths: np.ndarray, ends: np.ndarray) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """What tokens spell but for the first byte, which the first of them with any loses."""
-    return spelled[1:], np.where(ends == widths, np.maximum(widths - 1, 0), widths), np.maximum(ends - 1, 0)
+def _drop_first_byte(spelled: list[bytes], widths: np.ndarray, rows: list[int]) -> None:
+    """Of some texts; the first of their tokens with any loses it."""
+    starts = bounds(_lengths(spelled))[rows]
+    widths[np.searchsorted(np.cumsum(widths), starts, side="right")] -= 1
+    for row in rows:
+        spelled[row] = spelled[row][1:]
 
 
-def _occurrences(strings: list[bytes], data: bytes) -> list[MaskedStretch]:
-    """Overlapping ones too: `(?=...)` finds the second `aa` of `aaa`."""
+def _occurrences(strings: list[bytes], texts: Sequence[bytes]) -> list[MaskedStretch]:
+    """In the bytes of all texts. Overlapping ones too: `(?=...)` finds the second `aa` of `aaa`."""
     return [
-        MaskedStretch(match.start(), match.start() + len(string), "markup")
+        MaskedStretch(base + match.start(), base + match.start() + len(string), "markup")
         for string in strings
-        for match in re.finditer(b"(?=%b)" % re.escape(string), data)
+        for text, base in zip(texts, bounds(_lengths(texts))[:-1].tolist(), strict=True)
+        for match in re.finditer(b"(?=%b)" % re.escape(string), text)
     ]
 
 
 # --- the student's side
 
 
-def _student_readings(completions: Sequence[Sequence[int]], table: TokenTable) -> list[_Reading]:
-    return [_student_reading(*read, table) for read in _read(completions, table)]
-
-
 def _student_reading(
-    ids: np.ndarray, written: bytes, widths: np.ndarray, ends: np.ndarray, table: TokenTable
-) -> _Reading:
+    completions: Sequence[Sequence[int]], table: TokenTable
+) -> tuple[list[str], list[bytes], _Reading, np.ndarray]:
+    """The texts, their bytes, what the tokens cover of them, and which tokens stand for no text at all (N,)."""
+    ids, counts = _flat(completions)
+    written, widths = _read(ids, counts, table)
     silent, masked = widths == 0, []
-    if table.prefix_space != "never" and written.startswith(b" "):
-        written, widths, ends = _without_first_byte(written, widths, ends)
+    if table.prefix_space != "never":
+        _drop_first_byte(written, widths, [row for row, own in enumerate(written) if own.startswith(b" ")])
+    ends = np.cumsum(widths)
     if table.word_starts:
-        starts = ends - widths
-        spaced = (starts > 0) & np.isin(ids, list(table.word_starts))
-        written = np.insert(np.frombuffer(written, np.uint8), starts[spaced], ord(" ")).tobytes()
-        ends = ends + np.cumsum(spaced)
+        starts, bases = ends - widths, bounds(_lengths(written))
+        spaced = np.isin(ids, list(table.word_starts)) & (starts > np.repeat(bases[:-1], counts))
+        joined = np.insert(np.frombuffer(b"".join(written), np.uint8), starts[spaced], ord(" ")).tobytes()
+        written = _split(joined, np.diff(bases + bounds(spaced)[bounds(counts)]))
+        ends += np.cumsum(spaced)
         masked = [MaskedStretch(at - 1, at, "whitespace") for at in (ends - widths)[spaced].tolist()]
-    text, invalid = _decoded(written)
-    if not invalid:
-        return _Reading(text, written, ids.tolist(), ends, widths, silent, masked)
-    starts, ends = _in_text(ends - widths, invalid), _in_text(ends, invalid)
-    replaced = _in_text(_integers(start for start, _ in invalid), invalid).tolist()
-    masked += [MaskedStretch(start, start + 3, "invalid_utf8") for start in replaced]
-    return _Reading(text, text.encode(), ids.tolist(), ends, ends - starts, silent, masked)
+    texts, invalid = _decoded(written)
+    if invalid:
+        starts, ends = _in_text(ends - widths, invalid), _in_text(ends, invalid)
+        written, widths = [text.encode() for text in texts], ends - starts
+        replaced = _in_text(_integers(start for start, _ in invalid), invalid).tolist()
+        masked += [MaskedStretch(start, start + 3, "invalid_utf8") for start in replaced]
+    return texts, written, _Reading(_split(ids.tolist(), counts), Side(ends, widths, counts), masked), silent
 
 
-def _decoded(data: bytes) -> tuple[str, list[tuple[int, int]]]:
-    """`data.decode(errors="replace")`, and the bytes `start:end` that each U+FFFD put there stands for."""
-    parts, invalid, at = [], [], 0
-    while True:
-        try:
-            return "".join([*parts, data[at:].decode()]), invalid
-        except UnicodeDecodeError as error:
-            parts.append(data[at : at + error.start].decode() + "\N{REPLACEMENT CHARACTER}")
-            invalid.append((at + error.start, at + error.end))
-            at += error.end
+def _decoded(written: Sequence[bytes]) -> tuple[list[str], list[tuple[int, int]]]:
+    """`own.decode(errors="replace")` of each text, and the bytes `start:end` of all that each U+FFFD put there stands
+    for."""
+    texts, invalid, base = [], [], 0
+    for own in written:
+        parts, at = [], 0
+        while at < len(own):
+            try:
+                parts.append(own[at:].decode())
+                at = len(own)
+            except UnicodeDecodeError as error:
+                parts.append(own[at : at + error.start].decode() + "\N{REPLACEMENT CHARACTER}")
+                invalid.append((base + at + error.start, base + at + error.end))
+                at += error.end
+        texts.append("".join(parts))
+        base += len(own)
+    return texts, invalid
 
 
 def _in_text(offsets: np.ndarray, invalid: list[tuple[int, int]]) -> np.ndarray:
@@ -344,12 +332,12 @@ def _in_text(offsets: np.ndarray, invalid: list[tuple[int, int]]) -> np.ndarray:
 # --- the teacher's side
 
 
-def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
+def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
     """Each text's tokens, special tokens spelled out as plain text."""
     if not texts:
         return []
     if hasattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer"):  # mistral-common: never reads control text
-        return [_Tokens(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        return [_Tokens(text, tokenizer.encode(text, add_special_tokens=False), None) for text in texts]
     encoded = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -358,24 +346,40 @@ def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
         return_token_type_ids=False,
         verbose=False,
     )
-    return encoded.encodings or [_Tokens(ids) for ids in encoded["input_ids"]]
+    spans = [own.token_to_chars for own in encoded.encodings] if encoded.encodings else [None] * len(texts)
+    return [_Tokens(*own) for own in zip(texts, encoded["input_ids"], spans, strict=True)]
 
 
 def _teacher_reading(
-    text: str, tokens: Any, spelled: bytes, widths: np.ndarray, ends: np.ndarray, table: TokenTable
+    pieces: Sequence[Sequence[_Tokens]], ids: np.ndarray, counts: np.ndarray, table: TokenTable
 ) -> _Reading:
-    data, ids, masked = text.encode(), tokens.ids, []
-    if spelled != data and _has_prefix_space(spelled, data, table):
-        spelled, widths, ends = _without_first_byte(spelled, widths, ends)
-    if not ids and data:
-        masked = [MaskedStretch(0, len(data), "normalized")]
-    elif spelled != data:
-        if tokens.token_to_chars is None:
-            spans = spans_by_difference(data, spelled, widths, np.isin(ids, list(table.word_starts)))
-        else:
-            spans = spans_by_asking(data, spelled, widths, ends, tokens.token_to_chars)
-        ends, widths, masked = read_by_cells(data, spelled, widths, spans, np.isin(ids, list(table.unknown)))
-    return _Reading(text, data, ids, ends, widths, np.zeros(len(ids), dtype=bool), masked)
+    """Of texts encoded in pieces; `ids` (N,) of all, `counts` of a piece."""
+    flat = [piece for text in pieces for piece in text]
+    data = [piece.text.encode() for piece in flat]
+    spelled, widths = _read(ids, counts, table)
+    altered = [row for row, own in enumerate(data) if spelled[row] != own]
+    _drop_first_byte(spelled, widths, [row for row in altered if _has_prefix_space(spelled[row], data[row], table)])
+    altered = [row for row in altered if spelled[row] != data[row]]
+    ends, masked = np.cumsum(widths), []
+    if altered:
+        bases = bounds(_lengths(data))
+        ends += np.repeat((bases - bounds(_lengths(spelled)))[:-1], counts)
+        masked = [MaskedStretch(*bases[row : row + 2].tolist(), "normalized") for row in altered if not counts[row]]
+    if altered := [row for row in altered if counts[row]]:
+        own = np.repeat(np.isin(np.arange(len(flat)), altered), counts)
+        ends[own], widths[own], found = read_altered(
+            b"".join(data),
+            np.stack([bases[:-1], bases[1:]], 1)[altered],
+            [spelled[row] for row in altered],
+            ids[own],
+            widths[own],
+            counts[altered],
+            table,
+            [flat[row].token_to_chars for row in altered],
+        )
+        masked += found
+    read = [text[0].ids if len(text) == 1 else [i for piece in text for i in piece.ids] for text in pieces]
+    return _Reading(read, Side(ends, widths, _lengths(read)), masked)
 
 
 def _has_prefix_space(spelled: bytes, data: bytes, table: TokenTable) -> bool:

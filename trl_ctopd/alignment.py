@@ -24,7 +24,7 @@ class Side:
     """One tokenizer's view of a batch of texts, the tokens of all texts one after the other.
 
     Attributes:
-        ends: (N,) byte offset in its own text at which each token ends; never falls within a text.
+        ends: (N,) byte offset in the batch's bytes at which each token ends; never falls within a text.
         widths: (N,) bytes of the text that each token covers, `end - width : end`. Tokens do not overlap; bytes that no
             token covers must be masked.
         counts: (B,) tokens in each text.
@@ -41,12 +41,13 @@ class Chunks:
 
     Attributes:
         student, teacher: (N,) the chunk of each token, numbered from 0 within its text; -1 = takes no part.
-        text, start, end: (C,) each chunk's text, and its bytes `start:end` in it; sorted.
+        counts: (B,) chunks in each text.
+        start, end: (C,) the bytes `start:end` of each chunk in its own text; sorted within it.
     """
 
     student: np.ndarray
     teacher: np.ndarray
-    text: np.ndarray
+    counts: np.ndarray
     start: np.ndarray
     end: np.ndarray
 
@@ -57,57 +58,58 @@ def synchronized_chunks(student: Side, teacher: Side, lengths: np.ndarray, maske
     Args:
         student, teacher: the two sides, of the same B texts.
         lengths: (B,) bytes in each text.
-        masked: (M, 3) text, start and end in bytes of each stretch that takes no part; start < end, any order.
+        masked: (M, 2) start and end, in the batch's bytes, of each stretch that takes no part; start < end, none across
+            two texts, any order.
     """
-    bases = np.concatenate([[0], np.cumsum(lengths)])
-    stretch_start, stretch_end = bases[masked[:, 0]] + masked[:, 1], bases[masked[:, 0]] + masked[:, 2]
-
+    bases = bounds(lengths)
     shared = _boundaries(student, bases) & _boundaries(teacher, bases)
-    shared &= ~_covered(stretch_start + 1, stretch_end, bases[-1] + 1)
+    stretch_start, stretch_end = masked.T
+    shared[runs(stretch_start + 1, stretch_end - stretch_start - 1)] = False
     shared[bases] = True
-    bounds = np.flatnonzero(shared)  # the i-th interval of the batch is bounds[i]:bounds[i + 1]
+    edges = np.flatnonzero(shared)  # the i-th interval of the batch is edges[i]:edges[i + 1]
+    begun = np.cumsum(shared)
+    begun -= 1  # (L + 1,) the interval that begins at or before each position
 
-    masked_bytes = np.concatenate([[0], np.cumsum(_covered(stretch_start, stretch_end, bases[-1]))])
-    kept = masked_bytes[bounds[1:]] == masked_bytes[bounds[:-1]]
-    start, end = bounds[:-1][kept], bounds[1:][kept]
-    text = np.searchsorted(bases, start, side="right") - 1
-    first_chunk = np.searchsorted(start, bases[:-1])  # (B,) chunks before each text
-    number = np.full(len(bounds), -1)
-    number[:-1][kept] = np.arange(len(start)) - first_chunk[text]
+    kept = np.ones(len(edges) - 1, dtype=bool)
+    kept[begun[stretch_start]] = False  # no edge is left within a stretch: one interval holds all of it
+    before = bounds(kept)  # chunks before each interval
+    first = begun[bases]  # each text's first interval
+    counts = np.diff(before[first])
+    number = np.full(len(edges), -1)
+    number[:-1][kept] = np.arange(before[-1]) - np.repeat(before[first[:-1]], counts)
 
-    begun = np.cumsum(shared) - 1  # (L + 1,) the interval that begins at or before each position
+    base = np.repeat(bases[:-1], counts)
     return Chunks(
         _chunk_of(student, bases, begun, number),
         _chunk_of(teacher, bases, begun, number),
-        text,
-        start - bases[text],
-        end - bases[text],
+        counts,
+        edges[:-1][kept] - base,
+        edges[1:][kept] - base,
     )
 
 
-def _positions(side: Side, bases: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) each token's end in the batch's bytes, (N,) the end of its text there."""
-    return np.repeat(bases[:-1], side.counts) + side.ends, np.repeat(bases[1:], side.counts)
+def bounds(sizes: np.ndarray) -> np.ndarray:
+    """(B + 1,) where each of B neighbours begins, and where the last one ends."""
+    at = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=at[1:])
+    return at
+
+
+def runs(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """`np.concatenate([np.arange(start, start + size) for start, size in zip(starts, sizes)])`."""
+    numbers = np.repeat(starts - bounds(sizes)[:-1], sizes)
+    numbers += np.arange(len(numbers))
+    return numbers
 
 
 def _boundaries(side: Side, bases: np.ndarray) -> np.ndarray:
     """(L + 1,) True where a token begins or ends."""
-    end, _ = _positions(side, bases)
     marks = np.zeros(bases[-1] + 1, dtype=bool)
-    marks[end] = marks[end - side.widths] = True
+    marks[side.ends] = marks[side.ends - side.widths] = True
     return marks
-
-
-def _covered(start: np.ndarray, end: np.ndarray, length: int) -> np.ndarray:
-    """(length,) True inside any of the intervals start:end."""
-    depth = np.zeros(length + 1, dtype=np.int64)
-    np.add.at(depth, start, 1)
-    np.add.at(depth, np.maximum(start, end), -1)
-    return np.cumsum(depth[:-1]) > 0
 
 
 def _chunk_of(side: Side, bases: np.ndarray, begun: np.ndarray, number: np.ndarray) -> np.ndarray:
     """(N,) number of the chunk that a token's first byte is in or, without width, that begins at it or contains it."""
-    end, text_end = _positions(side, bases)
-    start = end - side.widths
-    return np.where(start == text_end, -1, number[begun[start]])
+    start = side.ends - side.widths
+    return np.where(start == np.repeat(bases[1:], side.counts), -1, number[begun[start]])

@@ -181,6 +181,14 @@ class CrossTokenizerGKDConfig(GKDConfig):
             "of uneven length)."
         },
     )
+    gather_for_generation: bool = field(
+        default=True,
+        metadata={
+            "help": "Bring a student that ZeRO-3 or FSDP2 has shared out together on every device while it writes, and with "
+            "`seq_kd` the teacher: much faster. False: for models too large for one device. (`ds3_gather_for_generation` "
+            "elsewhere in TRL.)"
+        },
+    )
     generation_batch_size: int | None = field(
         default=None,
         metadata={

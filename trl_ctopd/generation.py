@@ -3,13 +3,14 @@
 Decisions: one call for all prompts it is given, in the order of their length, unless `generation_batch_size` cuts it;
 nothing shapes the distribution but the run's own settings. Rows that have ended leave the batch: whenever half of them
 have, the call ends and the others go on, in one of their own: from the cache they have, or, where a model keeps more
-than plain keys and values, by reading their text anew. Under ZeRO-3 and FSDP, where every process must make the same
-calls, and with further `generation_kwargs`, some of which count from the start of a call, they stay.
+than plain keys and values, by reading their text anew. Where the model stays shared out (`gather_for_generation=False`) and
+every process must make the same calls, and with further `generation_kwargs`, some of which count from the start of a call,
+they stay.
 """
 
 import copy
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -25,12 +26,11 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import ContinuousBatchingConfig
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 from trl.models.utils import unwrap_model_for_generation
 
 from .config import CrossTokenizerGKDConfig
 from .rollouts import pad_rows
+from .sharding import gathered_under_fsdp, is_sharded
 
 
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -69,13 +69,19 @@ def write(
     """
     if not prompts:
         return []
-    sharded = accelerator.num_processes > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
-    generate: Callable[..., list[list[int]]] = partial(_generate, rows_leave=not (sharded or args.generation_kwargs))
+    sharded = is_sharded(model, accelerator)
+    together = sharded and not args.gather_for_generation
+    generate: Callable[..., list[list[int]]] = partial(
+        _generate,
+        rows_leave=not (together or args.generation_kwargs),
+        together=together,
+        device=accelerator.device if sharded else None,
+    )
     if backend == "transformers_continuous":
-        if sharded and not is_deepspeed_zero3_enabled():
+        if together:
             raise ValueError(
-                "generation_backend='transformers_continuous' under FSDP would make unlike numbers of forward passes in "
-                "its processes, and hang: choose 'transformers'."
+                "generation_backend='transformers_continuous' with gather_for_generation=False would make unlike numbers of "
+                "forward passes in its processes, and hang: choose 'transformers', or gather_for_generation=True."
             )
         generate = partial(_generate_continuously, settings=args.transformers_continuous_batching_config or {})
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
@@ -83,8 +89,12 @@ def write(
     stop_ids, completions = set(config.eos_token_id), [[]] * len(prompts)
     with (
         unwrap_model_for_generation(
-            model, accelerator, gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs
+            model,
+            accelerator,
+            gather_deepspeed3_params=args.gather_for_generation,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         ) as unwrapped,
+        gathered_under_fsdp(unwrapped) if sharded and not together else nullcontext(),
         _ready_to_generate(unwrapped, config),
     ):
         for start in range(0, len(order), size):
@@ -96,11 +106,17 @@ def write(
 
 
 def _generate(
-    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, rows_leave: bool
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    rows_leave: bool,
+    together: bool = False,
+    device: torch.device | None = None,
 ) -> list[list[int]]:
-    """Completions with whatever stands after their first stop token."""
+    """Completions with whatever stands after their first stop token. With `together`, every process makes as many forward
+    passes as the others."""
     width, limit = max(map(len, prompts)), config.max_new_tokens
-    device = model.get_input_embeddings().weight.device
+    device = device or model.get_input_embeddings().weight.device
     flipped = [prompt[::-1] for prompt in prompts]  # padded on the left
     sequences = pad_rows(flipped, width, config.pad_token_id).flip(1).to(device)
     mask = pad_rows([[1] * len(prompt) for prompt in prompts], width, 0).flip(1).to(device)
@@ -119,6 +135,7 @@ def _generate(
             generation_config=call,
             past_key_values=cache,
             stopping_criteria=criteria,
+            synced_gpus=together,
         )
         own = output.sequences[:, width:]
         written[rows, : own.shape[1]] = own

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from accelerate.utils import gather_object
 
 from .altered_text import REASONS
 from .credit import gaps
@@ -11,7 +12,7 @@ from .rollouts import Rollout
 
 
 @torch.no_grad()
-def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
+def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, filler: torch.Tensor | None = None) -> Metrics:
     """
     The figures every method shares. Log-probs of the turn's end count, its zero bytes do not; neutralised chunks count
     in neither.
@@ -19,6 +20,7 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
     Args:
         batch (`ScoredChunks`): the micro-batch.
         entropy (`torch.Tensor` of shape (B, S)): of the student's next-token distribution, in nats.
+        filler (`torch.BoolTensor` of shape (B,), *optional*): True for rows that only fill the batch up, which count nowhere.
 
     Returns:
         `gap/nats_per_byte`: student minus teacher log-prob of the text, the sampled reverse KL a byte; the two models'
@@ -32,6 +34,8 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
     num_bytes = batch.student_sum(batch.student_widths).masked_fill(neutral, 0).sum()
     chunks = (m > 0).sum()
     scored = batch.student_chunks >= 0
+    unscored = ~batch.scorable.any(1)
+    rows = torch.ones_like(unscored) if filler is None else ~filler
     return {
         "gap/nats_per_byte": (-gap.sum(), num_bytes),
         "student/nats_per_byte": (student_nats, num_bytes),
@@ -40,14 +44,15 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
         "alignment/student_tokens_per_chunk": (m.sum(), chunks),
         "alignment/teacher_tokens_per_chunk": (k.sum(), chunks),
         "alignment/neutralised_fraction": (neutral.sum(), chunks),
-        "alignment/unscored_fraction": ((~batch.scorable.any(1)).sum(), torch.tensor(len(scored))),
+        "alignment/unscored_fraction": ((unscored & rows).sum(), rows.sum()),
         "entropy": ((entropy * scored).sum(), scored.sum()),
     }
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
     """What can be said of completions before they are scored; every masked token counts in `alignment/masked_fraction`,
-    and the bytes masked for each reason in a figure of their own."""
+    and the bytes masked for each reason in a figure of their own. Those that only fill a batch up count nowhere."""
+    rollouts = [rollout for rollout in rollouts if not rollout.prompt.filler]
     rows = len(rollouts)
     tokens = sum(len(rollout.student_ids) for rollout in rollouts)
     num_bytes = sum(rollout.student_widths.sum() for rollout in rollouts)
@@ -91,16 +96,18 @@ class Meter:
 
     def read(self, accelerator) -> dict[str, float]:
         """All figures over all processes, in the order of their names; the meter starts anew. Every process must call
-        it, with the same names. A figure without weight is left out."""
+        it; one that has nothing to say of a figure takes no part in it. A figure without weight is left out."""
         found = [pair for names, pairs in self._tensors.items() for pair in zip(names, pairs, strict=True)]
-        found += [(name, torch.tensor(pair)) for name, pair in self._numbers.items()]
+        found += [(name, torch.tensor(pair, dtype=torch.float32)) for name, pair in self._numbers.items()]
         sums: dict[str, torch.Tensor] = {}
         for name, pair in found:
             sums[name] = sums.get(name, 0) + pair.to(accelerator.device)
         self._numbers.clear()
         self._tensors.clear()
-        if not sums:
+        names = sorted(set(gather_object(list(sums))))
+        if not names:
             return {}
-        names = sorted(sums)
-        totals = accelerator.reduce(torch.stack([sums[name] for name in names]), reduction="sum").tolist()
+        nothing = torch.zeros(2, device=accelerator.device)
+        own = torch.stack([sums.get(name, nothing) for name in names])
+        totals = accelerator.reduce(own, reduction="sum").tolist()
         return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight > 0}

@@ -17,12 +17,14 @@ from .align import TextAligner, TextAlignment
 @dataclass
 class Prompt:
     """One dataset row, rendered for both models: token ids, the reference in student ids if there is one, and which of
-    several teachers reads it."""
+    several teachers reads it. `filler` is True where another process or an earlier batch has the row too: it takes its
+    place, and nothing of it is scored."""
 
     student_ids: list[int]
     teacher_ids: list[int]
     reference_ids: list[int] | None = None
     teacher: str = ""
+    filler: bool = False
 
 
 @dataclass
@@ -66,7 +68,7 @@ def pair(
     The end of the turn is one event with two spellings: with `eos_policy="bridge"` the student's stop token and the
     teacher's turn end are one chunk; with `"mask"` the student's stop token takes no part and the teacher reads no end.
     A completion cut off before its end has none on either side. Where prompt and completion exceed `teacher_context`
-    the row takes no part.
+    the row takes no part, and neither does one that only fills a batch up.
 
     Args:
         prompts: B prompts.
@@ -94,7 +96,7 @@ def pair(
                 teacher_chunks = np.append(teacher_chunks, [num_chunks] * len(turn_end))
                 num_chunks += 1
         unread = teacher_context is not None and len(prompt.teacher_ids) + len(teacher_ids) > teacher_context
-        if unread:
+        if unread or prompt.filler:
             student_chunks = np.full_like(student_chunks, -1)
             teacher_ids, teacher_chunks, num_chunks = [], teacher_chunks[:0], 0
         rollouts.append(
@@ -127,9 +129,9 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
     Returns:
         `input_ids`, `labels` (B, 1 + S), padded at the end, which no token before can see: `labels` holds the ids that are
         scored, -100 elsewhere; `scored` (2, n): row of each scored token, and column of the one before it, -1 being a
-        row's last; `student_chunks`, `student_widths` (B, S); `teacher_chunks`, `teacher_ids` (B, T); `prompt_lengths`
-        (B,), the index of each row's first completion token; `lengths` (B,), of prompt and completion; `num_chunks`
-        (`int`), at least 1.
+        row's last; `filler` (B,), True for rows that only fill the batch up; `student_chunks`, `student_widths` (B, S);
+        `teacher_chunks`, `teacher_ids` (B, T); `prompt_lengths` (B,), the index of each row's first completion token;
+        `lengths` (B,), of prompt and completion; `num_chunks` (`int`), at least 1.
     """
     rows = [[*rollout.prompt.student_ids, *rollout.student_ids] for rollout in rollouts]
     length = max(len(row) for row in rows)
@@ -145,6 +147,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
         "input_ids": input_ids,
         "labels": input_ids.masked_fill(chunks < 0, -100),
         "scored": torch.stack([row, column - length]),
+        "filler": torch.tensor([rollout.prompt.filler for rollout in rollouts]),
         "student_chunks": chunks[:, 1:],
         "student_widths": widths[:, 1:],
         "teacher_chunks": pad_rows([rollout.teacher_chunks for rollout in rollouts], teacher_length, -1),

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -39,6 +40,7 @@ from .metrics import Meter, chunk_metrics, rollout_metrics
 from .report import DistillationReportCallback
 from .rollouts import Prompt, Rollout, collate, grouped_by_length, on_columns, on_grid, pad_scores
 from .samples import Samples, show
+from .sharding import own_rows
 from .teachers.local import LocalTeacher
 from .teachers.panel import Awaited, Model, Panel, settled
 from .teachers.remote import RemoteTeacher
@@ -278,9 +280,17 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         step = self.state.global_step
         if step % self.args.rollout_reuse == 0 or not self._window:
             self._window, self._old_log_probs = [], {}
+            window = [batch["prompts"] for batch in batches]
+            if self.args.rollout_reuse == 1:  # else the sampler deals whole steps alone
+                window[-1] = self._without_fillers(window[-1])
             with self._rollout_seed(step):
-                self._window = self._roll_out(self.model_wrapped, [batch["prompts"] for batch in batches], "train")
+                self._window = self._roll_out(self.model_wrapped, window, "train")
         return self._window, self._get_num_items_in_batch(self._window, device)
+
+    def _without_fillers(self, prompts: list[Prompt]) -> list[Prompt]:
+        """`prompts`, read last, with those marked that are of another batch."""
+        own = own_rows(self.accelerator, len(prompts))
+        return [*prompts[:own], *(replace(prompt, filler=True) for prompt in prompts[own:])]
 
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
@@ -471,7 +481,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
             self._meters[mode].add(metrics)
             if batch.old_log_probs is None:  # text of the student as it is now
-                self._meters[mode].add(chunk_metrics(batch, entropy))
+                self._meters[mode].add(chunk_metrics(batch, entropy, inputs["filler"]))
                 if model.training and self.args.rollout_reuse > 1:
                     self._old_log_probs[inputs["index"]] = batch.policy_log_probs
                 if self.args.log_completions or self._reports:
@@ -538,9 +548,11 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         """On-policy evaluation: the student answers the prompts and the teacher scores the answers."""
         timer = self._timers["eval"]
         timer.begin()
-        [batch] = self._roll_out(model, [inputs["prompts"]], "eval")
+        [batch] = self._roll_out(model, [self._without_fillers(inputs["prompts"])], "eval")
         with timer("student"), torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(batch))
+        tokens = batch["scored"].shape[1]
+        self._meters["eval"].add({"loss": (loss * tokens, torch.tensor(tokens))})  # Trainer's own mean is one over rows
         timer.end()
         return loss.detach(), None, None
 

@@ -67,11 +67,9 @@ class Tables:
         texts = ["".join(TOKENS[i] for i in y) for y in self.completions]
         widths = [[np.array([len(TOKENS[i]) for i in y]) for y in self.completions]]
         widths.append([np.array([len(piece) for piece in in_pairs(text)]) for text in texts])
-        sides = [
-            Side(np.concatenate([*map(np.cumsum, rows)]), np.concatenate(rows), np.array([len(own) for own in rows]))
-            for rows in widths
-        ]
-        chunks = synchronized_chunks(*sides, np.array([*map(len, texts)]), np.zeros((0, 3), dtype=np.int64))
+        flat = [np.concatenate(rows) for rows in widths]
+        sides = [Side(np.cumsum(own), own, np.array([*map(len, rows)])) for own, rows in zip(flat, widths, strict=True)]
+        chunks = synchronized_chunks(*sides, np.array([*map(len, texts)]), np.zeros((0, 2), dtype=np.int64))
         student, teacher = (
             [torch.from_numpy(part) for part in np.split(numbers, np.cumsum(side.counts)[:-1])]
             for numbers, side in zip((chunks.student, chunks.teacher), sides, strict=True)

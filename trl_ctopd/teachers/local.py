@@ -5,11 +5,11 @@ from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedModel
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
 
 from ..heads import add_token_scores, base_model, hidden_states
 from ..rollouts import pad_rows
+from ..sharding import is_sharded, place_teacher
 
 
 class LocalTeacher:
@@ -34,17 +34,12 @@ class LocalTeacher:
         self.generation_config = model.generation_config
         self.batch_size = batch_size
         self._accelerator = accelerator
-        if accelerator.state.deepspeed_plugin is not None:
-            self.model = prepare_deepspeed(model, accelerator)
-        elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
-            self.model = prepare_fsdp(model, accelerator)
-        elif getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False):
-            self.model = model  # placed by the user
-        else:
-            self.model = model.to(accelerator.device)
+        self.model = place_teacher(model, accelerator)
 
     @property
     def device(self) -> torch.device:
+        if is_sharded(self.model, self._accelerator):
+            return self._accelerator.device  # the shards may wait on the CPU
         return next(self.model.parameters()).device
 
     def log_probs(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:

@@ -1,0 +1,142 @@
+"""
+One rank of a run under an Accelerate config; started by test_strategies.py with `accelerate launch`, and called by it for the
+single process. Several cases in one launch, each with a trainer of its own; writes what it saw to a JSON file a rank, and the
+trained student to a folder a case.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
+
+from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.03, "max_grad_norm": 0.0}
+CLIPPED = {"optim": "adamw_torch", "learning_rate": 1e-2, "adam_epsilon": 1e-2, "max_grad_norm": 0.05}
+THREE = {"accumulation": 3, "batch": 4}
+FIXED = {
+    "full": {"batch": 8, **CLIPPED},
+    "full-accumulated": {**THREE, **SGD, "gradient_checkpointing": True},
+    "lora": {"lora": True, "batch": 8, **SGD, "gradient_checkpointing": True},
+    "lora-accumulated": {"lora": True, **THREE, **CLIPPED},
+    "distributions": {"batch": 4, "distillation_loss": "bpm", **SGD, "learning_rate": 1.0},
+    "reused": {"batch": 8, "accumulation": 2, "rollout_reuse": 2, **SGD},
+    "uneven": {"rows": 21, "batch": 8, **SGD},
+    "few": {"rows": 3, "batch": 4, **SGD},
+    "nothing": {"batch": 8, "blank": True, **SGD},
+}
+WRITTEN = {
+    "written": {"batch": 4, "lmbda": 0.5, "accumulation": 2, "gradient_checkpointing": True, **CLIPPED},
+    "written-lora": {"lora": True, "batch": 4, "num_generations": 2, "gather_for_generation": False, **CLIPPED},
+    "written-by-the-teacher": {"batch": 4, "lmbda": 0.5, "seq_kd": True, "accumulation": 2, "lora": True, **SGD},
+}
+CASES = {**FIXED, **WRITTEN}
+
+
+def save_models(folder: Path):
+    """What every run starts from: `student`, `tied-student` and `teacher` in `folder`."""
+    for name, model, tokenizer in (
+        ("student", student_model(), student_tokenizer()),
+        ("tied-student", student_model(tie_word_embeddings=True), student_tokenizer()),
+        ("teacher", teacher_model(max_position_embeddings=60), teacher_tokenizer()),  # some rows are beyond it
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def build(
+    folder: Path, *, batch, processes=1, accumulation=1, lora=False, rows=24, blank=False, fixed=False, **settings
+):
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=4, target_modules="all-linear") if lora else None
+    trainer = CrossTokenizerGKDTrainer(
+        str(folder.parent / ("tied-student" if lora else "student")),
+        str(folder.parent / "teacher"),
+        CrossTokenizerGKDConfig(
+            str(folder),
+            **{
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "use_cpu": True,
+                "report_to": [],
+                "disable_tqdm": True,
+                "max_new_tokens": 8,
+                "max_steps": 3,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "lr_scheduler_type": "constant",
+                "per_device_train_batch_size": batch // processes,
+                "gradient_accumulation_steps": accumulation,
+                "train_sampling_strategy": "sequential",
+                **settings,
+            },
+        ),
+        prompts(rows),
+        eval_dataset=prompts(3),
+        processing_class=student_tokenizer(),
+        teacher_processing_class=teacher_tokenizer(),
+        peft_config=adapter,
+    )
+    if fixed:
+        trainer._write = lambda model, given: [text(trainer.processing_class, prompt, blank) for prompt in given]
+    return trainer
+
+
+def text(tokenizer, prompt, blank: bool) -> list[int]:
+    """A completion of uneven length that depends on the prompt alone; with `blank`, nothing for every prompt but one length
+    of them, so that a process has nothing to score."""
+    mark = sum(prompt.student_ids) % 4
+    if blank and mark:
+        return [tokenizer.eos_token_id] if mark == 1 else []
+    ids = tokenizer.encode(f"{len(prompt.student_ids)} is the sum" + " of what and two" * mark)[:40]
+    return ids + [tokenizer.eos_token_id] * (len(ids) % 2)
+
+
+def local_elements(model) -> int:
+    """How many of the model's numbers this process holds."""
+
+    def held(parameter):
+        if isinstance(parameter, DTensor):
+            return parameter.to_local().numel()
+        return parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
+
+    return sum(map(held, model.parameters()))
+
+
+def run(folder: Path, name: str, processes: int = 1) -> dict:
+    trainer = build(folder / name, processes=processes, fixed=name in FIXED, **CASES[name])
+    draws = trainer._lmbda_draws(4)
+    teacher = trainer.teacher.model
+    whole = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in teacher.parameters())
+    trainer.train()
+    found = {
+        "num_processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type),
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "draws": draws,
+        "teacher": type(teacher).__name__,
+        "teacher_share": local_elements(teacher) / whole,
+        "teacher_learns": any(p.requires_grad or p.grad is not None for p in teacher.parameters()),
+        "evaluated": trainer.evaluate(),
+    }
+    trainer.save_model(str(folder / name))
+    trainer.accelerator.wait_for_everyone()
+    return found
+
+
+def main(folder: Path, names: list[str]):
+    found = {}
+    for name in names:
+        found[name] = run(folder, name, processes=2)
+    rank = torch.distributed.get_rank()
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

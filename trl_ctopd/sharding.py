@@ -1,0 +1,73 @@
+"""What several processes share out: rows of a dataset, the weights of a teacher, and a student's while it writes.
+
+Decisions: a teacher is sharded as the student is, layer by layer, so that no device ever holds it whole: under FSDP2 by
+Accelerate's own preparation (TRL's makes one unit of the whole model, and leaves the weights that only the first process has
+read where they are). Under DDP and ZeRO-2 every process has it whole.
+"""
+
+import copy
+from contextlib import contextmanager
+
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+from trl.models.utils import prepare_deepspeed
+
+
+def own_rows(accelerator, rows: int) -> int:
+    """
+    How many of the `rows` that this process has read last it is to learn from, the first ones. Where a dataset ends amid a
+    batch of all processes, Accelerate fills the batch up with rows from the dataset's start.
+    """
+    state = accelerator.gradient_state
+    if not state.end_of_dataloader or state.remainder <= 0:
+        return rows
+    return min(max(state.remainder - rows * accelerator.process_index, 0), rows)
+
+
+def is_sharded(model: nn.Module, accelerator) -> bool:
+    """Whether a forward pass of `model` needs the other processes."""
+    return accelerator.num_processes > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
+
+
+def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:
+    """The frozen `model`, on its device or shared out as the student will be."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return prepare_deepspeed(model, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        state, plugin = accelerator.state, accelerator.state.fsdp_plugin
+        state.fsdp_plugin = copy.copy(
+            plugin
+        )  # which layers it wraps is written down in it, and the student's are others
+        try:
+            model = fsdp2_prepare_model(accelerator, model).eval()
+        finally:
+            state.fsdp_plugin = plugin
+        model.set_reshard_after_forward(True)  # no backward pass will read the LM head once more
+        return model
+    if getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False):
+        return model  # placed by the user
+    return model.to(accelerator.device)
+
+
+@contextmanager
+def gathered_under_fsdp(model: nn.Module):
+    """Every process has all weights of `model` that FSDP2 has shared out, so that it can run apart from the others."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in modules]  # None of a module whose parts have all
+    freed = [module for module, group in zip(modules, groups, strict=True) if group and group._reshard_after_forward]
+    for module in modules:
+        module.unshard()
+    for module in freed:
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in freed:
+            module.set_reshard_after_forward(True, recurse=False)
+        for module in modules:
+            module.reshard()
