@@ -149,7 +149,7 @@ def test_the_figures_are_the_last_ones_logged_for_training_and_evaluation(make):
     assert table["loss"][:2] == ["0.1235", "0.3"]
     assert table["gap/nats_per_byte"][:2] == ["-1.234e-05", "0.21"]
     assert table["alignment/masked_fraction"][:2] == ["0", ""]
-    assert "- Optimizer steps: 25\n" in make().content
+    assert "- Optimizer steps: 25, each of 8 prompts, one completion of each\n" in make().content
 
 
 def test_without_evaluation_the_figures_have_no_evaluation_column(make):
@@ -295,3 +295,41 @@ def test_off_policy_rows_bring_their_loss_into_the_settings(make):
     table = rows(make(config={"lmbda": 0.5, "off_policy_loss_kwargs": {"temperature": 10.0}}).content)
     assert table["off_policy_loss"] == ["alm"]
     assert table["off_policy_loss_kwargs"] == ["temperature=10.0"]
+
+
+def test_every_evaluation_has_its_column_and_a_figure_from_outside_its_row(make):
+    log = [
+        *LOG,
+        {"eval_math_gap/nats_per_byte": 0.5, "eval_math_runtime": 1.0, "step": 20},
+        {"eval_accuracy": 0.75, "step": 20},
+    ]
+    text = make(log_history=log).content
+    assert "| metric | training | evaluation | evaluation on math | meaning |" in text
+    assert rows(text)["gap/nats_per_byte"][:3] == ["-1.234e-05", "0.21", "0.5"]
+    assert rows(text)["accuracy"][:3] == ["", "0.75", ""]
+
+
+def test_licences_are_those_of_the_models_own_cards_and_the_students_is_the_cards(make):
+    llama = {"license": "other", "license_name": "my-licence", "license_link": "https://example.org/licence"}
+    written = make(licenses=(llama, {"license": "apache-2.0"}))
+    assert {name: written.data.get(name) for name in llama} == llama
+    assert rows(written.content)["student"][-1] == "[my-licence](https://example.org/licence)"
+    assert rows(written.content)["teacher"][-1] == "apache-2.0"
+    assert "licence" not in make().content
+
+
+def test_the_card_has_the_command_the_prompts_and_the_picture_where_there_are_any(make):
+    text = make(
+        command="python run.py --seed 1", prompts=1234, dataset_name="lab/questions", picture="curve.png"
+    ).content
+    assert "```bash\npython run.py --seed 1\n```" in text
+    assert "- Prompts: [lab/questions](https://huggingface.co/datasets/lab/questions), 1,234 rows\n" in text
+    assert "](curve.png)" in text
+    assert "```bash" not in make().content and "![" not in make().content
+
+
+def test_a_learning_curve_needs_two_points(tmp_path):
+    gaps = [{"gap/nats_per_byte": 0.5, "step": 1}, {"gap/nats_per_byte": 0.25, "step": 2}]
+    assert not card.learning_curve(gaps[:1], tmp_path / "curve.png") and not list(tmp_path.iterdir())
+    assert card.learning_curve(gaps, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -10,9 +10,10 @@ from peft import LoraConfig
 from toys import SGD, fix_rollouts, prompts, student_model, teacher_model
 
 from trl_ctopd import CrossTokenizerGKDConfig, DistillationReportCallback, report
+from trl_ctopd.history import figures
 from trl_ctopd.report.advice import advice
 from trl_ctopd.report.charts import MOST_POINTS, Series, curves, thinned, ticks
-from trl_ctopd.report.page import figures, percent, plain
+from trl_ctopd.report.page import percent, plain
 
 
 @pytest.fixture(autouse=True)

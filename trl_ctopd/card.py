@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.resources import files
+from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +17,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
 from .config import CrossTokenizerGKDConfig
+from .history import BOOKKEEPING, figures
 from .losses import LOSSES
-from .provenance import describe, hub_name, on_hub, versions
+from .provenance import describe, hub_name, on_hub, step, versions
 
 
 class Paper(NamedTuple):
@@ -112,6 +115,10 @@ SETTINGS_IF_CHANGED = (
     "chat_template_kwargs",
     "teacher_chat_template_kwargs",
 )
+PICTURE = "learning_curve.png"
+OURS = re.compile(
+    r"(gap|student|teacher|alignment|masked_bytes|advantage|ratio|completions|loss|gold|escd|xtoken|cdm)/.+|entropy|loss"
+)
 METRICS = {
     "loss": "what was minimised",
     "gap/nats_per_byte": "student's minus teacher's log-probability of the text; 0: the student writes as the teacher would",
@@ -136,15 +143,25 @@ def model_card(
     dataset_name: str | None,
     tags: list[str],
     log_history: list[dict],
+    prompts: int | None = None,
+    licenses: Sequence[dict[str, str]] = (),
+    command: str | None = None,
+    picture: str | None = None,
 ) -> ModelCard:
     """
-    The card of a run. `student` and the names of `teachers` are hub names, folders, or "" for a model made in place.
-    `log_history` is
-    the trainer state's: the last value logged of each figure is shown.
+    The card of a run.
+
+    Args:
+        student, teachers: hub names, folders, or "" for a model made in place; each teacher with its tokenizer.
+        log_history: the trainer state's; the last value logged of each figure is shown.
+        prompts: rows of the training set, where it has a length.
+        licenses: what the own cards of the student and of each teacher say of theirs; the student's is the card's too.
+        command: what the run was started with.
+        picture: file of the learning curve, beside the card.
     """
     student = hub_name(student)
     template_kwargs = {name: value for name, value in (args.chat_template_kwargs or {}).items() if value is not None}
-    metrics = _metrics(log_history)
+    sets, metrics = _metrics(log_history)
     return ModelCard.from_template(
         ModelCardData(
             base_model=student if on_hub(student) else None,
@@ -153,6 +170,7 @@ def model_card(
             pipeline_tag="text-generation",
             model_name=model_name,
             tags=["generated_from_trainer", *dict.fromkeys(tags)],
+            **(licenses[0] if licenses else {}),
         ),
         template_path=str(files(__package__).joinpath("model_card.md")),
         model_name=model_name,
@@ -161,18 +179,22 @@ def model_card(
         teachers=[(_link(hub_name(name)), describe(tokenizer)) for name, tokenizer in teachers],
         base_on_hub=on_hub(student),
         student_tokenizer=describe(student_tokenizer),
+        licenses=[_license(license) for license in licenses] if any(licenses) else None,
         story=_story(args, [student_tokenizer.get_vocab() == tokenizer.get_vocab() for _, tokenizer in teachers]),
         method=_method(args),
         citation=_citation(_paper(args)),
-        dataset=_link(dataset_name, "datasets/") if dataset_name else "",
+        prompts=_prompts(dataset_name, prompts),
         adapter=adapter,
         chat=bool(student_tokenizer.chat_template or template_kwargs.get("chat_template")),
         template_kwargs={name: repr(value) for name, value in template_kwargs.items()},
         max_new_tokens=args.max_new_tokens,
         steps=max((entry.get("step", 0) for entry in log_history), default=0),
+        step=step(args),
+        command=command,
+        picture=picture,
         settings=_settings(args),
+        sets=sets,
         metrics=metrics,
-        evaluated=any(evaluation for _, evaluation, _ in metrics.values()),
         versions=versions(),
     )
 
@@ -238,12 +260,54 @@ def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
     return {name: _cell(value) for name, value in settings.items() if value is not None}
 
 
-def _metrics(log_history: list[dict]) -> dict[str, tuple[str, str, str]]:
-    """Last training value, last evaluation value ("" where there is none) and meaning of each figure logged."""
-    last = {name: value for entry in log_history for name, value in entry.items()}
-    last = {name: f"{value:.4g}" for name, value in last.items() if name.removeprefix("eval_") in METRICS}
-    rows = {name: (last.get(name, ""), last.get(f"eval_{name}", ""), meaning) for name, meaning in METRICS.items()}
-    return {name: row for name, row in rows.items() if row[0] or row[1]}
+def _metrics(log_history: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
+    """Training and the evaluations as columns, and for each figure its last value in each of them and its meaning."""
+    logged = figures(log_history)
+    others = [name for name, sets in logged.items() if not (OURS.fullmatch(name) or BOOKKEEPING.fullmatch(name))]
+    meanings = {**METRICS, **{name: "" for name in others if set(logged[name]) != {"training"}}}
+    sets = list(dict.fromkeys(where for name in meanings for where in logged.get(name, {})))
+    sets.sort(key=lambda where: where != "training")
+    return sets, {
+        name: [*(_last(logged[name].get(where)) for where in sets), meaning]
+        for name, meaning in meanings.items()
+        if name in logged
+    }
+
+
+def _last(points: list[tuple[int, float]] | None) -> str:
+    return f"{points[-1][1]:.4g}" if points else ""
+
+
+def _prompts(dataset_name: str | None, prompts: int | None) -> str:
+    name = _link(dataset_name, "datasets/") if dataset_name else ""
+    return ", ".join([*([name] if name else []), *([] if prompts is None else [f"{prompts:,} rows"])])
+
+
+def _license(license: dict[str, str]) -> str:
+    """By its own name, where the hub has none for it."""
+    name, link = license.get("license_name") or license.get("license", ""), license.get("license_link")
+    return f"[{name}]({link})" if link and link.startswith("https://") else name
+
+
+def learning_curve(log_history: list[dict], path: Path) -> bool:
+    """Draws the gap into a picture, if there are two of its points and matplotlib to draw them; tells whether it did."""
+    sets = figures(log_history).get("gap/nats_per_byte", {})
+    if find_spec("matplotlib") is None or not any(len(points) > 1 for points in sets.values()):
+        return False
+    from matplotlib.figure import Figure  # without pyplot, which would set up the user's session
+
+    picture = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = picture.subplots()
+    for (where, points), style in zip(sets.items(), cycle(["-", "--", ":", "-."])):
+        axes.plot(*zip(*points, strict=True), style, label=where)
+    axes.set(
+        xlabel="optimizer step", ylabel="gap, nats a byte", title="What the student still differs from its teacher"
+    )
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    picture.savefig(path, dpi=150)
+    return True
 
 
 def _cell(value) -> str:

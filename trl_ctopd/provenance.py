@@ -64,13 +64,11 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def dataset_source(dataset: Dataset | IterableDataset | None) -> str | None:
-    """The hub's name of what `load_dataset` fetched from there, the path of a single file that it read, else None."""
+    """The hub's name of what `load_dataset` fetched from there, as far as it says so."""
     info = getattr(dataset, "info", None)
     files = list(getattr(info, "download_checksums", None) or {})
     names = {match[1] for file in files if (match := re.match(r"hf://datasets/([^@]+)@", file))}
-    if len(names) == 1:
-        return names.pop()
-    return files[0] if len(files) == 1 and not names else None
+    return names.pop() if len(names) == 1 else None
 
 
 @cache

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import is_in_notebook
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from . import card, data
+from . import card, data, provenance
 from .align import align_text
 from .chat import Speaker
 from .checks import (
@@ -613,23 +613,32 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     ):
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else list(tags or [])
-            self._model_card(model_name, dataset_name, tags).save(os.path.join(self.args.output_dir, "README.md"))
+            self._write_card(self.args.output_dir, model_name, dataset_name, tags)
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
         # over the placeholder card that PEFT leaves, which names the base model's folder
-        self._model_card().save(os.path.join(output_dir or self.args.output_dir, "README.md"))
+        self._write_card(output_dir or self.args.output_dir)
 
-    def _model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] = ()):
-        return card.model_card(
+    def _write_card(
+        self, folder: str, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] = ()
+    ):
+        student, seats = get_config_model_id(self.model.config), self.panel.seats.values()
+        history, dataset = self.state.log_history, self.train_dataset
+        drawn = card.learning_curve(history, Path(folder) / card.PICTURE)
+        card.model_card(
             model_name=model_name or Path(self.args.output_dir).resolve().name,
             hub_model_id=self.hub_model_id,
-            student=get_config_model_id(self.model.config),
-            teachers=[(seat.name, seat.tokenizer) for seat in self.panel.seats.values()],
+            student=student,
+            teachers=[(seat.name, seat.tokenizer) for seat in seats],
             student_tokenizer=self.processing_class,
             args=self.args,
             adapter=isinstance(self.model, PeftModel),
-            dataset_name=dataset_name,
+            dataset_name=dataset_name or provenance.dataset_source(dataset),
             tags=[*self._tag_names, *tags],
-            log_history=self.state.log_history,
-        )
+            log_history=history,
+            prompts=len(dataset) if isinstance(dataset, Dataset) else None,
+            licenses=[provenance.license_of(name) for name in (student, *(seat.name for seat in seats))],
+            command=provenance.command(),
+            picture=card.PICTURE if drawn else None,
+        ).save(os.path.join(folder, "README.md"))

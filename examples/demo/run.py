@@ -32,7 +32,14 @@ import torch
 from datasets import Dataset
 from demo import models, show, task, toy_tokenizers
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer, align_text
 from trl_ctopd.credit import gaps
@@ -117,9 +124,11 @@ def main(seed: int, control: bool, output: Path) -> None:
     }
     (output / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     print(
-        f"{sum(seconds.values()):.0f} seconds, {peak_gigabytes:.1f} GB. In {output}: metrics.json, learning_curve.png,"
+        f"{sum(seconds.values()):.0f} seconds, {peak_gigabytes:.1f} GB. In {output}: metrics.json, learning_curve.png, and"
     )
-    print("and the models, in the folders student" + (" and control." if control else "."))
+    print(
+        f"in the folder{'s student and control a model' if control else ' student the model'} with report.html to look at."
+    )
 
 
 def build_world(seed: int) -> World:
@@ -157,6 +166,7 @@ def distil(world: World, loss: str | Callable, curve: Curve, seed: int, folder: 
             use_cpu=True,
             logging_steps=1,
             save_strategy="no",
+            report=True,
             report_to="none",
             seed=seed,
         ),
@@ -208,12 +218,12 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         self.bar = tqdm(total=state.max_steps, desc=self.curve.label)
-        self.measure(model, 0)
+        self.measure(model, state)
 
     def on_step_end(self, args, state, control, model, **kwargs):
         self.bar.update()
         if state.global_step % self.every == 0:
-            self.measure(model, state.global_step)
+            self.measure(model, state)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "gap/nats_per_byte" in logs:  # the trainer's last log is a summary without it
@@ -223,10 +233,11 @@ class Watch(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
-    def measure(self, model: PreTrainedModel, step: int) -> None:
+    def measure(self, model: PreTrainedModel, state: TrainerState) -> None:
         model.eval()
         self.right = models.accuracy(model, self.world.student_tokenizer, self.world.held_out[:CURVE_POINT])
-        self.curve.accuracy[step] = self.right
+        self.curve.accuracy[state.global_step] = self.right
+        state.log_history.append({"eval_accuracy": self.right, "step": state.global_step})  # the report draws it
         model.train()
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
@@ -18,6 +18,7 @@ from trl.trainer.utils import get_config_model_id
 from .. import card, provenance
 from ..altered_text import REASONS
 from ..heads import base_model
+from ..history import BOOKKEEPING, figures
 from ..losses import Loss, loss_name
 from ..samples import Sample
 from ..viewer import ScoredRollout, alignment_of, stylesheet
@@ -119,10 +120,6 @@ PHASES = {
     "alignment": "alignment",
     "loss": "loss",
 }
-NO_CURVE = re.compile(
-    r"epoch|total_flos|num_input_tokens_seen|train_\w+|compute_overhead|seconds/\w+|off_policy_fraction|runtime"
-    r"|(samples|steps)_per_second|model_preparation_time|alignment/(student|teacher)_tokens_per_chunk"
-)
 
 
 def page(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]]) -> str:
@@ -133,12 +130,12 @@ def page(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]]) -> 
     evaluated = [
         Chart(name, "", {name: ""}, everywhere=True)
         for name, sets in logged.items()
-        if _is_extra(name, drawn) and set(sets) != {"training"}
+        if name not in drawn and BOOKKEEPING.fullmatch(name) is None and set(sets) != {"training"}
     ]
     own = [
         Chart(name, "", {name: ""})
         for name, sets in logged.items()
-        if _is_extra(name, drawn) and set(sets) == {"training"}
+        if name not in drawn and BOOKKEEPING.fullmatch(name) is None and set(sets) == {"training"}
     ]
     return _template().render(
         student=_name(base_model(trainer.model)),
@@ -166,23 +163,6 @@ def _template() -> jinja2.Template:
     return jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
 
 
-def figures(log_history: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """{figure: {"training", or which evaluation: [(step, value)]}}; the prefix of an evaluation is that of its runtime."""
-    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for entry in log_history:
-        runtimes = [name for name in entry if name.endswith("_runtime") and name != "train_runtime"]
-        prefix = runtimes[0].removesuffix("runtime") if runtimes else "eval_"
-        dataset = prefix.removeprefix("eval_").strip("_")
-        for name, value in entry.items():
-            if name != "step" and isinstance(value, int | float):
-                where = (
-                    (f"evaluation on {dataset}" if dataset else "evaluation") if name.startswith(prefix) else "training"
-                )
-                sets = found.setdefault(name.removeprefix(prefix), {})
-                sets.setdefault(where, []).append((entry["step"], float(value)))
-    return found
-
-
 def _name(model: PreTrainedModel) -> str:
     """The hub's or the folder's, or the kind of a model made in place."""
     return provenance.short_name(get_config_model_id(model.config)) or type(model).__name__
@@ -190,10 +170,6 @@ def _name(model: PreTrainedModel) -> str:
 
 def _teacher_name(seat) -> str:
     return provenance.short_name(seat.name) if seat.remote else _name(seat.teacher.base_model)
-
-
-def _is_extra(name: str, drawn: set[str]) -> bool:
-    return name not in drawn and NO_CURVE.fullmatch(name) is None
 
 
 def _status(state) -> str:

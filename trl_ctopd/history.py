@@ -1,0 +1,27 @@
+"""What a run has logged, by figure and by the set that it is of."""
+
+import re
+from collections.abc import Sequence
+
+
+BOOKKEEPING = re.compile(
+    r"epoch|total_flos|num_input_tokens_seen|train_\w+|compute_overhead|seconds/\w+|off_policy_fraction|runtime"
+    r"|(samples|steps)_per_second|model_preparation_time|alignment/(student|teacher)_tokens_per_chunk"
+)  # figures that are logged, but say nothing of how well the student does
+
+
+def figures(log_history: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """{figure: {"training", or which evaluation: [(step, value)]}}; the prefix of an evaluation is that of its runtime."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for entry in log_history:
+        runtimes = [name for name in entry if name.endswith("_runtime") and name != "train_runtime"]
+        prefix = runtimes[0].removesuffix("runtime") if runtimes else "eval_"
+        dataset = prefix.removeprefix("eval_").strip("_")
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, int | float):
+                where = (
+                    (f"evaluation on {dataset}" if dataset else "evaluation") if name.startswith(prefix) else "training"
+                )
+                sets = found.setdefault(name.removeprefix(prefix), {})
+                sets.setdefault(where, []).append((entry["step"], float(value)))
+    return found
