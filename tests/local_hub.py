@@ -1,7 +1,7 @@
 """A hub on the loopback: what huggingface_hub asks for to create, push to and load from a model repository.
 
 Commits, LFS and downloads only, for model repositories of one `user` with the token `hf_fake`. Every revision is the
-latest one. Left out: branches, pull requests, deletions, datasets, Xet, and checks of the card's metadata.
+latest one. Left out: branches, pull requests, deletions, datasets, Xet, and most checks of the card's metadata.
 """
 
 import base64
@@ -16,9 +16,12 @@ from threading import Lock, Thread
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 
 USER, TOKEN = "user", "hf_fake"
-LARGE = (".safetensors", ".bin")  # go through LFS
+LARGE = (".safetensors", ".bin", ".png")  # go through LFS
+LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "gemma", "llama3", "llama3.2", "other")  # of the hub's, a few
 
 
 class LocalHub:
@@ -75,7 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self):
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.command == "POST" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        anonymous = path == "/api/validate-yaml"
+        if self.command == "POST" and not anonymous and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._send(401, {"error": "Invalid token"})
         for method, pattern, handle in _ROUTES:
             if method == self.command and (match := re.fullmatch(pattern, path)):
@@ -95,7 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"url": f"{self.hub.endpoint}/{repository}", "id": repository, "name": repository})
 
     def _validate_yaml(self, body: bytes):
-        self._send(200, {"errors": [], "warnings": []})
+        found = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.DOTALL)
+        errors = _metadata_errors(yaml.safe_load(found[1]) if found else {})
+        self._send(400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []})
 
     def _preupload(self, body: bytes, repository: str):
         names = [file["path"] for file in json.loads(body)["files"]]
@@ -157,6 +163,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+def _metadata_errors(metadata: dict) -> list[str]:
+    """What the hub says of a model card's metadata, as far as these cards have such fields."""
+    names = [name for field in ("base_model", "datasets") for name in _listed(metadata.get(field))]
+    errors = [f"{name!r} is no repository" for name in names if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))]
+    if "license" in metadata and metadata["license"] not in LICENSES:
+        errors.append(f"license {metadata['license']!r} must be one of {LICENSES}")
+    if metadata.get("license") == "other" and not metadata.get("license_name"):
+        errors.append("license other needs a license_name")
+    if not all(isinstance(tag, str) for tag in _listed(metadata.get("tags"))):
+        errors.append("tags must be texts")
+    return errors
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 _MODEL = r"(?P<repository>[^/]+/[^/]+)"

@@ -29,12 +29,14 @@ def push(folder: Path):
     """Four runs of two steps: the whole student, an adapter, checkpoints pushed on the way, an adapter on a folder."""
     import torch
     import toys
+    from huggingface_hub import ModelCard
     from peft import LoraConfig
 
     from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 
     student = toys.student_model(eos_token_id=OTHER_EOS)
     student.push_to_hub(BASE)
+    ModelCard("---\nlicense: apache-2.0\n---\n# The base\n").push_to_hub(BASE)
     student.save_pretrained(folder / "a-student")
     toys.teacher_model().save_pretrained(folder / "a-teacher")
     template_less = toys.student_tokenizer()
@@ -262,6 +264,23 @@ def test_no_card_gives_away_a_path_or_says_none(hub, repository):
 def test_a_student_from_a_folder_is_named_by_its_last_part_and_is_no_base_model_of_the_hub(hub, repository):
     assert "base_model" not in metadata(hub.card(repository))
     assert "| student | `a-student` |" in hub.card(repository)
+
+
+def test_an_adapter_takes_its_licence_from_the_card_of_its_base_on_the_hub(hub):
+    assert metadata(hub.card(LORA))["license"] == "apache-2.0"
+    assert "| apache-2.0 |" in hub.card(LORA)
+    assert "license" not in metadata(hub.card(FULL))
+
+
+@pytest.mark.parametrize("repository", RUNS)
+def test_the_learning_curve_is_pushed_with_the_card_that_shows_it(hub, repository):
+    assert "](learning_curve.png)" in hub.card(repository)
+    assert hub.path(repository, "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("repository", RUNS)
+def test_the_card_has_the_command_that_trained(hub, repository):
+    assert re.search(r"```bash\npython\S* \S*test_hub.py push \S+\n```", hub.card(repository))
 
 
 if __name__ == "__main__":
