@@ -13,9 +13,10 @@ Decisions.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -338,16 +339,47 @@ def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
         return []
     if hasattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer"):  # mistral-common: never reads control text
         return [_Tokens(text, tokenizer.encode(text, add_special_tokens=False), None) for text in texts]
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    spans = [own.token_to_chars for own in encoded.encodings] if encoded.encodings else [None] * len(texts)
-    return [_Tokens(*own) for own in zip(texts, encoded["input_ids"], spans, strict=True)]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return [_Tokens(text, ids, None) for text, ids in zip(texts, encoded["input_ids"], strict=True)]
+    normalizer = backend.normalizer
+    altered = [_may_alter(normalizer, text) for text in texts]
+    encoded = {
+        offsets: iter(
+            _encode(backend, [text for text, own in zip(texts, altered, strict=True) if own == offsets], offsets)
+        )
+        for offsets in (True, False)
+    }
+    tokens = []
+    for text, offsets in zip(texts, altered, strict=True):
+        own = next(encoded[offsets])
+        tokens.append(_Tokens(text, own.ids, own.token_to_chars if offsets else _asked_later(backend, text)))
+    return tokens
+
+
+def _encode(backend: Any, texts: list[str], offsets: bool) -> list[Any]:
+    """`tokenizers.Encoding`s; without `offsets`, which cost a quarter of the time, these know no characters."""
+    if backend.truncation is not None:  # setting what is set would be refused while another thread encodes
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if not backend.encode_special_tokens:
+        backend.encode_special_tokens = True
+    return (backend.encode_batch if offsets else backend.encode_batch_fast)(texts, add_special_tokens=False)
+
+
+def _may_alter(normalizer: Any, text: str) -> bool:
+    """Whether it does is seen by the tokens; this only spares to encode twice."""
+    kind = type(normalizer).__name__
+    if kind == "Sequence":
+        return any(_may_alter(part, text) for part in normalizer)
+    return not unicodedata.is_normalized("NFC", text) if kind == "NFC" else normalizer is not None
+
+
+def _asked_later(backend: Any, text: str) -> Callable[[int], tuple[int, int]]:
+    encoding = cache(lambda: _encode(backend, [text], offsets=True)[0])
+    return lambda token: encoding().token_to_chars(token)
 
 
 def _teacher_reading(

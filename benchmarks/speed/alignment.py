@@ -23,6 +23,8 @@ Decisions.
 - `encode` is the teacher's tokenizer alone, one `encode_batch` of the same texts by its backend. All methods need it, so
   times are given with and without. Without: `ours` and `dpca_published` are run again with the teacher's encoding at hand
   (the latter without decoding the text either, as `_align_chunks` by itself); for the others it is the difference.
+- `ours` asks the teacher's tokenizer for offsets only of texts that its normalizer may alter; without them it encodes
+  faster than `encode`. Any that it asks for afterwards count as encoding.
 - Token tables are built once a run, with the aligner: their time is given apart.
 - Times are processor time of this process, single-threaded: another process on the machine does not count.
 - The methods take turns, a round at a time; a ratio is the median of the rounds' ratios. `dpca_published` gets fewer
