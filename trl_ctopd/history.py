@@ -10,12 +10,17 @@ BOOKKEEPING = re.compile(
 )  # figures that are logged, but say nothing of how well the student does
 
 
+def evaluation_prefix(entry: dict) -> str:
+    """Of an evaluation's figures in what is logged, that of its runtime: `eval_math_` for the dataset "math" of several."""
+    runtimes = (name for name in entry if name.endswith("_runtime") and name != "train_runtime")
+    return next(runtimes, "eval_runtime").removesuffix("runtime")
+
+
 def figures(log_history: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """{figure: {"training", or which evaluation: [(step, value)]}}; the prefix of an evaluation is that of its runtime."""
+    """{figure: {"training", or which evaluation: [(step, value)]}}."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for entry in log_history:
-        runtimes = [name for name in entry if name.endswith("_runtime") and name != "train_runtime"]
-        prefix = runtimes[0].removesuffix("runtime") if runtimes else "eval_"
+        prefix = evaluation_prefix(entry)
         dataset = prefix.removeprefix("eval_").strip("_")
         for name, value in entry.items():
             if name != "step" and isinstance(value, int | float):

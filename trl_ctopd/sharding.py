@@ -40,9 +40,8 @@ def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         state, plugin = accelerator.state, accelerator.state.fsdp_plugin
-        state.fsdp_plugin = copy.copy(
-            plugin
-        )  # which layers it wraps is written down in it, and the student's are others
+        # which layers it wraps is written down in the plugin, and the student's are others
+        state.fsdp_plugin = copy.copy(plugin)
         try:
             model = fsdp2_prepare_model(accelerator, model).eval()
         finally:

@@ -35,6 +35,7 @@ from .compare import compare
 from .config import CrossTokenizerGKDConfig, GKDTrainer
 from .generation import sampling_config, write
 from .heads import add_token_scores, base_model, check_head, hidden_states, lm_head
+from .history import evaluation_prefix
 from .losses import Distributions, ScoredChunks, build_loss
 from .metrics import Meter, chunk_metrics, rollout_metrics
 from .report import DistillationReportCallback
@@ -572,9 +573,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 "Masked text costs the student nothing, and the gap says nothing of it: look at the completions "
                 "(log_completions=True), and lower the learning rate if the share grows."
             )
-        prefix = ""
-        if mode == "eval":  # `eval_math_runtime` for the dataset "math" of several
-            prefix = next((name.removesuffix("runtime") for name in logs if name.endswith("_runtime")), "eval_")
+        prefix = evaluation_prefix(logs) if mode == "eval" else ""
         logs.update({f"{prefix}{name}": value for name, value in figures.items()})
         super().log(logs, start_time)
         if self.is_world_process_zero():
