@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 from protocol_server import ProtocolServer
 from toys import SGD, fix_rollouts, prompts, step_of, student_tokenizer, teacher_model, teacher_tokenizer, weights
 
@@ -55,15 +56,9 @@ def scores(teacher: RemoteTeacher, rows: int = 8) -> list[torch.Tensor]:
     return [found.row(row) for row in range(rows)]
 
 
-class OneProcess:
-    device = torch.device("cpu")
-    state = type("State", (), {"deepspeed_plugin": None})
-    autocast = contextlib.nullcontext
-
-
 @pytest.fixture(scope="module")
 def right() -> list[torch.Tensor]:
-    return LocalTeacher(teacher_model(**SHARP), OneProcess(), batch_size=3).log_probs(*texts())
+    return LocalTeacher(teacher_model(**SHARP), Accelerator(cpu=True), batch_size=3).log_probs(*texts())
 
 
 def assert_right(found: list[torch.Tensor], right: list[torch.Tensor]):
