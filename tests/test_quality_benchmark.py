@@ -16,13 +16,14 @@ SIZE = worlds.Size(
     layers=1,
     teacher_steps=dict.fromkeys(run.HOME, 2),
     student_steps=dict.fromkeys(run.HOME, 2),
+    same_teacher_steps=dict.fromkeys(run.HOME, 2),
     batch_size=4,
     learning_rate=3e-3,
     task={"sums": {"addends": 2}},
     held_out=4,
     prompts=8,
 )
-SCALE = run.Scale(SIZE, 2, 2, (1e-3, 1e-4), ("sums",), (), seeds=1, other_seeds=1, curve=(1, 2))
+SCALE = run.Scale(SIZE, 2, 2, (1e-3, 1e-4), seeds=1, other_seeds=1, curve=(1, 2))
 
 
 @pytest.fixture(scope="module")

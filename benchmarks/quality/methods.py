@@ -55,6 +55,18 @@ class Method:
     teacher_flops: bool = True
 
 
+LOGGED = (
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "gap/nats_per_byte",
+    "alignment/masked_fraction",
+    "completions/mean_length",
+    "completions/truncated_fraction",
+)
+
+
 def _ours(loss: str, **config) -> Method:
     return Method({"distillation_loss": loss, **config})
 
@@ -204,7 +216,7 @@ def do(run: Run, world: World, folder: Path, rendered: dict) -> dict:
         "teacher_flops": 2 * parameters["teacher"] * tokens["teacher"] * method.teacher_flops,
         "student_flops": int((6 + 2 * written_share) * parameters["student"] * tokens["student"]),
         "finite": bool(finite),
-        "log": [{name: _number(value) for name, value in entry.items()} for entry in log],
+        "log": [{name: _number(entry[name]) for name in LOGGED if name in entry} for entry in log],
     }
 
 

@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
@@ -47,9 +47,6 @@ CREDITS = ("dpca", "dpca_uniform", "dpca_byte_length", "dpca_last", "dpca_macro"
 GRADIENT = ("semantic", "uniform", "byte_length", "last", "macro", "strict mask")
 DRAWN = ("dpca", "dpca_macro", "strict_sampled", "bpm", "sft", "seq_kd", "trl_gold_template_on")
 FACTOR = 1e9
-
-
-Half = Set[tuple[str, str]]  # methods and tasks
 
 
 def share(line: dict) -> float:
@@ -138,12 +135,7 @@ def sequence_flops(lines: Lines, method: str, task: str) -> str:
     return f"> {spent[-1] / own:.1f}"
 
 
-def recovered(groups: dict[str, Lines], method: str, half_tuned: Half) -> list[str]:
-    """A cell a task, with a mark where not all learning rates were tried."""
-    return [spread(group) + "°" * (bool(group) and (method, task) in half_tuned) for task, group in groups.items()]
-
-
-def headline(lines: Lines, half_tuned: Half = frozenset()) -> str:
+def headline(lines: Lines) -> str:
     rows = []
     for method in by_merit(lines, METHODS):
         groups = {task: select(lines, "headline", method=method, task=task) for task in HOME}
@@ -151,7 +143,7 @@ def headline(lines: Lines, half_tuned: Half = frozenset()) -> str:
         rows.append(
             [
                 f"`{method}`",
-                *recovered(groups, method, half_tuned),
+                *map(spread, groups.values()),
                 seeds(groups.values()),
                 spread(every, kept),
                 f"{median(every, lambda line: line['cpu_seconds']):.1f}",
@@ -168,13 +160,12 @@ def kept(line: dict) -> float:
     return line["second_skill"]
 
 
-def short(lines: Lines, half_tuned: Half) -> str:
+def short(lines: Lines) -> str:
     rows = []
     for method in by_merit(lines, METHODS):
         groups = {task: select(lines, "headline", method=method, task=task) for task in HOME}
         every = [line for group in groups.values() for line in group]
-        cells = recovered(groups, method, half_tuned)
-        rows.append([f"`{method}`", *cells, seeds(groups.values()), spread(every, kept)])
+        rows.append([f"`{method}`", *map(spread, groups.values()), seeds(groups.values()), spread(every, kept)])
     return table(["method", *HOME, "n", "second skill kept"], rows)
 
 
@@ -380,13 +371,10 @@ def fill(path: Path, blocks: dict[str, str]) -> None:
 
 
 def blocks(lines: Lines, gradient: dict, plan: Plan, found: dict[str, dict]) -> dict[str, str]:
-    half_tuned = {
-        (method, task) for method in LEADING + OTHERS for task in HOME if plan.chosen(method, task, found) is None
-    }
     return {
-        "short": short(lines, half_tuned),
+        "short": short(lines),
         "worlds": worlds(lines),
-        "table 1": headline(lines, half_tuned),
+        "table 1": headline(lines),
         "table 2": credit(lines, gradient),
         "table 3": alignment(lines),
         "table 4": coverage(lines),

@@ -11,10 +11,8 @@ Decisions:
 - The runs are a list in the order of their importance, seed by seed over all stages, methods and tasks, so that one that is
   cut off is still balanced. `--minutes` ends it after so long; `--stages` and `--methods` do parts of it. The leading methods have more
   seeds than the others.
-- Tuning comes first: each method meets the same grid of learning rates, with a seed of its own, judged by greedy accuracy on
-  prompts that are not the held-out ones, then by the gap. What is reported has other seeds. A scale that can't afford it on
-  all tasks (`tuned_on`) tunes on the others with the first seed that is reported, and with two values: the one chosen on the
-  first task, and the first other of `elsewhere`.
+- Tuning comes first: each method meets the same grid of learning rates on each task, with a seed of its own, judged by greedy
+  accuracy on prompts that are not the held-out ones, then by the gap. What is reported has other seeds.
 - A run that cannot be done (TRL's trainer refuses some tokenizers) is a line with its error, and none of its kind is tried
   again.
 """
@@ -59,8 +57,6 @@ class Scale:
     updates: int
     prompts: int
     learning_rates: tuple[float, ...]  # the likeliest first
-    tuned_on: tuple[str, ...]  # tasks
-    elsewhere: tuple[float, ...]  # learning rates on tasks that are not among them
     seeds: int  # of the leading methods
     other_seeds: int
     curve: tuple[int, ...]  # updates at which seq_kd's accuracy is measured, for table 1's last column
@@ -78,6 +74,7 @@ SCALES = {
             layers=2,
             teacher_steps={"sums": 700, "plurals": 500, "stories": 250},
             student_steps={"sums": 600, "plurals": 500, "stories": 300},
+            same_teacher_steps={"sums": 700, "plurals": 1_500, "stories": 500},
             batch_size=32,
             learning_rate=3e-3,
             task={},
@@ -86,9 +83,7 @@ SCALES = {
         ),
         updates=40,
         prompts=24,
-        learning_rates=(3e-4, 1e-3, 1e-4),
-        tuned_on=("sums",),
-        elsewhere=(3e-4, 1e-4),
+        learning_rates=(3e-4, 1e-3, 1e-4, 3e-5),
         seeds=5,
         other_seeds=3,
         curve=(5, 10, 20, 40, 80, 160),
@@ -100,6 +95,7 @@ SCALES = {
             layers=8,
             teacher_steps=dict.fromkeys(HOME, 4_000),
             student_steps=dict.fromkeys(HOME, 4_000),
+            same_teacher_steps=dict.fromkeys(HOME, 4_000),
             batch_size=128,
             learning_rate=5e-4,
             task={"sums": {"addends": 16}, "plurals": {"nouns": 16}, "stories": {"asked": 6}},
@@ -110,8 +106,6 @@ SCALES = {
         updates=200,
         prompts=128,
         learning_rates=(3e-5, 1e-4, 1e-5, 3e-4),
-        tuned_on=tuple(HOME),
-        elsewhere=(),
         seeds=8,
         other_seeds=5,
         curve=(10, 25, 50, 100, 200, 400, 800),
@@ -136,17 +130,14 @@ class Plan:
     def runs(self, stages: Sequence[str], found: dict[str, dict]) -> Iterator[Run | None]:
         """The runs of the stages; `None` for one whose learning rate is not chosen yet."""
         if "tuning" in stages:
-            for task, rate, method in product(self.scale.tuned_on, self.scale.learning_rates, LEADING + OTHERS):
+            for task, rate, method in product(HOME, self.scale.learning_rates, LEADING + OTHERS):
                 yield self._run(method, task, HOME[task], "cross", 0, rate, "tuning")
         for seed in range(1, self.scale.seeds + 1):
             for stage in stages:
                 purpose = "headline" if stage == "others" else stage
                 for method, task, pair, teacher in self._cases(stage, seed):
-                    rates = [self.chosen(method, task, found)]
-                    if rates == [None] and seed == 1 and purpose == "headline":
-                        rates = self._grid(method, task, found)
-                    for rate in rates:
-                        yield None if rate is None else self._run(method, task, pair, teacher, seed, rate, purpose)
+                    rate = self.chosen(method, task, found)
+                    yield None if rate is None else self._run(method, task, pair, teacher, seed, rate, purpose)
 
     def _cases(self, stage: str, seed: int) -> Iterator[tuple[str, str, str, str]]:
         """Method, task, pair and teacher."""
@@ -178,32 +169,23 @@ class Plan:
             seed += 100
         return Run(method, task, pair, teacher, seed, rate, updates, scale.prompts, purpose, measured_at)
 
-    def _grid(self, method: str, task: str, found: dict[str, dict]) -> list[float | None]:
-        """What a method is tuned over, `None` where this is not known yet."""
-        if task in self.scale.tuned_on:
-            return list(self.scale.learning_rates)
-        first = self.chosen(method, self.scale.tuned_on[0], found)
-        return [first, next(rate for rate in self.scale.elsewhere if rate != first)]
-
     def tried(self, method: str, task: str, found: dict[str, dict]) -> Lines:
         """The runs that a learning rate is chosen by."""
-        purpose, seed = ("tuning", 0) if task in self.scale.tuned_on else ("headline", 1)
-        wanted = {"method": method, "task": task, "purpose": purpose, "seed": seed}
-        grid = self._grid(method, task, found)
+        wanted = {"method": method, "task": task, "purpose": "tuning"}
         lines = [line for line in found.values() if all(line["run"][name] == value for name, value in wanted.items())]
-        return [line for line in lines if line["run"]["learning_rate"] in grid]
+        return [line for line in lines if line["run"]["learning_rate"] in self.scale.learning_rates]
 
     def chosen(self, method: str, task: str, found: dict[str, dict]) -> float | None:
         """The learning rate with the best accuracy, then the smallest gap; `None` until all were tried. A method in
         another form has the rate of the one that was tuned."""
         if method not in LEADING + OTHERS:
             method = method.removesuffix("_off").removesuffix("_decode_and_compare")
-        tried, grid = self.tried(method, task, found), self._grid(method, task, found)
-        if None in grid or (len(tried) < len(grid) and not any("error" in line for line in tried)):
+        tried = self.tried(method, task, found)
+        if len(tried) < len(self.scale.learning_rates) and not any("error" in line for line in tried):
             return None
         good = [line for line in tried if "error" not in line]
         if not good:
-            return grid[0]
+            return self.scale.learning_rates[0]
 
         def merit(line: dict) -> tuple[float, float]:
             gap = line["gap_nats_per_byte"]

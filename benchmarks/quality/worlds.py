@@ -16,7 +16,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class Size:
     layers: int
     teacher_steps: dict[str, int]  # by task
     student_steps: dict[str, int]
+    same_teacher_steps: dict[str, int]  # of a teacher with the student's tokenizer
     batch_size: int
     learning_rate: float
     task: dict[str, dict[str, int]]  # arguments of each task
@@ -81,12 +82,12 @@ def world(size: Size, task_name: str, pair: str, teacher: str = "cross", seed: i
     questions = [unseen.draw(rng) for _ in range(size.prompts)]
     build = partial(_train, size, unseen, pair, seed=seed)
     student, student_tokenizer, student_figures, _ = _cached(
-        {**_settings(size, "student"), "task": task_name, "pair": pair, "side": "student", "seed": seed},
+        {**_settings(size, "student", task_name), "pair": pair, "seed": seed},
         build,
         held_out,
     )
     teacher, teacher_tokenizer, teacher_figures, folder = _cached(
-        {**_settings(size, "teacher"), "task": task_name, "pair": pair, "side": f"{teacher} teacher", "seed": seed},
+        {**_settings(size, f"{teacher} teacher", task_name), "pair": pair, "seed": seed},
         build,
         held_out,
     )
@@ -105,11 +106,17 @@ def world(size: Size, task_name: str, pair: str, teacher: str = "cross", seed: i
     )
 
 
-def _settings(size: Size, side: str) -> dict:
+def _settings(size: Size, side: str, task: str) -> dict:
     """What of `size` the side's training depends on."""
-    other = {"student": "teacher", "teacher": "student"}[side]
-    skipped = ("prompts", "device", f"{other}_width", f"{other}_steps")
-    return {name: value for name, value in asdict(size).items() if name not in skipped}
+    own = {"student": "student", "cross teacher": "teacher", "same teacher": "same_teacher"}[side]
+    return {
+        "side": side,
+        "task": task,
+        "arguments": size.task.get(task, {}),
+        "width": size.student_width if side == "student" else size.teacher_width,
+        "steps": getattr(size, f"{own}_steps")[task],
+        **{name: getattr(size, name) for name in ("layers", "batch_size", "learning_rate", "held_out")},
+    }
 
 
 def _draw_unseen(task: Task, kept: frozenset[str], rng: random.Random) -> Item:
@@ -126,13 +133,12 @@ def _train(size: Size, task: Task, pair: str, side: str, seed: int) -> tuple[Pre
     texts = [f"{item.prompt}\n{item.answer}" for item in items]
     texts += 20 * [f"{item.prompt}\n{item.answer}" for item in tasks.second_skill()]
     tokenizers = toy_pairs.build(pair, texts)
-    is_student = side == "student"
+    is_student, settings = side == "student", _settings(size, side, task.name)
     tokenizer = tokenizers[0 if is_student or side == "same teacher" else 1]
-    config, width = (LlamaConfig, size.student_width) if is_student else (Olmo2Config, size.teacher_width)
-    model = models.new_model(config, tokenizer, width, size.layers).to(size.device)
-    steps = (size.student_steps if is_student else size.teacher_steps)[task.name]
+    config = LlamaConfig if is_student else Olmo2Config
+    model = models.new_model(config, tokenizer, settings["width"], size.layers).to(size.device)
     example = models.student_example if is_student else models.teacher_example
-    label = f"{task.name}, {pair}: {side}"
+    label, steps = f"{task.name}, {pair}: {side}", settings["steps"]
     models.pretrain(model, tokenizer, partial(example, task, rng), steps, label, size.learning_rate, size.batch_size)
     return model, tokenizer
 
