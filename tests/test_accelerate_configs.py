@@ -74,6 +74,28 @@ def test_the_script_trains_under_it(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ddp", ("--accelerator_config", '{"even_batches": false}'), "even_batches=False would give"),
+        ("fsdp2", ("--fsdp_version", "1"), "FSDP version 1 keeps no weight by itself"),
+        ("zero3", ("--generation_backend", "transformers_continuous"), "'transformers_continuous' with gather_for_gen"),
+        ("zero3", ("--use_vllm", "true"), "vllm_mode='colocate' with gather_for_generation=False"),
+    ],
+)
+def test_what_cannot_work_under_it_is_refused_at_the_start(name, options, message, tmp_path):
+    save_models(tmp_path)
+    of_accelerate = options if options[0] == "--fsdp_version" else ()
+    command = distill(tmp_path, name, "--main_process_port", "0", *of_accelerate)
+    command += ["--gather_for_generation", "false", *(() if of_accelerate else options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode != 0
+    assert message in done.stderr, done.stderr[-5000:]
+    assert not (tmp_path / "output" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_nodes_train_together(tmp_path):
     save_models(tmp_path)
     with socket.socket() as free:

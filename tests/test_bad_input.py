@@ -1,10 +1,15 @@
 """Bad input is refused before any training time is spent, with both values and the way out in the message."""
 
+from types import SimpleNamespace
+
 import pytest
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+from trl_ctopd.checks import check_strategy
 from trl_ctopd.config import GKDConfig
 
 
@@ -131,3 +136,48 @@ def test_a_tokenizer_larger_than_the_embedding_is_an_error(build, side):
 def test_a_processor_is_refused_with_the_way_out(build):
     with pytest.raises(TypeError, match=r"got object: pass its `.tokenizer`"):
         build(processing_class=object())
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"target_modules": ["q_proj", "lm_head"]}, {"target_parameters": ["lm_head.weight"]}]
+)
+def test_an_adapter_on_the_head_whose_weight_is_read_by_itself_is_refused(build, adapter):
+    message = "adapter to `lm_head` is not supported.*would never be trained. Remove `'lm_head'`"
+    with pytest.raises(ValueError, match=message):
+        build(peft_config=LoraConfig(**adapter))
+    with pytest.raises(ValueError, match=message):
+        build(model=get_peft_model(student_model(), LoraConfig(**adapter)))
+
+
+def test_a_quantized_student_without_an_adapter_is_refused_before_it_is_loaded(build):
+    settings = {"model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
+    with pytest.raises(ValueError, match="quantized.*train an adapter on it .`peft_config=LoraConfig"):
+        build(settings, model="no/such-model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("FSDP", {"fsdp_version": 1}, "FSDP version 1.*set `fsdp_version: 2`"),
+        ("MULTI_GPU", {"accelerator_config": {"even_batches": False}}, "even_batches=False.*leave it True"),
+        (
+            "FSDP",
+            {"gather_for_generation": False, "generation_backend": "transformers_continuous"},
+            "unlike numbers of forward passes.*choose 'transformers', or gather_for_generation=True",
+        ),
+        (
+            "FSDP",
+            {"gather_for_generation": False, "use_vllm": True, "vllm_mode": "colocate"},
+            "holds the whole student.*vllm_mode='server'.*or gather_for_generation=True",
+        ),
+    ],
+)
+def test_what_cannot_work_in_several_processes_is_refused(tmp_path, kind, settings, message):
+    """Said by a stand-in for the Accelerator of two processes; real ones are in test_accelerate_configs.py."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=settings.pop("fsdp_version", 2))
+    accelerator = SimpleNamespace(
+        num_processes=2, distributed_type=DistributedType[kind], state=SimpleNamespace(fsdp_plugin=plugin)
+    )
+    args = CrossTokenizerGKDConfig(str(tmp_path), use_cpu=True, **settings)
+    with pytest.raises(ValueError, match=message):
+        check_strategy(args, accelerator)

@@ -358,8 +358,10 @@ def test_a_step_in_which_nothing_can_be_scored_changes_nothing(build):
     assert step_of(trainer).abs().max() == 0
 
 
-def test_lora_trains_the_adapter_alone_and_merges_to_what_was_trained(build, tmp_path):
-    trainer = build(peft_config=LoraConfig(r=4), max_steps=3, gradient_checkpointing=True)
+@pytest.mark.parametrize("targets", [None, ["q_proj", "embed_tokens"]])
+def test_lora_trains_the_adapter_alone_and_merges_to_what_was_trained(build, tmp_path, targets):
+    adapter = LoraConfig(r=4, target_modules=targets)
+    trainer = build(peft_config=adapter, max_steps=3, gradient_checkpointing=True)
     before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
     trainer.train()
     moved = {name for name, tensor in trainer.model.named_parameters() if not torch.equal(tensor, before[name])}

@@ -3,15 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .config import CrossTokenizerGKDConfig
 from .losses import LOSSES, build_loss, loss_name
 from .teachers.servers import is_url
 
 
-def check_arguments(model, teacher_model, args, train_dataset):
+def check_arguments(model, teacher_model, args, train_dataset, peft_config=None):
     """Raises `TypeError` or `ValueError` for arguments of the trainer that cannot work together."""
     if not isinstance(args, CrossTokenizerGKDConfig):
         raise TypeError(f"`args` must be a CrossTokenizerGKDConfig, got {type(args).__name__}.")
@@ -41,6 +45,15 @@ def check_arguments(model, teacher_model, args, train_dataset):
         raise ValueError(f"`train_dataset` is {'missing' if train_dataset is None else 'empty'}: it gives the prompts.")
     if isinstance(train_dataset, IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("`train_dataset` is empty: it gives the prompts.")
+    if isinstance(model, str):
+        quantized = (args.model_init_kwargs or {}).get("quantization_config") is not None
+    else:
+        quantized = getattr(model, "is_quantized", False) and not isinstance(model, PeftModel)
+    if quantized and peft_config is None:
+        raise ValueError(
+            "The student is quantized, and its whole weights cannot be trained: train an adapter on it (`peft_config=LoraConfig()`, "
+            "`--use_peft`), or load it without `quantization_config`."
+        )
     for name in ("packing", "padding_free", "assistant_only_loss", "label_smoothing_factor"):
         if getattr(args, name):
             raise ValueError(
@@ -63,6 +76,33 @@ def check_arguments(model, teacher_model, args, train_dataset):
                 f"rollout_reuse={args.rollout_reuse} repeats the prompts of an optimizer step, {window} of them, and the "
                 f"train dataset has {'no length' if rows is None else rows}: set it to 1, or give it a dataset with as many."
             )
+
+
+def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
+    """Raises `ValueError` for settings that cannot work with how the run is shared out among its processes."""
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if fsdp and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            f"FSDP version {accelerator.state.fsdp_plugin.fsdp_version} keeps no weight by itself, and the LM head's is read apart from "
+            "its model: set `fsdp_version: 2` in the Accelerate config, as examples/accelerate_configs/fsdp2.yaml does."
+        )
+    if accelerator.num_processes > 1 and not args.accelerator_config.even_batches:
+        raise ValueError(
+            "even_batches=False would give the last batch of an epoch to some processes alone, and the others would wait for "
+            "ever: leave it True. Rows that only fill a batch up are not learned from."
+        )
+    if args.gather_for_generation or not (fsdp or is_deepspeed_zero3_enabled()):
+        return
+    if args.generation_backend == "transformers_continuous":
+        raise ValueError(
+            "generation_backend='transformers_continuous' with gather_for_generation=False would make unlike numbers of "
+            "forward passes in its processes, and hang: choose 'transformers', or gather_for_generation=True."
+        )
+    if args.use_vllm and args.vllm_mode == "colocate":
+        raise ValueError(
+            "vllm_mode='colocate' with gather_for_generation=False: the engine holds the whole student beside the training, which "
+            "is to hold a share alone. Choose vllm_mode='server', on GPUs of its own, or gather_for_generation=True."
+        )
 
 
 def load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrainedTokenizerBase:
@@ -168,7 +208,8 @@ def check_vocabulary(side: str, model: PreTrainedModel, tokenizer: PreTrainedTok
             f"The {side} has `trainable_token_indices`, whose rows are no part of its embedding's own weight: choose "
             "`modules_to_save=['embed_tokens', 'lm_head']` instead."
         )
-    rows = model.get_input_embeddings().num_embeddings
+    embeddings = model.get_input_embeddings()
+    rows = (embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings).num_embeddings
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ValueError(

@@ -78,11 +78,6 @@ def write(
         device=accelerator.device if sharded else None,
     )
     if backend == "transformers_continuous":
-        if together:
-            raise ValueError(
-                "generation_backend='transformers_continuous' with gather_for_generation=False would make unlike numbers of "
-                "forward passes in its processes, and hang: choose 'transformers', or gather_for_generation=True."
-            )
         generate = partial(_generate_continuously, settings=args.transformers_continuous_batching_config or {})
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     size = args.generation_batch_size or len(prompts)

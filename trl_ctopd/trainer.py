@@ -18,12 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import is_in_notebook
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from . import card, data, provenance
+from . import card, checkpoints, data, provenance
 from .align import align_text
 from .chat import Speaker
 from .checks import (
     check_arguments,
     check_signal,
+    check_strategy,
     check_vocabulary,
     context_length,
     distillation_loss,
@@ -107,7 +108,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         args = CrossTokenizerGKDConfig(f"{Path(model_id).name}-ctopd") if args is None else args
         if teacher_model is None:
             teacher_model = args.teacher_server_url or args.teacher_model_name_or_path
-        check_arguments(model, teacher_model, args, train_dataset)
+        check_arguments(model, teacher_model, args, train_dataset, peft_config)
 
         revision = (args.model_init_kwargs or {}).get("revision")
         processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code)
@@ -139,6 +140,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        check_strategy(args, self.accelerator)
         self._finish_student()
         self.panel.sit(self.accelerator, self.student_side, self.stop_ids)
         self._finish_losses()
@@ -293,11 +295,24 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         own = own_rows(self.accelerator, len(prompts))
         return [*prompts[:own], *(replace(prompt, filler=True) for prompt in prompts[own:])]
 
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        found = checkpoints.to_resume_from(resume_from_checkpoint, self.args.output_dir)
+        return super().train(found, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            checkpoints.clear(checkpoints.folder_of(self._get_output_dir(trial), self.state.global_step))
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
         if self.state.global_step % self.args.rollout_reuse:
             window = [settled(batch) for batch in self._window]
             torch.save((self._window_layout(), window, self._old_log_probs), self._pending(output_dir))
+        self.accelerator.wait_for_everyone()  # what marks a whole checkpoint comes next
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         super()._load_optimizer_and_scheduler(checkpoint)
