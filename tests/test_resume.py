@@ -159,7 +159,7 @@ def test_killed_again_and_again_at_random_times_it_ends_with_the_same_weights(
     start, uninterrupted, tmp_path, processes
 ):
     draw, kills = random.Random(processes), 0
-    settings = {**REUSED, "max_steps": 24}
+    settings = {**REUSED, "max_steps": 12}
     while True:
         ranks = start(
             tmp_path,
@@ -172,7 +172,7 @@ def test_killed_again_and_again_at_random_times_it_ends_with_the_same_weights(
         while ranks[0].is_alive() and set(tmp_path.glob("run/checkpoint-*")) <= before:
             time.sleep(0.001)  # it has gone on
         victim = draw.choice(ranks)
-        victim.join(timeout=draw.uniform(0, 2))
+        victim.join(timeout=draw.uniform(0, 1))
         killed = victim.is_alive()
         victim.kill()
         for rank in ranks:
