@@ -31,6 +31,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -92,16 +93,18 @@ class Setting:
             tokenizer.pad_token = "<|finetune_right_pad_id|>"
         return tokenizer
 
-    def model(self, side: int) -> PreTrainedModel:
-        """The student (0) or the teacher (1); the same weights at every call."""
+    def config(self, side: int) -> PretrainedConfig:
         tokenizer, rows = self.tokenizer(side), self.rows[side]
         ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-        config = (LlamaConfig, Qwen2Config)[side](
-            vocab_size=rows, max_position_embeddings=32_768, **self.shapes[side], **ids
-        )
+        kind = (LlamaConfig, Qwen2Config)[side]
+        return kind(vocab_size=rows, max_position_embeddings=32_768, **self.shapes[side], **ids)
+
+    def model(self, side: int) -> PreTrainedModel:
+        """The student (0) or the teacher (1); the same weights at every call."""
+        tokenizer = self.tokenizer(side)
         torch.manual_seed(side)
         with torch.device(self.device):
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+            model = AutoModelForCausalLM.from_config(self.config(side), dtype=self.dtype)
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         if side == 0:
@@ -192,6 +195,7 @@ class Step:
     cpu_seconds: float = 0.0  # of this process, whatever else ran on the machine
     phases: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    start_mib: float | None = None  # resident at its start, on the CPU
     peak_mib: float | None = None  # on a GPU all that is allocated, on the CPU what was resident beyond the start
 
 
@@ -205,7 +209,7 @@ class Clock:
 
     def start(self) -> None:
         self.step, self._phase = Step(phases=defaultdict(float), tokens=defaultdict(int)), None
-        self._resident = start_of_peak(self._cuda)
+        self.step.start_mib = start_of_peak(self._cuda)
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
@@ -213,7 +217,7 @@ class Clock:
             torch.cuda.synchronize()
         self.step.seconds = time.perf_counter() - self._wall
         self.step.cpu_seconds = time.process_time() - self._cpu
-        self.step.peak_mib = peak_mib(self._cuda, self._resident)
+        self.step.peak_mib = peak_mib(self._cuda, self.step.start_mib)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -297,7 +301,7 @@ class Ours:
         self.trainer = CrossTokenizerGKDTrainer(
             setting.model(0),
             setting.model(1),
-            CrossTokenizerGKDConfig(**setting.common(folder), max_new_tokens=setting.new_tokens, **options),
+            CrossTokenizerGKDConfig(**{**setting.common(folder), "max_new_tokens": setting.new_tokens, **options}),
             train_dataset=Dataset.from_list([{"prompt": [turn("user", question)]} for question, _ in rows]),
             processing_class=setting.tokenizer(0),
             teacher_processing_class=setting.tokenizer(1),

@@ -122,25 +122,25 @@ def cpu_plan(assets: Path, folder: Path, quick: bool) -> Plan:
     return Plan(settings, rounds=2 if quick else 5, seconds=0 if quick else 60)
 
 
-def gpu_plan(assets: Path, quick: bool) -> Plan:
+def gpu_plan(assets: Path, quick: bool, lengths: list[int], trained: list[str], rounds: int, largest: int) -> Plan:
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)  # half precision is slow on a CPU
     shapes = (NARROW, {**NARROW, "tie_word_embeddings": False}) if quick else (LLAMA_1B, QWEN_7B)
     settings = {}
-    for length in (16,) if quick else (2_048, 8_192):
-        for lora in (True, False):
-            settings[f"{'LoRA' if lora else 'full'}, {length:,} tokens"] = Setting(
+    for length in (16,) if quick else lengths:
+        for part in trained:
+            settings[f"{part}, {length:,} tokens"] = Setting(
                 published(assets),
                 GPU_ROWS,
                 length,
                 1,
                 1 if quick else 4,
                 shapes,
-                lora,
+                part == "LoRA",
                 device=device,
                 dtype=dtype,
             )
-    return Plan(settings, rounds=2 if quick else 3, largest=2 if quick else 64)
+    return Plan(settings, rounds=2 if quick else rounds, largest=2 if quick else largest)
 
 
 class Floor:
@@ -401,11 +401,11 @@ def plot(results: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(assets: Path, output: Path, gpu: bool, quick: bool) -> None:
+def main(assets: Path, output: Path, gpu: bool, quick: bool, **options) -> None:
     report = header()
     quiet()
     with tempfile.TemporaryDirectory() as folder:
-        plan = gpu_plan(assets, quick) if gpu else cpu_plan(assets, Path(folder), quick)
+        plan = gpu_plan(assets, quick, **options) if gpu else cpu_plan(assets, Path(folder), quick)
         shapes = next(iter(plan.settings.values())).shapes
         report |= {"rounds": plan.rounds, "shapes": {"student": shapes[0], "teacher": shapes[1]}}
         report["results"] = {
@@ -420,10 +420,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    on_gpu = parser.add_argument_group("on the GPU")
+    on_gpu.add_argument("--lengths", type=int, nargs="+", default=[2_048, 8_192], help="new tokens")
+    on_gpu.add_argument("--trained", nargs="+", choices=("LoRA", "full"), default=["LoRA", "full"])
+    on_gpu.add_argument("--rounds", type=int, default=3)
+    on_gpu.add_argument("--largest", type=int, default=64, help="prompts in a micro-batch tried at most")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     assets = assets_folder(parser)
     if arguments.gpu and not (arguments.quick or torch.cuda.is_available()):
         parser.error("--gpu: there is none")
     output = arguments.output or RESULTS / ("step_gpu.json" if arguments.gpu else "step.json")
-    main(assets, output, arguments.gpu, arguments.quick)
+    options = {name: getattr(arguments, name) for name in ("lengths", "trained", "rounds", "largest")}
+    main(assets, output, arguments.gpu, arguments.quick, **options)
