@@ -2,7 +2,9 @@
 
 import functools
 import os
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,14 @@ def real_tokenizer(assets: Path) -> Callable[[str], Any]:
     return functools.cache(lambda name: AutoTokenizer.from_pretrained(assets / "tokenizers" / name))
 
 
-@pytest.fixture
-def build(tmp_path):
-    """A trainer of toy models on the CPU; keyword arguments are settings, or arguments of the trainer."""
+@pytest.fixture(scope="session")
+def build_in():
+    """`build_in(folder)` is `build` with its output there."""
     from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
     from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 
-    def build(model=None, teacher=None, dataset=None, **settings):
+    def build(folder, model=None, teacher=None, dataset=None, **settings):
         arguments = {
             name: settings.pop(name)
             for name in ("peft_config", "eval_dataset", "callbacks", "optimizers")
@@ -44,7 +46,7 @@ def build(tmp_path):
             "teacher_processing_class": settings.pop("teacher_processing_class", None) or teacher_tokenizer(),
         }
         settings = {
-            "output_dir": str(tmp_path / "run"),
+            "output_dir": str(folder / "run"),
             "bf16": False,
             "gradient_checkpointing": False,
             "use_cpu": True,
@@ -68,4 +70,53 @@ def build(tmp_path):
             **arguments,
         )
 
-    return build
+    return lambda folder: partial(build, folder)
+
+
+@pytest.fixture
+def build(build_in, tmp_path):
+    """A trainer of toy models on the CPU; keyword arguments are settings, or arguments of the trainer."""
+    return build_in(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium, driven by Playwright."""
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("needs a browser: there is no chromium on the PATH (apt-get install chromium)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser's driver: pip install playwright")
+    quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=executable,
+            args=["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """`open_page(file)` opens it from disk; what the page asks for, logs or pops up is in `page.seen`. By the end of the
+    test it must have been nothing but the page itself."""
+    pages = []
+
+    def open_page(file: Path, width: int = 1000, scheme: str = "light"):
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=scheme, has_touch=width < 500
+        )
+        page = context.new_page()
+        page.seen, page.address = [], file.as_uri()
+        page.on("request", lambda request: page.seen.append(request.url))
+        page.on("console", lambda message: page.seen.append(message.text))
+        page.on("pageerror", lambda error: page.seen.append(str(error)))
+        page.on("dialog", lambda dialog: page.seen.append(dialog.message))
+        page.goto(file.as_uri())
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        assert page.seen == [page.address]
+        page.context.close()

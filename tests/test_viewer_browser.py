@@ -1,10 +1,10 @@
 """The viewer in a real browser, Debian's Chromium: what a person sees, points at and tabs through."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
+from browsing import lowest_contrast
 from tokenizers_for_tests import byte_level, metaspace_bpe, word_piece
 from toys import student_tokenizer, teacher_tokenizer
 
@@ -37,51 +37,19 @@ def scored(alignment, **settings) -> ScoredRollout:
     return ScoredRollout.from_log_probs(alignment, student, teacher, **settings)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("needs a browser: there is no chromium on the PATH (apt-get install chromium)")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser's driver: pip install playwright")
-    quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=executable,
-            args=["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)],
-        )
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def visit(browser, tmp_path):
-    """`visit(shown)` opens its page from disk; what the page asks for, logs or pops up is in `page.seen`. By the end of
-    the test it must have been nothing but the page itself."""
-    pages = []
+def visit(open_page, tmp_path):
+    """`visit(shown)` opens its page, or one of your own."""
 
-    def visit(shown, width: int = 1000, scheme: str = "light", html: str | None = None):
-        file = tmp_path / f"{len(pages)}.html"
+    def visit(shown, html: str | None = None, **screen):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.html"
         if html is None:
             shown.to_html(file)
         else:
             file.write_text(html, encoding="utf-8")
-        context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=scheme, has_touch=width < 500
-        )
-        page = context.new_page()
-        page.seen, page.address = [], file.as_uri()
-        page.on("request", lambda request: page.seen.append(request.url))
-        page.on("console", lambda message: page.seen.append(message.text))
-        page.on("pageerror", lambda error: page.seen.append(str(error)))
-        page.on("dialog", lambda dialog: page.seen.append(dialog.message))
-        page.goto(file.as_uri())
-        pages.append(page)
-        return page
+        return open_page(file, **screen)
 
-    yield visit
-    for page in pages:
-        assert page.seen == [page.address]
-        page.context.close()
+    return visit
 
 
 def shown_boxes(page) -> list[str]:
@@ -183,34 +151,12 @@ def test_a_hostile_completion_stays_text(visit):
         assert "\u202e" not in page.content()
 
 
-CONTRAST = """
-() => {
-  const canvas = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
-  const pixel = (under, over) => {
-    canvas.fillStyle = under; canvas.fillRect(0, 0, 1, 1);
-    canvas.fillStyle = over; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
-  };
-  const light = rgb => {
-    const [r, g, b] = rgb.map(c => c / 255).map(c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
-    return .2126 * r + .7152 * g + .0722 * b;
-  };
-  const page = getComputedStyle(document.querySelector('.ctopd')).backgroundColor;
-  return [...document.querySelectorAll('.t, .note, .x, .facts, .legend, summary')].map(element => {
-    const style = getComputedStyle(element);
-    const [a, b] = [light(pixel(page, style.backgroundColor)), light(pixel(page, style.color))];
-    return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-  });
-}
-"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_has_the_contrast_that_reading_takes_in_light_and_in_dark(visit, scheme):
     shown = scored(aligned(SENTENCE))
     assert shown.advantages.max() > 5 and shown.advantages.min() < -5  # noqa: PT018
     page = visit(shown, scheme=scheme)
-    assert min(page.evaluate(CONTRAST)) >= 4.5
+    assert lowest_contrast(page) >= 4.5
     channels = re.findall(r"\d+", page.locator(".ctopd").evaluate("e => getComputedStyle(e).backgroundColor"))
     assert (int(channels[0]) > 128) == (scheme == "light")
 
@@ -272,6 +218,8 @@ def test_several_stand_on_one_page_with_one_stylesheet(visit):
     page.locator(".ctopd").nth(2).locator(".student .t").first.hover()
     [text] = shown_boxes(page)
     assert figures_of(first, 0)[0] in text
+    page.locator(".ctopd").nth(0).locator(".student .t").nth(1).focus()  # in another one: the pointer wins there too
+    assert shown_boxes(page) == [text]
 
 
 def test_the_file_is_one_and_whole(tmp_path):

@@ -32,7 +32,7 @@ _HIGHLIGHTED = 24  # tokens of a chunk whose row in the box is marked while they
 
 @cache
 def stylesheet() -> str:
-    """The CSS of all fragments; every rule is about `.ctopd` alone."""
+    """The CSS of all fragments; every rule is about what is in a `.ctopd` alone."""
     css = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
     pointed = ",".join(
         f".ctopd .c:has(.{side}>.t:nth-child({n}):is(:hover,:focus)) .of-{side}:nth-child({n} of .of-{side})"
