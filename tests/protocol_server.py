@@ -1,7 +1,7 @@
 """A small server of vLLM's completions protocol over a transformers model: real sockets, and faults on demand.
 
 It knows what a teacher's client needs of `vllm serve`: `GET /v1/models`, `POST /v1/completions` with `prompt` (text or token
-ids), `prompt_logprobs`, `add_special_tokens`, `return_token_ids` and an API key. It writes no text.
+ids), `prompt_logprobs`, `add_special_tokens`, `return_token_ids`, `n` and an API key. It writes one token.
 """
 
 import contextlib
@@ -20,6 +20,11 @@ STATUS_FAULTS = {
 }  # fmt: skip
 
 
+class _HTTPServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # connections that come at the same time
+
+
 class ProtocolServer:
     """
     Serves `model` from the moment it is built until `close`, on `port` or one of its own choice.
@@ -27,7 +32,7 @@ class ProtocolServer:
     `fault(n, payload)` names what goes wrong with the n-th scoring request (counted from 0), or None: a key of
     `STATUS_FAULTS`, "drop" (the connection, unanswered), "break" (it, half-way through the answer), "truncate" (the JSON),
     "short" (one score too few), "shift" (each id is its neighbour's), "nan", "positive", "zero" (a probability), "delay".
-    A list names those of the first requests.
+    A list names those of the first requests. `shift` is added to every log-prob.
     """
 
     def __init__(
@@ -41,6 +46,8 @@ class ProtocolServer:
         max_model_len: int | None = 256,
         api_key: str | None = None,
         scores: str = "raw_logprobs",
+        shift: float = 0.0,
+        tells_ids: bool = True,
         others: Iterable[str] = (),
         fault: Callable[[int, dict], str | None] | list[str | None] | None = None,
         delay: float = 0.2,
@@ -48,13 +55,13 @@ class ProtocolServer:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.name, self.root, self.max_model_len = name, root or name, max_model_len
         self.api_key, self.scores, self.others, self.delay = api_key, scores, tuple(others), delay
+        self.shift, self.tells_ids = shift, tells_ids
         self.requests: list[dict] = []  # the payloads
         self.connections = 0
         self.most_in_flight = self._in_flight = 0
         self._compute, self._count = threading.Lock(), threading.Lock()
         self.fault_from_now_on(fault)
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
-        self._http.daemon_threads = True
+        self._http = _HTTPServer(("127.0.0.1", port), self._handler())
         self._open: set = set()
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -94,10 +101,13 @@ class ProtocolServer:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, add_special_tokens=payload.get("add_special_tokens", True))
         with self._compute:
-            logits = self.model(input_ids=torch.tensor([prompt])).logits[0, :-1].float()
+            *logits, last = self.model(input_ids=torch.tensor([prompt])).logits[0].float()
+        if payload["prompt_logprobs"] is None:
+            return self._written(last, payload)
+        logits = torch.stack(logits)
         if self.scores == "processed_logprobs":
             logits = logits / payload.get("temperature", 1.0)
-        values = logits if self.scores == "raw_logits" else logits.log_softmax(-1)
+        values = logits if self.scores == "raw_logits" else logits.log_softmax(-1) + self.shift
         entries = [None]
         for row, token in zip(values, prompt[1:], strict=True):
             top = row.topk(payload["prompt_logprobs"]).indices.tolist()
@@ -106,6 +116,15 @@ class ProtocolServer:
         if payload.get("return_token_ids"):
             choice["prompt_token_ids"] = prompt
         return {"object": "text_completion", "model": self.name, "choices": [choice]}
+
+    def _written(self, logits: torch.Tensor, payload: dict) -> dict:
+        draws = torch.Generator().manual_seed(0)
+        probabilities = (logits / payload["temperature"]).softmax(-1)
+        ids = probabilities.multinomial(payload["n"], replacement=True, generator=draws).tolist()
+        choices = [
+            {"index": n, "text": "", "token_ids": [token] if self.tells_ids else None} for n, token in enumerate(ids)
+        ]
+        return {"object": "text_completion", "model": self.name, "choices": choices}
 
     def _handler(self):
         server = self
@@ -156,7 +175,8 @@ class ProtocolServer:
                     if fault == "delay":
                         time.sleep(server.delay)
                     answer = server.answer(payload)
-                    _spoil(answer["choices"][0]["prompt_logprobs"], fault)
+                    if payload["prompt_logprobs"] is not None:
+                        _spoil(answer["choices"][0]["prompt_logprobs"], fault)
                     text = json.dumps(answer)
                     if fault == "break":
                         self._send(200, text, cut=True)

@@ -29,6 +29,7 @@ FIXED = {
     "uneven": {"rows": 21, "batch": 8, **SGD},
     "few": {"rows": 3, "batch": 4, **SGD},
     "nothing": {"batch": 8, "blank": True, **SGD},
+    "remote": {"batch": 8, "served": True, **SGD},
 }
 WRITTEN = {
     "written": {"batch": 4, "lmbda": 0.5, "accumulation": 2, "gradient_checkpointing": True, **CLIPPED},
@@ -50,13 +51,23 @@ def save_models(folder: Path):
 
 
 def build(
-    folder: Path, *, batch, processes=1, accumulation=1, lora=False, rows=24, blank=False, fixed=False, **settings
+    folder: Path,
+    *,
+    batch,
+    processes=1,
+    accumulation=1,
+    lora=False,
+    rows=24,
+    blank=False,
+    fixed=False,
+    served=False,
+    **settings,
 ):
     torch.manual_seed(0)
     adapter = LoraConfig(r=4, target_modules="all-linear") if lora else None
     trainer = CrossTokenizerGKDTrainer(
         str(folder.parent / ("tied-student" if lora else "student")),
-        str(folder.parent / "teacher"),
+        (folder.parent / "url").read_text() if served else str(folder.parent / "teacher"),
         CrossTokenizerGKDConfig(
             str(folder),
             **{
@@ -111,8 +122,6 @@ def local_elements(model) -> int:
 def run(folder: Path, name: str, processes: int = 1) -> dict:
     trainer = build(folder / name, processes=processes, fixed=name in FIXED, **CASES[name])
     draws = trainer._lmbda_draws(4)
-    teacher = trainer.teacher.model
-    whole = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in teacher.parameters())
     trainer.train()
     found = {
         "num_processes": trainer.accelerator.num_processes,
@@ -120,11 +129,13 @@ def run(folder: Path, name: str, processes: int = 1) -> dict:
         "wrapper": type(trainer.model_wrapped).__name__,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "draws": draws,
-        "teacher": type(teacher).__name__,
-        "teacher_share": local_elements(teacher) / whole,
-        "teacher_learns": any(p.requires_grad or p.grad is not None for p in teacher.parameters()),
         "evaluated": trainer.evaluate(),
     }
+    if not CASES[name].get("served"):
+        teacher = trainer.teacher.model
+        whole = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in teacher.parameters())
+        found["teacher_share"] = local_elements(teacher) / whole
+        found["teacher_learns"] = any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     trainer.save_model(str(folder / name))
     trainer.accelerator.wait_for_everyone()
     return found

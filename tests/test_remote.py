@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from protocol_server import ProtocolServer
 from toys import SGD, fix_rollouts, prompts, step_of, student_tokenizer, teacher_model, teacher_tokenizer, weights
 
@@ -172,8 +173,33 @@ def test_a_step_of_wrong_answers_alone_is_an_error(serve, fault):
     server = serve()
     teacher = connect(server.url)
     server.fault_from_now_on(lambda n, payload: fault)
-    with pytest.raises(TeacherServerError, match="None of the 8 completions of this step could be scored"):
+    with pytest.raises(TeacherServerError, match="None of the last 8 completions could be scored"):
         scores(teacher)
+
+
+def test_one_text_that_no_server_scores_is_no_error_and_eight_in_a_row_are(serve):
+    server = serve()
+    teacher = connect(server.url)
+    server.fault_from_now_on(lambda n, payload: "nan" if payload["prompt"] != teacher._probe_ids else None)
+    for _ in range(2):
+        for _ in range(7):
+            assert scores(teacher, rows=1)[0].isnan().all()
+        plan, server._fault = server._fault, lambda n, payload: None
+        assert not scores(teacher, rows=1)[0].isnan().any()
+        server._fault = plan
+    for _ in range(7):
+        scores(teacher, rows=1)
+    with pytest.raises(TeacherServerError, match="None of the last 8 completions could be scored.*log-prob nan"):
+        scores(teacher, rows=1)
+
+
+def test_where_no_text_of_a_step_is_scored_the_servers_are_asked_who_they_are(serve):
+    server = serve()
+    teacher = connect(server.url)
+    server.model = teacher_model(seed=7, **SHARP).eval()
+    server.fault_from_now_on(["nan"])
+    with pytest.raises(TeacherServerError, match="another model than was found at the start"):
+        scores(teacher, rows=1)
 
 
 def test_a_zero_probability_is_minus_infinity_at_its_token_alone(serve, right):
@@ -306,6 +332,34 @@ def test_scores_that_are_no_raw_log_probs_are_refused(serve, kind, message):
         connect(serve(scores=kind).url)
 
 
+@pytest.mark.parametrize("shift", [-0.7, -3.0])
+def test_scores_that_sum_to_less_than_what_is_drawn_are_refused(serve, shift):
+    server = serve(teacher_model(initializer_range=1.0), shift=shift)
+    with pytest.raises(ValueError, match="are none: by them, .*--logprobs-mode raw_logprobs"):
+        connect(server.url)
+
+
+def test_scores_that_are_never_above_0_but_sum_to_more_than_1_are_refused(serve):
+    server = serve()
+    answer = server.answer
+
+    def raised(payload):
+        given = answer(payload)
+        for entry in given["choices"][0].get("prompt_logprobs", [])[1:]:
+            for score in entry.values():
+                score["logprob"] = min(score["logprob"] + 4, 0)
+        return given
+
+    server.answer = raised
+    with pytest.raises(ValueError, match="are none: by them, .*--logprobs-mode raw_logprobs"):
+        connect(server.url)
+
+
+def test_a_server_that_tells_no_ids_of_what_it_draws_is_taken_with_a_warning(serve, right, caplog):
+    assert_right(scores(connect(serve(tells_ids=False).url)), right)
+    assert "whether they come as often as its log-probs say is not checked" in caplog.text
+
+
 def test_servers_with_unlike_models_are_refused(serve):
     urls = serve().url, serve(teacher_model(seed=7, **SHARP)).url
     with pytest.raises(ValueError, match="another model than was found at the start"):
@@ -420,6 +474,54 @@ def test_completions_are_used_again_with_the_scores_they_have_and_kept_in_a_chec
     resumed = fix_rollouts(build(teacher=server.url, **settings))
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     torch.testing.assert_close(weights(resumed), weights(trainer), rtol=0, atol=1e-6)
+
+
+def one_long_prompt():
+    """Eight rows, the third of them longer for the teacher than the probe, by far the longest."""
+    rows = prompts(8).to_list()
+    rows[2]["prompt"][0]["content"] += " and two" * 40
+    return Dataset.from_list(rows)
+
+
+def longest_prompt(trainer) -> int:
+    return max(map(len, trainer.train_dataset["teacher_prompt_ids"]))
+
+
+def test_a_prompt_that_leaves_no_room_for_a_completion_is_refused_with_its_row(build, serve):
+    longest = longest_prompt(build(dataset=one_long_prompt()))
+    build(teacher=serve(max_model_len=longest + 2).url, dataset=one_long_prompt())
+    with pytest.raises(
+        ValueError,
+        match=rf"Row 2 of the train dataset: its prompt has {longest} tokens for the teacher, whose server takes {longest} "
+        r"with the completion \(1 such rows of 8\).*--max-model-len",
+    ):
+        build(teacher=serve(max_model_len=longest + 1).url, dataset=one_long_prompt())
+
+
+def test_a_completion_beyond_the_servers_context_is_warned_of_left_out_and_counted(build, serve, caplog):
+    longest = longest_prompt(build(dataset=one_long_prompt()))
+    trainer = fix_rollouts(
+        build(
+            teacher=serve(max_model_len=longest + 8).url,
+            dataset=one_long_prompt(),
+            per_device_train_batch_size=8,
+            **SGD,
+        )
+    )
+    assert f"has {longest} tokens for the teacher, whose server takes {longest + 7} with the completion" in caplog.text
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["alignment/teacher_context_exceeded_fraction"] == 1 / 8
+    assert log["teacher/failed_fraction"] == 0
+
+
+def test_a_text_that_is_too_long_for_a_server_that_does_not_say_so_is_left_out_and_counted(build, serve):
+    longest = longest_prompt(build(dataset=one_long_prompt()))
+    server = serve(max_model_len=None)
+    trainer = fix_rollouts(build(teacher=server.url, dataset=one_long_prompt(), per_device_train_batch_size=8, **SGD))
+    server.max_model_len = longest + 8
+    trainer.train()
+    assert trainer.state.log_history[0]["teacher/failed_fraction"] == 1 / 8
 
 
 def test_evaluation_reads_at_the_server_too(build, serve):

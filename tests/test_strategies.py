@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from protocol_server import ProtocolServer
 from safetensors.torch import load_file
 from strategies_run import CASES, FIXED, WRITTEN, run, save_models
+from toys import teacher_model, teacher_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -25,7 +27,7 @@ KINDS = {
 }
 SHARDED = ("zero3", "fsdp2")
 QUICK = {
-    "ddp": ["distributions", "reused", "nothing", "written"],
+    "ddp": ["distributions", "reused", "nothing", "remote", "written"],
     "zero2": ["full", "few"],
     "zero3": ["full-accumulated", "uneven", "written-lora"],
     "fsdp2": ["lora-accumulated", "distributions", "written"],
@@ -48,21 +50,36 @@ def launch(strategy: str, folder: Path, names: list[str]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def served():
+    """A teacher's server that fails for some of the rows, the same in every run."""
+    tokenizer = teacher_tokenizer()
+    opening = tokenizer.convert_tokens_to_ids("<|user|>")
+
+    def fault(number, payload):
+        return "nan" if payload["prompt"][0] == opening and sum(payload["prompt"]) % 4 == 0 else None
+
+    with ProtocolServer(teacher_model(), tokenizer, fault=fault) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, served):
     """`alone(case)` is what one process alone finds, and the folder of the student it trained."""
     folder = tmp_path_factory.mktemp("alone")
     save_models(folder)
+    (folder / "url").write_text(served.url)
     return functools.cache(lambda name: (run(folder, name), folder / name))
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
+def together(tmp_path_factory, served):
     """`together(strategy, case)` is what each of two processes finds, and the folder of the student they trained."""
 
     @functools.cache
     def launched(strategy, quick):
         folder = tmp_path_factory.mktemp(strategy)
         save_models(folder)
+        (folder / "url").write_text(served.url)
         names = [name for name in CASES if (name in QUICK[strategy]) == quick]
         return launch(strategy, folder, names), folder
 
@@ -122,7 +139,13 @@ def test_both_processes_log_the_same_figures_and_draw_the_same_lots(strategy, na
     }
 
 
-@pytest.mark.parametrize(("strategy", "name"), cases(CASES))
+@pytest.mark.parametrize(("strategy", "name"), cases(["remote"]))
+def test_rows_that_a_server_fails_to_score_are_counted_over_both_processes(strategy, name, together):
+    for rank in together(strategy, name)[0]:
+        assert 0 < sum(entry["teacher/failed_fraction"] for entry in rank["log"]) / 3 < 1
+
+
+@pytest.mark.parametrize(("strategy", "name"), cases([name for name in CASES if name != "remote"]))
 def test_the_teacher_is_shared_out_where_the_student_is_and_learns_nothing(strategy, name, together):
     for rank in together(strategy, name)[0]:
         assert rank["teacher_share"] == pytest.approx(0.5 if strategy in SHARDED else 1, abs=0.01)

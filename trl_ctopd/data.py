@@ -2,12 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
 from torch.utils.data import Sampler
 
 from .chat import Speaker, read_example
 from .rollouts import Prompt
 
+
+logger = get_logger(__name__)
 
 COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids", "teacher"]
 
@@ -53,6 +59,34 @@ def render_row(
             f"leave room for {longest_prompt}. Filter such rows out, lower max_new_tokens or raise max_length."
         )
     return dict(zip(COLUMNS, (prompt_ids, teacher_prompt_ids, reference_ids, name), strict=True))
+
+
+def check_room(dataset: Dataset, contexts: Mapping[str, int], max_new_tokens: int, dataset_name: str):
+    """
+    Warns where a completion of a rendered `dataset` may be too long for its teacher's context, `contexts` tokens by name.
+    How many of a teacher's tokens a completion has is known once it is written.
+
+    Raises `ValueError` for prompts that leave no room for any.
+    """
+    columns = dataset.select_columns(["teacher_prompt_ids", "teacher"]).with_format("arrow")[:]
+    lengths = pc.list_value_length(columns["teacher_prompt_ids"]).to_numpy()
+    names = columns["teacher"].to_numpy()
+    for name, context in contexts.items():
+        rows = np.flatnonzero(names == name)
+        whose = f"the teacher {name!r}" if name else "the teacher"
+        if len(full := rows[lengths[rows] >= context]):
+            raise ValueError(
+                f"Row {full[0]} of the {dataset_name} dataset: its prompt has {lengths[full[0]]} tokens for {whose}, whose "
+                f"server takes {context} with the completion ({len(full)} such rows of {len(rows)}). Filter them out, or start "
+                "the server with a larger `--max-model-len`."
+            )
+        if len(rows) and (longest := lengths[rows].max()) + max_new_tokens > context:
+            logger.warning(
+                f"The longest prompt of the {dataset_name} dataset has {longest} tokens for {whose}, whose server takes "
+                f"{context} with the completion: of completions of max_new_tokens={max_new_tokens} student tokens, some may be "
+                "too long, and would take no part (alignment/teacher_context_exceeded_fraction counts them). Start the server "
+                "with a larger `--max-model-len`, or lower max_new_tokens."
+            )
 
 
 def collate_prompts(rows: list[dict]) -> dict:

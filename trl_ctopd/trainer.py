@@ -242,7 +242,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         if isinstance(dataset, Dataset):
             options = {"num_proc": args.dataset_num_proc, "desc": f"Rendering {dataset_name} dataset for both models"}
         with args.main_process_first(local=True, desc="dataset rendering"):
-            return dataset.map(
+            rendered = dataset.map(
                 data.render_row,
                 with_indices=True,
                 fn_kwargs={
@@ -257,6 +257,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 remove_columns=dataset.column_names or list(next(iter(dataset))),
                 **options,
             )
+        if isinstance(rendered, Dataset):
+            data.check_room(rendered, self.panel.contexts_of_servers, args.max_new_tokens, dataset_name)
+        return rendered
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = data.COLUMNS

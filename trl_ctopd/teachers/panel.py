@@ -145,6 +145,12 @@ class Panel:
         return min((seat.context for seat in self.seats.values() if seat.context is not None), default=None)
 
     @property
+    def contexts_of_servers(self) -> dict[str, int]:
+        """By name, those that are known."""
+        remote = {name: seat.context for name, seat in self.seats.items() if seat.remote}
+        return {name: context for name, context in remote.items() if context is not None}
+
+    @property
     def sides(self) -> dict[str, Speaker]:
         return {name: seat.side for name, seat in self.seats.items()}
 
@@ -184,6 +190,7 @@ class Panel:
     def read(self, rollouts: Sequence[Rollout], with_hidden: bool) -> "Readings":
         """Each teacher reads its rows; a server's scores may still be on their way when this comes back."""
         readings = Readings(self._device, any(seat.remote for seat in self.seats.values()))
+        readings.fillers = {row for row, rollout in enumerate(rollouts) if rollout.prompt.filler}
         for name, seat in sorted(self.seats.items(), key=lambda named: not named[1].remote):
             rows = [row for row, rollout in enumerate(rollouts) if rollout.prompt.teacher == name]
             texts = [rollouts[row].teacher_prompt_ids for row in rows], [rollouts[row].teacher_ids for row in rows]
@@ -209,6 +216,7 @@ class Readings:
         self.found: dict[int, torch.Tensor] = {}
         self.awaited: dict[int, tuple[RemoteScores, int]] = {}
         self.hidden: dict[int, torch.Tensor] = {}
+        self.fillers: set[int] = set()
 
     def log_probs(self, rows: Sequence[int], length: int) -> "torch.Tensor | Awaited":
         """(len(rows), `length`) log-probs of these rows, 0 past their ends: now, or once a server has them."""
@@ -222,10 +230,11 @@ class Readings:
         scores, place = self.awaited[row]
         return scores.row(place).to(self._device)
 
-    def failed(self, rows: Sequence[int]) -> int:
-        """How many of `rows`, which have been waited for, no server could score."""
+    def failed(self, rows: Sequence[int]) -> tuple[int, int]:
+        """How many of `rows`, which have been waited for, no server could score, and how many they are, without those that
+        only fill a batch up."""
         places = [self.awaited[row] for row in rows if row in self.awaited]
-        return sum(scores.failed(place) for scores, place in places)
+        return sum(scores.failed(place) for scores, place in places), len(set(rows) - self.fillers)
 
 
 class Awaited:
@@ -241,7 +250,7 @@ class Awaited:
 
     @property
     def metrics(self) -> Metrics:
-        return {"teacher/failed_fraction": (self._readings.failed(self._rows), len(self._rows))}
+        return {"teacher/failed_fraction": self._readings.failed(self._rows)}
 
 
 def settled(batch: dict) -> dict:

@@ -3,19 +3,19 @@
 
 Decisions
 - One request a completion, many at a time. The server is asked for the log-prob of each token it was sent, for those of no
-  others (some releases of vLLM end with an error when they come to name a row past the tokenizer), and for a single new
-  token, the fewest it writes. Results come in the order of the rows.
+  others (vLLM 0.32 ends when it comes to name a row past the tokenizer), and for a single new token, the fewest it writes.
+  Results come in the order of the rows.
 - Nothing is believed unchecked. At the start: one model, by name; the same token ids as the tokenizer's for a probe text,
-  special tokens included, and up to the tokenizer's highest id; log-probs that are log-probs, and the same at any sampling
-  temperature. In each answer: the model's name, the length, the ids sent, numbers at most 0.
+  special tokens included, and up to the tokenizer's highest id; log-probs that are at most 0, the same at any sampling
+  temperature, and of tokens that are drawn as often as they say. In each answer: the model's name, the length, the ids sent,
+  numbers at most 0.
 - An answer that fails its check, or a request that the server refuses as such, costs its row alone: NaN, so that the row
-  takes no part, and it is counted. If that is so for all rows of a step, it is an error.
+  takes no part, and it is counted. If that is so for all rows of a step, or of several small ones, it is an error.
 - A step ends with the probe, at every server that answered: one that has another model by now is an error before that
   step's update. A server that was gone has to pass the same probe before it gets work again.
 - A zero probability is -inf, vLLM's -9999 too; its chunk is neutralised, as with a teacher in this process.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
@@ -23,6 +23,8 @@ from threading import Lock
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from . import answers
+from .answers import AnswerError
 from .servers import RequestRefusedError, Server, Servers, TeacherServerError, logger
 
 
@@ -30,13 +32,9 @@ PROBE = (
     "The quick brown fox, 1234.5 times: «où est l'élève ?» Съешь ещё. 敏捷的棕色狐狸。\n\tdef f(x): return x ** 2  # 🙂"
 )
 _SAME_MODEL = 0.2  # nats a token, in the mean over the probe; the noise of half precision stays below
-_FLOOR = -100.0  # in comparisons
-_ZERO_PROBABILITY = -9999.0  # vLLM's stand-in for -inf
-_ROUNDING = 1e-3
-
-
-class AnswerError(Exception):
-    """An answer that is no score of what was asked."""
+COUNT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17,"  # what comes next leaves little doubt
+_DRAWS = (16, 64)  # tokens drawn to be scored, and to be counted
+_SYSTEMATIC = 8  # completions in a row without a score: no matter of their texts
 
 
 class RemoteTeacher:
@@ -61,6 +59,7 @@ class RemoteTeacher:
         self._pool = ThreadPoolExecutor(servers.concurrency, thread_name_prefix="teacher")
         self._probe_ids: list[int] = []
         self._probe_scores: torch.Tensor | None = None
+        self._unscored = 0  # completions since the last step with one that was scored
         self.name, self.root, self.context = "", "", None
         servers.each(lambda server: self._meet(server, model))
 
@@ -107,6 +106,7 @@ class RemoteTeacher:
             try:
                 self._check_ids(server, tokenizer, text, expected)
                 self._check_scores(server)
+                self._check_draws(server, tokenizer.encode(COUNT, add_special_tokens=False))
                 scores = self._probe(server)
             except (AnswerError, RequestRefusedError) as error:
                 raise ValueError(f"The teacher's server {server.url} cannot score a probe text: {error}") from error
@@ -121,9 +121,9 @@ class RemoteTeacher:
         answer = self._servers.send(
             server, "POST", "/v1/completions", self._payload(text, add_special_tokens=False, return_token_ids=True)
         )
-        found = _choice(answer).get("prompt_token_ids")
+        found = answers.choice(answer).get("prompt_token_ids")
         if found is None:  # an older server: the first token has no score, and so no id
-            found = expected[:1] + [int(key) for entry in _entries(answer)[1:] for key in entry]
+            found = expected[:1] + [int(key) for entry in answers.entries(answer)[1:] for key in entry]
         if found != expected:
             place = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
             place = min(len(found), len(expected)) if place is None else place
@@ -137,16 +137,45 @@ class RemoteTeacher:
     def _check_scores(self, server: Server):
         """Only log-probs are never above 0, and only raw ones stay what they are under other sampling settings."""
         one, other = (self._probe(server, temperature=temperature) for temperature in (1.0, 2.0))
-        if not _distance(one, other) <= _SAME_MODEL:
+        if not answers.distance(one, other) <= _SAME_MODEL:
             raise ValueError(
                 f"The log-probs of the teacher's server {server.url} change with the sampling temperature: start it with "
                 "`--logprobs-mode raw_logprobs`."
             )
 
+    def _check_draws(self, server: Server, prompt: list[int]):
+        """
+        Of tokens that the server draws after `prompt`, some are scored, and the others are among them as often as the scores
+        say: it draws from what it scores with, and this sums to 1.
+        """
+        payload = self._payload(prompt, n=sum(_DRAWS), return_token_ids=True, prompt_logprobs=None)
+        # no seed: vLLM 0.32 on a CPU ends when it is given one
+        uncut = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        ids = answers.drawn(self._servers.send(server, "POST", "/v1/completions", payload | uncut))
+        if ids is None or len(ids) != sum(_DRAWS):
+            logger.warning(
+                f"The teacher's server {server.url} does not tell the ids of tokens that it draws: whether they come as often "
+                "as its log-probs say is not checked."
+            )
+            return
+        named = {token for token in ids[: _DRAWS[0]] if token <= self._probe_ids[-1]}
+        sums = self._pool.map(lambda token: self._read(server, [*prompt, token], len(prompt)).exp().sum().item(), named)
+        probability, hits = sum(sums), sum(token in named for token in ids[_DRAWS[0] :])
+        if not answers.come_as_often(hits, _DRAWS[1], probability):
+            raise ValueError(
+                f"The log-probs of the teacher's server {server.url} are none: by them, {_DRAWS[1] * probability:.3g} of "
+                f"{_DRAWS[1]} tokens that it draws should be of a kind that {hits} are. Start it with "
+                "`--logprobs-mode raw_logprobs`."
+            )
+
     def _probe(self, server: Server, **settings) -> torch.Tensor:
-        payload = self._payload(self._probe_ids, **settings)
-        answer = self._servers.send(server, "POST", "/v1/completions", payload)
-        return self._scores(answer, self._probe_ids, 1)
+        return self._read(server, self._probe_ids, 1, **settings)
+
+    def _read(self, server: Server, ids: list[int], first: int, **settings) -> torch.Tensor:
+        """The log-probs of `ids[first:]`, in one try."""
+        return self._scores(
+            self._servers.send(server, "POST", "/v1/completions", self._payload(ids, **settings)), ids, first
+        )
 
     def _confirm(self, server: Server):
         try:
@@ -155,7 +184,7 @@ class RemoteTeacher:
             raise TeacherServerError(f"The teacher's server {server.url} cannot score a probe text: {error}") from error
 
     def _compare(self, server: Server, scores: torch.Tensor, error: type[Exception]):
-        difference = _distance(scores, self._probe_scores)
+        difference = answers.distance(scores, self._probe_scores)
         if not difference <= _SAME_MODEL:
             raise error(
                 f"The teacher's server {server.url} serves another model than was found at the start: its log-probs of a "
@@ -180,8 +209,22 @@ class RemoteTeacher:
         """`task` on one of the threads that wait for the servers."""
         return self._pool.submit(task, *arguments)
 
-    def recheck(self, servers: Iterable[Server]):
-        """Raises `TeacherServerError` where one of them has another model by now."""
+    def end_step(self, servers: Iterable[Server], asked: int, reasons: Sequence[str]):
+        """
+        Of the completions `asked` for, `servers` have scored all but those that `reasons` are of.
+
+        Raises `TeacherServerError` where one of them has another model by now, and where it can no longer be a matter of
+        single texts that none is scored.
+        """
+        if reasons and len(reasons) == asked:
+            self._unscored += asked
+            if self._unscored >= _SYSTEMATIC:
+                raise TeacherServerError(
+                    f"None of the last {self._unscored} completions could be scored by the teacher; the last: {reasons[-1]}."
+                )
+            servers = self._servers.servers
+        elif asked:
+            self._unscored = 0
         for server in servers:
             self._servers.recheck(server)
 
@@ -192,17 +235,7 @@ class RemoteTeacher:
         """The log-probs of `ids[first:]`. Raises `AnswerError` where `answer` has others, or none."""
         if answer.get("model", self.name) != self.name:
             raise AnswerError(f"an answer of the model {answer['model']!r} instead of {self.name!r}")
-        entries = _entries(answer)
-        if len(entries) != len(ids):
-            raise AnswerError(f"{len(entries)} scores for {len(ids)} tokens")
-        values = []
-        for place in range(1, len(ids)):
-            entry = entries[place]
-            if not isinstance(entry, dict) or str(ids[place]) not in entry:
-                raise AnswerError(f"token {place} was {ids[place]}, and the answer scores {_keys(entry)}")
-            if place >= first:
-                values.append(_log_prob(entry[str(ids[place])], place))
-        return torch.tensor(values)
+        return answers.scores(answer, ids, first)
 
 
 class RemoteScores:
@@ -227,8 +260,7 @@ class RemoteScores:
         """
         Log-probs of that completion's tokens, NaN where it could not be scored; waits for them.
 
-        Raises `TeacherServerError` where no server answers, where one has another model by now, and where no row at all
-        could be scored.
+        Raises `TeacherServerError` where no server answers, and what ends the step raises (`RemoteTeacher.end_step`).
         """
         if row not in self._settled:
             try:
@@ -261,47 +293,8 @@ class RemoteScores:
 
     def _finish(self):
         try:
-            if self._reasons and len(self._reasons) == self._asked:
-                raise TeacherServerError(
-                    f"None of the {self._asked} completions of this step could be scored by the teacher; the first: "
-                    f"{next(iter(self._reasons.values()))}."
-                )
-            self._teacher.recheck(self._servers)
+            self._teacher.end_step(self._servers, self._asked, list(self._reasons.values()))
         except BaseException as error:
             self._end.set_exception(error)
         else:
             self._end.set_result(None)
-
-
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return (one.clamp(min=_FLOOR) - other.clamp(min=_FLOOR)).abs().mean().item()
-
-
-def _choice(answer: dict) -> dict:
-    choices = answer.get("choices")
-    if not (isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict)):
-        raise AnswerError("an answer without one choice")
-    return choices[0]
-
-
-def _entries(answer: dict) -> list[dict | None]:
-    """What is said of each token of the prompt, by id; nothing of the first."""
-    entries = _choice(answer).get("prompt_logprobs")
-    if not isinstance(entries, list):
-        raise AnswerError("an answer without `prompt_logprobs`")
-    return entries
-
-
-def _keys(entry: object) -> str:
-    return ", ".join(map(str, entry)) if isinstance(entry, dict) else repr(entry)
-
-
-def _log_prob(score: object, place: int) -> float:
-    value = score.get("logprob") if isinstance(score, dict) else None
-    if not isinstance(value, int | float) or math.isnan(value):
-        raise AnswerError(f"token {place} has the log-prob {value}")
-    if value > _ROUNDING:
-        raise AnswerError(
-            f"token {place} has the log-prob {value}, above 0: the server has to run with `--logprobs-mode raw_logprobs`"
-        )
-    return -math.inf if value <= _ZERO_PROBABILITY else min(float(value), 0.0)
