@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toys import fix_rollouts, student_tokenizer, teacher_model
+from toys import fix_rollouts, prompts, student_tokenizer, teacher_model
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from trl_ctopd.samples import Sample, Samples, show
@@ -56,7 +56,8 @@ def test_without_a_reader_nothing_is_kept(build, monkeypatch):
 
 
 def test_tensorboard_gets_every_figure_and_the_completions_as_a_table(build, tmp_path):
-    trainer = build(report_to="tensorboard", log_completions=True, max_steps=2)
+    evaluation = {"eval_dataset": prompts(4), "eval_strategy": "steps", "eval_steps": 2}
+    trainer = build(report_to="tensorboard", log_completions=True, max_steps=2, **evaluation)
     trainer.train()
     [events] = (tmp_path / "run").rglob("events.*")
     found = EventAccumulator(str(events)).Reload()
@@ -65,6 +66,7 @@ def test_tensorboard_gets_every_figure_and_the_completions_as_a_table(build, tmp
     )
     texts = found.Tensors("completions/text_summary")
     assert [text.step for text in texts] == [1, 2]
+    assert [text.step for text in found.Tensors("eval_completions/text_summary")] == [2]
     [table] = texts[0].tensor_proto.string_val
     head, _, *rows = table.decode().splitlines()
     assert head == "| prompt | completion | gap, nats/byte |"

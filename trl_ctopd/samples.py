@@ -105,8 +105,10 @@ def show(
     tokenizer: PreTrainedTokenizerBase,
     callbacks: Sequence[TrainerCallback],
     num_samples: int,
+    name: str = "completions",
 ) -> None:
-    """Prints samples as a table, and sends it to those of TensorBoard, wandb and trackio that `callbacks` report to."""
+    """Prints samples as a table, and sends it by `name` to those of TensorBoard, wandb and trackio that `callbacks` report
+    to."""
     step = samples[0].step
     columns = {
         "prompt": [sample.prompt for sample in samples],
@@ -117,11 +119,11 @@ def show(
     print_prompt_completions_sample(prompts, completions, {"gap, nats/byte": gap}, None, step, num_samples)
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_text("completions", _markdown(columns), step)
+            callback.tb_writer.add_text(name, _markdown(columns), step)
         elif isinstance(callback, WandbCallback | TrackioCallback):
             backend = importlib.import_module("wandb" if isinstance(callback, WandbCallback) else "trackio")
             table = pd.DataFrame({"step": step, **columns})
-            backend.log({"completions": backend.Table(dataframe=table)})
+            backend.log({name: backend.Table(dataframe=table)})
 
 
 def _markdown(columns: dict[str, list]) -> str:

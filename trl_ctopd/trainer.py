@@ -598,7 +598,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             step, tokenizer = self.state.global_step, self.processing_class
             samples = self._samples.take(step, tokenizer, self.align_completions)
             if samples and self.args.log_completions:
-                show(samples, tokenizer, self.callback_handler.callbacks, self.args.num_completions_to_print)
+                shown_by, rows = self.callback_handler.callbacks, self.args.num_completions_to_print
+                show(samples, tokenizer, shown_by, rows, f"{prefix}completions")
             for report in self._reports:
                 report.update(self, prefix, samples)
         self._samples.clear()
