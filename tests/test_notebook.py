@@ -19,7 +19,7 @@ def figures(tmp_path_factory) -> dict:
 
 def test_the_student_of_the_notebook_learns_the_capitals(figures):
     assert figures["before"] <= 0.4
-    assert figures["after"] >= 0.75  # the saved run has 0.94, three other draws had 1.0
+    assert figures["after"] >= 0.75  # the saved run has 1.0, another draw 0.83
     assert figures["merged"] >= 0.75
     assert figures["gaps"][-1] < 0.6 * figures["gaps"][0]
 
@@ -27,3 +27,8 @@ def test_the_student_of_the_notebook_learns_the_capitals(figures):
 def test_its_saved_outputs_are_whole(figures):
     check_saved("quickstart")
     assert shown(saved("quickstart"), "image/png")
+    alignment, progress, compared, report = shown(saved("quickstart"), "text/html")
+    assert 'class="ctopd"' in alignment
+    assert "Gap, nats/byte" in progress
+    assert all(title in compared for title in ("Student before", "Student now", "Teacher"))
+    assert report.startswith("<iframe srcdoc=") and "Latest sample, step 40" in report
