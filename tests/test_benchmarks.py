@@ -19,14 +19,16 @@ def run(assets: Path, output: Path, module: str, *options: str) -> dict:
         env={**os.environ, "CTOPD_ASSETS": str(assets), "HF_HOME": str(output.parent / "cache")},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert output.with_suffix(".png").stat().st_size > 10_000
     return json.loads(output.read_text())
 
 
-@pytest.mark.parametrize("options", [(), ("--gpu",)], ids=["on the CPU", "as on a GPU"])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--gpu",), marks=pytest.mark.slow)], ids=["on the CPU", "as on a GPU"]
+)
 def test_a_step_beside_golds_and_the_floor(assets, tmp_path, options):
     report = run(assets, tmp_path / "step.json", "step", *options)
     for result in report["results"].values():
@@ -35,6 +37,7 @@ def test_a_step_beside_golds_and_the_floor(assets, tmp_path, options):
         assert {"generation", "alignment", "teacher", "student", "loss"} <= set(result["sides"]["ours"]["phases"])
 
 
+@pytest.mark.slow
 def test_the_growth_of_a_step(assets, tmp_path):
     report = run(assets, tmp_path / "scaling.json", "scaling")
     for result in report["results"].values():

@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from demo import models, run, task, toy_tokenizers
 
 
+pytestmark = pytest.mark.slow
+
 STEPS, ROWS, HELD_OUT = 20, 64, 200
 DEMO, PIECES = "the demo's student", "a student of pieces"
 CASES = {

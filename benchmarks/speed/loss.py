@@ -202,8 +202,7 @@ def measure(where: Scene, text: list[int], lengths: list[int], names: list[str])
     methods: dict[str, Callable] = {name: lambda read, name=name: where.ours(name, read) for name in names}
     for name, settings in PEERS.items():
         config = GOLDConfig(output_dir="unused", use_uld_loss=True, bf16=False, report_to=[], **settings)
-        loss = ULDLoss(config, student_tokenizer=where.tokenizers[0], teacher_tokenizer=where.tokenizers[1])
-        loss.device = where.device
+        loss = ULDLoss(config, *where.tokenizers, where.device)
         methods[name] = lambda read, loss=loss: where.trls(loss, read)
     results = {}
     for name, loss in tqdm({"floor": where.floor, **methods}.items()):
