@@ -1,10 +1,13 @@
 """The viewer in a real browser, Debian's Chromium: what a person sees, points at and tabs through."""
 
+import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browsing import lowest_contrast
+from PIL import Image
 from tokenizers_for_tests import byte_level, metaspace_bpe, word_piece
 from toys import student_tokenizer, teacher_tokenizer
 
@@ -159,6 +162,20 @@ def test_all_text_has_the_contrast_that_reading_takes_in_light_and_in_dark(visit
     assert lowest_contrast(page) >= 4.5
     channels = re.findall(r"\d+", page.locator(".ctopd").evaluate("e => getComputedStyle(e).backgroundColor"))
     assert (int(channels[0]) > 128) == (scheme == "light")
+
+
+@pytest.mark.parametrize("deficiency", ["protanopia", "deuteranopia", "tritanopia"])
+def test_a_colour_blind_reader_tells_praise_from_blame_by_the_colour(visit, deficiency):
+    shown = scored(aligned(SENTENCE))
+    page = visit(shown)
+    page.context.new_cdp_session(page).send("Emulation.setEmulatedVisionDeficiency", {"type": deficiency})
+    up, down = (
+        np.asarray(Image.open(io.BytesIO(page.locator(".student .t").nth(int(token)).screenshot())).convert("RGB"))[
+            4, 8
+        ]
+        for token in (shown.advantages.argmax(), shown.advantages.argmin())
+    )
+    assert np.linalg.norm(up.astype(float) - down) > 100
 
 
 @pytest.mark.parametrize("width", [320, 390])
