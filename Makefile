@@ -16,7 +16,7 @@ PYTEST = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY
 test: $(VENV)/.installed-test
 	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
-test-all: $(VENV)/.installed-test
+test-all: $(VENV)/.installed-test $(VENV)/.installed-quantized
 	$(PYTEST) $(TEST_ARGS)
 
 RUFF_FLAGS = --isolated --line-length 120

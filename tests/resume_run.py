@@ -1,5 +1,6 @@
 """
-One process of a run that may be killed; started by test_resume.py in a process of its own, alone or as a rank of several.
+One process of a run that may be killed; started by test_resume.py in a process of its own, alone or as a rank of several, and by
+test_fault.py with `accelerate launch`.
 
 `Death` says where it ends itself with SIGKILL: at a moment of a step, or amid the writing of one of a checkpoint's files, which
 is then there by half.
@@ -8,10 +9,13 @@ is then there by half.
 import contextlib
 import os
 import signal
+import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -38,6 +42,7 @@ class Death:
     step: int
     where: str
     rank: int = 0
+    by: signal.Signals = signal.SIGKILL
 
     def arm(self, trainer: Trainer):
         if self.where in MOMENTS:
@@ -51,7 +56,7 @@ class Death:
             file = next((path for path in (Path(path), Path(path) / self.where) if path.name == self.where), None)
             if file.parent.name == f"checkpoint-{self.step}":
                 os.truncate(file, file.stat().st_size // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), self.by)
 
         setattr(owner, method, write_half)
 
@@ -69,7 +74,7 @@ class _AtMoment(TrainerCallback):
         # the count goes up just before a step's end
         step = state.global_step + (moment not in ("on_step_end", "on_save"))
         if (moment, step) == (self.death.where, self.death.step):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.death.by)
 
 
 def train(folder: Path, rank: int, port: int | None, resume, death: Death | None, settings: dict):
@@ -121,3 +126,16 @@ def build(output_dir: Path, lora: bool = False, **settings) -> CrossTokenizerGKD
         teacher_processing_class=teacher_tokenizer(),
         peft_config=adapter,
     )
+
+
+def main(folder: Path, by: str, timeout: str):
+    """Rank 1 gets the signal `by` in its second step; `timeout` is in seconds, and Trainer hands it on to GPUs alone."""
+    PartialState(cpu=True, timeout=timedelta(seconds=int(timeout)))
+    trainer = build(folder / "run")
+    if trainer.args.process_index == 1:
+        Death(2, "on_step_begin", by=signal.Signals[by]).arm(trainer)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

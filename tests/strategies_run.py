@@ -30,6 +30,7 @@ FIXED = {
     "few": {"rows": 3, "batch": 4, **SGD},
     "nothing": {"batch": 8, "blank": True, **SGD},
     "remote": {"batch": 8, "served": True, **SGD},
+    "given": {**THREE, "lmbda": 0.5, "off_policy_loss": "gold", **SGD},
 }
 WRITTEN = {
     "written": {"batch": 4, "lmbda": 0.5, "accumulation": 2, "gradient_checkpointing": True, **CLIPPED},

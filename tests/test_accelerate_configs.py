@@ -18,7 +18,9 @@ from toys import prompts
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = EXAMPLES / "accelerate_configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-TRAINED_ON_THE_CPU = [name for name in NAMES if name not in ("zero3_offload", "ddp_two_nodes")]
+FSDP1 = ("--fsdp_version", "1", "--fsdp_reshard_after_forward", "FULL_SHARD")
+FSDP1 += ("--fsdp_cpu_ram_efficient_loading", "false", "--fsdp_sync_module_states", "false")
+TRAINED_BY_ONE_COMMAND = [name for name in NAMES if name != "ddp_two_nodes"]
 
 
 def test_there_is_one_for_each_way_to_train():
@@ -63,10 +65,23 @@ def trained(folder: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("name", TRAINED_ON_THE_CPU)
+@pytest.mark.parametrize("name", TRAINED_BY_ONE_COMMAND)
 def test_the_script_trains_under_it(name, tmp_path):
     save_models(tmp_path)
     command = distill(tmp_path, name, "--main_process_port", "0")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert trained(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["ddp", "zero3", "fsdp2"])
+def test_a_quantized_teacher_teaches_whole_in_every_process(name, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[quantized]'")
+    save_models(tmp_path)
+    eight_bits = '{"quantization_config": {"load_in_8bit": true}}'
+    command = distill(tmp_path, name, "--main_process_port", "0") + ["--teacher_model_init_kwargs", eight_bits]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-5000:]
     assert trained(tmp_path)
@@ -78,14 +93,14 @@ def test_the_script_trains_under_it(name, tmp_path):
     ("name", "options", "message"),
     [
         ("ddp", ("--accelerator_config", '{"even_batches": false}'), "even_batches=False would give"),
-        ("fsdp2", ("--fsdp_version", "1"), "FSDP version 1 keeps no weight by itself"),
+        ("fsdp2", FSDP1, "FSDP version 1 keeps no weight by itself"),
         ("zero3", ("--generation_backend", "transformers_continuous"), "'transformers_continuous' with gather_for_gen"),
         ("zero3", ("--use_vllm", "true"), "vllm_mode='colocate' with gather_for_generation=False"),
     ],
 )
 def test_what_cannot_work_under_it_is_refused_at_the_start(name, options, message, tmp_path):
     save_models(tmp_path)
-    of_accelerate = options if options[0] == "--fsdp_version" else ()
+    of_accelerate = options if options is FSDP1 else ()
     command = distill(tmp_path, name, "--main_process_port", "0", *of_accelerate)
     command += ["--gather_for_generation", "false", *(() if of_accelerate else options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)

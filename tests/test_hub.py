@@ -283,5 +283,26 @@ def test_the_card_has_the_command_that_trained(hub, repository):
     assert re.search(r"```bash\npython\S* \S*test_hub.py push \S+\n```", hub.card(repository))
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_of_two_processes_one_pushes(tmp_path):
+    from strategies_run import save_models  # the scripts above do without the trainer, or set its hub before
+    from test_accelerate_configs import distill
+
+    save_models(tmp_path)
+    command = distill(tmp_path, "ddp", "--main_process_port", "0")
+    command += ["--push_to_hub", "true", "--hub_model_id", "user/together", "--save_strategy", "no"]
+    with LocalHub(tmp_path / "hub") as hub:
+        env = hub.environment(tmp_path / "home")
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-5000:]
+        assert hub.commits["user/together"] == ["Model save", "End of training"], "each of them once"
+        assert hub.files("user/together") >= {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
+        assert (
+            hub.path("user/together", "model.safetensors").read_bytes()
+            == (tmp_path / "output" / "model.safetensors").read_bytes()
+        )
+
+
 if __name__ == "__main__":
     {"push": push, "visit": visit}[sys.argv[1]](Path(sys.argv[2]))

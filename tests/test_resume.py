@@ -181,7 +181,7 @@ def test_killed_again_and_again_at_random_times_it_ends_with_the_same_weights(
             break
         kills += 1
     assert [rank.exitcode for rank in ranks] == [0] * processes, said(tmp_path)
-    assert kills > 2
+    assert kills > 1
     same(tmp_path, uninterrupted(processes, **settings), processes)
 
 

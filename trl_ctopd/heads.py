@@ -80,7 +80,8 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
         hidden = states[tuple(scored.to(states.device))]  # the layers may be on several devices
         head, (softcap, scale) = self.get_output_embeddings(), _softcap_and_scale(self)
         weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
-        with maybe_gather_lm_head_ctx(weight, bias):
+        shared_out = [part for part in (weight, bias) if hasattr(part, "ds_id")]  # a quantized teacher's are not
+        with maybe_gather_lm_head_ctx(*shared_out):
             return TokenScores(
                 *ChunkedLogProbFunction.apply(
                     hidden.to(weight.device),

@@ -35,7 +35,10 @@ def is_sharded(model: nn.Module, accelerator) -> bool:
 
 
 def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:
-    """The frozen `model`, on its device or shared out as the student will be."""
+    """The frozen `model`, on its device or shared out as the student will be; one that is quantized, or that the user has
+    placed, stays where it is, whole in every process."""
+    if getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False):
+        return model
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -48,8 +51,6 @@ def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:
             state.fsdp_plugin = plugin
         model.set_reshard_after_forward(True)  # no backward pass will read the LM head once more
         return model
-    if getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False):
-        return model  # placed by the user
     return model.to(accelerator.device)
 
 
