@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
@@ -57,9 +59,14 @@ def distill(folder: Path, name: str, *options: object) -> list[object]:
     ]
 
 
+def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
+    [file] = (folder / "output").glob("*.safetensors")
+    return load_file(file)
+
+
 def trained(folder: Path) -> bool:
     before = load_file(folder / "student" / "model.safetensors")
-    after = load_file(folder / "output" / "model.safetensors")
+    after = trained_weights(folder)
     return before.keys() == after.keys() and any(not after[name].equal(value) for name, value in before.items())
 
 
@@ -107,6 +114,25 @@ def test_what_cannot_work_under_it_is_refused_at_the_start(name, options, messag
     assert done.returncode != 0
     assert message in done.stderr, done.stderr[-5000:]
     assert not (tmp_path / "output" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("options", [(), ("--use_peft", "--lora_r", "4")], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_the_command_that_was_killed_amid_a_save_goes_on_when_given_again(name, options, tmp_path):
+    save_models(tmp_path)
+    command = distill(tmp_path, name, "--main_process_port", "0") + ["--max_steps", "4", "--save_steps", "1", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-5000:]
+    wanted = trained_weights(tmp_path)
+    shutil.rmtree(tmp_path / "output" / "checkpoint-4")
+    (tmp_path / "output" / "checkpoint-3" / "trainer_state.json").unlink()
+    done = subprocess.run([*command, "--resume_from_checkpoint", "True"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-5000:]
+    [said] = [line for line in done.stderr.splitlines() if "half written" in line]
+    assert said.endswith(f"going on from {tmp_path / 'output' / 'checkpoint-2'}.")
+    torch.testing.assert_close(trained_weights(tmp_path), wanted, rtol=0, atol=0)
 
 
 @pytest.mark.slow
