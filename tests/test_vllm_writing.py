@@ -1,5 +1,5 @@
 """Completions by vLLM: TRL's `VLLMGeneration` needs vLLM and mostly a GPU, so that a stand-in with its very signatures takes
-its place here, and answers in the shapes that it documents."""
+its place here, and answers in the shapes that it documents. test_vllm_colocate.py has a real engine."""
 
 import inspect
 
