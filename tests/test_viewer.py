@@ -87,6 +87,7 @@ class Page(HTMLParser):
         ("e\u0301".encode(), "e\u0301"),
         ("می\u200cخوا".encode(), "می⟨ZWNJ⟩خوا"),
         (b"\x1b[31m", "⟨ESC⟩[31m"),
+        ("\U0001f6fd".encode(), "⟨U+1F6FD⟩"),
     ],
 )
 def test_what_cannot_be_seen_gets_a_sign_or_a_name(data, shown):
@@ -206,6 +207,7 @@ def test_a_hostile_completion_is_text_and_nothing_else(index, tmp_path):
         "style",
         "role",
         "open",
+        "hidden",
     }
     assert not {"\x1b", "\x00", "\u202e", "\u202c"} & {*html}
     assert "<script>" in page.of("x")

@@ -239,6 +239,12 @@ def test_several_stand_on_one_page_with_one_stylesheet(visit):
     assert shown_boxes(page) == [text]
 
 
+def test_where_a_viewer_of_notebooks_takes_the_style_away_the_boxes_stay_shut(visit):
+    page = visit(None, html=f"<!doctype html><meta charset=utf-8>{scored(aligned(SENTENCE)).html_fragment()}")
+    assert page.locator(".box:visible").count() == 0
+    assert page.locator(".student .t").first.is_visible()
+
+
 def test_the_file_is_one_and_whole(tmp_path):
     aligned(SENTENCE).to_html(tmp_path / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

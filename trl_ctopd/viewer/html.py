@@ -7,6 +7,8 @@ Decisions.
   Orange and blue are told apart by colour-blind readers.
 - Each chunk has one box of figures, shown for the token that is pointed at or has the keyboard's focus: below it where
   the browser knows CSS anchors, else, and on a phone, at the bottom of the screen.
+- A viewer of notebooks may take the style away, as Jupyter does until a notebook is trusted. What is left reads from top to
+  bottom, with the boxes shut.
 - Everything from outside goes through `visible.pieces` and `html.escape`. The page forbids itself to load or run anything.
 """
 
@@ -190,9 +192,7 @@ def _box(segment: Segment, alignment: TextAlignment, scored) -> str:
         says = _counted(segment) if scored is None else _verdict(segment, scored)
     text = f' <span class="q"><bdi>{_pieces(data)}</bdi></span> {size}' if data else ""
     rows = "".join(_rows(segment, alignment, scored))
-    return (
-        f'<div class="box" role="tooltip"><p><b>{head}</b>{text}</p><p>{says}</p><div class="rows">{rows}</div></div>'
-    )
+    return f'<div class="box" role="tooltip" hidden><p><b>{head}</b>{text}</p><p>{says}</p><div class="rows">{rows}</div></div>'
 
 
 def _counted(segment: Segment) -> str:

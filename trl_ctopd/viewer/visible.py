@@ -69,7 +69,8 @@ def is_rtl(text: str) -> bool:
 
 
 def _read(grapheme: str) -> Iterator[Piece]:
-    emoji = _EMOJI.match(grapheme)
+    reserved = unicodedata.category(grapheme[0]) == "Cn"  # for an emoji to come: no font has it
+    emoji = None if reserved else _EMOJI.match(grapheme)
     if emoji:
         yield Piece("text", emoji[0])
     stands = emoji is not None  # whether there is something for a combining mark to stand on
