@@ -88,7 +88,9 @@ def test_from_a_shell_it_reads_configs_alone(tmp_path):
     CONFIG.save_pretrained(tmp_path)
     command = [sys.executable, "-m", "benchmarks.scaling.plan", "--student", tmp_path, "--teacher", tmp_path]
     command += ["--prompt-tokens", "8", "--new-tokens", "8", "--devices", "2", "--json"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     plans = json.loads(done.stdout)
     assert [*plans] == [*plan.STRATEGIES]
