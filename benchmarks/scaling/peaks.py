@@ -4,12 +4,12 @@ The planner's peaks beside measured ones: real steps of models with random weigh
     CTOPD_ASSETS=<folder> python -m benchmarks.scaling.peaks          # from the repository root; small models on the CPU
     CTOPD_ASSETS=<folder> python -m benchmarks.scaling.peaks --gpu    # Llama-3.2-1B <- Qwen2.5-7B by shape, bfloat16
 
-Writes `peaks.json` (`peaks_gpu.json`) to `benchmarks/results/scaling/`. On the GPU the peak is all that PyTorch has allocated; on
-the CPU what the process holds beyond what it held before there was a model. The second of two steps counts, since the first one
-makes the optimizer's numbers.
+Writes `peaks.json` (`peaks_gpu.json`) to `benchmarks/results/scaling/`. The peak is what PyTorch's allocator has given out, and not
+yet taken back, at any moment of a step: the second one, since the first one makes the optimizer's numbers.
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -23,7 +23,8 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from benchmarks.report import assets_folder, header, save
-from benchmarks.speed.models import LLAMA_1B, QWEN_7B, Ours, Setting, conversations, published, quiet, start_of_peak
+from benchmarks.speed.loss import peak_bytes
+from benchmarks.speed.models import LLAMA_1B, QWEN_7B, Ours, Setting, conversations, published, quiet
 
 from .plan import Work, cache_bytes, passes, plan
 
@@ -63,14 +64,21 @@ def cases(assets: Path, gpu: bool) -> dict[str, tuple[Setting, bool]]:
 def measure(assets: Path, setting: Setting, checkpointing: bool) -> dict:
     """Bytes of one case, in this process; and the teacher's longest prompt, in tokens."""
     quiet()
-    before = start_of_peak(setting.device == "cuda")
     with tempfile.TemporaryDirectory() as folder:
         options = {"gradient_checkpointing": checkpointing, "teacher_batch_size": setting.batch}
         side = Ours(setting, conversations(assets, setting.prompts), Path(folder), **options)
         side.run()
-        step = side.run()
-    held = step.start_mib + step.peak_mib - before
-    return {"measured": int(held * 2**20), "prompt_tokens": max(map(len, side.texts[0]))}
+        gc.collect()
+        there = torch.cuda.memory_allocated() if setting.device == "cuda" else held(side.trainer)
+        measured = there + peak_bytes(side.run)
+    return {"measured": measured, "prompt_tokens": max(map(len, side.texts[0]))}
+
+
+def held(trainer) -> int:
+    """Bytes of both models and of the optimizer's numbers."""
+    states = (value for state in trainer.optimizer.state.values() for value in state.values())
+    tensors = [*trainer.model.parameters(), *trainer.teacher.model.parameters(), *filter(torch.is_tensor, states)]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def predict(setting: Setting, checkpointing: bool, prompt_tokens: int) -> int:

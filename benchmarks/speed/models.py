@@ -195,7 +195,6 @@ class Step:
     cpu_seconds: float = 0.0  # of this process, whatever else ran on the machine
     phases: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
-    start_mib: float | None = None  # resident at its start, on the CPU
     peak_mib: float | None = None  # on a GPU all that is allocated, on the CPU what was resident beyond the start
 
 
@@ -209,7 +208,7 @@ class Clock:
 
     def start(self) -> None:
         self.step, self._phase = Step(phases=defaultdict(float), tokens=defaultdict(int)), None
-        self.step.start_mib = start_of_peak(self._cuda)
+        self._resident = start_of_peak(self._cuda)
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
@@ -217,7 +216,7 @@ class Clock:
             torch.cuda.synchronize()
         self.step.seconds = time.perf_counter() - self._wall
         self.step.cpu_seconds = time.process_time() - self._cpu
-        self.step.peak_mib = peak_mib(self._cuda, self.step.start_mib)
+        self.step.peak_mib = peak_mib(self._cuda, self._resident)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
