@@ -34,7 +34,7 @@ def test_its_commands_without_a_gpu_run_as_they_stand(tmp_path):
             ["bash", "-euc", command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, command + done.stderr[-5000:]
-        ended = command.count("examples/distill.py") - command.count("--machine_rank 1")
-        assert done.stdout.count("Saved to small_output.") == ended, command + done.stderr[-5000:]
+        runs = command.count("examples/distill.py")  # each node says so
+        assert done.stdout.count("Saved to small_output.") == runs, command + done.stderr[-5000:]
     states = [json.loads(path.read_text()) for path in tmp_path.glob("small_output/checkpoint-*/trainer_state.json")]
     assert sorted(state["global_step"] for state in states) == [1, 2, 3, 4, 5, 6]
