@@ -141,7 +141,7 @@ class Plan:
 
     def _cases(self, stage: str, seed: int) -> Iterator[tuple[str, str, str, str]]:
         """Method, task, pair and teacher."""
-        if stage == "tuning" or (stage != "headline" and seed > self.scale.other_seeds):
+        if stage == "tuning" or (stage not in ("headline", "again") and seed > self.scale.other_seeds):
             return
         more = [(task, pair, "cross") for task, pair in MORE_PAIRS]
         home = [(task, pair, "cross") for task, pair in HOME.items()]
