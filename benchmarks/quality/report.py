@@ -400,8 +400,10 @@ def main(scale: str) -> None:
     found = read(results_file(scale))
     plan = Plan(SCALES[scale])
     wanted = {key(scale, run) for run in plan.runs(STAGES, found) if run is not None}
-    # others had a learning rate that lost; the long runs are too dear to be done again for that
-    lines = [line for own, line in found.items() if own in wanted or line["run"]["purpose"] == "curve"]
+    lines = [line for own, line in found.items() if own in wanted]  # others had a learning rate that lost
+    drawn = {line["run"]["task"] for line in select(lines, "curve")}
+    # the long runs are dear: one with such a rate stands in until there is a better one
+    lines += [line for line in select(found.values(), "curve") if line["run"]["task"] not in drawn]
     gradient = json.loads((RESULTS / "gradient.json").read_text())["gradients"]
     made = blocks(lines, gradient, plan, found)
     if scale == "cpu":
