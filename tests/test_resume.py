@@ -57,7 +57,7 @@ def run(start):
         """The exit code of each process of a run."""
         ranks = start(folder, *args, **kwargs)
         for rank in ranks:
-            rank.join(timeout=120)
+            rank.join(timeout=400)
         return [rank.exitcode for rank in ranks]
 
     return run
@@ -176,7 +176,7 @@ def test_killed_again_and_again_at_random_times_it_ends_with_the_same_weights(
         killed = victim.is_alive()
         victim.kill()
         for rank in ranks:
-            rank.join(timeout=120)
+            rank.join(timeout=400)
         if not killed:
             break
         kills += 1
