@@ -24,13 +24,12 @@ from tqdm.auto import tqdm
 
 from benchmarks.report import assets_folder, header, save
 from benchmarks.speed.loss import peak_bytes
-from benchmarks.speed.models import LLAMA_1B, QWEN_7B, Ours, Setting, conversations, published, quiet
+from benchmarks.speed.models import LLAMA_1B, QWEN_7B, ROWS_1B_7B, Ours, Setting, conversations, published, quiet
 
 from .plan import Work, cache_bytes, passes, plan
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "scaling"
-ROWS = (128_256, 152_064)
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8} | {
     "num_key_value_heads": 4,
     "tie_word_embeddings": True,
@@ -45,7 +44,7 @@ def cases(assets: Path, gpu: bool) -> dict[str, tuple[Setting, bool]]:
     """Settings, and whether activations are checkpointed."""
     if gpu:
         shared = {"device": "cuda", "dtype": torch.bfloat16}
-        base = Setting(published(assets), ROWS, 256, 8, 1, (LLAMA_1B, QWEN_7B), **shared)
+        base = Setting(published(assets), ROWS_1B_7B, 256, 8, 1, (LLAMA_1B, QWEN_7B), **shared)
         small = replace(base, shapes=(LLAMA_1B, QWEN_HALF_B))
         return {
             "1B <- 7B, LoRA, 8 prompts": (replace(base, lora=True), False),
@@ -53,7 +52,7 @@ def cases(assets: Path, gpu: bool) -> dict[str, tuple[Setting, bool]]:
             "1B <- 0.5B, full, 8 prompts": (small, False),
             "1B <- 0.5B, full, 2 x 16 prompts, checkpointing": (replace(small, batch=16, accumulation=2), True),
         }
-    base = Setting(published(assets), ROWS, 128, 2, 1, (SMALL, SMALL))
+    base = Setting(published(assets), ROWS_1B_7B, 128, 2, 1, (SMALL, SMALL))
     return {
         "full, 2 prompts": (base, False),
         "LoRA, 4 prompts": (replace(base, lora=True, batch=4), False),

@@ -71,7 +71,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one device: what is always there, and what each phase adds to it."""
+    """Bytes of one device: what is always there, and what each phase adds to it; the optimizer's step the gradients alone."""
 
     student: int
     teacher: int
@@ -80,7 +80,6 @@ class Plan:
     writing: int
     reading: int
     learning: int
-    updating: int
 
     @property
     def always(self) -> int:
@@ -88,7 +87,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        return self.always + max(self.writing, self.reading, self.learning, self.updating)
+        return self.always + max(self.writing, self.reading, self.learning, self.gradients)
 
 
 class Alive(TorchDispatchMode):
@@ -224,7 +223,6 @@ def plan(own: Pass, read: Pass, cache: int, work: Work, strategy: str, devices: 
         writing=cache + (own.weights - student if whole else 0),
         reading=read.peak + (2 * read.layer if whole else 0),
         learning=learning,
-        updating=gradients,
     )
 
 
@@ -237,7 +235,7 @@ def show(plans: dict[str, Plan], memory: int) -> None:
         "+ writing": "writing",
         "+ teacher reads": "reading",
         "+ student learns": "learning",
-        "+ optimizer step": "updating",
+        "+ optimizer step": "gradients",
     }
     for title, name in rows.items():
         table.add_row(title, *(f"{getattr(found, name) / GIB:.2f}" for found in plans.values()))

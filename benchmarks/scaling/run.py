@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.report import assets_folder, header, save
-from benchmarks.speed.models import LLAMA_1B, QWEN_7B, Ours, Setting, conversations, published, quiet, small
+from benchmarks.speed.models import LLAMA_1B, QWEN_7B, ROWS_1B_7B, Ours, Setting, conversations, published, quiet, small
 
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ ROUNDS = 6
 def setting(assets: Path, folder: Path, gpu: bool, prompts: int) -> Setting:
     """One process's part of a step."""
     if gpu:
-        tokenizers, rows, shapes = published(assets), (128_256, 152_064), (LLAMA_1B, QWEN_7B)
+        tokenizers, rows, shapes = published(assets), ROWS_1B_7B, (LLAMA_1B, QWEN_7B)
         return Setting(tokenizers, rows, 512, prompts, shapes=shapes, lora=True, device="cuda", dtype=torch.bfloat16)
     tokenizers = small(assets, folder)
     rows = tuple(len(AutoTokenizer.from_pretrained(path)) for path in tokenizers)

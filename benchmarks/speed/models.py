@@ -59,6 +59,7 @@ QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers":
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
+ROWS_1B_7B = (128_256, 152_064)  # of the embeddings of these two, as published
 LEARNING_RATE = 1e-6
 TURNS = (  # chat templates of the small tokenizers; before the answer stands text, as `only_text` asks
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>{% endfor %}"

@@ -65,6 +65,7 @@ from benchmarks.speed.models import (
     LLAMA_1B,
     NARROW,
     QWEN_7B,
+    ROWS_1B_7B,
     Clock,
     Gold,
     Ours,
@@ -84,7 +85,7 @@ from matplotlib import pyplot as plt
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
-ROWS, GPU_ROWS = (128_256, 151_936), (128_256, 152_064)
+ROWS = (128_256, 151_936)
 TILE = 512
 COLUMNS = {"cpu": 1024, "cuda": 8192}  # of the vocabulary at a time
 SIDES = ("floor", "ours", "gold", "gold hybrid")
@@ -133,7 +134,7 @@ def gpu_plan(
         for part in trained:
             settings[f"{part}, {length:,} tokens"] = Setting(
                 published(assets),
-                GPU_ROWS,
+                ROWS_1B_7B,
                 length,
                 1,
                 1 if quick else 4,
