@@ -31,7 +31,8 @@ def aligned(text: str, student=byte_level, teacher=metaspace_bpe):
 
 
 def scored(alignment, **settings) -> ScoredRollout:
-    """Figures of every size and sign, all different."""
+    """Figures of every size and sign. The toy tokenizers learn other merges in another process, so chunks differ too: where
+    both cut the first word alike, its gap is nought."""
     sizes = [0.01, 0.3, 9, 2, 0.7, 30, 5]
     student, teacher = (
         [-sizes[(n * step) % 7] - n / 1000 for n in range(len(ids))]
@@ -70,7 +71,8 @@ def figures_of(shown: ScoredRollout, token: int) -> list[str]:
         shown.gap[chunk],
     )
     nats = [f"{value:+.1f}" if abs(value) >= 9.995 else f"{value:+.2f}" for value in values]
-    return [*(text.replace("-", "−") for text in nats), f"{shown.shares[token]:.0%}"]
+    nats = ["0" if float(text) == 0 else text.replace("-", "−") for text in nats]
+    return [*nats, f"{shown.shares[token]:.0%}"]
 
 
 def on_screen(page, locator) -> bool:
