@@ -84,7 +84,7 @@ SCALES = {
         updates=40,
         prompts=24,
         learning_rates=(3e-4, 1e-3, 1e-4, 3e-5),
-        seeds=5,
+        seeds=10,
         other_seeds=3,
         curve=(5, 10, 20, 40, 80, 160),
     ),
