@@ -13,7 +13,7 @@ python examples/distill.py \
     --max_steps 200 --logging_steps 5 --output_dir distill_output
 ```
 
-The same from a file, on four GPUs; what the command line says wins over the file:
+Much the same from a file, on four GPUs; an option on the command line overrides the file:
 
 ```bash
 accelerate launch --num_processes 4 examples/distill.py \

@@ -107,8 +107,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default="semantic",
         metadata={
             "help": "How dpca, and no other loss, shares a chunk's gap among its student tokens: semantic (by log-prob, "
-            "the paper's), uniform, byte_length, last, or macro (each token gets the whole gap: the chunk as one action; without a clip, the "
-            "unbiased gradient of each chunk's reverse KL given the text before it)."
+            "the paper's), uniform, byte_length, last, or macro (each token gets the whole gap: the chunk as one action; "
+            "without a clip, the unbiased gradient of each chunk's reverse KL given the text before it)."
         },
     )
     advantage_clip: float | None = field(
@@ -184,9 +184,9 @@ class CrossTokenizerGKDConfig(GKDConfig):
     gather_for_generation: bool = field(
         default=True,
         metadata={
-            "help": "Bring a student that ZeRO-3 or FSDP2 has shared out together on every device while it writes, and with "
-            "`seq_kd` the teacher: much faster. False: for models too large for one device. (`ds3_gather_for_generation` "
-            "elsewhere in TRL.)"
+            "help": "Gather a student that ZeRO-3 or FSDP2 has sharded whole on every device while it writes, and with `seq_kd` "
+            "the teacher: much faster. False: for models too large for one device. (`ds3_gather_for_generation` elsewhere in "
+            "TRL.)"
         },
     )
     generation_batch_size: int | None = field(
@@ -207,7 +207,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
     use_vllm: bool = field(
         default=False,
         metadata={
-            "help": "Let vLLM write the student's completions, through TRL's `VLLMGeneration` (`pip install trl[vllm]`)."
+            "help": "Let vLLM write the student's completions, through TRL's `VLLMGeneration`. How to install it: "
+            "docs/remote_teacher.md."
         },
     )
     vllm_mode: str = field(
@@ -239,7 +240,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     vllm_importance_sampling_clip_max: float = field(
         default=3.0,
         metadata={
-            "help": "vLLM's kernels sample from a distribution that is a little another than the one trained: dpca and "
+            "help": "vLLM's kernels sample from a distribution that differs a little from the one trained: dpca and "
             "strict_sampled weigh each token by the ratio of the two, up to this bound."
         },
     )
@@ -301,7 +302,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         },
     )
     teacher_server_concurrency: int = field(
-        default=32, metadata={"help": "Completions at the server at the same time, a process."}
+        default=32, metadata={"help": "Completions at the server at the same time, for each process."}
     )
     teacher_server_timeout: float = field(
         default=120.0, metadata={"help": "Seconds after which a request to the server is tried again."}

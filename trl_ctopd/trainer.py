@@ -73,15 +73,16 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
         teacher_model (`str`, `list` of `str`, `PreTrainedModel`, or `dict` of them): the teacher, by name, as
             `http://host:port` of a server that has it (or several), or as a module, which is frozen and put in eval mode;
-            what `args` name when `None`. In a `dict`, several by name, of which each row's `teacher` column chooses one.
+            the one that `args` name when `None`. A `dict` holds several by name, of which each row's `teacher` column
+            chooses one.
         args ([`CrossTokenizerGKDConfig`], *optional*): the settings.
         train_dataset (`Dataset` or `IterableDataset`): rows with `prompt`, `prompt` and `completion`, or `messages`,
             each conversational or (the first two) plain text; optional `tools` and `chat_template_kwargs`.
         eval_dataset (`Dataset`, `IterableDataset` or `dict` of them, *optional*): prompts to evaluate on, on-policy.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer; loaded from the model when
-        `None`.
+            `None`.
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; loaded from the teacher when
-        `None`; a `dict` of them for several.
+            `None`; a `dict` of them for several.
         callbacks (`list` of `TrainerCallback`, *optional*), optimizers (`tuple`): as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): train an adapter instead of the whole student.
     """

@@ -2,7 +2,7 @@
 
 Decisions
 - Before a step's completions the engine is given the student's weights as they are, an adapter's merged.
-- The engine's kernels are not the trainer's, so that it samples from a distribution that is a little another. It tells the
+- The engine's kernels are not the trainer's, so it samples from a distribution that differs a little. It tells the
   log-prob of each token it drew, after temperature and cuts, and each token's advantage is weighed by
   min(exp(log p of the trainer − log p of the engine), `vllm_importance_sampling_clip_max`), as TRL's GRPO does with
   `token_truncate`; how far apart the two are is logged.
