@@ -49,6 +49,12 @@ class DistillArguments(ScriptArguments):
             "`messages` (GSM8K: question). The other columns are left out."
         },
     )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "The first so many rows of the test split alone; at every evaluation the student answers all of them."
+        },
+    )
 
 
 def load_splits(args: DistillArguments):
@@ -60,6 +66,8 @@ def load_splits(args: DistillArguments):
         splits = load_dataset(kind, data_files=files, streaming=args.dataset_streaming)
     else:
         splits = load_dataset(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
+    if args.max_eval_samples is not None and args.dataset_test_split in splits:
+        splits[args.dataset_test_split] = splits[args.dataset_test_split].take(args.max_eval_samples)
     if args.prompt_column is None:
         return splits
     columns = splits[args.dataset_train_split].column_names

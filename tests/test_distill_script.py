@@ -102,6 +102,12 @@ def test_a_prompt_column_leaves_no_answer_in_the_dataset(run):
     assert splits["train"]["prompt"][:] == prompts(8)["prompt"][:]
 
 
+def test_an_evaluation_can_be_capped(run):
+    script = runpy.run_path(str(EXAMPLES / "distill.py"))
+    arguments = script["DistillArguments"](dataset_name=str(run / "data"), max_eval_samples=1)
+    assert script["load_splits"](arguments).num_rows == {"train": 8, "test": 1}
+
+
 @pytest.fixture(scope="module")
 def help_text() -> str:
     done = distill("--help")
