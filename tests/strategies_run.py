@@ -31,10 +31,12 @@ FIXED = {
     "nothing": {"batch": 8, "blank": True, **SGD},
     "remote": {"batch": 8, "served": True, **SGD},
     "given": {**THREE, "lmbda": 0.5, "off_policy_loss": "gold", **SGD},
+    "shuffled": {"batch": 8, "train_sampling_strategy": "random", **SGD},
 }
 WRITTEN = {
     "written": {"batch": 4, "lmbda": 0.5, "accumulation": 2, "gradient_checkpointing": True, **CLIPPED},
     "written-lora": {"lora": True, "batch": 4, "num_generations": 2, "gather_for_generation": False, **CLIPPED},
+    "written-in-half": {"batch": 4, "bf16": True, **CLIPPED},
     "written-by-the-teacher": {"batch": 4, "lmbda": 0.5, "seq_kd": True, "accumulation": 2, "lora": True, **SGD},
 }
 CASES = {**FIXED, **WRITTEN}
@@ -120,6 +122,13 @@ def local_elements(model) -> int:
     return sum(map(held, model.parameters()))
 
 
+def rounded(trainer) -> list[bool]:
+    """Whether the student's and the teacher's log-probs, as a loss gets them, are all numbers of half precision."""
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        batch, _ = trainer._score(trainer.model_wrapped, trainer._prepare_inputs(trainer._window[0]))
+    return [bool((own == own.bfloat16()).all()) for own in (batch.student_log_probs, batch.teacher_log_probs)]
+
+
 def run(folder: Path, name: str, processes: int = 1) -> dict:
     trainer = build(folder / name, processes=processes, fixed=name in FIXED, **CASES[name])
     draws = trainer._lmbda_draws(4)
@@ -130,6 +139,7 @@ def run(folder: Path, name: str, processes: int = 1) -> dict:
         "wrapper": type(trainer.model_wrapped).__name__,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "draws": draws,
+        "rounded": rounded(trainer),
         "evaluated": trainer.evaluate(),
     }
     if not CASES[name].get("served"):

@@ -387,6 +387,13 @@ def test_a_saved_student_loads_and_writes(build, tmp_path):
     assert model.generate(torch.arange(4)[None], max_new_tokens=3, do_sample=False).shape[1] > 4
 
 
+def test_a_process_that_saves_nothing_writes_no_card(build, tmp_path, monkeypatch):
+    trainer = build()
+    monkeypatch.setattr(CrossTokenizerGKDConfig, "should_save", False)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_saved_folder_has_our_card_with_lora_too(build, tmp_path):
     trainer = build(peft_config=LoraConfig(r=4), save_strategy="steps", save_steps=1)
     trainer.train()

@@ -59,9 +59,10 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             raise ValueError(
                 f"`{name}` does not apply: the student writes its own sequences, and the teacher scores them."
             )
-    if args.train_sampling_strategy == "group_by_length":
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         raise ValueError(
-            "`train_sampling_strategy='group_by_length'` does not apply: lengths are known once the student has written."
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` does not apply: lengths are known once the student has "
+            "written."
         )
     if args.n_gpu > 1:
         raise ValueError(

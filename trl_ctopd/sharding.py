@@ -7,6 +7,7 @@ read where they are). Under DDP and ZeRO-2 every process has it whole.
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -32,6 +33,15 @@ def own_rows(accelerator, rows: int) -> int:
 def is_sharded(model: nn.Module, accelerator) -> bool:
     """Whether a forward pass of `model` needs the other processes."""
     return accelerator.num_processes > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
+
+
+def keep_scores_in_float32(accelerator):
+    """Call it before a model is prepared: under mixed precision, Accelerate has FSDP2 round all that a model returns to
+    half precision, log-probs too."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -42,7 +42,7 @@ from .metrics import Meter, chunk_metrics, rollout_metrics
 from .report import DistillationReportCallback
 from .rollouts import Prompt, Rollout, collate, grouped_by_length, on_columns, on_grid, pad_scores
 from .samples import Samples, show
-from .sharding import own_rows
+from .sharding import keep_scores_in_float32, own_rows
 from .teachers.local import LocalTeacher
 from .teachers.panel import Awaited, Model, Panel, settled
 from .teachers.remote import RemoteTeacher
@@ -142,6 +142,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             peft_config=peft_config,
         )
         check_strategy(args, self.accelerator)
+        keep_scores_in_float32(self.accelerator)
         self._finish_student()
         self.panel.sit(self.accelerator, self.student_side, self.stop_ids)
         self._finish_losses()
@@ -268,10 +269,12 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         """The prompts of each optimizer step come `rollout_reuse` times, so that steps, epochs and resuming count as ever."""
         reuse, args = self.args.rollout_reuse, self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
         if reuse == 1:
+            # else Accelerate's sampler takes the process's own seed, and each would share out another order of the rows
+            self.accelerator.dataloader_config.data_seed = seed
             return super()._get_train_sampler(train_dataset)
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
-        seed = args.seed if args.data_seed is None else args.data_seed
         seed = None if args.train_sampling_strategy == "sequential" else seed
         return data.RepeatedWindows(rows, self.get_total_train_batch_size(args), reuse, seed)
 
@@ -475,6 +478,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     # Loss
 
+    def _prepare_input(self, data):
+        """On the device, in the precision it has: Trainer's own rounds to DeepSpeed's, log-probs too."""
+        return send_to_device(data, self.args.device)
+
     def training_step(self, *args, **kwargs):
         with self._timers["train"]("student"):
             return super(GKDTrainer, self).training_step(*args, **kwargs)  # GKDTrainer's own would generate here
@@ -636,8 +643,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
-        # over the placeholder card that PEFT leaves, which names the base model's folder
-        self._write_card(output_dir or self.args.output_dir)
+        if self.args.should_save:  # every process comes here under DDP
+            # over the placeholder card that PEFT leaves, which names the base model's folder
+            self._write_card(output_dir or self.args.output_dir)
 
     def _write_card(
         self, folder: str, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] = ()
