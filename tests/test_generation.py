@@ -1,6 +1,7 @@
 """Writing: the same text whoever leaves the batch, in whatever order and by whichever backend."""
 
 import random
+import warnings
 from collections import Counter
 
 import pytest
@@ -194,3 +195,11 @@ def test_a_run_trains_by_continuous_batching(build):
     trainer.train()
     assert trainer.state.log_history[1]["completions/mean_length"] > 1
     assert trainer.model.training
+
+
+def test_a_step_warns_of_no_names_that_trl_has_to_change(build):
+    trainer = build(gradient_checkpointing=True, max_steps=1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert not [str(warning.message) for warning in seen if "checkpointing" in str(warning.message)]

@@ -9,6 +9,7 @@ they stay.
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -83,6 +84,7 @@ def write(
     size = args.generation_batch_size or len(prompts)
     stop_ids, completions = set(config.eos_token_id), [[]] * len(prompts)
     with (
+        _old_names_of_checkpointing(),
         unwrap_model_for_generation(
             model,
             accelerator,
@@ -98,6 +100,15 @@ def write(
                 end = next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
                 completions[row] = ids[:end]
     return completions
+
+
+@contextmanager
+def _old_names_of_checkpointing():
+    """TRL calls `gradient_checkpointing_enable` and its kin, which transformers has renamed: three warnings a step, about
+    which who trains can do nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def _generate(

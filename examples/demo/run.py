@@ -18,7 +18,6 @@ import random
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -260,7 +259,4 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings(
-        "ignore", message=".*gradient_checkpointing", category=FutureWarning
-    )  # TRL's old name for it
     main(arguments.seed, arguments.control, arguments.output)
