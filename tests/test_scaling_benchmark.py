@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from benchmarks.scaling import plan
 from trl_ctopd import heads
@@ -78,10 +78,31 @@ def test_sharding_divides_what_it_says_it_divides():
     assert of["ddp"].learning == own.peak + own.trained  # the buckets
 
 
-def test_one_device_holds_the_cache_of_all_its_prompts():
-    rows, width = 2 * 3, 2 * 2 * 16 * 4  # keys and values of two heads of 16, in float32
+def test_what_is_trained_in_half_precision_is_in_float32_too_where_the_strategy_keeps_it_so():
+    half = replace(WORK, dtype="bfloat16", autocast=True)
+    own, read = plan.passes(CONFIG, CONFIG, half)
+    of = {strategy: plan.plan(own, read, 0, half, strategy, 4) for strategy in plan.STRATEGIES}
+    assert own.trained_in_float32 == 2 * own.trained == 2 * own.weights
+    assert of["ddp"].student == 4 * of["zero3"].student == 2 * of["fsdp2"].student == own.weights
+    assert of["ddp"].optimizer == 2 * own.trained
+    assert 4 * of["zero3"].optimizer == 4 * of["zero2"].optimizer == 3 * own.trained_in_float32
+    assert 4 * of["fsdp2"].optimizer == 2 * own.trained_in_float32
+    adapter, _ = plan.passes(CONFIG, CONFIG, replace(half, lora_rank=4))
+    assert adapter.trained == adapter.trained_in_float32, "PEFT's own choice"
+    assert 4 * plan.plan(adapter, read, 0, half, "zero2", 4).optimizer == 3 * adapter.trained
+
+
+def test_fsdp2_holds_whole_gradients_until_the_last_micro_batch():
+    own, read = plan.passes(CONFIG, CONFIG, WORK)
+    once, thrice = (plan.plan(own, read, 0, replace(WORK, accumulation=n), "fsdp2", 4).learning for n in (1, 3))
+    assert thrice - once == own.trained
+
+
+@pytest.mark.parametrize("config", [CONFIG, GPT2Config(n_embd=64, n_head=4, n_layer=3, vocab_size=1_000)])
+def test_one_device_holds_the_cache_of_all_its_prompts(config):
+    rows, width = 2 * 3, 2 * (2 if config is CONFIG else 4) * 16 * 4  # keys and values of heads of 16, in float32
     expected = rows * 32 * width * (3 + 1) + 4 * rows * 1_000 * 4
-    assert plan.cache_bytes(CONFIG, replace(WORK, accumulation=3)) == expected
+    assert plan.cache_bytes(config, replace(WORK, accumulation=3)) == expected
 
 
 def test_from_a_shell_it_reads_configs_alone(tmp_path):

@@ -14,7 +14,8 @@ Decisions:
   optimizer. Phases don't overlap, so the greatest counts.
 - Sharding divides: ZeRO-2 the gradients and the optimizer, ZeRO-3 and FSDP2 the weights too, the teacher's as well; two
   layers are whole at a time (one is used, the next one comes), and the student as long as it writes, unless
-  `gather_for_generation=False`. DeepSpeed keeps its own float32 weights beside half-precision ones.
+  `gather_for_generation=False`. Of trained weights in half precision, DeepSpeed keeps a copy in float32, and under autocast
+  Accelerate puts float32 in their place for FSDP2, whose gradients are whole until the last of several micro-batches.
 - It counts tensors. A process takes some 0.5 GiB more for CUDA itself, and the allocator loses some to gaps.
 """
 
@@ -66,6 +67,7 @@ class Pass:
     weights: int
     layer: int  # the largest module that is brought together by itself under sharding
     trained: int  # weights that have gradients
+    trained_in_float32: int  # the same, were they all in float32
     peak: int
 
 
@@ -154,6 +156,7 @@ def run_pass(
         weights=_bytes(model.parameters()),
         layer=max(_bytes(module.parameters()) for module in _shared_out(model)),
         trained=_bytes(p for p in model.parameters() if p.requires_grad),
+        trained_in_float32=4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
         peak=alive.most,
     )
 
@@ -187,7 +190,8 @@ def cache_bytes(config: PretrainedConfig, work: Work) -> int:
     with what sampling makes of them."""
     text = config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    width = 2 * text.num_key_value_heads * size * DTYPES[work.dtype].itemsize
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = 2 * heads * size * DTYPES[work.dtype].itemsize
     rows = work.batch * work.accumulation
     layers = rows * (work.prompt_tokens + work.new_tokens) * width * (text.num_hidden_layers + 1)
     return layers + 4 * rows * text.vocab_size * torch.float32.itemsize
@@ -205,22 +209,27 @@ def plan(own: Pass, read: Pass, cache: int, work: Work, strategy: str, devices: 
     over = devices if sharded else 1
     states_over = 1 if strategy == "ddp" else devices
     half = DTYPES[work.dtype].itemsize == 2
-    gradients = own.trained // states_over
-    # AdamW has two numbers a trained weight, of its kind; DeepSpeed's are float32, and so is a copy of the weight
-    optimizer = own.trained * (6 if deepspeed and half else 2) // states_over
-    student = own.weights // over
     whole = sharded and devices > 1
+    weights, trained = own.weights, own.trained
+    if strategy == "fsdp2" and work.autocast:
+        weights, trained = weights - trained + own.trained_in_float32, own.trained_in_float32
+    gradients = trained // states_over
+    # AdamW has two numbers a trained weight, of its kind; DeepSpeed's are float32, and so is a copy of the weight
+    optimizer = (3 * own.trained_in_float32 if deepspeed and half else 2 * trained) // states_over
+    student = weights // over
     if strategy == "zero3_offload":
         optimizer, student = 0, 0
     learning = own.peak + (gradients - own.trained) + (2 * own.layer if whole else 0)
     if strategy == "ddp" and devices > 1:
         learning += own.trained  # the buckets that are summed over the devices
+    if strategy == "fsdp2" and whole and work.accumulation > 1:
+        learning += own.trained  # Trainer has them summed over the devices once, at the end
     return Plan(
         student=student,
         teacher=0 if strategy == "zero3_offload" else read.weights // over,
         gradients=gradients,
         optimizer=optimizer,
-        writing=cache + (own.weights - student if whole else 0),
+        writing=cache + (own.weights if whole else 0),  # beside its share
         reading=read.peak + (2 * read.layer if whole else 0),
         learning=learning,
     )
