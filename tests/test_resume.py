@@ -154,6 +154,15 @@ def test_two_processes_with_completions_to_come_killed_anywhere_go_on(run, unint
 
 
 @pytest.mark.slow
+def test_two_processes_go_on_with_new_completions_amid_a_later_epoch(run, uninterrupted, tmp_path):
+    settings = {"rollout_reuse": 2, "per_device_train_batch_size": 1, "max_steps": 15, "save_steps": 14}  # 12 an epoch
+    codes = run(tmp_path, 2, death=Death(15, "on_step_begin"), **settings)
+    assert codes[0] == KILLED
+    assert run(tmp_path, 2, resume=True, **settings) == [0, 0]
+    same(tmp_path, uninterrupted(2, **settings), 2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_again_and_again_at_random_times_it_ends_with_the_same_weights(
     start, uninterrupted, tmp_path, processes

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate import Accelerator, skip_first_batches
 from datasets import IterableDataset
 from toys import SGD, fix_rollouts, prompts, step_of, student_model, weights
 
@@ -30,6 +31,21 @@ def test_the_order_depends_on_seed_and_epoch_alone_and_a_rest_is_left_out():
     assert list(sampler) == first == list(RepeatedWindows(11, 4, 2, seed=0))
     sampler.set_epoch(1)
     assert list(sampler) != first != list(RepeatedWindows(11, 4, 2, seed=1))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_run_reads_the_rest_of_its_epochs_own_order(build, monkeypatch, processes):
+    trainer = build(dataset=prompts(24), rollout_reuse=2, per_device_train_batch_size=2)
+    monkeypatch.setattr(Accelerator, "num_processes", processes)
+
+    def read(loader, epoch):
+        loader.set_epoch(epoch)
+        return [batch["prompts"] for batch in loader]
+
+    loader = trainer.get_train_dataloader()
+    first, second = read(loader, 0), read(loader, 1)
+    assert len(first) == 24 // processes and first[5:] != second[5:]
+    assert read(skip_first_batches(trainer.get_train_dataloader(), 5), 1) == second[5:]
 
 
 def test_too_few_prompts_for_one_step_are_refused(build):

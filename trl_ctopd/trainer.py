@@ -278,6 +278,12 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         seed = None if args.train_sampling_strategy == "sequential" else seed
         return data.RepeatedWindows(rows, self.get_total_train_batch_size(args), reuse, seed)
 
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self.args.rollout_reuse > 1:
+            loader.set_sampler(self._get_train_sampler())  # where a resumed run looks for it, to tell it the epoch
+        return loader
+
     # Rollouts
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
