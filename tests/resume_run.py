@@ -121,7 +121,7 @@ def build(output_dir: Path, lora: bool = False, **settings) -> CrossTokenizerGKD
                 **settings,
             },
         ),
-        prompts(12),
+        prompts(11),  # two processes fill their last batch up
         processing_class=student_tokenizer(),
         teacher_processing_class=teacher_tokenizer(),
         peft_config=adapter,

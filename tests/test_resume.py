@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, skip_first_batches
 from resume_run import MOMENTS, Death, train
+from toys import prompts
 
 from trl_ctopd.checkpoints import is_whole, to_resume_from
+from trl_ctopd.sharding import own_rows
 
 
 KILLED = -signal.SIGKILL
@@ -155,7 +158,7 @@ def test_two_processes_with_completions_to_come_killed_anywhere_go_on(run, unint
 
 @pytest.mark.slow
 def test_two_processes_go_on_with_new_completions_amid_a_later_epoch(run, uninterrupted, tmp_path):
-    settings = {"rollout_reuse": 2, "per_device_train_batch_size": 1, "max_steps": 15, "save_steps": 14}  # 12 an epoch
+    settings = {"rollout_reuse": 2, "per_device_train_batch_size": 1, "max_steps": 15, "save_steps": 14}  # 10 an epoch
     codes = run(tmp_path, 2, death=Death(15, "on_step_begin"), **settings)
     assert codes[0] == KILLED
     assert run(tmp_path, 2, resume=True, **settings) == [0, 0]
@@ -192,6 +195,16 @@ def test_killed_again_and_again_at_random_times_it_ends_with_the_same_weights(
     assert [rank.exitcode for rank in ranks] == [0] * processes, said(tmp_path)
     assert kills > 1
     same(tmp_path, uninterrupted(processes, **settings), processes)
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, [5, 5, 3]), (2, [5, 3])])
+def test_rows_that_fill_a_batch_up_are_known_amid_a_resumed_epoch_too(build, monkeypatch, processes, expected):
+    trainer = build(dataset=prompts(13), per_device_train_batch_size=5)
+    monkeypatch.setattr(Accelerator, "num_processes", processes)
+    loader = trainer.get_train_dataloader()
+    for skipped, rest in ((0, loader), (1, skip_first_batches(loader, 1))):
+        own = [own_rows(trainer.accelerator, len(batch["prompts"])) for batch in rest]
+        assert own == expected[skipped:]
 
 
 # --- which checkpoint

@@ -9,6 +9,7 @@ import copy
 from contextlib import contextmanager
 from dataclasses import replace
 
+from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
@@ -25,9 +26,14 @@ def own_rows(accelerator, rows: int) -> int:
     batch of all processes, Accelerate fills the batch up with rows from the dataset's start.
     """
     state = accelerator.gradient_state
-    if not state.end_of_dataloader or state.remainder <= 0:
+    if not state.end_of_dataloader:
         return rows
-    return min(max(state.remainder - rows * accelerator.process_index, 0), rows)
+    loader, remainder = state.active_dataloader, state.remainder
+    if isinstance(loader.batch_sampler, SkipBatchSampler):  # resumed amid an epoch, where Accelerate knows no remainder
+        sampler = loader.batch_sampler.batch_sampler
+        sharers = 1 if getattr(sampler, "split_batches", False) else getattr(sampler, "num_processes", 1)
+        remainder = 0 if sampler.drop_last else len(loader.dataset) % (sampler.batch_size * sharers)
+    return min(max(remainder - rows * accelerator.process_index, 0), rows) if remainder > 0 else rows
 
 
 def is_sharded(model: nn.Module, accelerator) -> bool:
