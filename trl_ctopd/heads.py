@@ -99,13 +99,15 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
     model.forward = types.MethodType(forward, model)
 
 
-def lm_head(model: PreTrainedModel, dtype: torch.dtype, temperature: float) -> Callable[[torch.Tensor], torch.Tensor]:
+def lm_head(
+    model: PreTrainedModel, dtype: torch.dtype, temperature: float, output: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     The model's LM head, for hidden states of `dtype`: (n, H) in, logits over `temperature` (n, V) out, on the head's own
-    device. Its weight is as it is now; gradients reach it.
+    device. Its weight is as it is now; gradients reach it, under ZeRO-3 by way of an `output` of the model's forward pass.
     """
     head, (softcap, scale) = model.get_output_embeddings(), _softcap_and_scale(model)
-    weight, bias = (None if part is None else _whole(part).to(dtype) for part in (head.weight, head.bias))
+    weight, bias = (None if part is None else _whole(part, output).to(dtype) for part in (head.weight, head.bias))
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(weight.device.type, enabled=False):
@@ -160,22 +162,28 @@ def _logit_scale(config) -> float:
     return scaling if config.model_type == "hyperclovax" else 1 / scaling
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
+def _whole(parameter: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor:
     if isinstance(parameter, DTensor):
         return parameter.full_tensor()
     if hasattr(parameter, "ds_id"):
         with maybe_gather_lm_head_ctx(parameter):
-            return _Gathered.apply(parameter)
+            return _Gathered.apply(parameter, output if parameter.requires_grad else None)
     return parameter
 
 
 class _Gathered(torch.autograd.Function):
-    """A copy of a parameter that ZeRO-3 has gathered; the gradient goes to the parameter as if it were the copy's."""
+    """
+    A copy of a parameter that ZeRO-3 has gathered; the gradient goes to the parameter as if it were the copy's. ZeRO-3 takes
+    a gradient only of what it has gathered for the backward pass, and it gathers the head, which the model read in its own
+    forward pass, when the backward pass comes to the model's output: so it is led there, with a gradient of zero.
+    """
 
     @staticmethod
-    def forward(ctx, parameter):
+    def forward(ctx, parameter, output):
+        ctx.save_for_backward(output)
         return parameter.detach().clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient
+        [output] = ctx.saved_tensors
+        return gradient, None if output is None else torch.zeros_like(output)

@@ -571,9 +571,12 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         """Gives `batch` what a loss on whole distributions reads, from the hidden states of both sides, projected in the
         precision that the sampled log-probs are computed in."""
         sides = []
-        for model, states in ((student, hidden), (self.teacher.base_model, teacher_hidden)):
+        for model, states, output in (
+            (student, hidden, batch.student_log_probs),
+            (self.teacher.base_model, teacher_hidden, None),
+        ):
             dtype = _AUTOCAST.get(self.accelerator.mixed_precision, states.dtype)
-            sides.append(Distributions(states, lm_head(model, dtype, self.args.temperature)))
+            sides.append(Distributions(states, lm_head(model, dtype, self.args.temperature, output)))
         batch.student, batch.teacher = sides
         batch.vocabulary, batch.tile_tokens = self.vocabulary, self.args.logit_tile_tokens
 
