@@ -76,7 +76,7 @@ def trained(folder: Path) -> bool:
 def test_the_script_trains_under_it(name, tmp_path):
     save_models(tmp_path)
     command = distill(tmp_path, name, "--main_process_port", "0")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)  # DeepSpeed's own optimizer is compiled
     assert done.returncode == 0, done.stderr[-5000:]
     assert trained(tmp_path)
 
