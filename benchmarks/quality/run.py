@@ -106,7 +106,7 @@ SCALES = {
         updates=200,
         prompts=128,
         learning_rates=(3e-5, 1e-4, 1e-5, 3e-4),
-        seeds=8,
+        seeds=10,
         other_seeds=5,
         curve=(10, 25, 50, 100, 200, 400, 800),
     ),
