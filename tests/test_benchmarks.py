@@ -19,7 +19,7 @@ def run(assets: Path, output: Path, module: str, *options: str) -> dict:
         env={**os.environ, "CTOPD_ASSETS": str(assets), "HF_HOME": str(output.parent / "cache")},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert output.with_suffix(".png").stat().st_size > 10_000

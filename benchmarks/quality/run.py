@@ -234,9 +234,6 @@ def _kind(run: dict) -> tuple[str, ...]:
 def main(
     scale_name: str, stages: list[str], minutes: float | None, path: Path, methods: Sequence[str] = tuple(METHODS)
 ) -> None:
-    quiet()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     scale, about = SCALES[scale_name], header()
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     plan, rendered, worlds, busy, begun = Plan(scale), {}, {}, set(), time.monotonic()
@@ -284,6 +281,9 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
+    quiet()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     path = arguments.results or results_file(arguments.scale)
     main(arguments.scale, arguments.stages, arguments.minutes, path, arguments.methods)
