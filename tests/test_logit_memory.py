@@ -16,7 +16,9 @@ from trl_ctopd.vocabulary import VocabularyPair
 STUDENT_SIZE, TEACHER_SIZE, HIDDEN, TILE = 20_000, 24_000, 4, 64  # mostly rows beyond the tokenizers
 TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times; пьют чаю, いろはにほへと. "
 ON_LOGITS = [name for name, loss in LOSSES.items() if loss.signal == "logits"]
-CASES = [*((name, {}) for name in ON_LOGITS), ("uld", {"uld_pairing": "chunk"})]
+QUICK = ("strict_topk", "bpm", "uld")  # the others are tried by `make test-all`
+CASES = [pytest.param(name, {}, marks=[] if name in QUICK else pytest.mark.slow) for name in ON_LOGITS]
+CASES.append(pytest.param("uld", {"uld_pairing": "chunk"}, marks=pytest.mark.slow))
 
 
 def scored_text(ids, student, teacher, vocabulary: VocabularyPair, hidden_size: int, tile_tokens: int) -> ScoredChunks:
