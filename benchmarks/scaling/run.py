@@ -18,14 +18,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 
 from benchmarks.report import assets_folder, header, save
 from benchmarks.speed.models import LLAMA_1B, QWEN_7B, ROWS_1B_7B, Ours, Setting, conversations, published, quiet, small
@@ -47,32 +46,16 @@ def setting(assets: Path, folder: Path, gpu: bool, prompts: int) -> Setting:
     return Setting(tokenizers, rows, 64, prompts)
 
 
-class Seconds(TrainerCallback):
-    """Of every epoch, which is one step: DeepSpeed's engine does not outlive the `train` that it was made in."""
-
-    def __init__(self):
-        self.found: list[float] = []
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self._start = time.perf_counter()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.found.append(time.perf_counter() - self._start)
-
-
 def work(assets: Path, gpu: bool, prompts: int, processes: int, output: Path) -> None:
     """Every process of a run; the first one writes the seconds of its steps to `output`."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         own = setting(assets, Path(folder), gpu, prompts)
         rows = conversations(assets, processes * own.prompts)
-        trainer, seconds = Ours(own, rows, Path(folder), num_train_epochs=ROUNDS + 1).trainer, Seconds()
-        trainer.add_callback(seconds)
-        trainer.train()
-        if trainer.is_world_process_zero():
-            output.write_text(json.dumps(seconds.found[1:]))
+        side = Ours(own, rows, Path(folder), num_train_epochs=ROUNDS + 1)  # DeepSpeed's engine outlives no `train`
+        side.trainer.train()
+        if side.trainer.is_world_process_zero():
+            output.write_text(json.dumps(side.seconds[1:]))
 
 
 def seconds_a_step(strategy: str, gpu: bool, processes: int, prompts: int) -> float:

@@ -275,10 +275,11 @@ def resident(name: str) -> float:
 
 
 class Timed(TrainerCallback):
-    """Times each epoch, which is one step, by `clock`; keeps the step's log."""
+    """Times each epoch, which is one step, by `clock`; keeps the seconds of all and the log of the last."""
 
     def __init__(self, clock: Clock):
         self._clock = clock
+        self.seconds: list[float] = []
         self.log: dict[str, float] = {}
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -286,6 +287,7 @@ class Timed(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._clock.stop()
+        self.seconds.append(self._clock.step.seconds)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
@@ -327,6 +329,11 @@ class Ours:
         phases = {name.removeprefix("seconds/"): value for name, value in log.items() if name.startswith("seconds/")}
         phases.pop("step", None)
         return finished(step, phases)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of every step so far."""
+        return self._timed.seconds
 
     @property
     def overhead(self) -> float | None:
