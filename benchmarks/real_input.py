@@ -42,8 +42,8 @@ from transformers import (
 
 from benchmarks.report import assets_folder, header, save
 from trl_ctopd import TextAligner, TextAlignment, token_bytes
-from trl_ctopd.chat import Conversation, Speaker, unshared_markup
-from trl_ctopd.rollouts import Prompt, Rollout, pair
+from trl_ctopd.rollouts.pairing import Prompt, Rollout, pair
+from trl_ctopd.text.chat import Conversation, Speaker, unshared_markup
 
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,8 @@ import torch
 from demo import models, task, toy_tokenizers
 
 from trl_ctopd import TextAligner
-from trl_ctopd.credit import gaps
 from trl_ctopd.losses import DPCA, ScoredChunks
+from trl_ctopd.losses.credit import gaps
 
 
 STEPS, PROMPTS = 50, 64

@@ -11,6 +11,13 @@ from typing import Any
 import pytest
 
 
+def pytest_configure():
+    """Processes that tests start find what tests find: the package of this checkout and tests/helpers."""
+    tests = Path(__file__).parent
+    paths = [str(tests.parent), str(tests / "helpers"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder of real tokenizers and data, where there is one: CTOPD_ASSETS."""

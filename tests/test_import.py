@@ -1,20 +1,21 @@
-"""The maths stands on its own: TRL is loaded when the trainer is asked for, and not before."""
+"""Imports run one way, and the maths stands on its own."""
 
 import ast
 import importlib.util
 import json
-import pathlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 
-PACKAGE = pathlib.Path(importlib.util.find_spec("trl_ctopd").origin).parent
-MATHS = [
-    "trl_ctopd",
-    *(f"trl_ctopd.{name}" for name in ("token_bytes", "align", "alignment", "altered_text", "credit", "losses")),
-]
+PACKAGE = Path(importlib.util.find_spec("trl_ctopd").origin).parent
+# From the bottom up: a room imports from its own files and from rooms before it, nothing else.
+ORDER = ("text", "losses", "models", "config", "rollouts", "teachers", "training", "looking", "trainer", "align")
+APART = {("losses", "models")}  # neighbours that know nothing of each other
+# Frameworks that the maths does without. transformers is loaded for tokenizers alone, so its trainer is named.
+FRAMEWORKS = {"trl", "peft", "accelerate", "datasets", "deepspeed", "rich"}
 PUBLIC = """
 import json, sys, trl_ctopd
 before = "trl" in sys.modules
@@ -30,46 +31,122 @@ print(json.dumps({
 """
 
 
+def module_of(file: Path) -> str:
+    """`losses.dpca` of its file; a package's `__init__` has the package's name, that of all is empty."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(module: str) -> set[str]:
+    """The package's modules that a file names in an import, those within functions too; not what only type checkers
+    read."""
+    file = FILES[module]
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    package = [part for part in package if part]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - (node.level - 1)] + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                named = ".".join([*base, alias.name])
+                found.add(named if named in FILES else ".".join(base))
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not any(name.partition(".")[0] == "trl_ctopd" for name in names), f"{module}: imports are relative"
+    return found - {module}
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+GRAPH = {module: imports_of(module) for module in FILES}
+
+
+def test_every_room_has_a_place_in_the_order():
+    assert {room_of(module) for module in FILES} - {""} == set(ORDER)
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_a_room_imports_from_rooms_below_it_alone(room):
+    below = {*ORDER[: ORDER.index(room) + 1], ""} - {low for low, high in APART if high == room}
+    up = {
+        f"{module} -> {target}"
+        for module, targets in GRAPH.items()
+        for target in targets
+        if room_of(module) == room and room_of(target) not in below
+    }
+    assert not up
+
+
+def test_no_two_files_import_each_other_in_a_circle():
+    """What a function imports when it is called counts too; the root, which only names what to load, imports nothing that
+    imports it."""
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module in done:
+            return
+        path.append(module)
+        for target in GRAPH[module] - {""}:
+            visit(target)
+        path.pop()
+        done.add(module)
+
+    for module in GRAPH:
+        visit(module)
+
+
 def in_a_fresh_process(code):
     """What it prints, as JSON."""
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_maths_imports_without_trl():
-    """And without what only trainers need; `token_bytes` the function survives `token_bytes` the module."""
+@pytest.mark.parametrize("room", ["text", "losses"])
+def test_the_maths_loads_no_framework_and_nothing_that_shows_it(room):
+    modules = [f"trl_ctopd.{module}" for module in FILES if room_of(module) == room]
     loaded, is_function = in_a_fresh_process(
-        f"import {', '.join(MATHS)}\nimport json, sys\n"
-        "modules = {name.partition('.')[0] for name in sys.modules}\n"
-        "print(json.dumps([sorted(modules), callable(trl_ctopd.token_bytes)]))"
+        f"import {', '.join(modules)}\nimport json, sys, trl_ctopd\n"
+        "print(json.dumps([sorted(sys.modules), callable(trl_ctopd.token_bytes)]))"
     )
-    assert {"trl_ctopd", "torch"} <= set(loaded)
-    assert not {"trl", "peft", "accelerate", "datasets"} & set(loaded)
+    assert set(modules) <= set(loaded)
+    assert not FRAMEWORKS & {name.partition(".")[0] for name in loaded}
+    assert "transformers.trainer" not in loaded
+    assert not [name for name in loaded if name.startswith("trl_ctopd.looking")]
     assert is_function
 
 
 @pytest.mark.parametrize(
-    ("module", "allowed"),
+    ("modules", "allowed"),
     [
-        ("token_bytes", {"numpy"}),
-        ("align", {"numpy"}),
-        ("alignment", {"numpy"}),
-        ("altered_text", {"numpy"}),
-        ("credit", {"torch"}),
-        ("losses", {"torch"}),
+        (["text.token_bytes"], {"numpy"}),
+        (["text.aligner", "text.chunks", "text.altered_text"], {"numpy"}),
+        ([module for module in FILES if room_of(module) == "losses"], {"torch"}),
     ],
 )
-def test_a_module_of_the_maths_asks_for_no_framework(module, allowed):
-    path = PACKAGE / module
-    nodes = [
-        node
-        for file in (path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")])
-        for node in ast.walk(ast.parse(file.read_text()))
-    ]
+def test_the_maths_asks_for_numbers_alone(modules, allowed):
+    nodes = [node for module in modules for node in ast.walk(ast.parse(FILES[module].read_text()))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names == allowed
+
+
+def test_an_alignment_from_the_public_name_shows_itself():
+    shows = in_a_fresh_process(
+        "import json\nfrom trl_ctopd import TextAlignment\n"
+        "print(json.dumps([hasattr(TextAlignment, name) for name in ('_repr_html_', 'to_html', 'print')]))"
+    )
+    assert shows == [True, True, True]
 
 
 def test_trainer_and_config_load_on_first_use_and_every_public_name_is_there():

@@ -1,19 +1,19 @@
 """On-policy distillation of language models across tokenizers, as a Hugging Face TRL trainer.
 
-The maths (`token_bytes`, `align`, `alignment`, `credit`, `losses`) imports without TRL; the trainer, its config and
-its report are loaded on first use, and so is `align`, which is also a command (`python -m trl_ctopd.align`).
+Imports run one way: text -> losses, models -> config -> rollouts -> teachers -> training -> looking -> trainer. The maths
+(`text`, `losses`) imports without TRL. Every public name but `token_bytes` is loaded on first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .token_bytes import UnsupportedTokenizerError, token_bytes
+from .text.token_bytes import UnsupportedTokenizerError, token_bytes
 
 
 if TYPE_CHECKING:
-    from .align import TextAligner, TextAlignment, align_text
     from .config import CrossTokenizerGKDConfig
-    from .report import DistillationReportCallback
+    from .looking.report import DistillationReportCallback
+    from .text.aligner import TextAligner, TextAlignment, align_text
     from .trainer import CrossTokenizerGKDTrainer
 
 __version__ = "0.1.0"
@@ -32,10 +32,10 @@ __all__ = [
 _MODULES = {
     "CrossTokenizerGKDConfig": "config",
     "CrossTokenizerGKDTrainer": "trainer",
-    "DistillationReportCallback": "report",
-    "TextAligner": "align",
-    "TextAlignment": "align",
-    "align_text": "align",
+    "DistillationReportCallback": "looking.report",
+    "TextAligner": "text.aligner",
+    "TextAlignment": "text.aligner",
+    "align_text": "text.aligner",
 }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
-from .credit import CREDITS
 from .losses import LOSSES, loss_name
+from .losses.credit import CREDITS
 
 
 with warnings.catch_warnings():  # TRL's version is pinned, and a test watches what is used of it

@@ -18,37 +18,37 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import is_in_notebook
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-from . import card, checkpoints, data, provenance
-from .align import align_text
-from .chat import Speaker
-from .checks import (
-    check_arguments,
-    check_signal,
-    check_strategy,
-    check_vocabulary,
-    context_length,
-    distillation_loss,
-    ensure_pad_token,
-    load_tokenizer,
-    signal_of,
-)
-from .compare import compare
 from .config import CrossTokenizerGKDConfig, GKDTrainer
-from .generation import sampling_config, write
-from .heads import add_token_scores, base_model, check_head, hidden_states, lm_head
-from .history import evaluation_prefix
+from .looking import card, provenance
+from .looking.compare import compare
+from .looking.history import evaluation_prefix
+from .looking.report import DistillationReportCallback
+from .looking.samples import Samples, show
 from .losses import Distributions, ScoredChunks, build_loss
-from .metrics import Meter, chunk_metrics, rollout_metrics
-from .report import DistillationReportCallback
-from .rollouts import Prompt, Rollout, collate, grouped_by_length, on_columns, on_grid, pad_scores
-from .samples import Samples, show
-from .sharding import keep_scores_in_float32, own_rows
+from .models.heads import add_token_scores, base_model, check_head, hidden_states, lm_head
+from .models.loading import check_vocabulary, ensure_pad_token, load_tokenizer
+from .models.sharding import keep_scores_in_float32, own_rows
+from .rollouts.generation import sampling_config, write
+from .rollouts.pairing import Prompt, Rollout, collate, grouped_by_length, on_columns, on_grid, pad_scores
+from .rollouts.prompts import COLUMNS, RepeatedWindows, check_room, collate_prompts, render_row
+from .rollouts.vllm import VLLMWriter, importance
 from .teachers.local import LocalTeacher
 from .teachers.panel import Awaited, Model, Panel, settled
 from .teachers.remote import RemoteTeacher
-from .timing import PhaseTimer
-from .vllm_writing import VLLMWriter, importance
-from .vocabulary import CACHE_DIR, VocabularyPair
+from .text.aligner import align_text
+from .text.chat import Speaker
+from .text.vocabulary import CACHE_DIR, VocabularyPair
+from .training import checkpoints
+from .training.checks import (
+    check_arguments,
+    check_signal,
+    check_strategy,
+    context_length,
+    distillation_loss,
+    signal_of,
+)
+from .training.metrics import Meter, chunk_metrics, rollout_metrics
+from .training.timing import PhaseTimer
 
 
 logger = get_logger(__name__)
@@ -129,7 +129,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self._init_without_shared_vocabulary(
             model,
             args=args,
-            data_collator=data.collate_prompts,
+            data_collator=collate_prompts,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -150,7 +150,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         set_seed(args.seed, device_specific=True)
         if is_in_notebook():
-            from .notebook import show_figures  # needs IPython
+            from .looking.notebook import show_figures  # needs IPython
 
             show_figures(self)
 
@@ -238,14 +238,14 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         """
         if isinstance(dataset, Dataset) and not len(dataset):
             raise ValueError(f"The {dataset_name} dataset is empty.")
-        if dataset.column_names is not None and set(data.COLUMNS) <= set(dataset.column_names):
+        if dataset.column_names is not None and set(COLUMNS) <= set(dataset.column_names):
             return dataset
         options = {}
         if isinstance(dataset, Dataset):
             options = {"num_proc": args.dataset_num_proc, "desc": f"Rendering {dataset_name} dataset for both models"}
         with args.main_process_first(local=True, desc="dataset rendering"):
             rendered = dataset.map(
-                data.render_row,
+                render_row,
                 with_indices=True,
                 fn_kwargs={
                     "student": self.student_side,
@@ -260,11 +260,11 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                 **options,
             )
         if isinstance(rendered, Dataset):
-            data.check_room(rendered, self.panel.contexts_of_servers, args.max_new_tokens, dataset_name)
+            check_room(rendered, self.panel.contexts_of_servers, args.max_new_tokens, dataset_name)
         return rendered
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = data.COLUMNS
+        self._signature_columns = COLUMNS
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         """The prompts of each optimizer step come `rollout_reuse` times, so that steps, epochs and resuming count as ever."""
@@ -276,7 +276,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             return super()._get_train_sampler(train_dataset)
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
         seed = None if args.train_sampling_strategy == "sequential" else seed
-        return data.RepeatedWindows(rows, self.get_total_train_batch_size(args), reuse, seed)
+        return RepeatedWindows(rows, self.get_total_train_batch_size(args), reuse, seed)
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from benchmarks.report import header, save
-from trl_ctopd.alignment import Side, synchronized_chunks
-from trl_ctopd.credit import CREDITS
 from trl_ctopd.losses import DPCA, ScoredChunks, StrictSampled
+from trl_ctopd.losses.credit import CREDITS
+from trl_ctopd.text.chunks import Side, synchronized_chunks
 
 from .run import RESULTS
 

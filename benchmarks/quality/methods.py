@@ -30,7 +30,7 @@ from trl.experimental.gold import GOLDConfig, GOLDTrainer, gold_trainer
 from benchmarks.speed.alignment import LARGE_CHUNK, next_match
 from benchmarks.speed.models import Clock
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer, TextAligner, TextAlignment
-from trl_ctopd.align import AlignedTokens
+from trl_ctopd.text.aligner import AlignedTokens
 
 from . import models
 from .models import messages

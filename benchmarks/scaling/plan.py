@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from trl_ctopd import heads
+from trl_ctopd.models import heads
 
 
 STRATEGIES = ("ddp", "zero2", "zero3", "zero3_offload", "fsdp2")

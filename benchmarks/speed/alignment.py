@@ -63,9 +63,10 @@ from trl.experimental.gold.gold_trainer import ULDLoss, build_teacher_inputs_fro
 from trl.experimental.utils import is_byte_level_tokenizer, piece_byte_len
 
 from benchmarks.report import assets_folder, header, save
-from trl_ctopd import TextAligner, TextAlignment, align, token_bytes
-from trl_ctopd.credit import chunk_sum
-from trl_ctopd.rollouts import pad_rows
+from trl_ctopd import TextAligner, TextAlignment, token_bytes
+from trl_ctopd.losses.credit import chunk_sum
+from trl_ctopd.rollouts.pairing import pad_rows
+from trl_ctopd.text import aligner as align
 
 
 matplotlib.use("Agg")

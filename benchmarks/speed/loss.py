@@ -40,9 +40,9 @@ from trl.experimental.gold.gold_trainer import GOLDTrainer, ULDLoss, build_teach
 
 from benchmarks.report import assets_folder, gsm8k, header, save
 from trl_ctopd import TextAlignment, align_text
-from trl_ctopd.heads import add_token_scores, hidden_states, lm_head
 from trl_ctopd.losses import LOSSES, Distributions, ScoredChunks, build_loss
-from trl_ctopd.vocabulary import CACHE_DIR, VocabularyPair
+from trl_ctopd.models.heads import add_token_scores, hidden_states, lm_head
+from trl_ctopd.text.vocabulary import CACHE_DIR, VocabularyPair
 
 
 matplotlib.use("Agg")

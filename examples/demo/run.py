@@ -41,8 +41,8 @@ from transformers import (
 )
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer, align_text
-from trl_ctopd.credit import gaps
 from trl_ctopd.losses import DPCA, Metrics, ScoredChunks
+from trl_ctopd.losses.credit import gaps
 
 
 HELD_OUT = 600

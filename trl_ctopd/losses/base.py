@@ -6,8 +6,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from ..credit import chunk_sum, spread
-from ..vocabulary import VocabularyPair
+from ..text.vocabulary import VocabularyPair
+from .credit import chunk_sum, spread
 from .distributions import Distributions
 
 

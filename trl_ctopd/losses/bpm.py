@@ -19,7 +19,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from ..vocabulary import Prefixes
+from ..text.vocabulary import Prefixes
 from .base import Loss, Metrics, ScoredChunks
 from .distributions import over_tiles
 from .divergences import generalized_jsd

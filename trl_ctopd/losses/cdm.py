@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from ..vocabulary import VocabularyPair
+from ..text.vocabulary import VocabularyPair
 from .base import Loss, Metrics, ScoredChunks
 from .distributions import over_tiles
 from .divergences import kl

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..credit import CREDITS, gaps, shares, spread
 from .base import Metrics, ScoredChunks
+from .credit import CREDITS, gaps, shares, spread
 from .policy_gradient import PolicyGradient, check_clip, clipped
 
 
@@ -24,7 +24,7 @@ class DPCA(PolicyGradient):
 
     Args:
         credit (`str`, defaults to `"semantic"`): how a chunk's gap is shared among its student tokens, see
-            [`~trl_ctopd.credit.shares`].
+            [`~trl_ctopd.losses.credit.shares`].
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on |A_i| in nats; `None` for no bound.
         clip_ratio_low, clip_ratio_high: of [`PolicyGradient`].
     """

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..vocabulary import SPELLED_BYTES, VocabularyPair
+from ..text.vocabulary import SPELLED_BYTES, VocabularyPair
 
 
 def edit_distances(a: torch.Tensor, a_length: torch.Tensor, b: torch.Tensor, b_length: torch.Tensor) -> torch.Tensor:

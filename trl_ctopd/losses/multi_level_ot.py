@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..credit import spread
 from .base import Loss, Metrics, ScoredChunks
+from .credit import spread
 from .distributions import Distributions, over_tiles
 from .divergences import kl
 

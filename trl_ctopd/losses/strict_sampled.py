@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..credit import gaps, spread
 from .base import Metrics, ScoredChunks
+from .credit import gaps, spread
 from .policy_gradient import PolicyGradient, check_clip, clipped
 
 

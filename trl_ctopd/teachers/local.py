@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
-from ..heads import add_token_scores, base_model, hidden_states
-from ..rollouts import pad_rows
-from ..sharding import is_sharded, place_teacher
+from ..models.heads import add_token_scores, base_model, hidden_states
+from ..models.sharding import is_sharded, place_teacher
+from ..rollouts.pairing import pad_rows
 
 
 class LocalTeacher:

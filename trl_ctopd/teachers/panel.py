@@ -13,13 +13,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
-from ..align import TextAligner
-from ..chat import Speaker, unshared_markup
-from ..checks import check_vocabulary, load_tokenizer
 from ..config import CrossTokenizerGKDConfig
-from ..metrics import Metrics
-from ..one_tokenizer import OneTokenizer, is_one_tokenizer
-from ..rollouts import Prompt, Rollout, pad_scores, pair
+from ..losses import Metrics
+from ..models.loading import check_vocabulary, load_tokenizer
+from ..rollouts.pairing import Prompt, Rollout, pad_scores, pair
+from ..text.aligner import TextAligner
+from ..text.chat import Speaker, unshared_markup
+from ..text.one_tokenizer import OneTokenizer, is_one_tokenizer
 from .local import LocalTeacher, load_teacher
 from .remote import RemoteScores, RemoteTeacher
 from .servers import Servers, is_url

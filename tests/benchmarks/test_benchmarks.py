@@ -1,0 +1,44 @@
+"""The speed benchmarks still run, in little, the GPU's way through them too; what they find is in benchmarks/results."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(assets: Path, output: Path, module: str, *options: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.speed.{module}", "--quick", *options, "--output", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "CTOPD_ASSETS": str(assets), "HF_HOME": str(output.parent / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--gpu",), marks=pytest.mark.slow)], ids=["on the CPU", "as on a GPU"]
+)
+def test_a_step_beside_golds_and_the_floor(assets, tmp_path, options):
+    report = run(assets, tmp_path / "step.json", "step", *options)
+    for result in report["results"].values():
+        assert result["ratios"]["gold over ours"]["median"] > 0
+        assert result["ratios"]["ours over floor"]["median"] > 0
+        assert {"generation", "alignment", "teacher", "student", "loss"} <= set(result["sides"]["ours"]["phases"])
+
+
+@pytest.mark.slow
+def test_the_growth_of_a_step(assets, tmp_path):
+    report = run(assets, tmp_path / "scaling.json", "scaling")
+    for result in report["results"].values():
+        assert {"total", "generation", "student"} <= set(result["ours"]["exponents"])

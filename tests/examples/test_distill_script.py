@@ -1,0 +1,135 @@
+"""`examples/distill.py` as people run it: a process of its own, a YAML file, options that override it."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import AutoPeftModelForCausalLM
+from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser
+
+from trl_ctopd import CrossTokenizerGKDConfig
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def distill(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, EXAMPLES / "distill.py", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a LoRA run: `config.yaml`, the models, and what the script left in `output`."""
+    folder = tmp_path_factory.mktemp("distill")
+    for name, model, tokenizer in (
+        ("student", student_model(), student_tokenizer()),
+        ("teacher", teacher_model(), teacher_tokenizer()),
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    data = folder / "data"
+    data.mkdir()
+    for split, rows in (("train", prompts(8)), ("test", prompts(2))):
+        lines = [{"question": row["prompt"][0]["content"], "answer": row["completion"][0]["content"]} for row in rows]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {
+        "model_name_or_path": str(folder / "student"),
+        "teacher_model_name_or_path": str(folder / "teacher"),
+        "dataset_name": str(data),
+        "prompt_column": "question",
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": "all-linear",
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_new_tokens": 8,
+        "max_steps": 50,
+        "learning_rate": 1.0e-2,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "disable_tqdm": True,
+        "output_dir": str(folder / "output"),
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    done = distill("--config", folder / "config.yaml", "--max_steps", 2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_from_yaml_leaves_an_adapter_that_loads_and_learned(run):
+    model = AutoPeftModelForCausalLM.from_pretrained(run / "output")
+    assert model.peft_config["default"].r == 4
+    assert any(value.abs().sum() > 0 for name, value in model.named_parameters() if "lora_B" in name)
+    assert AutoTokenizer.from_pretrained(run / "output").chat_template == student_tokenizer().chat_template
+
+
+def test_the_command_line_wins_over_the_yaml_file(run):
+    [state] = (run / "output").glob("checkpoint-*/trainer_state.json")
+    history = json.loads(state.read_text())["log_history"]
+    assert state.parent.name == "checkpoint-2"  # max_steps is 50 in the file
+    assert {"gap/nats_per_byte", "eval_gap/nats_per_byte"} <= {name for entry in history for name in entry}
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows.json", "."])
+def test_a_local_file_or_folder_is_a_dataset(name, tmp_path):
+    file = tmp_path / (name if name != "." else "train.jsonl")
+    (prompts(3).to_parquet if name == "rows.parquet" else prompts(3).to_json)(file)
+    script = runpy.run_path(str(EXAMPLES / "distill.py"))
+    splits = script["load_splits"](script["DistillArguments"](dataset_name=str(tmp_path / name)))
+    assert splits["train"]["prompt"][:] == prompts(3)["prompt"][:]
+
+
+def test_a_prompt_column_leaves_no_answer_in_the_dataset(run):
+    script = runpy.run_path(str(EXAMPLES / "distill.py"))
+    splits = script["load_splits"](script["DistillArguments"](dataset_name=str(run / "data"), prompt_column="question"))
+    assert splits.column_names == {"train": ["prompt"], "test": ["prompt"]}
+    assert splits["train"]["prompt"][:] == prompts(8)["prompt"][:]
+
+
+def test_an_evaluation_can_be_capped(run):
+    script = runpy.run_path(str(EXAMPLES / "distill.py"))
+    arguments = script["DistillArguments"](dataset_name=str(run / "data"), max_eval_samples=1)
+    assert script["load_splits"](arguments).num_rows == {"train": 8, "test": 1}
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    done = distill("--help")
+    assert done.returncode == 0, done.stderr
+    return " ".join(done.stdout.split())
+
+
+def test_help_explains_every_field_of_the_config(help_text):
+    fields = CrossTokenizerGKDConfig.__dataclass_fields__
+    for name in CrossTokenizerGKDConfig.__annotations__:
+        if name != "_VALID_DICT_FIELDS":
+            assert f"--{name}" in help_text
+            assert " ".join(fields[name].metadata["help"].split()).replace("%%", "%") in help_text
+    assert "--prompt_column" in help_text
+
+
+def test_the_example_yaml_is_read_whole(tmp_path):
+    path = EXAMPLES / "configs" / "distill_lora.yaml"
+    script = runpy.run_path(str(EXAMPLES / "distill.py"))
+    parser = TrlParser((script["DistillArguments"], CrossTokenizerGKDConfig, ModelConfig))
+    parsed = parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path)])  # unknown keys raise
+    for name, value in yaml.safe_load(path.read_text()).items():
+        if name != "output_dir":
+            [found] = [getattr(part, name) for part in parsed if hasattr(part, name)]
+            assert found == value, name

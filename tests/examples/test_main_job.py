@@ -1,0 +1,42 @@
+"""What a newcomer runs first, at full size: the demo, and the loop without a trainer. Minutes, not seconds."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(*command, timeout: int) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_demo_recovers_the_gap_without_being_shown_an_answer(tmp_path):
+    run(EXAMPLES / "demo" / "run.py", "--seed", 0, "--no-control", "--output", tmp_path, timeout=900)
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert figures["teacher_accuracy"] >= 0.95
+    assert figures["student_accuracy_before"] < 0.6
+    assert figures["gap_recovered"] >= 0.85
+    assert figures["peak_memory_gigabytes"] < 3
+    assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "student" / "model.safetensors").exists()
+
+
+def test_the_loop_without_a_trainer_closes_the_gap():
+    printed = run(EXAMPLES / "minimal_loop.py", timeout=600)
+    gaps = [float(gap) for gap in re.findall(r"gap (\S+) nats/byte", printed)]
+    right = [float(share) for share in re.findall(r"([\d.]+)% right; gap", printed)]
+    assert gaps[-1] < 0.75 * gaps[0]
+    assert right[-1] > right[0]

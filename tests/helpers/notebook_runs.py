@@ -1,0 +1,50 @@
+"""A notebook of the project, run from top to bottom in a folder of its own, and what its saved outputs must be."""
+
+import json
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell
+
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+
+def run(name: str, report: str, folder: Path) -> tuple[nbformat.NotebookNode, dict]:
+    """The notebook as it ran, and what `report`, an expression evaluated at its end, came to. Any cell's error is raised."""
+    notebook = saved(name)
+    notebook.cells.append(new_code_cell(f"import json\nprint(json.dumps({report}))"))
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    return notebook, json.loads(notebook.cells.pop().outputs[-1].text)
+
+
+def saved(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[list[nbformat.NotebookNode]]:
+    """Of each code cell."""
+    return [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(notebook: nbformat.NotebookNode) -> list[str]:
+    """What each code cell printed."""
+    return ["".join(o.text for o in own if o.get("name") == "stdout") for own in outputs(notebook)]
+
+
+def shown(notebook: nbformat.NotebookNode, kind: str) -> list[str]:
+    """All outputs of a MIME type."""
+    return [output.data[kind] for own in outputs(notebook) for output in own if kind in output.get("data", {})]
+
+
+def check_saved(name: str):
+    """Saved from one run, whole, without an error or a warning, and without a path of the machine it ran on."""
+    notebook = saved(name)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == [*range(1, len(counts) + 1)]
+    assert all(o.output_type != "error" and o.get("name") != "stderr" for own in outputs(notebook) for o in own)
+    text = nbformat.writes(notebook)
+    assert not any(trace in text for trace in ("/tmp/", "/home/", "/root/", "Warning", "WARNING"))

@@ -1,0 +1,336 @@
+"""The card's text and metadata, variant by variant, as a visitor of the hub reads them. No models, no network."""
+
+import ast
+import re
+
+import pytest
+import toys
+from huggingface_hub import ModelCard, ModelCardData
+
+from trl_ctopd import CrossTokenizerGKDConfig, __version__
+from trl_ctopd.looking import card
+from trl_ctopd.looking.provenance import PACKAGES
+from trl_ctopd.losses import ALM, LOSSES
+
+
+STUDENT, TEACHER = toys.student_tokenizer(), toys.teacher_tokenizer()
+LOG = [
+    {"loss": 0.5, "gap/nats_per_byte": 0.4, "step": 10},
+    {"eval_loss": 0.3, "eval_gap/nats_per_byte": 0.21, "eval_runtime": 1.0, "step": 20},
+    {"loss": 0.123456, "gap/nats_per_byte": -0.00001234, "alignment/masked_fraction": 0.0, "step": 20},
+    {"train_runtime": 3.0, "train_loss": 0.3, "step": 25},
+]
+
+
+def my_loss(batch, num_items):
+    return batch.student_log_probs.sum() / num_items, {}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """`make(**changes)`: a card; `config` holds changed settings."""
+
+    def build(config=None, **changes) -> ModelCard:
+        args = CrossTokenizerGKDConfig(output_dir=str(tmp_path / "out"), report_to="none", bf16=False, **(config or {}))
+        options = {
+            "model_name": "my-run",
+            "hub_model_id": "me/my-run",
+            "student": "org/student-1B",
+            "teacher": "lab/Teacher-7B",
+            "student_tokenizer": STUDENT,
+            "teacher_tokenizer": TEACHER,
+            "args": args,
+            "adapter": False,
+            "dataset_name": None,
+            "tags": ["trl", "ctopd"],
+            "log_history": LOG,
+        }
+        options |= changes
+        teacher = options.pop("teacher"), options.pop("teacher_tokenizer")
+        return card.model_card(**{"teachers": [teacher], **options})
+
+    return build
+
+
+VARIANTS = {
+    "full": {},
+    "adapter": {"adapter": True},
+    "made in place": {"student": "", "teacher": ""},
+    "adapter on a model made in place": {"student": "", "adapter": True},
+    "folders": {
+        "student": "/data/runs/student",
+        "teacher": "/data/models/teacher/",
+        "dataset_name": "/data/prompts.jsonl",
+    },
+    "alm": {"config": {"distillation_loss": "alm"}},
+    "sft": {"config": {"distillation_loss": "sft", "lmbda": 0.0, "seq_kd": True}},
+    "own loss": {"config": {"distillation_loss": my_loss}},
+    "a loss object": {"config": {"distillation_loss": ALM(temperature=10.0), "lmbda": 0.5}},
+    "mixed": {"config": {"lmbda": 0.5, "advantage_clip": None}},
+    "one tokenizer": {"teacher_tokenizer": STUDENT},
+    "no template": {"student_tokenizer": TEACHER, "teacher_tokenizer": STUDENT},
+    "before the first log": {"log_history": [], "hub_model_id": None},
+}
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The rows of all tables, by their first cell."""
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    return {first.strip().strip("`"): [cell.strip() for cell in rest] for first, *rest in cells}
+
+
+def quick_start(text: str) -> str:
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_card_is_valid_and_says_nothing_it_does_not_know(make, variant):
+    written = make(**VARIANTS[variant])
+    metadata = ModelCardData(**ModelCard(written.content).data.to_dict())
+    assert metadata.license is None and metadata.language is None
+    assert metadata.pipeline_tag == "text-generation"
+    assert metadata.tags == ["generated_from_trainer", "trl", "ctopd"]
+    assert "None" not in written.content and "null" not in written.content
+    assert "/data/" not in written.content
+    assert "{%" not in written.content and "{{ " not in written.content
+    assert "\n\n\n" not in written.content
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_table_has_as_many_cells_in_each_row_as_in_its_head(make, variant):
+    tables = re.findall(r"(?:^\|.*\n)+", make(**VARIANTS[variant]).content, re.MULTILINE)
+    assert len(tables) >= 2
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_quick_start_is_python_that_loads_the_pushed_repository(make, variant):
+    snippet = quick_start(make(**VARIANTS[variant]).content)
+    ast.parse(snippet)
+    name = "my-run" if variant == "before the first log" else "me/my-run"
+    assert snippet.count(f'from_pretrained("{name}")') + snippet.count(f'from_pretrained(base, "{name}")') == 2
+
+
+def test_the_card_names_both_models_both_tokenizers_the_method_its_paper_and_the_versions(make):
+    text = make().content
+    assert rows(text)["student"] == [
+        "[org/student-1B](https://huggingface.co/org/student-1B)",
+        f"BPE, {len(STUDENT)} tokens",
+    ]
+    assert rows(text)["teacher"] == [
+        "[lab/Teacher-7B](https://huggingface.co/lab/Teacher-7B)",
+        f"Unigram, {len(TEACHER)} tokens",
+    ]
+    paper = card.PAPERS["dpca"]
+    assert f"- Method: `dpca`, [{paper.title}](https://huggingface.co/papers/{paper.arxiv})" in text
+    assert f"- trl_ctopd {__version__}\n- trl 1." in text
+    for package in PACKAGES:
+        assert re.search(rf"^- {package} \d+\.\d+", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_citation_is_balanced_bibtex_of_the_method_used(make, loss):
+    text = make(config={"distillation_loss": loss, "lmbda": 0.0 if loss == "sft" else 1.0}).content
+    [entry] = re.findall(r"```bibtex\n(.*?)```", text, re.DOTALL)
+    paper = card.PAPERS[loss]
+    assert f"title   = {{{{{paper.title}}}}}," in entry
+    assert (f"author  = {{{paper.authors}}}," in entry) == bool(paper.authors)
+    assert "author  = {}" not in entry
+    if paper.arxiv:
+        assert entry.startswith(f"@article{{arxiv{paper.arxiv.replace('.', '')},\n")
+        assert f"arXiv:{paper.arxiv}" in entry and f"year    = {{20{paper.arxiv[:2]}}}" in entry
+    else:
+        assert entry.startswith("@misc{") and f"url     = {{{paper.url}}}" in entry
+    assert entry.count("{") == entry.count("}")
+
+
+def test_the_figures_are_the_last_ones_logged_for_training_and_evaluation(make):
+    table = rows(make().content)
+    assert table["loss"][:2] == ["0.1235", "0.3"]
+    assert table["gap/nats_per_byte"][:2] == ["-1.234e-05", "0.21"]
+    assert table["alignment/masked_fraction"][:2] == ["0", ""]
+    assert "- Optimizer steps: 25, each of 8 prompts, one completion of each\n" in make().content
+
+
+def test_without_evaluation_the_figures_have_no_evaluation_column(make):
+    text = make(log_history=[entry for entry in LOG if "eval_loss" not in entry]).content
+    assert "| metric | training | meaning |" in text
+    assert "| evaluation |" in make().content
+
+
+def test_before_the_first_log_there_are_no_figures_and_no_steps(make):
+    text = make(log_history=[]).content
+    assert "Final metrics" not in text and "Optimizer steps" not in text
+
+
+@pytest.mark.parametrize("name", ["org/student-1B", "/caches/hub/models--org--student-1B/snapshots/0123abcd"])
+def test_a_student_of_the_hub_is_its_cards_base_model_read_from_the_cache_or_not(make, name):
+    written = make(student=name)
+    assert written.data.base_model == "org/student-1B"
+    assert rows(written.content)["student"][0] == "[org/student-1B](https://huggingface.co/org/student-1B)"
+    assert "snapshots" not in written.content
+
+
+@pytest.mark.parametrize("name", ["/data/runs/student", "./student", "../runs/student", "student", ""])
+def test_a_student_that_is_not_on_the_hub_is_no_base_model(make, name):
+    written = make(student=name)
+    assert written.data.base_model is None
+    assert rows(written.content)["student"][0] == ("`student`" if name else "an unnamed model")
+
+
+def test_a_relative_folder_that_looks_like_a_hub_name_is_a_folder(make, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "student").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert make(student="runs/student").data.base_model is None
+
+
+def test_a_dataset_of_the_hub_is_linked_and_a_local_one_named_only(make):
+    ours, local = make(dataset_name="lab/questions"), make(dataset_name="/data/questions.jsonl")
+    assert ours.data.datasets == "lab/questions"
+    assert "- Prompts: [lab/questions](https://huggingface.co/datasets/lab/questions)\n" in ours.content
+    assert local.data.datasets is None
+    assert "- Prompts: `questions.jsonl`\n" in local.content
+
+
+def test_an_adapter_is_a_peft_model_of_its_base_and_the_quick_start_loads_both(make):
+    written = make(adapter=True)
+    assert written.data.library_name == "peft"
+    assert written.data.base_model == "org/student-1B"
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/my-run")' in quick_start(written.content)
+    assert make().data.library_name == "transformers"
+
+
+def test_an_adapter_whose_base_is_not_on_the_hub_asks_for_the_base_in_the_quick_start(make):
+    snippet = quick_start(make(adapter=True, student="/data/student").content)
+    assert 'base = AutoModelForCausalLM.from_pretrained("path/to/the/base")  # `student`' in snippet
+    assert 'PeftModel.from_pretrained(base, "me/my-run")' in snippet
+
+
+def test_the_quick_start_chats_with_a_template_and_completes_text_without_one(make):
+    template_less = toys.student_tokenizer()
+    template_less.chat_template = None
+    assert "apply_chat_template(messages" in quick_start(make().content)
+    assert "apply_chat_template" not in quick_start(make(student_tokenizer=template_less).content)
+
+
+def test_the_quick_start_renders_prompts_with_the_template_kwargs_of_the_run(make):
+    kwargs = {"enable_thinking": False, "effort": "low"}
+    written = make(config={"chat_template_kwargs": kwargs, "max_new_tokens": 77})
+    snippet = quick_start(written.content)
+    assert "return_tensors=\"pt\", enable_thinking=False, effort='low')" in snippet
+    assert "max_new_tokens=77" in snippet
+    assert rows(written.content)["chat_template_kwargs"] == ["enable_thinking=False, effort='low'"]
+
+
+def test_the_settings_are_those_of_the_run_and_of_its_method_only(make):
+    table = rows(make(config={"learning_rate": 3e-5, "num_generations": 4, "top_p": 0.9, "credit": "macro"}).content)
+    assert table["learning_rate"] == ["3e-05"] and table["num_generations"] == ["4"] and table["top_p"] == ["0.9"]
+    assert table["credit"] == ["macro"] and table["advantage_clip"] == ["10.0"]
+    assert not {"top_k", "min_p", "off_policy_loss", "generation_kwargs"} & set(table)
+
+    table = rows(make(config={"distillation_loss": "alm", "distillation_loss_kwargs": {"temperature": 50.0}}).content)
+    assert not {"credit", "advantage_clip"} & set(table)
+
+
+def test_a_setting_of_the_loss_is_not_taken_for_one_of_sampling_by_the_same_name(make):
+    config = {"distillation_loss": "alm", "distillation_loss_kwargs": {"temperature": 50.0}, "temperature": 0.7}
+    table = rows(make(config=config).content)
+    assert table["temperature"] == ["0.7"]
+    assert table["distillation_loss_kwargs"] == ["temperature=50.0"]
+
+
+def test_a_setting_with_a_bar_or_a_gap_in_it_stays_one_row_of_the_table(make):
+    text = make(
+        config={"generation_kwargs": {"stop_strings": "a|b", "min_length": None, "watermarking_config": "x  y"}}
+    ).content
+    assert "| `generation_kwargs` | stop_strings='a\\|b', watermarking_config='x y' |\n" in text
+
+
+def test_no_clip_is_said_to_be_no_bound(make):
+    assert rows(make(config={"advantage_clip": None}).content)["advantage_clip"] == ["no bound"]
+
+
+def test_a_loss_of_ones_own_is_named_and_takes_no_papers_name(make):
+    text = make(config={"distillation_loss": my_loss}).content
+    assert "- Method: `my_loss`, a loss of the author's own, on text aligned as in [Breaking the Tokenizer" in text
+    assert "`dpca`" not in text and "credit" not in rows(text)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({}, "The student wrote completions itself; the teacher, which has another tokenizer, scored"),
+        ({"lmbda": 0.25}, "The student wrote about 25% of the completions itself, and the others were the dataset's;"),
+        (
+            {"lmbda": 0.0, "distillation_loss": "alm"},
+            "The completions were the dataset's; the teacher, which has another",
+        ),
+        (
+            {"lmbda": 0.0, "seq_kd": True, "distillation_loss": "sft"},
+            "The completions were the teacher's; the student learned",
+        ),
+    ],
+)
+def test_the_card_tells_who_wrote_and_who_scored(make, config, told):
+    assert told in make(config=config).content
+
+
+def test_two_models_of_one_tokenizer_are_not_said_to_have_two(make):
+    text = make(teacher_tokenizer=toys.student_tokenizer()).content
+    assert "the teacher, which has the same tokenizer, scored them token by token." in text
+    assert "another tokenizer" not in text
+
+
+def test_several_teachers_have_a_row_each(make):
+    text = make(teachers=[("lab/Maths-7B", TEACHER), ("lab/Code-7B", STUDENT)]).content
+    assert "distilled from [lab/Maths-7B](https://huggingface.co/lab/Maths-7B), [lab/Code-7B](" in text
+    assert [line.split("|")[3].strip() for line in text.splitlines() if line.startswith("| teacher |")] == [
+        f"Unigram, {len(TEACHER)} tokens",
+        f"BPE, {len(STUDENT)} tokens",
+    ]
+    assert "each one's teacher scored the same text in its own tokens" in text
+
+
+def test_off_policy_rows_bring_their_loss_into_the_settings(make):
+    table = rows(make(config={"lmbda": 0.5, "off_policy_loss_kwargs": {"temperature": 10.0}}).content)
+    assert table["off_policy_loss"] == ["alm"]
+    assert table["off_policy_loss_kwargs"] == ["temperature=10.0"]
+
+
+def test_every_evaluation_has_its_column_and_a_figure_from_outside_its_row(make):
+    log = [
+        *LOG,
+        {"eval_math_gap/nats_per_byte": 0.5, "eval_math_runtime": 1.0, "step": 20},
+        {"eval_accuracy": 0.75, "step": 20},
+    ]
+    text = make(log_history=log).content
+    assert "| metric | training | evaluation | evaluation on math | meaning |" in text
+    assert rows(text)["gap/nats_per_byte"][:3] == ["-1.234e-05", "0.21", "0.5"]
+    assert rows(text)["accuracy"][:3] == ["", "0.75", ""]
+
+
+def test_licences_are_those_of_the_models_own_cards_and_the_students_is_the_cards(make):
+    llama = {"license": "other", "license_name": "my-licence", "license_link": "https://example.org/licence"}
+    written = make(licenses=(llama, {"license": "apache-2.0"}))
+    assert {name: written.data.get(name) for name in llama} == llama
+    assert rows(written.content)["student"][-1] == "[my-licence](https://example.org/licence)"
+    assert rows(written.content)["teacher"][-1] == "apache-2.0"
+    assert "licence" not in make().content
+
+
+def test_the_card_has_the_command_the_prompts_and_the_picture_where_there_are_any(make):
+    text = make(
+        command="python run.py --seed 1", prompts=1234, dataset_name="lab/questions", picture="curve.png"
+    ).content
+    assert "```bash\npython run.py --seed 1\n```" in text
+    assert "- Prompts: [lab/questions](https://huggingface.co/datasets/lab/questions), 1,234 rows\n" in text
+    assert "](curve.png)" in text
+    assert "```bash" not in make().content and "![" not in make().content
+
+
+def test_a_learning_curve_needs_two_points(tmp_path):
+    gaps = [{"gap/nats_per_byte": 0.5, "step": 1}, {"gap/nats_per_byte": 0.25, "step": 2}]
+    assert not card.learning_curve(gaps[:1], tmp_path / "curve.png") and not list(tmp_path.iterdir())
+    assert card.learning_curve(gaps, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

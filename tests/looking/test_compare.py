@@ -1,0 +1,94 @@
+"""`trainer.compare`: what the student said before, says now, and what its teacher says."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from toys import student_model, teacher_model
+
+from trl_ctopd.looking.compare import NO_BEFORE
+from trl_ctopd.rollouts.generation import write
+from trl_ctopd.text.chat import read_example
+
+
+CHAT = [[{"role": "user", "content": "What is 3 plus 4?"}], [{"role": "user", "content": "What is 12 plus 30?"}]]
+
+
+def greedy(model, tokenizer, ids: list[int], limit: int, stop_ids: list[int]) -> str:
+    """One token after the other, without `generate`."""
+    written = []
+    with torch.no_grad():
+        while len(written) < limit and not set(written) & set(stop_ids):
+            written.append(model(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax().item())
+    return tokenizer.decode(written, skip_special_tokens=True)
+
+
+def expected(trainer, model, side, stop_ids, rows, limit):
+    ids = [side.prompt_ids(read_example(row)) for row in rows]
+    return [greedy(model, side.tokenizer, own, limit, stop_ids) for own in ids]
+
+
+@pytest.mark.parametrize("prompts", [CHAT, ["What is 3 plus", "two and two is"]], ids=["conversations", "plain text"])
+def test_an_adapters_student_is_shown_before_and_now_beside_its_teacher(build, capsys, prompts):
+    before = student_model(7)
+    trainer = build(
+        model=student_model(7),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_alpha=64),
+        max_steps=3,
+        learning_rate=0.1,
+    )
+    trainer.train()
+    rows = trainer.compare(prompts, max_new_tokens=6)
+    asked = [{"prompt": prompt} for prompt in prompts]
+    student = trainer.student_side, trainer.stop_ids, asked, 6
+    teacher = trainer.panel.only.side, trainer.panel.only.stop_ids, asked, 6
+    merged = trainer.model.merge_and_unload()
+    columns = {
+        "prompt": prompts,
+        "student_before": expected(trainer, before, *student),
+        "student_now": expected(trainer, merged, *student),
+        "teacher": expected(trainer, trainer.teacher_model, *teacher),
+    }
+    assert rows == [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    assert columns["student_before"] != columns["student_now"]
+    printed = capsys.readouterr().out
+    assert "Student before (adapter off)" in printed and "Teacher" in printed and NO_BEFORE not in printed
+
+
+def test_a_student_trained_whole_has_no_before_and_the_table_says_so(build, capsys):
+    trainer = build()
+    trainer.train()
+    [row] = trainer.compare(CHAT[:1])
+    assert list(row) == ["prompt", "student_now", "teacher"]
+    assert " ".join(NO_BEFORE.split()) in " ".join(capsys.readouterr().out.split())
+
+
+def test_comparing_leaves_the_run_as_it_was(build):
+    one, other = build(max_steps=2, logging_steps=1), build(max_steps=2, logging_steps=1)
+    other.compare(CHAT)
+    one.train(), other.train()
+    assert other.model.training
+    assert one.state.log_history[-2]["loss"] == other.state.log_history[-2]["loss"]
+
+
+def test_an_answer_ends_where_the_models_context_does(build, monkeypatch):
+    trainer = build(model=student_model(max_position_embeddings=64), teacher=teacher_model(max_position_embeddings=48))
+    limits = []
+    monkeypatch.setattr(
+        "trl_ctopd.looking.compare.write", lambda *args: limits.append(args[2].max_new_tokens) or write(*args)
+    )
+    trainer.compare(CHAT[:1], max_new_tokens=1000)
+    asked = [
+        len(side.prompt_ids(read_example({"prompt": CHAT[0]})))
+        for side in (trainer.student_side, trainer.panel.only.side)
+    ]
+    assert limits == [64 - asked[0], 48 - asked[1]]
+    with pytest.raises(ValueError, match=r"prompt of \d+ tokens leaves no room to answer in a context of 64"):
+        trainer.compare(["What is the sum of " * 30])
+
+
+def test_rows_of_a_dataset_are_prompts_too_and_one_text_alone_is_refused(build):
+    trainer = build()
+    [row] = trainer.compare([{"prompt": CHAT[0], "completion": [{"role": "assistant", "content": "7"}]}])
+    assert row["prompt"] == CHAT[0]
+    with pytest.raises(TypeError, match="list of prompts, got the text 'What'"):
+        trainer.compare("What")

@@ -1,0 +1,103 @@
+"""Completions kept to be looked at: what is kept is what was scored, and it is shown where the run reports to."""
+
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toys import fix_rollouts, prompts, student_tokenizer, teacher_model
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from trl_ctopd.looking.samples import Sample, Samples, show
+
+
+@pytest.fixture
+def taken(build, monkeypatch):
+    """Trains with the settings given; the samples shown, and the trainer."""
+
+    def train(**settings):
+        shown = []
+        monkeypatch.setattr("trl_ctopd.trainer.show", lambda samples, *_: shown.append(samples))
+        trainer = fix_rollouts(build(log_completions=True, **settings))
+        trainer.train()
+        return shown, trainer
+
+    return train
+
+
+def test_a_steps_samples_have_its_logged_gap(taken):
+    [samples], trainer = taken(num_completions_to_print=8, per_device_train_batch_size=4)
+    assert len(samples) == 4
+    widths = [len(rollout.alignment.text.encode()) for rollout in trainer.align_completions([s.ids for s in samples])]
+    mean = sum(sample.gap * width for sample, width in zip(samples, widths, strict=True)) / sum(widths)
+    [logged] = [entry["gap/nats_per_byte"] for entry in trainer.state.log_history if "gap/nats_per_byte" in entry]
+    assert mean == pytest.approx(logged, rel=1e-5)
+
+
+def test_log_probs_are_of_the_samples_own_tokens_on_both_sides(taken):
+    [samples], trainer = taken(per_device_train_batch_size=4)
+    for sample in samples:
+        [rollout] = trainer.align_completions([sample.ids])
+        assert len(sample.student_log_probs) == len(sample.ids)
+        assert len(sample.teacher_log_probs) == len(rollout.teacher_ids)
+        assert all(value < 0 for value in sample.student_log_probs + sample.teacher_log_probs)
+        assert sample.prompt.startswith("<|bos|><|start|>user\nWhat is")
+
+
+def test_a_text_that_the_teacher_cannot_read_has_no_gap_and_no_scores_of_the_teacher(taken):
+    [samples], _ = taken(teacher=teacher_model(max_position_embeddings=8))
+    assert {(sample.gap, tuple(sample.teacher_log_probs)) for sample in samples} == {(None, ())}
+
+
+def test_without_a_reader_nothing_is_kept(build, monkeypatch):
+    trainer = build()
+    monkeypatch.setattr(trainer._samples, "keep", lambda *_: pytest.fail("kept for nobody"))
+    trainer.train()
+
+
+def test_tensorboard_gets_every_figure_and_the_completions_as_a_table(build, tmp_path):
+    evaluation = {"eval_dataset": prompts(4), "eval_strategy": "steps", "eval_steps": 2}
+    trainer = build(report_to="tensorboard", log_completions=True, max_steps=2, **evaluation)
+    trainer.train()
+    [events] = (tmp_path / "run").rglob("events.*")
+    found = EventAccumulator(str(events)).Reload()
+    assert {"train/gap/nats_per_byte", "train/completions/mean_length", "train/seconds/step"} <= set(
+        found.Tags()["scalars"]
+    )
+    texts = found.Tensors("completions/text_summary")
+    assert [text.step for text in texts] == [1, 2]
+    assert [text.step for text in found.Tensors("eval_completions/text_summary")] == [2]
+    [table] = texts[0].tensor_proto.string_val
+    head, _, *rows = table.decode().splitlines()
+    assert head == "| prompt | completion | gap, nats/byte |"
+    assert len(rows) == 4 and all("What is" in row for row in rows)
+
+
+def test_a_completion_stays_one_cell_of_the_table_whatever_it_holds(capsys):
+    class Writer:
+        def add_text(self, tag, text, step):
+            self.text = text
+
+    tokenizer, callback = student_tokenizer(), TensorBoardCallback(Writer())
+    ids = tokenizer.encode("a | b\x0b<script>alert(1)</script> *x*")
+    show([Sample(3, "[red]", ids, [], [], None)], tokenizer, [callback], 1)
+    [row] = callback.tb_writer.text.splitlines()[2:]
+    assert row == r"| \[red\] | a \| b<br>&lt;script&gt;alert\(1\)&lt;/script&gt; \*x\* | nan |"
+    assert "[red]" in capsys.readouterr().out
+
+
+def test_rows_kept_are_no_views_of_a_whole_batch():
+    inputs = {
+        "input_ids": torch.arange(50).view(5, 10),
+        "prompt_lengths": torch.full((5,), 4),
+        "lengths": torch.full((5,), 9),
+        "teacher_places": torch.zeros(5, dtype=torch.long),
+    }
+    batch = type("Batch", (), {})()
+    batch.student_log_probs = batch.teacher_log_probs = -torch.ones(5, 9)
+    batch.scorable = torch.ones(5, 3, dtype=torch.bool)
+    samples = Samples()
+    samples.keep(inputs, batch, 2)
+    assert len(samples) == 2
+    assert all(tensor.untyped_storage().nbytes() <= 2 * 10 * 8 for row in samples._kept for tensor in row)
+    assert math.prod(samples._kept[0][0].shape) == 10

@@ -1,0 +1,235 @@
+"""Gap and share of every token, against loops over dictionaries in Python floats."""
+
+import math
+import random
+from collections import defaultdict
+
+import pytest
+import torch
+
+from trl_ctopd.losses.credit import CREDITS, chunk_sum, gaps, shares, spread
+
+
+SHARED = [credit for credit in CREDITS if credit != "macro"]
+BAD = [math.nan, math.inf, -math.inf]
+
+# A row is (student, teacher): tuples (log_prob, chunk, width) and (log_prob, chunk), chunk -1 for a token without part.
+
+
+def random_log_prob(rng):
+    """A few nats, and now and then tens of them."""
+    return -rng.expovariate(0.5) * rng.choice((1, 1, 1, 1, 15))
+
+
+def random_row(rng, num_chunks):
+    """Chunks of 1 to 5 tokens on either side, with tokens without part before, after and within them."""
+    student, teacher = [], []
+    for chunk in range(num_chunks):
+        for _ in range(rng.choice([1, 1, 2, 3, 5])):
+            if rng.random() < 0.2:
+                student.append((random_log_prob(rng), -1, rng.randrange(4)))
+            student.append((random_log_prob(rng), chunk, rng.randrange(6)))
+        for _ in range(rng.choice([1, 1, 2, 3, 5])):
+            if rng.random() < 0.2:
+                teacher.append((random_log_prob(rng), -1))
+            teacher.append((random_log_prob(rng), chunk))
+    if rng.random() < 0.5:
+        student.append((-1.0, -1, 2))
+    return student, teacher
+
+
+def random_rows(seed, batch=6, one_to_one=False):
+    """Rows of 0 to 7 chunks; the second has none at all."""
+    rng = random.Random(seed)
+    rows = [random_row(rng, 0 if row == 1 else rng.randint(1, 7)) for row in range(batch)]
+    if one_to_one:
+        firsts = [({token[1]: token for token in side if token[1] >= 0} for side in row) for row in rows]
+        rows = [tuple(list(side.values()) for side in row) for row in firsts]
+    return rows
+
+
+def padded(rows, column, fill, dtype, length=0):
+    """One field of all tokens as a (B, L) tensor, `fill` after a row's end."""
+    length = max([length, 1, *map(len, rows)])
+    return torch.tensor([[t[column] for t in row] + [fill] * (length - len(row)) for row in rows], dtype=dtype)
+
+
+def as_tensors(rows, dtype=torch.float64):
+    """student_log_probs, teacher_log_probs, student_chunks, teacher_chunks, student_widths, num_chunks."""
+    students, teachers = zip(*rows, strict=True)
+    num_chunks = max([1, *(token[1] + 1 for row in students for token in row)])
+    return (
+        padded(students, 0, 0.0, dtype),
+        padded(teachers, 0, 0.0, dtype),
+        padded(students, 1, -1, torch.long),
+        padded(teachers, 1, -1, torch.long),
+        padded(students, 2, 0, torch.long),
+        num_chunks,
+    )
+
+
+def by_chunk(tokens):
+    """{chunk: [index of each of its tokens]}."""
+    chunks = defaultdict(list)
+    for index, token in enumerate(tokens):
+        if token[1] >= 0:
+            chunks[token[1]].append(index)
+    return chunks
+
+
+def reference_budgets(tokens):
+    return {chunk: math.fsum(tokens[i][0] for i in inside) for chunk, inside in by_chunk(tokens).items()}
+
+
+def reference_shares(credit, student):
+    """One share a token, one chunk after the other."""
+    result = [0.0] * len(student)
+    for inside in by_chunk(student).values():
+        if credit == "semantic":
+            weights = [-student[i][0] for i in inside]
+        elif credit == "byte_length":
+            weights = [student[i][2] for i in inside]
+        elif credit == "last":
+            weights = [float(i == max(inside)) for i in inside]
+        else:
+            weights = [1.0] * len(inside)
+        total = 1.0 if credit == "macro" else math.fsum(weights)
+        for i, weight in zip(inside, weights, strict=True):
+            result[i] = weight / total if total else 1 / len(inside)
+    return result
+
+
+def share_of(credit, log_probs, chunks=None, widths=None, dtype=torch.float32):
+    """Shares of one row as a list."""
+    chunks = [0] * len(log_probs) if chunks is None else chunks
+    widths = [1] * len(log_probs) if widths is None else widths
+    tensors = torch.tensor([log_probs], dtype=dtype), torch.tensor([chunks]), torch.tensor([widths])
+    return shares(credit, *tensors, max(1, max(chunks) + 1))[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.long])
+def test_chunk_sum_adds_each_chunks_tokens_and_no_other(dtype):
+    generator = torch.Generator().manual_seed(0)
+    chunks = torch.randint(-1, 5, (4, 17), generator=generator)
+    values = torch.randint(-50, 50, (4, 17), generator=generator).to(dtype)
+    sums = chunk_sum(values, chunks, 6)
+    assert sums.dtype == dtype
+    for row in range(4):
+        for chunk in range(6):
+            inside = [values[row, i].item() for i in range(17) if chunks[row, i] == chunk]
+            assert sums[row, chunk] == sum(inside)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_token_without_part_adds_nothing_whatever_its_value_and_gets_no_gradient(bad):
+    values = torch.tensor([[1.0, bad, 2.0, bad]], requires_grad=True)
+    chunk_sum(values, torch.tensor([[0, -1, 1, -1]]), 2).sum().backward()
+    assert chunk_sum(values, torch.tensor([[0, -1, 1, -1]]), 2).tolist() == [[1.0, 2.0]]
+    assert values.grad.tolist() == [[1.0, 0.0, 1.0, 0.0]]
+
+
+def test_spread_gives_each_token_its_own_chunks_value_and_zero_without_part():
+    per_chunk = torch.tensor([[5.0, 7.0], [math.nan, 3.0]])
+    chunks = torch.tensor([[1, -1, 0, 0], [-1, 1, -1, 1]])
+    assert spread(per_chunk, chunks).tolist() == [[7.0, 0.0, 5.0, 5.0], [0.0, 3.0, 0.0, 3.0]]
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_equal_a_loop_over_chunks(credit, seed):
+    rows = random_rows(seed)
+    log_probs, _, chunks, _, widths, num_chunks = as_tensors(rows)
+    result = shares(credit, log_probs, chunks, widths, num_chunks)
+    for row, (student, _) in enumerate(rows):
+        assert result[row, : len(student)].tolist() == pytest.approx(reference_shares(credit, student), abs=1e-14)
+        assert not result[row, len(student) :].any()
+
+
+@pytest.mark.parametrize("credit", SHARED)
+def test_shares_of_a_chunk_add_up_to_one_and_none_is_negative(credit):
+    log_probs, _, chunks, _, widths, num_chunks = as_tensors(random_rows(7), torch.float32)
+    result = shares(credit, log_probs, chunks, widths, num_chunks)
+    totals, sizes = chunk_sum(result, chunks, num_chunks), chunk_sum(torch.ones_like(result), chunks, num_chunks)
+    assert result.min() >= 0
+    assert torch.equal(totals > 0, sizes > 0)
+    assert (totals[sizes > 0] - 1).abs().max() < 3e-7
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("log_prob", [-2.5, -1e-7, 0.0, 1e-7, -80.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_of_one_token_gives_it_all_exactly(credit, log_prob, dtype):
+    assert share_of(credit, [log_prob], widths=[0], dtype=dtype) == [1.0]
+
+
+def test_the_papers_target_spends_the_teachers_budget_in_the_students_shape():
+    log_probs = [-1.0, -3.0]
+    assert share_of("semantic", log_probs) == [0.25, 0.75]
+    teacher_budget = -6.0  # L_S = -4: log q̂_i = 1.5 log p_i
+    advantages = [(teacher_budget + 4.0) * share for share in share_of("semantic", log_probs)]
+    assert [p + a for p, a in zip(log_probs, advantages, strict=True)] == [1.5 * p for p in log_probs]
+
+
+def test_a_chunk_the_student_is_certain_of_is_shared_evenly():
+    assert share_of("semantic", [0.0, 0.0, 0.0, 0.0]) == [0.25] * 4
+    assert share_of("semantic", [1e-7, 1e-7]) == [0.5, 0.5]  # rounding above zero
+
+
+def test_a_log_prob_that_rounding_left_above_zero_takes_no_share():
+    assert share_of("semantic", [1e-7, -1e-7]) == [0.0, 1.0]
+    assert share_of("semantic", [1e-7, -2.0, -2.0]) == [0.0, 0.5, 0.5]
+
+
+def test_byte_length_gives_nothing_to_a_token_without_bytes_unless_none_has_any():
+    assert share_of("byte_length", [-1.0, -1.0, -1.0], widths=[0, 3, 1]) == [0.0, 0.75, 0.25]
+    assert share_of("byte_length", [-1.0, -5.0], widths=[0, 0]) == [0.5, 0.5]
+
+
+def test_last_is_the_last_token_that_takes_part():
+    assert share_of("last", [-1.0] * 6, chunks=[0, 0, -1, 1, 1, -1]) == [0, 1, 0, 0, 1, 0]
+    assert share_of("last", [-1.0] * 4, chunks=[-1, 0, -1, 0]) == [0, 0, 0, 1]
+    assert share_of("last", [-1.0] * 3, chunks=[-1, -1, -1]) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_a_masked_token_within_a_chunk_changes_no_other_tokens_share(credit):
+    with_it = share_of(credit, [-1.0, -9.0, -3.0], chunks=[0, -1, 0], widths=[1, 7, 2])
+    assert with_it[1] == 0
+    assert [with_it[0], with_it[2]] == share_of(credit, [-1.0, -3.0], widths=[1, 2])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gaps_are_teacher_budget_minus_student_budget(seed):
+    rows = random_rows(seed)
+    student, teacher, student_chunks, teacher_chunks, _, num_chunks = as_tensors(rows)
+    gap, neutral = gaps(student, teacher, student_chunks, teacher_chunks, num_chunks)
+    assert not neutral.any()
+    for row, sides in enumerate(rows):
+        ours, theirs = map(reference_budgets, sides)
+        for chunk in range(num_chunks):
+            assert gap[row, chunk].item() == pytest.approx(theirs.get(chunk, 0) - ours.get(chunk, 0), abs=1e-12)
+
+
+def test_a_gap_is_positive_where_the_teacher_likes_the_text_more():
+    zeros = torch.zeros(1, 1, dtype=torch.long)
+    gap, _ = gaps(torch.tensor([[-3.0]]), torch.tensor([[-1.0]]), zeros, zeros, 1)
+    assert gap.item() == 2.0
+
+
+@pytest.mark.parametrize("bad", [*BAD, (math.inf, -math.inf)])
+def test_a_budget_that_is_not_finite_neutralises_its_chunk_and_no_other(bad):
+    teacher = torch.tensor([[-1.0, -2.0, -4.0, -8.0], [-1.0, -2.0, -4.0, -8.0]])
+    clean = teacher.clone()
+    teacher[0, 1:3] = torch.tensor(bad)
+    student_chunks, teacher_chunks = torch.tensor([[0, 1, 2]] * 2), torch.tensor([[0, 1, 1, 2]] * 2)
+    student = torch.full((2, 3), -0.5)
+    gap, neutral = gaps(student, teacher, student_chunks, teacher_chunks, 3)
+    expected, _ = gaps(student, clean, student_chunks, teacher_chunks, 3)
+    assert neutral.tolist() == [[False, True, False], [False, False, False]]
+    assert gap[0].tolist() == [expected[0, 0], 0.0, expected[0, 2]]
+    assert torch.equal(gap[1], expected[1])
+
+
+def test_an_unknown_credit_is_an_error_that_names_the_known():
+    with pytest.raises(ValueError, match="'fair'.*semantic.*uniform.*byte_length.*last.*macro"):
+        share_of("fair", [-1.0])

@@ -1,0 +1,205 @@
+"""Writing: the same text whoever leaves the batch, in whatever order and by whichever backend."""
+
+import random
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+import transformers
+from peft import PromptTuningConfig, get_peft_model
+from toys import student_model
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from trl_ctopd.rollouts.generation import _generate, _generate_continuously
+
+
+VOCAB = 40
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
+FAMILIES = {
+    "Llama": ("LlamaConfig", {}),
+    "Qwen2": ("Qwen2Config", {}),
+    "a sliding window": ("MistralConfig", {"sliding_window": 5}),
+    "windows in every other layer": ("Gemma2Config", {"sliding_window": 5}),
+    "learned positions": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}),
+    "a state instead of a cache": ("MambaConfig", {"state_size": 4}),
+    "convolutions in the cache": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
+    "linear attention": ("MiniMaxConfig", {"num_local_experts": 2, "block_size": 8}),
+}
+STOPS = list(range(1, 10))
+DRAW = random.Random(0)
+PROMPTS = [[DRAW.randrange(10, VOCAB) for _ in range(DRAW.randrange(2, 9))] for _ in range(24)]
+PAGED = {"num_blocks": 32, "page_size": 32, "max_batch_tokens": 128}
+
+
+def model_of(family: str, scale: float = 0.15):
+    torch.manual_seed(0)
+    name, settings = FAMILIES[family]
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**SHAPE, **settings}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, scale)
+    return model.eval()
+
+
+def settings(**options) -> GenerationConfig:
+    return GenerationConfig(
+        **{"do_sample": False, "max_new_tokens": 24, "eos_token_id": STOPS, "pad_token_id": 0, **options}
+    )
+
+
+def cut(completions: list[list[int]]) -> list[list[int]]:
+    """Up to the first stop token."""
+    ends = [next((n for n, token in enumerate(ids, start=1) if token in STOPS), len(ids)) for ids in completions]
+    return [ids[:end] for ids, end in zip(completions, ends, strict=True)]
+
+
+def watched(model) -> list[int]:
+    """How many rows each forward pass of the model has."""
+    rows = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, inputs: rows.append(inputs["input_ids"].shape[0]), with_kwargs=True
+    )
+    return rows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_leave_change_no_text(family):
+    model = model_of(family)
+    together = cut(_generate(model, PROMPTS, settings(), rows_leave=False))
+    assert len({len(ids) for ids in together}) >= 2, "of uneven length"
+    assert cut(_generate(model, PROMPTS, settings(), rows_leave=True)) == together
+
+
+@torch.no_grad()
+def test_positions_that_a_model_keeps_beside_its_cache_go_with_their_rows():
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    text = {**SHAPE, "rope_parameters": rope, "rope_scaling": rope}
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config={"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32}
+    )
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.15)
+    together = cut(_generate(model, PROMPTS, settings(), rows_leave=False))
+    assert len({len(ids) for ids in together}) >= 2
+    assert cut(_generate(model, PROMPTS, settings(), rows_leave=True)) == together
+
+
+@torch.no_grad()
+def test_rows_that_have_ended_cost_nothing_more_once_half_of_them_have():
+    model = model_of("Llama")
+    lengths = sorted(map(len, cut(_generate(model, PROMPTS, settings(), rows_leave=False))))
+    rows = watched(model)
+    _generate(model, PROMPTS, settings(), rows_leave=True)
+    assert sum(rows) < 0.7 * len(PROMPTS) * max(lengths)
+    assert rows == sorted(rows, reverse=True)
+    for step, alive in enumerate(rows):
+        going_on = sum(length > step for length in lengths)
+        assert going_on <= alive <= max(2 * going_on, 1)
+
+
+@torch.no_grad()
+def test_the_longest_text_may_be_as_long_as_is_asked_and_no_longer():
+    model = model_of("Llama")
+    lengths = [len(ids) for ids in _generate(model, PROMPTS, settings(max_new_tokens=3), rows_leave=True)]
+    assert lengths == [3] * len(PROMPTS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows_leave", [True, False])
+def test_what_is_sampled_follows_the_models_distribution(rows_leave):
+    """Of many texts from one prompt, the second token beside its exact probability, though the first ends many."""
+    model, size = model_of("Llama", scale=0.12), 6000
+    first = model(torch.tensor([PROMPTS[3]])).logits[0, -1].softmax(-1)
+    assert 0.05 < first[STOPS].sum() < 0.95
+    exact = torch.zeros(VOCAB)
+    for token in range(VOCAB):
+        if token not in STOPS:
+            exact += first[token] * model(torch.tensor([[*PROMPTS[3], token]])).logits[0, -1].softmax(-1)
+    torch.manual_seed(1)
+    config = settings(do_sample=True, top_k=0, max_new_tokens=4)
+    found = Counter(ids[1] for ids in cut(_generate(model, [PROMPTS[3]] * size, config, rows_leave)) if len(ids) > 1)
+    for token in range(VOCAB):
+        p = exact[token].item()
+        assert abs(found[token] / size - p) < 4.5 * (p * (1 - p) / size) ** 0.5 + 1e-3
+
+
+@torch.no_grad()
+def test_virtual_tokens_are_read_to_the_end():
+    torch.manual_seed(0)
+    adapter = get_peft_model(model_of("Llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    together = _generate(adapter, PROMPTS, settings(), rows_leave=False)
+    assert _generate(adapter, PROMPTS, settings(), rows_leave=True) == together
+    with pytest.raises(ValueError, match="virtual tokens.*'transformers'"):
+        _generate_continuously(adapter, PROMPTS, settings(), PAGED)
+
+
+def test_small_batches_hold_prompts_of_like_length_and_come_back_in_order(build):
+    def written(**options):
+        trainer, seen = build(per_device_train_batch_size=8, **options), []
+        generate = trainer.model.generate
+        trainer.model.generate = lambda **inputs: seen.append(inputs["attention_mask"]) or generate(**inputs)
+        trainer.generation_config.do_sample = False
+        prompts = trainer.data_collator(list(trainer.train_dataset))["prompts"]
+        return trainer._write(trainer.model, prompts), [mask for mask in seen if mask.shape[1] > 20]
+
+    [whole, [_]], [parts, masks] = written(), written(generation_batch_size=6)
+    assert parts == whole
+    lengths = [mask.sum(1).tolist() for mask in masks if len(mask) in (4, 6)]
+    assert [len(rows) for rows in lengths][:1] == [6]
+    assert sorted(sum(lengths, []), reverse=True)[:6] == sorted(lengths[0], reverse=True)
+
+
+@torch.no_grad()
+def test_continuous_batching_writes_the_same_text():
+    model = model_of("Llama")
+    together = cut(_generate(model, PROMPTS, settings(), rows_leave=False))
+    assert cut(_generate_continuously(model, PROMPTS, settings(), PAGED)) == together
+
+
+@torch.no_grad()
+def test_continuous_batching_samples_by_the_runs_own_seed():
+    model, config = model_of("Llama", scale=0.12), settings(do_sample=True, top_k=0)
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(_generate_continuously(model, PROMPTS, config, PAGED))
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_failure_of_continuous_batching_is_told_and_not_trained_on():
+    with pytest.raises(RuntimeError, match="wrote 0 of 1 completions.*'transformers' needs no paged cache"):
+        _generate_continuously(model_of("Llama"), [[7] * 100], settings(max_new_tokens=60), {**PAGED, "num_blocks": 1})
+
+
+def test_a_run_trains_by_continuous_batching(build):
+    trainer = build(
+        model=student_model(),
+        generation_backend="transformers_continuous",
+        transformers_continuous_batching_config=PAGED,
+        max_steps=2,
+    )
+    trainer.train()
+    assert trainer.state.log_history[1]["completions/mean_length"] > 1
+    assert trainer.model.training
+
+
+def test_a_step_warns_of_no_names_that_trl_has_to_change(build):
+    trainer = build(gradient_checkpointing=True, max_steps=1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert not [str(warning.message) for warning in seen if "checkpointing" in str(warning.message)]

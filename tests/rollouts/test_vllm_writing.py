@@ -1,0 +1,167 @@
+"""Completions by vLLM: TRL's `VLLMGeneration` needs vLLM and mostly a GPU, so that a stand-in with its very signatures takes
+its place here, and answers in the shapes that it documents. test_vllm_colocate.py has a real engine."""
+
+import inspect
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig
+from toys import SGD, step_of, student_model, weights
+from trl.generation.vllm_generation import VLLMGeneration
+
+from trl_ctopd.losses import ScoredChunks
+from trl_ctopd.rollouts import vllm as vllm_writing
+from trl_ctopd.rollouts.vllm import importance
+
+
+class Engine:
+    """Writes what `fix_rollouts` has a student write, and claims to have drawn each token at `shift` nats below the model."""
+
+    made: "list[Engine]" = []
+    shift = 0.0
+    logprobs_mode = "processed_logprobs"
+
+    def __init__(self, *args, **kwargs):
+        self.settings = inspect.signature(VLLMGeneration.__init__).bind(self, *args, **kwargs).arguments
+        self.synced, self.calls = [], []
+        self.vllm_client = self
+        Engine.made.append(self)
+
+    def get_server_info(self):
+        return {"model_config": {"logprobs_mode": self.logprobs_mode}}
+
+    def sync_weights(self):
+        self.synced.append(torch.cat([p.detach().flatten().clone() for p in self.settings["model"].parameters()]))
+
+    @torch.no_grad()
+    def generate(self, *args, **kwargs):
+        call = inspect.signature(VLLMGeneration.generate).bind(self, *args, **kwargs).arguments
+        self.calls.append(call)
+        tokenizer, model, scores = self.settings["processing_class"], self.settings["model"], []
+        completions = []
+        for prompt in call["prompts"]:
+            ids = tokenizer.encode(f"{len(prompt)} is the sum of two")[:40] + [tokenizer.eos_token_id, 7]
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            completions.append(ids)
+            scores.append([[logits[n, token].item() - self.shift] for n, token in enumerate(ids)])
+        return call["prompts"], completions, scores, [[[token] for token in ids] for ids in completions]
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    monkeypatch.setattr(vllm_writing, "VLLMGeneration", Engine)
+    monkeypatch.setattr(Engine, "made", [])
+    return Engine
+
+
+@pytest.fixture
+def build_vllm(build, engine, tmp_path):
+    student_model().save_pretrained(tmp_path / "student")
+
+    def build_it(**settings):
+        return build(model=settings.pop("model", str(tmp_path / "student")), use_vllm=True, **settings)
+
+    return build_it
+
+
+def test_what_is_used_of_trl_is_there():
+    """`Engine` binds every call to these; here, what comes back."""
+    assert {"sync_weights", "generate"} <= set(dir(VLLMGeneration))
+    assert "`completion_ids`" in VLLMGeneration.generate.__doc__ and "num_logprobs" in VLLMGeneration.generate.__doc__
+
+
+def test_completions_of_the_engine_end_at_their_stop_token_and_are_trained_on(build_vllm, engine):
+    trainer = build_vllm(**SGD)
+    step = step_of(trainer)
+    [made] = engine.made
+    assert step.abs().max() > 1e-3
+    assert [len(call["prompts"]) for call in made.calls] == [4]
+    assert made.settings["generation_kwargs"] == {"stop_token_ids": trainer.stop_ids}
+    log = trainer.state.log_history[0]
+    assert log["completions/truncated_fraction"] == 0
+    assert log["sampling/log_prob_difference"] == pytest.approx(0, abs=1e-5)
+    assert log["sampling/importance_ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_engine_has_the_weights_of_each_step_before_it_writes(build_vllm, engine):
+    trainer = build_vllm(**{**SGD, "max_steps": 3})
+    first = weights(trainer).clone()
+    trainer.train()
+    [made] = engine.made
+    assert len(made.synced) == len(made.calls) == 3
+    torch.testing.assert_close(made.synced[0], first, rtol=0, atol=0)
+    assert not torch.equal(made.synced[1], made.synced[0]) and not torch.equal(made.synced[2], made.synced[1])
+
+
+def test_an_adapters_model_is_handed_over_whole_for_trl_to_merge(build_vllm, engine):
+    trainer = build_vllm(peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trainer.train()
+    assert engine.made[0].settings["model"] is trainer.model and hasattr(trainer.model, "merge_adapter")
+
+
+@pytest.mark.parametrize(("shift", "ratio"), [(0.5, 2.718281828**0.5), (2.0, 3.0), (-0.5, 2.718281828**-0.5)])
+def test_where_engine_and_trainer_disagree_the_step_is_weighed_by_the_ratio_up_to_its_bound(
+    build_vllm, engine, monkeypatch, shift, ratio
+):
+    agreed = step_of(build_vllm(**SGD))
+    monkeypatch.setattr(engine, "shift", shift)
+    trainer = build_vllm(**SGD)
+    torch.testing.assert_close(step_of(trainer), ratio * agreed, rtol=1e-3, atol=1e-5)
+    log = trainer.state.log_history[0]
+    assert log["sampling/log_prob_difference"] == pytest.approx(abs(shift), rel=1e-3)
+    assert log["sampling/truncated_fraction"] == (shift == 2.0)
+
+
+def test_importance_is_one_where_the_engine_told_nothing():
+    chunks = torch.tensor([[0, 1, -1]])
+    batch = ScoredChunks(
+        torch.tensor([[-1.0, -2.0, -3.0]]), torch.zeros(1, 2), chunks, torch.tensor([[0, 1]]), chunks, 2
+    )
+    ratio, metrics = importance(batch, torch.tensor([[float("nan"), -2.5, -9.0]]), 3.0)
+    assert ratio.tolist() == [[1.0, pytest.approx(2.718281828**0.5), 1.0]]
+    assert metrics["sampling/log_prob_difference"] == (0.5, 1)
+
+
+def test_evaluation_writes_with_the_engine_too(build_vllm, engine):
+    from toys import prompts
+
+    assert "eval_sampling/importance_ratio" in build_vllm(eval_dataset=prompts(4)).evaluate()
+
+
+def test_given_text_is_not_the_engines(build_vllm, engine):
+    trainer = build_vllm(lmbda=0.0, distillation_loss="alm")
+    trainer.train()
+    assert engine.made[0].calls == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vllm_mode": "elsewhere"}, "Unknown vllm_mode 'elsewhere': choose one of server, colocate"),
+        ({"generation_backend": "transformers_continuous"}, "generation_backend='transformers_continuous'"),
+        ({"generation_batch_size": 2}, "batches by itself"),
+        ({"generation_kwargs": {"bad_words_ids": [[5]]}}, "generation_kwargs has bad_words_ids"),
+        ({"vllm_mode": "server", "vllm_enable_sleep_mode": True}, "beside the training"),
+        ({"model": student_model()}, "this model was made in place"),
+        (
+            {"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
+            "prompt-learning adapter has none to merge",
+        ),
+        ({"vllm_importance_sampling_clip_max": 0.0}, "clip_max must be positive"),
+    ],
+)
+def test_what_vllm_cannot_write_under_is_refused(build_vllm, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_vllm(**settings)
+
+
+def test_a_server_that_tells_other_log_probs_than_it_drew_with_is_refused(build_vllm, engine, monkeypatch):
+    monkeypatch.setattr(engine, "logprobs_mode", "raw_logprobs")
+    with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):
+        build_vllm(vllm_mode="server", model=student_model())
+
+
+def test_without_vllm_the_error_says_how_to_install_it(build, tmp_path):
+    student_model().save_pretrained(tmp_path / "student")
+    with pytest.raises(ImportError, match=r"pip install trl\[vllm\]"):
+        build(model=str(tmp_path / "student"), use_vllm=True)

@@ -1,0 +1,132 @@
+"""The vectorised intersection against two pointers walked one boundary at a time."""
+
+import itertools
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_ctopd.text.chunks import Side, synchronized_chunks
+
+
+Token = tuple[int, int]  # its bytes start:end
+Text = tuple[list[Token], list[Token], int, list[Token]]  # student tokens, teacher tokens, bytes, masked stretches
+
+
+def two_pointers(student: list[Token], teacher: list[Token], length: int, masked: list[Token]):
+    """The slow, readable reference: chunks as byte intervals, and the chunk number of each token on both sides."""
+    inside = {at for start, end in masked for at in range(start + 1, end)}
+    ours, theirs = (
+        sorted({0, length, *(at for token in side for at in token)} - inside) for side in (student, teacher)
+    )
+    shared, i, j = [], 0, 0
+    while i < len(ours) and j < len(theirs):
+        if ours[i] == theirs[j]:
+            shared.append(ours[i])
+        i, j = i + (ours[i] <= theirs[j]), j + (theirs[j] <= ours[i])
+    chunks = [
+        (start, end) for start, end in pairwise(shared) if not any(low < end and start < high for low, high in masked)
+    ]
+
+    chunk_of = {at: n for n, (start, end) in enumerate(chunks) for at in range(start, end)}
+    return chunks, *([chunk_of.get(start, -1) for start, _ in side] for side in (student, teacher))
+
+
+def vectorised(texts: list[Text]):
+    """`synchronized_chunks` on a batch, as one answer a text in the reference's form."""
+    lengths = np.array([text[2] for text in texts], dtype=np.int64)
+    bases = [0, *itertools.accumulate(lengths.tolist())]
+    sides = [
+        Side(
+            np.array([base + end for base, text in zip(bases, texts, strict=False) for _, end in text[side]], np.int64),
+            np.array([end - start for text in texts for start, end in text[side]], dtype=np.int64),
+            np.array([len(text[side]) for text in texts], dtype=np.int64),
+        )
+        for side in (0, 1)
+    ]
+    masked = [(base + start, base + end) for base, text in zip(bases, texts, strict=False) for start, end in text[3]]
+    chunks = synchronized_chunks(*sides, lengths, np.array(masked, dtype=np.int64).reshape(-1, 2))
+    intervals = zip(chunks.start.tolist(), chunks.end.tolist(), strict=True)
+    numbers = [iter(numbers.tolist()) for numbers in (chunks.student, chunks.teacher)]
+    answers = [
+        (
+            list(itertools.islice(intervals, count)),
+            *(list(itertools.islice(own, len(text[side]))) for side, own in enumerate(numbers)),
+        )
+        for text, count in zip(texts, chunks.counts.tolist(), strict=True)
+    ]
+    assert not [*intervals, *itertools.chain(*numbers)]
+    return answers
+
+
+@st.composite
+def sides(draw, length: int, masked: list[Token]) -> list[Token]:
+    """Tokens that tile the text, some without width; masked ones may be missing."""
+    ends = sorted(draw(st.lists(st.integers(0, length), max_size=12)) + ([length] if length else []))
+    tokens = list(pairwise([0, *ends]))
+    missing = [
+        any(low <= start and end <= high for low, high in masked) and draw(st.booleans()) for start, end in tokens
+    ]
+    return [token for token, gone in zip(tokens, missing, strict=True) if not gone]
+
+
+@st.composite
+def batches(draw) -> list[Text]:
+    texts = []
+    for _ in range(draw(st.integers(0, 5))):
+        length = draw(st.integers(0, 16))
+        bounds = draw(st.lists(st.tuples(st.integers(0, length), st.integers(0, length)), max_size=3))
+        masked = [(min(pair), max(pair)) for pair in bounds if pair[0] != pair[1]]
+        texts.append((draw(sides(length, masked)), draw(sides(length, masked)), length, masked))
+    return texts
+
+
+@settings(max_examples=400, deadline=None)
+@given(batches())
+def test_a_batch_gives_what_two_pointers_give_text_by_text(texts):
+    assert vectorised(texts) == [two_pointers(*text) for text in texts]
+
+
+def test_chunks_are_the_intervals_between_neighbouring_shared_boundaries():
+    student, teacher = [(0, 3), (3, 5), (5, 9)], [(0, 1), (1, 5), (5, 7), (7, 9)]
+    assert vectorised([(student, teacher, 9, [])]) == [([(0, 5), (5, 9)], [0, 0, 1], [0, 0, 1, 1])]
+
+
+def test_a_token_without_width_belongs_to_the_chunk_that_follows_it():
+    student, teacher = [(0, 2), (2, 4)], [(0, 0), (0, 2), (2, 2), (2, 4)]
+    assert vectorised([(student, teacher, 4, [])]) == [([(0, 2), (2, 4)], [0, 1], [0, 0, 1, 1])]
+
+
+def test_a_token_without_width_takes_no_part_at_the_end_of_a_text_or_before_a_masked_one():
+    end = ([(0, 2), (2, 2)], [(0, 2)], 2, [])
+    before_masked = ([(0, 0), (0, 2), (2, 4)], [(0, 2), (2, 4)], 4, [(0, 2)])
+    assert vectorised([end, before_masked]) == [([(0, 2)], [0, -1], [0]), ([(2, 4)], [-1, -1, 0], [-1, 0])]
+
+
+def test_a_boundary_inside_a_masked_stretch_is_none_and_its_edges_are():
+    tokens = [(0, 2), (2, 4), (4, 6)]
+    ((chunks, student, _),) = vectorised([(tokens, tokens, 6, [(1, 3)])])
+    assert chunks == [(4, 6)] and student == [-1, -1, 0]
+    ((chunks, student, _),) = vectorised([(tokens, tokens, 6, [(2, 4)])])
+    assert chunks == [(0, 2), (4, 6)] and student == [0, -1, 1]
+
+
+def test_texts_without_tokens_and_empty_batches_have_no_chunks():
+    assert vectorised([]) == []
+    assert vectorised([([], [], 0, []), ([(0, 1)], [(0, 1)], 1, []), ([], [], 0, [])]) == [
+        ([], [], []),
+        ([(0, 1)], [0], [0]),
+        ([], [], []),
+    ]
+
+
+@pytest.mark.parametrize("module", ["token_bytes", "alignment", "altered_text", "align"])
+def test_aligning_imports_without_trl_and_without_torch(module):
+    """In a fresh process; transformers and torch come with the caller's tokenizer, not with the maths."""
+    code = f"import sys, trl_ctopd.{module}; print([m for m in ('trl', 'torch', 'transformers') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"

@@ -1,0 +1,184 @@
+"""Bad input is refused before any training time is spent, with both values and the way out in the message."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
+
+from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+from trl_ctopd.config import GKDConfig
+from trl_ctopd.training.checks import check_strategy
+
+
+@pytest.fixture
+def build(tmp_path):
+    def build(settings=None, **arguments):
+        defaults = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": [], "max_new_tokens": 8}
+        arguments = {
+            "model": student_model(),
+            "teacher_model": teacher_model(),
+            "train_dataset": prompts(4),
+            "processing_class": student_tokenizer(),
+            "teacher_processing_class": teacher_tokenizer(),
+            **arguments,
+        }
+        args = arguments.pop("args", None) or CrossTokenizerGKDConfig(**{**defaults, **(settings or {})})
+        return CrossTokenizerGKDTrainer(args=args, **arguments)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"credit": "fair"}, "'fair'.*semantic, uniform"),
+        ({"eos_policy": "drop"}, "'drop'.*bridge, mask"),
+        ({"distillation_loss": "kl"}, "'kl'.*dpca"),
+        ({"distillation_loss_kwargs": {"clip": 1}}, "'clip'.*credit, advantage_clip"),
+        ({"off_policy_loss": "dpca"}, "'dpca'.*did not write.*alm, uld, .*sft"),
+        ({"distillation_loss": "sft"}, "'sft'.*lmbda=1.0"),
+        ({"advantage_clip": -1.0}, "positive or None, got -1.0"),
+        ({"temperature": 0.0}, "positive, got 0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"num_generations": 0}, "num_generations must be at least 1, got 0"),
+        ({"lmbda": 1.5}, "lmbda"),
+        ({"max_new_tokens": 300}, "max_new_tokens=300.*256"),
+        ({"max_new_tokens": 8, "max_length": 8}, "max_new_tokens=8.*8 tokens"),
+        ({"max_new_tokens": 240}, "Row 0.*prompt has .* student tokens.*room for 16"),
+        ({"packing": True}, "packing"),
+        ({"assistant_only_loss": True}, "assistant_only_loss"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
+        ({"max_new_tokens": None}, "max_new_tokens must be at least 1, got None"),
+        ({"seq_kd": True}, "lmbda below 1"),
+        ({"generation_kwargs": {"num_return_sequences": 2}}, "cannot set num_return_sequences"),
+        ({"generation_kwargs": {"repetion_penalty": 1.2}}, "'repetion_penalty'.*does not know"),
+        (
+            {"chat_template_kwargs": "enable_thinking=False"},
+            "chat_template_kwargs must be a dict.*enable_thinking=False",
+        ),
+        ({"pad_token": "<padd>"}, "no token '<padd>'"),
+        ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "teacher_model_init_kwargs.*loaded already"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(build, setting, message):
+    with pytest.raises(ValueError, match=message):
+        build(setting)
+
+
+def test_a_missing_teacher_is_named(build):
+    with pytest.raises(ValueError, match="No teacher: pass `teacher_model`"):
+        build(teacher_model=None)
+
+
+def test_the_student_cannot_teach_itself_in_place(build):
+    model = student_model()
+    with pytest.raises(ValueError, match="same module"):
+        build(model=model, teacher_model=model)
+
+
+def test_another_trainers_config_is_refused(build, tmp_path):
+    with pytest.raises(TypeError, match="CrossTokenizerGKDConfig, got GKDConfig"):
+        build(args=GKDConfig(str(tmp_path), bf16=False, use_cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "state"),
+    [(None, "missing"), (Dataset.from_list([]), "empty"), (IterableDataset.from_generator(lambda: iter(())), "empty")],
+)
+def test_no_prompts_is_an_error(build, dataset, state):
+    with pytest.raises(ValueError, match=f"train_dataset` is {state}"):
+        build(train_dataset=dataset)
+
+
+def test_an_empty_evaluation_set_is_an_error(build):
+    with pytest.raises(ValueError, match="eval dataset is empty"):
+        build(eval_dataset=prompts(4).select([]))
+
+
+def test_a_row_without_prompt_is_named_with_its_columns(build):
+    with pytest.raises(ValueError, match="Row 0.*question"):
+        build(train_dataset=Dataset.from_list([{"question": "two?"}]))
+
+
+def test_a_row_without_reference_is_an_error_only_off_policy(build):
+    rows = prompts(4).remove_columns("completion")
+    build(train_dataset=rows)
+    with pytest.raises(ValueError, match="Row 0.*lmbda=1.0.*seq_kd=True"):
+        build({"lmbda": 0.5}, train_dataset=rows)
+
+
+def test_no_pad_token_and_none_derivable_is_an_error(build):
+    tokenizer = student_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no pad token.*pad_token"):
+        build(processing_class=tokenizer)
+
+
+def test_the_eos_token_pads_where_there_is_no_pad_token(build):
+    tokenizer = student_tokenizer()
+    tokenizer.pad_token = None
+    assert build(processing_class=tokenizer).processing_class.pad_token == "<|eot|>"
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_tokenizer_larger_than_the_embedding_is_an_error(build, side):
+    small = {
+        "student": {"model": student_model(vocab_size=100)},
+        "teacher": {"teacher_model": teacher_model(vocab_size=100)},
+    }
+    with pytest.raises(ValueError, match=f"The {side}'s tokenizer has ids up to .* embeds 100 tokens"):
+        build(**small[side])
+
+
+def test_a_processor_is_refused_with_the_way_out(build):
+    with pytest.raises(TypeError, match=r"got object: pass its `.tokenizer`"):
+        build(processing_class=object())
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"target_modules": ["q_proj", "lm_head"]}, {"target_parameters": ["lm_head.weight"]}]
+)
+def test_an_adapter_on_the_head_whose_weight_is_read_by_itself_is_refused(build, adapter):
+    message = "adapter to `lm_head` is not supported.*would never be trained. Remove `'lm_head'`"
+    with pytest.raises(ValueError, match=message):
+        build(peft_config=LoraConfig(**adapter))
+    with pytest.raises(ValueError, match=message):
+        build(model=get_peft_model(student_model(), LoraConfig(**adapter)))
+
+
+def test_a_quantized_student_without_an_adapter_is_refused_before_it_is_loaded(build):
+    settings = {"model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
+    with pytest.raises(ValueError, match="quantized.*train an adapter on it .`peft_config=LoraConfig"):
+        build(settings, model="no/such-model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("FSDP", {"fsdp_version": 1}, "FSDP version 1.*set `fsdp_version: 2`"),
+        ("MULTI_GPU", {"accelerator_config": {"even_batches": False}}, "even_batches=False.*leave it True"),
+        (
+            "FSDP",
+            {"gather_for_generation": False, "generation_backend": "transformers_continuous"},
+            "unlike numbers of forward passes.*choose 'transformers', or gather_for_generation=True",
+        ),
+        (
+            "FSDP",
+            {"gather_for_generation": False, "use_vllm": True, "vllm_mode": "colocate"},
+            "holds the whole student.*vllm_mode='server'.*or gather_for_generation=True",
+        ),
+    ],
+)
+def test_what_cannot_work_in_several_processes_is_refused(tmp_path, kind, settings, message):
+    """Said by a stand-in for the Accelerator of two processes; real ones are in test_accelerate_configs.py."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=settings.pop("fsdp_version", 2))
+    accelerator = SimpleNamespace(
+        num_processes=2, distributed_type=DistributedType[kind], state=SimpleNamespace(fsdp_plugin=plugin)
+    )
+    args = CrossTokenizerGKDConfig(str(tmp_path), use_cpu=True, **settings)
+    with pytest.raises(ValueError, match=message):
+        check_strategy(args, accelerator)

@@ -1,0 +1,167 @@
+"""The logged figures, against sums in Python floats, and the meter that adds them up."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_credit import BAD, as_tensors, by_chunk, random_rows, reference_budgets
+
+from trl_ctopd.losses import DPCA, ScoredChunks
+from trl_ctopd.training.metrics import Meter, chunk_metrics
+
+
+class OneProcess:
+    """What the meter asks of an `Accelerator`: a device, and a sum over processes."""
+
+    device = torch.device("cpu")
+
+    def reduce(self, tensor, reduction):
+        assert reduction == "sum"
+        return tensor
+
+
+class TwoProcesses(OneProcess):
+    """The other process holds `other`."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def reduce(self, tensor, reduction):
+        return super().reduce(tensor, reduction) + torch.tensor(self.other)
+
+
+def figures(batch, entropy=None):
+    """As they are logged."""
+    meter = Meter()
+    meter.add(chunk_metrics(batch, torch.zeros_like(batch.student_log_probs) if entropy is None else entropy))
+    return meter.read(OneProcess())
+
+
+def reference(rows, entropy):
+    """Row by row and chunk by chunk; a chunk whose teacher budget is not finite is only counted."""
+    ours = theirs = 0.0
+    width = tokens = chunks = one_to_one = teacher_tokens = neutral = 0
+    nats = unscored = 0.0
+    for row, (student, teacher) in enumerate(rows):
+        unscored += not any(map(math.isfinite, reference_budgets(teacher).values()))
+        student_budgets, teacher_budgets = reference_budgets(student), reference_budgets(teacher)
+        read = by_chunk(teacher)
+        for chunk, inside in by_chunk(student).items():
+            tokens, teacher_tokens, chunks = tokens + len(inside), teacher_tokens + len(read[chunk]), chunks + 1
+            one_to_one += len(inside) == len(read[chunk]) == 1
+            nats += math.fsum(entropy[row][i] for i in inside)
+            if math.isfinite(teacher_budgets[chunk]):
+                ours, theirs = ours - student_budgets[chunk], theirs - teacher_budgets[chunk]
+                width += sum(student[i][2] for i in inside)
+            else:
+                neutral += 1
+    return {
+        "alignment/neutralised_fraction": neutral / chunks,
+        "alignment/one_to_one_fraction": one_to_one / tokens,
+        "alignment/student_tokens_per_chunk": tokens / chunks,
+        "alignment/teacher_tokens_per_chunk": teacher_tokens / chunks,
+        "alignment/unscored_fraction": unscored / len(rows),
+        "entropy": nats / tokens,
+        "gap/nats_per_byte": (theirs - ours) / width,
+        "student/nats_per_byte": ours / width,
+        "teacher/nats_per_byte": theirs / width,
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("bad", [-1.0, *BAD])
+def test_every_figure_equals_a_loop_over_chunks(seed, bad):
+    rows = random_rows(seed)
+    for row in rows[::2]:
+        row[1][0] = (bad, row[1][0][1])
+    batch = ScoredChunks(*as_tensors(rows))
+    entropy = torch.rand(batch.student_log_probs.shape, generator=torch.Generator().manual_seed(seed))
+    found, expected = figures(batch, entropy), reference(rows, entropy.tolist())
+    assert list(found) == sorted(expected)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_worked_example():
+    """Two chunks of text, `ab` and `c`, and the turn's end: 3 bytes. A masked token stands between them."""
+    student = [(-1.0, 0, 1), (-2.0, 0, 1), (-9.0, -1, 4), (-0.5, 1, 1), (-0.25, 2, 0)]
+    teacher = [(-2.5, 0), (-7.0, -1), (-0.1, 1), (-0.05, 2), (-0.1, 2)]
+    found = figures(ScoredChunks(*as_tensors([(student, teacher)])), torch.tensor([[1.0, 2.0, 50.0, 3.0, 4.0]]))
+    assert found == pytest.approx(
+        {
+            "gap/nats_per_byte": -1.0 / 3,  # log p − log q = −3.75 + 2.75: the student finds its text less likely
+            "student/nats_per_byte": 3.75 / 3,
+            "teacher/nats_per_byte": 2.75 / 3,
+            "alignment/one_to_one_fraction": 1 / 4,
+            "alignment/student_tokens_per_chunk": 4 / 3,
+            "alignment/teacher_tokens_per_chunk": 4 / 3,
+            "alignment/neutralised_fraction": 0.0,
+            "alignment/unscored_fraction": 0.0,
+            "entropy": 10 / 4,
+        },
+        rel=1e-6,
+    )
+
+
+def test_the_gap_is_the_students_surplus_and_dpcas_loss_over_the_same_text():
+    batch = ScoredChunks(*as_tensors(random_rows(2)))
+    found = figures(batch)
+    gap = found["gap/nats_per_byte"]
+    assert gap == pytest.approx(found["teacher/nats_per_byte"] - found["student/nats_per_byte"], rel=1e-5)
+    loss, _ = DPCA("uniform", None)(batch, batch.student_widths[batch.student_chunks >= 0].sum())
+    assert gap == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_gap_above_zero_means_that_the_teacher_finds_the_text_less_likely():
+    found = figures(ScoredChunks(*as_tensors([([(-1.0, 0, 2)], [(-4.0, 0)])])))
+    assert found["gap/nats_per_byte"] == 1.5
+
+
+def test_figures_of_micro_batches_add_up_to_the_whole_batchs():
+    rows = random_rows(6)
+    meter = Meter()
+    for row in rows:
+        batch = ScoredChunks(*as_tensors([row]))
+        meter.add(chunk_metrics(batch, torch.ones_like(batch.student_log_probs)))
+    whole = ScoredChunks(*as_tensors(rows))
+    assert meter.read(OneProcess()) == pytest.approx(figures(whole, torch.ones_like(whole.student_log_probs)), rel=1e-5)
+
+
+def test_nothing_scored_logs_that_and_nothing_else():
+    assert figures(ScoredChunks(*as_tensors([([(-1.0, -1, 1)], [(-2.0, -1)])]))) == {"alignment/unscored_fraction": 1}
+
+
+def test_a_chunk_with_no_bytes_still_counts_its_nats():
+    """The turn's end is part of what the student pays, over the bytes of the text."""
+    row = [(-1.0, 0, 2), (-3.0, 1, 0)], [(-1.0, 0), (-2.0, 1)]
+    assert figures(ScoredChunks(*as_tensors([row])))["student/nats_per_byte"] == 2.0
+
+
+def test_figures_carry_no_gradient():
+    batch = ScoredChunks(*as_tensors(random_rows(0)))
+    batch = replace(batch, student_log_probs=batch.student_log_probs.requires_grad_())
+    pairs = chunk_metrics(batch, batch.student_log_probs * 2).values()
+    assert not any(torch.as_tensor(part).requires_grad for pair in pairs for part in pair)
+
+
+def test_a_meter_reads_sum_over_weight_and_starts_anew():
+    meter = Meter()
+    meter.add({"loss": (torch.tensor(3.0), 2), "seconds": (1.5, 1)})
+    meter.add({"loss": (5, torch.tensor(2)), "seconds": (0.5, 0)})
+    assert meter.read(OneProcess()) == {"loss": 2.0, "seconds": 2.0}
+    assert meter.read(OneProcess()) == {}
+    meter.add({"loss": (1, 1)})
+    assert meter.read(OneProcess()) == {"loss": 1.0}
+
+
+def test_a_meter_weighs_processes_by_their_counts_whatever_order_the_names_came_in():
+    meter = Meter()
+    meter.add({"b": (30.0, 3)})
+    meter.add({"a": (1.0, 1)})
+    assert meter.read(TwoProcesses([[5.0, 2.0], [10.0, 1.0]])) == {"a": 2.0, "b": 10.0}
+
+
+def test_a_figure_without_weight_is_left_out():
+    meter = Meter()
+    meter.add({"empty": (0.0, 0), "full": (0.0, 1)})
+    assert meter.read(OneProcess()) == {"full": 0.0}

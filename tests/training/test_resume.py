@@ -1,0 +1,261 @@
+"""A run that is killed with SIGKILL and resumed ends where the uninterrupted one does, to the last bit. Every run has processes
+of its own, which a fork server starts, since most of a start goes to imports."""
+
+import multiprocessing
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, skip_first_batches
+from resume_run import MOMENTS, Death, train
+from toys import prompts
+
+from trl_ctopd.models.sharding import own_rows
+from trl_ctopd.training.checkpoints import is_whole, to_resume_from
+
+
+KILLED = -signal.SIGKILL
+pytestmark = pytest.mark.multiprocess
+
+
+@pytest.fixture(scope="module")
+def forks():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["resume_run"])
+    multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="module")
+def start(forks):
+    def start(folder: Path, processes: int = 1, resume=None, death: Death | None = None, **settings) -> list:
+        """The processes of one run."""
+        folder.mkdir(exist_ok=True)
+        port = None
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+        ranks = [
+            forks.Process(target=train, args=(folder, rank, port, resume, death, settings)) for rank in range(processes)
+        ]
+        for rank in ranks:
+            rank.start()
+        return ranks
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def run(start):
+    def run(folder: Path, *args, **kwargs) -> list[int]:
+        """The exit code of each process of a run."""
+        ranks = start(folder, *args, **kwargs)
+        for rank in ranks:
+            rank.join(timeout=400)
+        return [rank.exitcode for rank in ranks]
+
+    return run
+
+
+def weights(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"weights_{rank}.pt")
+
+
+def said(folder: Path, rank: int = 0) -> str:
+    return (folder / f"said_{rank}.txt").read_text()
+
+
+def same(folder: Path, other: Path, processes: int = 1):
+    for rank in range(processes):
+        torch.testing.assert_close(weights(folder, rank), weights(other, rank), rtol=0, atol=0)
+
+
+REUSED = {"rollout_reuse": 2, "gradient_accumulation_steps": 2}
+
+
+def test_killed_amid_a_save_and_amid_a_step_it_ends_with_the_weights_of_the_uninterrupted_run(run, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(whole, **REUSED) == [0]
+    assert run(cut, death=Death(4, "optimizer.pt"), **REUSED) == [KILLED]
+    assert not is_whole(cut / "run" / "checkpoint-4")
+    assert run(cut, resume="True", death=Death(5, "on_substep_end"), **REUSED) == [KILLED]
+    [line] = [line for line in said(cut).splitlines() if "half written" in line]
+    assert line.endswith(
+        f"checkpoint-4 is only half written, since its run ended while it saved: going on from {cut}/run/checkpoint-3."
+    )
+    assert (cut / "run" / "checkpoint-3" / "rollouts_0.pt").exists(), "completions with a use to come"
+    assert run(cut, resume=True, **REUSED) == [0]
+    assert "half written" not in said(cut)
+    same(cut, whole)
+
+
+def test_two_processes_one_of_them_killed_amid_a_save(run, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(whole, 2) == [0, 0]
+    other, killed = run(cut, 2, death=Death(3, "rng_state_1.pth", rank=1))
+    assert killed == KILLED
+    assert other not in (0, None), "it ends with an error, not with a hang"
+    assert not is_whole(cut / "run" / "checkpoint-3"), "what marks a whole one waits for every process"
+    assert run(cut, 2, resume=True) == [0, 0]
+    assert "going on from" in said(cut) and "going on from" not in said(cut, 1)
+    same(cut, whole, 2)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    """The folder of the run with these settings that nothing ended."""
+    done = {}
+
+    def uninterrupted(processes: int = 1, **settings) -> Path:
+        key = (processes, *sorted(settings.items()))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("whole")
+            assert run(folder, processes, **settings) == [0] * processes
+            done[key] = folder
+        return done[key]
+
+    return uninterrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "where", [*MOMENTS, "model.safetensors", "optimizer.pt", "rng_state.pth", "rollouts_0.pt", "trainer_state.json"]
+)
+def test_killed_anywhere_it_goes_on(run, uninterrupted, tmp_path, where):
+    assert run(tmp_path, death=Death(3, where), save_total_limit=1, **REUSED) == [KILLED]
+    assert run(tmp_path, resume=True, save_total_limit=1, **REUSED) == [0]
+    same(tmp_path, uninterrupted(**REUSED))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["adapter_model.safetensors", "optimizer.pt", "on_optimizer_step"])
+def test_an_adapter_killed_anywhere_goes_on(run, uninterrupted, tmp_path, where):
+    assert run(tmp_path, death=Death(5, where), save_steps=2 if where in MOMENTS else 1, lora=True) == [KILLED]
+    assert run(tmp_path, resume=True, lora=True) == [0]
+    same(tmp_path, uninterrupted(lora=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "rank"),
+    [("model.safetensors", 0), ("rng_state_1.pth", 1), ("trainer_state.json", 0), ("on_step_begin", 1), ("on_save", 0)],
+)
+def test_two_processes_with_completions_to_come_killed_anywhere_go_on(run, uninterrupted, tmp_path, where, rank):
+    codes = run(tmp_path, 2, death=Death(3, where, rank), **REUSED)
+    assert codes[rank] == KILLED and codes[1 - rank] not in (0, None)
+    assert run(tmp_path, 2, resume=True, **REUSED) == [0, 0]
+    same(tmp_path, uninterrupted(2, **REUSED), 2)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_new_completions_amid_a_later_epoch(run, uninterrupted, tmp_path):
+    settings = {"rollout_reuse": 2, "per_device_train_batch_size": 1, "max_steps": 15, "save_steps": 14}  # 10 an epoch
+    codes = run(tmp_path, 2, death=Death(15, "on_step_begin"), **settings)
+    assert codes[0] == KILLED
+    assert run(tmp_path, 2, resume=True, **settings) == [0, 0]
+    same(tmp_path, uninterrupted(2, **settings), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_again_and_again_at_random_times_it_ends_with_the_same_weights(
+    start, uninterrupted, tmp_path, processes
+):
+    draw, kills = random.Random(processes), 0
+    settings = {**REUSED, "max_steps": 12}
+    while True:
+        ranks = start(
+            tmp_path,
+            processes,
+            resume=bool(list(tmp_path.glob("run/*/trainer_state.json"))),
+            save_total_limit=2,
+            **settings,
+        )
+        before = set(tmp_path.glob("run/checkpoint-*"))
+        while ranks[0].is_alive() and set(tmp_path.glob("run/checkpoint-*")) <= before:
+            time.sleep(0.001)  # it has gone on
+        victim = draw.choice(ranks)
+        victim.join(timeout=draw.uniform(0, 1))
+        killed = victim.is_alive()
+        victim.kill()
+        for rank in ranks:
+            rank.join(timeout=400)
+        if not killed:
+            break
+        kills += 1
+    assert [rank.exitcode for rank in ranks] == [0] * processes, said(tmp_path)
+    assert kills > 1
+    same(tmp_path, uninterrupted(processes, **settings), processes)
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, [5, 5, 3]), (2, [5, 3])])
+def test_rows_that_fill_a_batch_up_are_known_amid_a_resumed_epoch_too(build, monkeypatch, processes, expected):
+    trainer = build(dataset=prompts(13), per_device_train_batch_size=5)
+    monkeypatch.setattr(Accelerator, "num_processes", processes)
+    loader = trainer.get_train_dataloader()
+    for skipped, rest in ((0, loader), (1, skip_first_batches(loader, 1))):
+        own = [own_rows(trainer.accelerator, len(batch["prompts"])) for batch in rest]
+        assert own == expected[skipped:]
+
+
+# --- which checkpoint
+
+
+def saved(run: Path, step: int, text: str | None = '{"global_step": 1}\n') -> str:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "optimizer.pt").touch()
+    if text is not None:
+        (folder / "trainer_state.json").write_text(text)
+    return str(folder)
+
+
+@pytest.mark.parametrize("asked", [True, "True", "true"])
+def test_the_last_whole_checkpoint_is_gone_on_from(tmp_path, asked, caplog):
+    saved(tmp_path, 9)
+    whole = saved(tmp_path, 10)
+    assert to_resume_from(asked, str(tmp_path)) == whole
+    assert not caplog.text
+    (tmp_path / "checkpoint-12-of-mine").mkdir()
+    for step, text in enumerate((None, "", '{"global_step"', '{"global_step": 1'), start=11):
+        half = saved(tmp_path, step, text)
+        caplog.clear()
+        assert to_resume_from(asked, str(tmp_path)) == whole
+        [line] = caplog.messages
+        assert f"{half} is only half written" in line and line.endswith(f"going on from {whole}.")
+
+
+@pytest.mark.parametrize("asked", [None, False, "False"])
+def test_a_run_that_is_not_resumed_looks_at_no_checkpoint(tmp_path, asked):
+    assert to_resume_from(asked, str(tmp_path / "nowhere")) is None
+
+
+def test_a_half_written_checkpoint_of_the_users_choice_is_refused_by_the_name_of_the_last_whole_one(build, tmp_path):
+    whole, half = saved(tmp_path / "run", 2), saved(tmp_path / "run", 3, None)
+    with pytest.raises(ValueError, match=f"{half} is no whole checkpoint.*The last whole one beside it is {whole}"):
+        build().train(resume_from_checkpoint=half)
+    with pytest.raises(ValueError, match="nowhere is no whole checkpoint.*There is no whole one beside it"):
+        build().train(resume_from_checkpoint=str(tmp_path / "other" / "nowhere"))
+
+
+def test_no_whole_checkpoint_is_an_error_that_says_how_to_start(build, tmp_path):
+    with pytest.raises(ValueError, match="run has no whole checkpoint that every process can read. To start"):
+        build().train(resume_from_checkpoint=True)
+    saved(tmp_path / "run", 2, "{")
+    with pytest.raises(ValueError, match=r"only half-written ones \(steps 2\).*leave resume_from_checkpoint out"):
+        build().train(resume_from_checkpoint="True")
+
+
+def test_what_an_earlier_run_left_is_gone_before_a_checkpoint_takes_its_place(build, tmp_path):
+    left = Path(saved(tmp_path / "run", 1))
+    trainer = build(save_strategy="steps", save_steps=1)
+    save_model, seen = trainer.save_model, []
+    trainer.save_model = lambda *args, **kwargs: seen.append(left.exists()) or save_model(*args, **kwargs)
+    trainer.train()
+    assert seen == [False]
+    assert is_whole(left)

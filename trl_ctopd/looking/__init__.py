@@ -1,0 +1,1 @@
+"""What a person looks at: model card, report, viewer, samples, comparisons. Nothing that training needs."""

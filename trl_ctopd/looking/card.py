@@ -1,0 +1,329 @@
+"""The model card: what the student is, from whom and how it learned, with the figures of the run.
+
+- It states what the run knows. No license, language or intended use is made up.
+- What is on the hub is linked and enters the metadata. A folder is named by its last part alone, and stays out of both.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.resources import files
+from importlib.util import find_spec
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedTokenizerBase
+
+from ..config import CrossTokenizerGKDConfig
+from ..losses import LOSSES
+from .history import BOOKKEEPING, figures
+from .provenance import describe, hub_name, on_hub, step, versions
+
+
+class Paper(NamedTuple):
+    """Where a method comes from: on arXiv, or at `url` with its `year`. `authors` are in BibTeX's form, "" where they are
+    not known here."""
+
+    title: str
+    authors: str
+    arxiv: str = ""
+    url: str = ""
+    year: str = ""
+
+    @property
+    def link(self) -> str:
+        return self.url or f"https://huggingface.co/papers/{self.arxiv}"
+
+
+PAPERS = {
+    "dpca": Paper(
+        "Breaking the Tokenizer Barrier: On-Policy Distillation across Model Families",
+        "Niu, Yifan and Xiao, Han and Liu, Dongyi and Wang, Zelong and Gong, Dihong and Wang, Yasheng and Li, Jia",
+        "2606.09456",
+    ),
+    "alm": Paper(
+        "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching",
+        "Minixhofer, Benjamin and Vuli{\\'c}, Ivan and Ponti, Edoardo Maria",
+        "2503.20083",
+    ),
+    "strict_sampled": Paper(
+        "SimpleOPD: Simple Tokenizer-Agnostic On-Policy Distillation for Long-Context Reasoning",
+        "",
+        "2608.14277",
+    ),
+    "strict_topk": Paper(
+        "Rethinking Cross-Tokenizer On-Policy Distillation: From Alignment Coverage to Supervision Reliability",
+        "",
+        "2610.08448",
+    ),
+    "simct": Paper(
+        "SimCT: Recovering Lost Supervision for Cross-Tokenizer On-Policy Distillation",
+        "Sun, Jie and Zheng, Mao and Song, Mingyang and Zhong, Qiyong and Cheng, Yilin and Feng, Bichuan and Liu, Pengfei "
+        "and Fang, Junfeng and Wang, Xiang",
+        "2605.07711",
+    ),
+    "bpm": Paper("Cross-Tokenizer On-Policy Distillation via Byte-Prefix Marginalization", "", "2607.22334"),
+    "escd": Paper("ESCD", "", "2609.34738"),
+    "uld": Paper(
+        "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
+        "Boizard, Nicolas and El Haddad, Kevin and Hudelot, C{\\'e}line and Colombo, Pierre",
+        "2402.12030",
+    ),
+    "multi_level_ot": Paper(
+        "Multi-Level Optimal Transport for Universal Cross-Tokenizer Knowledge Distillation on Language Models",
+        "Cui, Xiao and Zhu, Mo and Qin, Yulei and Xie, Liang and Zhou, Wengang and Li, Houqiang",
+        "2412.14528",
+    ),
+    "xtoken": Paper(
+        "X-Token: Projection-Guided Cross-Tokenizer Knowledge Distillation",
+        "Sreenivas, Sharath Turuvekere and Hanasoge, Adithyakrishna Venkatesh and Yang, Mingyu and Taghibakhshi, Ali and "
+        "Muralidharan, Saurav and Aithal, Ashwath and Molchanov, Pavlo",
+        "2605.21699",
+    ),
+    "cdm": Paper(
+        "Enhancing Cross-Tokenizer Knowledge Distillation with Contextual Dynamical Mapping",
+        "Chen, Yijie and Liu, Yijin and Meng, Fandong and Chen, Yufeng and Xu, Jinan and Zhou, Jie",
+        "2502.11104",
+    ),
+    "sft": Paper("Sequence-Level Knowledge Distillation", "Kim, Yoon and Rush, Alexander M.", "1606.07947"),
+    "gold": Paper(
+        "Unlocking On-Policy Distillation for Any Model Family",
+        "Patiño, Carlos Miguel and Rasul, Kashif and Gallouédec, Quentin and Burtenshaw, Ben and Paniego, Sergio and "
+        "Srivastav, Vaibhav and Frere, Thibaud and Beeching, Ed and Tunstall, Lewis and von Werra, Leandro and Wolf, Thomas",
+        url="https://huggingface.co/spaces/HuggingFaceH4/general-on-policy-logit-distillation",
+        year="2025",
+    ),
+}
+SETTINGS = (
+    "eos_policy",
+    "lmbda",
+    "temperature",
+    "max_new_tokens",
+    "num_generations",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+)
+SETTINGS_IF_CHANGED = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "teacher_chat_template_kwargs",
+)
+PICTURE = "learning_curve.png"
+OURS = re.compile(
+    r"(gap|student|teacher|alignment|masked_bytes|advantage|ratio|completions|loss|gold|escd|xtoken|cdm)/.+|entropy|loss"
+)
+METRICS = {
+    "loss": "what was minimised",
+    "gap/nats_per_byte": "student's minus teacher's log-probability of the text; 0: the student writes as the teacher would",
+    "student/nats_per_byte": "student's negative log-probability of the text",
+    "teacher/nats_per_byte": "teacher's negative log-probability of the text",
+    "alignment/one_to_one_fraction": "share of scored student tokens that match a single teacher token byte for byte",
+    "alignment/masked_fraction": "share of student tokens left out of the loss",
+    "completions/truncated_fraction": "share of completions cut off at `max_new_tokens`",
+    "entropy": "of the student's next-token distribution, in nats",
+}
+
+
+def model_card(
+    *,
+    model_name: str,
+    hub_model_id: str | None,
+    student: str,
+    teachers: Sequence[tuple[str, PreTrainedTokenizerBase]],
+    student_tokenizer: PreTrainedTokenizerBase,
+    args: CrossTokenizerGKDConfig,
+    adapter: bool,
+    dataset_name: str | None,
+    tags: list[str],
+    log_history: list[dict],
+    prompts: int | None = None,
+    licenses: Sequence[dict[str, str]] = (),
+    command: str | None = None,
+    picture: str | None = None,
+) -> ModelCard:
+    """
+    The card of a run.
+
+    Args:
+        student, teachers: hub names, folders, or "" for a model made in place; each teacher with its tokenizer.
+        log_history: the trainer state's; the last value logged of each figure is shown.
+        prompts: rows of the training set, where it has a length.
+        licenses: what the own cards of the student and of each teacher say of theirs; the student's is the card's too.
+        command: what the run was started with.
+        picture: file of the learning curve, beside the card.
+    """
+    student = hub_name(student)
+    template_kwargs = {name: value for name, value in (args.chat_template_kwargs or {}).items() if value is not None}
+    sets, metrics = _metrics(log_history)
+    return ModelCard.from_template(
+        ModelCardData(
+            base_model=student if on_hub(student) else None,
+            datasets=dataset_name if on_hub(dataset_name) else None,
+            library_name="peft" if adapter else "transformers",
+            pipeline_tag="text-generation",
+            model_name=model_name,
+            tags=["generated_from_trainer", *dict.fromkeys(tags)],
+            **(licenses[0] if licenses else {}),
+        ),
+        template_path=str(files(__package__).joinpath("model_card.md")),
+        model_name=model_name,
+        hub_model_id=hub_model_id or model_name,
+        student=_link(student),
+        teachers=[(_link(hub_name(name)), describe(tokenizer)) for name, tokenizer in teachers],
+        base_on_hub=on_hub(student),
+        student_tokenizer=describe(student_tokenizer),
+        licenses=[_license(license) for license in licenses] if any(licenses) else None,
+        story=_story(args, [student_tokenizer.get_vocab() == tokenizer.get_vocab() for _, tokenizer in teachers]),
+        method=_method(args),
+        citation=_citation(_paper(args)),
+        prompts=_prompts(dataset_name, prompts),
+        adapter=adapter,
+        chat=bool(student_tokenizer.chat_template or template_kwargs.get("chat_template")),
+        template_kwargs={name: repr(value) for name, value in template_kwargs.items()},
+        max_new_tokens=args.max_new_tokens,
+        steps=max((entry.get("step", 0) for entry in log_history), default=0),
+        step=step(args),
+        command=command,
+        picture=picture,
+        settings=_settings(args),
+        sets=sets,
+        metrics=metrics,
+        versions=versions(),
+    )
+
+
+def _link(name: str, kind: str = "") -> str:
+    if on_hub(name):
+        return f"[{name}](https://huggingface.co/{kind}{name})"
+    return f"`{Path(name).name}`" if Path(name).name else "an unnamed model"
+
+
+def _story(args: CrossTokenizerGKDConfig, one_tokenizer: list[bool]) -> str:
+    """Who wrote, and how the teacher's judgement reached the student."""
+    given = "the teacher's" if args.seq_kd else "the dataset's"
+    if args.lmbda >= 1:
+        written = "The student wrote completions itself"
+    elif args.lmbda > 0:
+        written = f"The student wrote about {args.lmbda:.0%} of the completions itself, and the others were {given}"
+    else:
+        written = f"The completions were {given}"
+    if args.distillation_loss == "sft":
+        return f"{written}; the student learned them by cross-entropy."
+    if all(one_tokenizer):
+        teacher = "the teacher" if len(one_tokenizer) == 1 else "each one's teacher"
+        return f"{written}; {teacher}, which has the same tokenizer, scored them token by token."
+    teacher = "the teacher, which has another tokenizer," if len(one_tokenizer) == 1 else "each one's teacher"
+    return (
+        f"{written}; {teacher} scored the same text in its own tokens, and its scores were "
+        "carried over to the student's tokens by the bytes that both stand for."
+    )
+
+
+def _paper(args: CrossTokenizerGKDConfig) -> Paper:
+    """A loss of one's own works on the chunks of the default method."""
+    return PAPERS["dpca" if callable(args.distillation_loss) else args.distillation_loss]
+
+
+def _method(args: CrossTokenizerGKDConfig) -> str:
+    loss, paper = args.distillation_loss, _paper(args)
+    link = f"[{paper.title}]({paper.link})"
+    if callable(loss):
+        return f"`{getattr(loss, '__name__', type(loss).__name__)}`, a loss of the author's own, on text aligned as in {link}"
+    return f"`{loss}`, {link}"
+
+
+def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
+    """What shaped the result, by the names of the config: no knob of a method that did not run."""
+    loss, kwargs = args.distillation_loss, args.distillation_loss_kwargs or {}
+    settings = {}
+    own = () if callable(loss) else [field.name for field in fields(LOSSES[loss])]
+    settings |= {name: getattr(args, name) for name in ("credit", "advantage_clip") if name in own}
+    if loss == "dpca":
+        settings |= kwargs
+    elif kwargs:
+        settings["distillation_loss_kwargs"] = kwargs
+    if "advantage_clip" in settings and settings["advantage_clip"] is None:
+        settings["advantage_clip"] = "no bound"
+    if args.lmbda < 1 and getattr(loss if callable(loss) else LOSSES[loss], "policy", "both") == "on":
+        settings |= {"off_policy_loss": args.off_policy_loss, "off_policy_loss_kwargs": args.off_policy_loss_kwargs}
+    settings |= {name: getattr(args, name) for name in SETTINGS}
+    defaults = {field.name: field.default for field in fields(args)}
+    settings |= {name: getattr(args, name) for name in SETTINGS_IF_CHANGED if getattr(args, name) != defaults[name]}
+    settings |= {"num_processes": args.world_size} if args.world_size > 1 else {}
+    return {name: _cell(value) for name, value in settings.items() if value is not None}
+
+
+def _metrics(log_history: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
+    """Training and the evaluations as columns, and for each figure its last value in each of them and its meaning."""
+    logged = figures(log_history)
+    others = [name for name, sets in logged.items() if not (OURS.fullmatch(name) or BOOKKEEPING.fullmatch(name))]
+    meanings = {**METRICS, **{name: "" for name in others if set(logged[name]) != {"training"}}}
+    sets = list(dict.fromkeys(where for name in meanings for where in logged.get(name, {})))
+    sets.sort(key=lambda where: where != "training")
+    return sets, {
+        name: [*(_last(logged[name].get(where)) for where in sets), meaning]
+        for name, meaning in meanings.items()
+        if name in logged
+    }
+
+
+def _last(points: list[tuple[int, float]] | None) -> str:
+    return f"{points[-1][1]:.4g}" if points else ""
+
+
+def _prompts(dataset_name: str | None, prompts: int | None) -> str:
+    name = _link(dataset_name, "datasets/") if dataset_name else ""
+    return ", ".join([*([name] if name else []), *([] if prompts is None else [f"{prompts:,} rows"])])
+
+
+def _license(license: dict[str, str]) -> str:
+    """By its own name, where the hub has none for it."""
+    name, link = license.get("license_name") or license.get("license", ""), license.get("license_link")
+    return f"[{name}]({link})" if link and link.startswith("https://") else name
+
+
+def learning_curve(log_history: list[dict], path: Path) -> bool:
+    """Draws the gap into a picture, if there are two of its points and matplotlib to draw them; tells whether it did."""
+    sets = figures(log_history).get("gap/nats_per_byte", {})
+    if find_spec("matplotlib") is None or not any(len(points) > 1 for points in sets.values()):
+        return False
+    from matplotlib.figure import Figure  # without pyplot, which would set up the user's session
+
+    picture = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = picture.subplots()
+    for (where, points), style in zip(sets.items(), cycle(["-", "--", ":", "-."])):
+        axes.plot(*zip(*points, strict=True), style, label=where)
+    axes.set(
+        xlabel="optimizer step", ylabel="gap, nats a byte", title="What the student still differs from its teacher"
+    )
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    picture.savefig(path, dpi=150)
+    return True
+
+
+def _cell(value) -> str:
+    """In a Markdown table."""
+    if isinstance(value, dict):
+        value = ", ".join(f"{name}={item!r}" for name, item in value.items() if item is not None)
+    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|")
+
+
+def _citation(paper: Paper) -> str:
+    """As BibTeX."""
+    fields = {"title": f"{{{paper.title}}}", "author": paper.authors}
+    if paper.arxiv:
+        head = f"@article{{arxiv{paper.arxiv.replace('.', '')},"
+        fields |= {"year": f"20{paper.arxiv[:2]}", "journal": f"arXiv preprint arXiv:{paper.arxiv}"}
+    else:
+        head = f"@misc{{{paper.url.rpartition('/')[2]},"
+        fields |= {"year": paper.year, "url": paper.url}
+    return "\n".join([head, *(f"  {name:7} = {{{value}}}," for name, value in fields.items() if value), "}"])

@@ -1,0 +1,88 @@
+"""Answers side by side: the student before and now, and its teacher.
+
+Decisions: greedy, through the templates of training; "before" is the student with its adapter switched off, and left out
+where the whole student is trained, since its first weights are gone.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import GenerationConfig
+
+from ..rollouts.generation import write
+from ..text.chat import Conversation, Speaker, read_example
+
+
+HEADINGS = {
+    "prompt": "Prompt",
+    "student_before": "Student before (adapter off)",
+    "student_now": "Student now",
+    "teacher": "Teacher",
+}
+NO_BEFORE = "No student before: the whole student is trained, and its first weights are gone. LoRA keeps them."
+
+
+def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_tokens: int | None = None) -> list[dict]:
+    """See `CrossTokenizerGKDTrainer.compare`."""
+    if isinstance(prompts, str):
+        raise TypeError(f"compare takes a list of prompts, got the text {prompts!r}: put it in a list.")
+    rows = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
+    conversations = [read_example(row) for row in rows]
+    limit = trainer.args.max_new_tokens if max_new_tokens is None else max_new_tokens
+
+    def answers(model, side: Speaker, stop_ids: list[int], context: int | None) -> list[tuple[str, bool]]:
+        """Each with whether it has ended."""
+        ids = [side.prompt_ids(conversation) for conversation in conversations]
+        longest = max(map(len, ids), default=0)
+        if context is not None and longest >= context:
+            raise ValueError(f"A prompt of {longest} tokens leaves no room to answer in a context of {context}.")
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=limit if context is None else min(limit, context - longest),
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0] if side.tokenizer.pad_token_id is None else side.tokenizer.pad_token_id,
+        )
+        written = write(model, ids, config, trainer.accelerator, trainer.args)
+        texts = side.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [(text, own[-1] in stop_ids) for text, own in zip(texts, written, strict=True)]
+
+    student = trainer.model_wrapped, trainer.student_side, trainer.stop_ids, trainer.student_context
+    columns = {}
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(unwrapped, PeftModel):
+        with unwrapped.disable_adapter():
+            columns["student_before"] = answers(*student)
+    columns["student_now"] = answers(*student)
+    for name, seat in trainer.panel.seats.items():
+        if not seat.remote:  # a server reads, and writes nothing
+            columns[f"teacher_{name}" if name else "teacher"] = answers(
+                seat.teacher.model, seat.side, seat.stop_ids, seat.context
+            )
+    if trainer.is_world_process_zero():
+        _print(conversations, columns, limit)
+    asked = [conversation.prompt for conversation in conversations]
+    texts = {name: [text for text, _ in own] for name, own in columns.items()}
+    return [dict(zip(["prompt", *texts], values, strict=True)) for values in zip(asked, *texts.values(), strict=True)]
+
+
+def _print(conversations: list[Conversation], columns: dict[str, list[tuple[str, bool]]], limit: int):
+    cut = any(not ended for own in columns.values() for _, ended in own)
+    notes = [f"…: cut off after {limit} tokens."] * cut + [NO_BEFORE] * ("student_before" not in columns)
+    table = Table(title="Greedy answers", title_justify="left", caption="\n".join(notes), caption_justify="left")
+    table.show_lines = True
+    for name in ("prompt", *columns):
+        table.add_column(HEADINGS.get(name, name))
+    for conversation, *answers in zip(conversations, *columns.values(), strict=True):
+        table.add_row(Text(_asked(conversation.prompt)), *(Text(text + "…" * (not ended)) for text, ended in answers))
+    Console().print(table)
+
+
+def _asked(prompt: str | list[dict]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0].get("content", ""))
+    return "\n".join(f"{message['role']}: {message.get('content', '')}" for message in prompt)

@@ -1,0 +1,102 @@
+"""What a person who knows the method would say of a run's figures, in words."""
+
+import math
+from collections.abc import Sequence
+
+from ...config import CrossTokenizerGKDConfig
+
+
+RECENT = 5  # logs whose mean is judged
+GAP = "gap/nats_per_byte"
+
+
+def advice(log_history: Sequence[dict], args: CrossTokenizerGKDConfig, teacher_context: int | None = None) -> list[str]:
+    """
+    One sentence or two for each figure of training that is out of bounds in the last few logs, with what to do.
+
+    Args:
+        log_history: the trainer state's.
+        args: the run's settings, whose values are named.
+        teacher_context: in tokens, if it is known.
+    """
+    kept = {
+        name: [entry[name] for entry in log_history if name in entry]
+        for name in {name for entry in log_history for name in entry}
+    }
+    recent = {name: sum(values[-RECENT:]) / len(values[-RECENT:]) for name, values in kept.items()}
+
+    def above(name: str, bound: float) -> bool:
+        return recent.get(name, 0) > bound
+
+    said = []
+    if not all(math.isfinite(value) for value in [*kept.get("loss", []), *kept.get("grad_norm", [])]):
+        said.append("A loss or a gradient norm was not finite: lower learning_rate, or train in bf16 rather than fp16.")
+    if above("completions/truncated_fraction", 0.1):
+        said.append(
+            f"{_share(recent['completions/truncated_fraction'])} of completions are truncated: raise max_new_tokens "
+            f"(now {args.max_new_tokens}). A completion that is cut off has no end to learn from."
+        )
+    if above("completions/empty_fraction", 0.05):
+        said.append(
+            f"{_share(recent['completions/empty_fraction'])} of completions are empty: the student ends its turn at once. "
+            "Look at how a prompt is rendered, and lower learning_rate if the share grows."
+        )
+    if above("alignment/masked_fraction", 0.2):
+        reasons = {
+            name.removeprefix("masked_bytes/"): v for name, v in recent.items() if name.startswith("masked_bytes/")
+        }
+        most = max(reasons, key=reasons.get, default=None)
+        why = f", mostly for {most}" if most and reasons[most] > 0 else ""
+        said.append(
+            f"{_share(recent['alignment/masked_fraction'])} of the student's tokens take no part{why}. Masked text costs the "
+            "student nothing, and the gap says nothing of it: look at the completions, and lower learning_rate if the share "
+            "grows."
+        )
+    if above("alignment/teacher_context_exceeded_fraction", 0.01):
+        said.append(
+            f"{_share(recent['alignment/teacher_context_exceeded_fraction'])} of texts are longer than the teacher's context"
+            f"{'' if teacher_context is None else f' of {teacher_context:,} tokens'} and teach nothing: filter long prompts "
+            "out, or lower max_new_tokens."
+        )
+    if above("alignment/neutralised_fraction", 0.01):
+        said.append(
+            f"In {_share(recent['alignment/neutralised_fraction'])} of chunks the teacher's log-probs are not finite: load "
+            "it in bfloat16 or float32 (teacher_model_init_kwargs)."
+        )
+    if above("advantage/clipped_fraction", 0.1):
+        said.append(
+            f"{_share(recent['advantage/clipped_fraction'])} of the student's tokens meet advantage_clip={args.advantage_clip}: "
+            "the two models are far apart there. It should fall; if it does not, lower learning_rate."
+        )
+    if above("ratio/clipped_fraction", 0.2):
+        said.append(
+            f"{_share(recent['ratio/clipped_fraction'])} of ratios meet PPO's bounds: lower rollout_reuse (now "
+            f"{args.rollout_reuse}) or learning_rate."
+        )
+    if growth := _growth(kept.get(GAP, [])):
+        before, now = growth
+        said.append(
+            f"The gap has grown from {before:.3f} to {now:.3f} nats a byte: the student moves away from its teacher. Lower "
+            "learning_rate."
+        )
+    return said
+
+
+def _growth(gaps: Sequence[float]) -> tuple[float, float] | None:
+    """Means of the first and the last quarter, where the last is larger by more than the noise of both can explain."""
+    count = len(gaps) // 4
+    if count < 2:
+        return None
+    parts = gaps[:count], gaps[-count:]
+    means = [sum(part) / count for part in parts]
+    errors = [
+        sum((value - mean) ** 2 for value in part) / (count - 1) / count
+        for part, mean in zip(parts, means, strict=True)
+    ]
+    if means[1] - means[0] > 3 * math.sqrt(sum(errors)) and means[1] > 1.1 * means[0]:
+        return means[0], means[1]
+    return None
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.0f} %"

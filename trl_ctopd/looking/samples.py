@@ -1,0 +1,139 @@
+"""A few of a step's completions, kept to be looked at: as a table, and token by token in the report.
+
+Decisions: rows stay tensors where they are until something is logged, so that keeping them waits for no device; chunks are
+not kept, since a text has the same ones whenever it is aligned; nothing is run through a model again.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
+from trl.trainer.utils import print_prompt_completions_sample
+
+from ..losses import ScoredChunks
+from ..losses.credit import chunk_sum, gaps
+from ..rollouts.pairing import Rollout
+
+
+@dataclass(frozen=True)
+class Sample:
+    """
+    A completion that both models have scored, in values that JSON knows.
+
+    Attributes:
+        step: optimizer steps taken when it was logged.
+        prompt: what the student read, markers and all.
+        ids: of the completion, its stop token included.
+        student_log_probs: nats, one for each of `ids`; 0 for those that take no part.
+        teacher_log_probs: nats, one for each token of the teacher, its turn end included where that is compared; empty
+            where nothing is scored.
+        gap: student minus teacher log-probability, nats a byte of scored text; `None` where none is scored.
+        teacher: its place among several teachers.
+    """
+
+    step: int
+    prompt: str
+    ids: list[int]
+    student_log_probs: list[float]
+    teacher_log_probs: list[float]
+    gap: float | None
+    teacher: int = 0
+
+
+class Samples:
+    """The rows kept since the last `clear`."""
+
+    def __init__(self):
+        self._kept: list[tuple[torch.Tensor, ...]] = []
+
+    def clear(self):
+        self._kept.clear()
+
+    def keep(self, inputs: dict, batch: ScoredChunks, rows: int):
+        """The first `rows` of a micro-batch."""
+        tensors = (
+            inputs["input_ids"],
+            inputs["prompt_lengths"],
+            inputs["lengths"],
+            batch.student_log_probs.detach(),
+            batch.teacher_log_probs,
+            batch.scorable,
+            inputs["teacher_places"],
+        )
+        self._kept += zip(*(tensor[:rows].clone() for tensor in tensors), strict=True)  # not views of a whole batch
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def take(
+        self, step: int, tokenizer: PreTrainedTokenizerBase, read: Callable[[list[list[int]], list[int]], list[Rollout]]
+    ) -> list[Sample]:
+        """What was kept; `read` sets completions beside their teachers' tokens, as when they were written."""
+        rows = [[tensor.tolist() for tensor in row] for row in self._kept]
+        self.clear()
+        samples = []
+        completions, teachers = [ids[start:end] for ids, start, end, *_ in rows], [row[-1] for row in rows]
+        for row, rollout in zip(rows, read(completions, teachers), strict=True):
+            ids, start, end, student, teacher, scorable, place = row
+            student, teacher = student[start - 1 : end - 1], teacher[: len(rollout.teacher_ids)]
+            teacher = teacher if any(scorable) else []
+            gap = _per_byte(rollout, student, teacher) if teacher else None
+            samples.append(Sample(step, tokenizer.decode(ids[:start]), ids[start:end], student, teacher, gap, place))
+        return samples
+
+
+def _per_byte(rollout: Rollout, student: list[float], teacher: list[float]) -> float | None:
+    """The gap as it is logged, of one completion; `None` where what is scored has no bytes."""
+    student_chunks, teacher_chunks, widths = (
+        torch.from_numpy(values)[None]
+        for values in (rollout.student_chunks, rollout.teacher_chunks, rollout.student_widths)
+    )
+    log_probs = torch.tensor([student]), torch.tensor([teacher])
+    gap, neutral = gaps(*log_probs, student_chunks, teacher_chunks, rollout.num_chunks)
+    num_bytes = chunk_sum(widths, student_chunks, rollout.num_chunks).masked_fill(neutral, 0).sum().item()
+    return -gap.sum().item() / num_bytes if num_bytes else None
+
+
+def show(
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: Sequence[TrainerCallback],
+    num_samples: int,
+    name: str = "completions",
+) -> None:
+    """Prints samples as a table, and sends it by `name` to those of TensorBoard, wandb and trackio that `callbacks` report
+    to."""
+    step = samples[0].step
+    columns = {
+        "prompt": [sample.prompt for sample in samples],
+        "completion": [tokenizer.decode(sample.ids) for sample in samples],
+        "gap, nats/byte": [float("nan") if sample.gap is None else sample.gap for sample in samples],
+    }
+    prompts, completions, gap = columns.values()
+    print_prompt_completions_sample(prompts, completions, {"gap, nats/byte": gap}, None, step, num_samples)
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_text(name, _markdown(columns), step)
+        elif isinstance(callback, WandbCallback | TrackioCallback):
+            backend = importlib.import_module("wandb" if isinstance(callback, WandbCallback) else "trackio")
+            table = pd.DataFrame({"step": step, **columns})
+            backend.log({name: backend.Table(dataframe=table)})
+
+
+def _markdown(columns: dict[str, list]) -> str:
+    """A table in which no text is markup."""
+    rows = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
+
+
+def _cell(value: str | float) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", escape(value, quote=False))
+    return "<br>".join(text.splitlines())

@@ -1,0 +1,222 @@
+"""Writing: prompts in, completions out, by transformers' own generation with a KV cache.
+
+Decisions: one call for all prompts it is given, in the order of their length, unless `generation_batch_size` cuts it;
+nothing shapes the distribution but the run's own settings. Rows that have ended leave the batch: whenever half of them
+have, the call ends and the others go on, in one of their own: from the cache they have, or, where a model keeps more
+than plain keys and values, by reading their text anew. Where the model stays shared out (`gather_for_generation=False`) and
+every process must make the same calls, and with further `generation_kwargs`, some of which count from the start of a call,
+they stay.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import ContinuousBatchingConfig
+from trl.models.utils import unwrap_model_for_generation
+
+from ..config import CrossTokenizerGKDConfig
+from ..models.sharding import gathered_under_fsdp, is_sharded
+from .pairing import pad_rows
+
+
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def sampling_config(args: CrossTokenizerGKDConfig, stop_ids: list[int], pad_token_id: int) -> GenerationConfig:
+    """How a model writes under `args`."""
+    settings = {
+        "do_sample": True,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p,
+        "use_cache": True,
+        "eos_token_id": stop_ids,
+        "pad_token_id": pad_token_id,
+    }
+    return GenerationConfig(**{**settings, **(args.generation_kwargs or {})})
+
+
+@torch.no_grad()
+def write(
+    model: nn.Module,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    accelerator,
+    args: CrossTokenizerGKDConfig,
+    backend: str = "transformers",
+) -> list[list[int]]:
+    """
+    Completions of `prompts` (token ids) in their order, each up to and including its first stop token.
+
+    `model` may be wrapped (DDP, DeepSpeed) and have gradient checkpointing on; it comes back as it was. `backend` is one
+    of `GENERATION_BACKENDS`.
+    """
+    if not prompts:
+        return []
+    sharded = is_sharded(model, accelerator)
+    together = sharded and not args.gather_for_generation
+    generate: Callable[..., list[list[int]]] = partial(
+        _generate,
+        rows_leave=not (together or args.generation_kwargs),
+        together=together,
+        device=accelerator.device if sharded else None,
+    )
+    if backend == "transformers_continuous":
+        generate = partial(_generate_continuously, settings=args.transformers_continuous_batching_config or {})
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    size = args.generation_batch_size or len(prompts)
+    stop_ids, completions = set(config.eos_token_id), [[]] * len(prompts)
+    with (
+        _old_names_of_checkpointing(),
+        unwrap_model_for_generation(
+            model,
+            accelerator,
+            gather_deepspeed3_params=args.gather_for_generation,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        ) as unwrapped,
+        gathered_under_fsdp(unwrapped) if sharded and not together else nullcontext(),
+        _ready_to_generate(unwrapped, config),
+    ):
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            for row, ids in zip(rows, generate(unwrapped, [prompts[r] for r in rows], config), strict=True):
+                end = next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
+                completions[row] = ids[:end]
+    return completions
+
+
+@contextmanager
+def _old_names_of_checkpointing():
+    """TRL calls `gradient_checkpointing_enable` and its kin, which transformers has renamed: three warnings a step, about
+    which who trains can do nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def _generate(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    rows_leave: bool,
+    together: bool = False,
+    device: torch.device | None = None,
+) -> list[list[int]]:
+    """Completions with whatever stands after their first stop token. With `together`, every process makes as many forward
+    passes as the others."""
+    width, limit = max(map(len, prompts)), config.max_new_tokens
+    device = device or model.get_input_embeddings().weight.device
+    flipped = [prompt[::-1] for prompt in prompts]  # padded on the left
+    sequences = pad_rows(flipped, width, config.pad_token_id).flip(1).to(device)
+    mask = pad_rows([[1] * len(prompt) for prompt in prompts], width, 0).flip(1).to(device)
+    written = torch.full((len(prompts), limit), config.pad_token_id, device=device)
+    rows = torch.arange(len(prompts), device=device)  # that are still being written
+    stop_ids = torch.tensor(config.eos_token_id, device=device)
+    cache, criteria = None, None
+    while True:
+        if rows_leave:
+            criteria = StoppingCriteriaList([_HalfHaveEnded(stop_ids, len(rows))])
+        call = copy.deepcopy(config)
+        call.update(max_new_tokens=width + limit - sequences.shape[1], return_dict_in_generate=True)
+        output = model.generate(
+            input_ids=sequences,
+            attention_mask=mask,
+            generation_config=call,
+            past_key_values=cache,
+            stopping_criteria=criteria,
+            synced_gpus=together,
+        )
+        own = output.sequences[:, width:]
+        written[rows, : own.shape[1]] = own
+        [left] = (~torch.isin(own, stop_ids).any(1)).nonzero(as_tuple=True)
+        if not len(left) or own.shape[1] == limit:
+            return written.tolist()
+        rows, sequences = rows[left], output.sequences[left]
+        mask = torch.cat([mask[left], mask.new_ones(len(left), sequences.shape[1] - mask.shape[1])], 1)
+        cache = _cut(model, getattr(output, "past_key_values", None), left)
+
+
+def _cut(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cache | None:
+    """The cache of these rows alone; `None` where the model keeps anything else of a batch, in it or beside it."""
+    plain = type(cache) is DynamicCache and all(type(layer) in _PLAIN_LAYERS for layer in cache.layers)
+    if not plain or _has_virtual_tokens(model) or any(hasattr(module, "rope_deltas") for module in model.modules()):
+        return None
+    cache.batch_select_indices(rows.cpu())  # layers may be on several devices
+    return cache
+
+
+class _HalfHaveEnded(StoppingCriteria):
+    """Ends the call for all rows as soon as half of them have written a stop token, without waiting for the device."""
+
+    def __init__(self, stop_ids: torch.Tensor, rows: int):
+        self._stop_ids = stop_ids
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=stop_ids.device)
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self._ended |= torch.isin(input_ids[:, -1], self._stop_ids)
+        return self._ended | (2 * self._ended.sum() >= len(self._ended))
+
+
+def _generate_continuously(
+    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, settings: dict
+) -> list[list[int]]:
+    """By continuous batching: a paged cache, and the next prompt begins where a row has ended."""
+    if _has_virtual_tokens(model):
+        raise ValueError(
+            "generation_backend='transformers_continuous' would leave out the virtual tokens of a prompt-learning "
+            "adapter: choose 'transformers'."
+        )
+    defaults = {
+        "seed": int(torch.randint(2**31, ())),
+        "max_memory_percent": 0.5,  # the rest is for training
+        "drop_unsupported_processors": False,  # they belong to the distribution that was asked for
+    }
+    found = model.generate_batch(
+        prompts,
+        generation_config=config,
+        continuous_batching_config=ContinuousBatchingConfig(**{**defaults, **settings}),
+    )
+    errors = [output.error for output in found.values() if output.error is not None]
+    if errors or len(found) != len(prompts):
+        raise RuntimeError(
+            f"transformers' continuous batching wrote {len(found) - len(errors)} of {len(prompts)} completions; its own "
+            f"message: {errors[0] if errors else 'see the log above'}. generation_backend='transformers' needs no "
+            "paged cache."
+        )
+    return [output.generated_tokens for output in found.values()]
+
+
+def _has_virtual_tokens(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
+@contextmanager
+def _ready_to_generate(model: nn.Module, config: GenerationConfig):
+    """Eval mode, and no generation setting but ours: transformers fills gaps from the model's own generation config,
+    where a repetition penalty may hide that the scored distribution knows nothing of."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    training, original = model.training, base.generation_config
+    model.eval()
+    base.generation_config = config
+    try:
+        yield
+    finally:
+        base.generation_config = original
+        model.train(training)

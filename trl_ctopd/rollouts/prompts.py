@@ -1,0 +1,122 @@
+"""The dataset, rendered and tokenized once for both models."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+from ..text.chat import Speaker, read_example
+from .pairing import Prompt
+
+
+logger = get_logger(__name__)
+
+COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids", "teacher"]
+
+
+def render_row(
+    example: Mapping,
+    index: int,
+    student: Speaker,
+    teachers: Mapping[str, Speaker],
+    longest_prompt: int | None,
+    needs_reference: bool,
+    dataset_name: str = "train",
+) -> dict[str, list[int] | str]:
+    """
+    The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`. Among
+    several `teachers`, the row's `teacher` column names its own; the only one is called "".
+
+    Raises:
+        ValueError: naming the row, where it has no prompt, cannot be rendered, has no reference though one is needed,
+            names none of several teachers, or is longer than `longest_prompt` student tokens.
+    """
+    try:
+        conversation = read_example(example)
+        name = "" if "" in teachers else example.get("teacher")
+        if name not in teachers:
+            raise ValueError(
+                f"its column `teacher` is {name!r}, and the teachers are {', '.join(map(repr, teachers))}: give every row one "
+                "of these"
+            )
+        prompt_ids = student.prompt_ids(conversation)
+        teacher_prompt_ids = teachers[name].prompt_ids(conversation)
+        if needs_reference and conversation.reference is None:
+            raise ValueError(
+                "no completion and no final assistant message, which `lmbda` < 1 learns from: add one, or set lmbda=1.0, "
+                "or seq_kd=True to let the teacher write it"
+            )
+        reference_ids = student.reference_ids(conversation) if needs_reference else []
+    except ValueError as error:
+        raise ValueError(f"Row {index} of the {dataset_name} dataset: {error}.") from error
+    if longest_prompt is not None and len(prompt_ids) > longest_prompt:
+        raise ValueError(
+            f"Row {index} of the {dataset_name} dataset: its prompt has {len(prompt_ids)} student tokens, and context and max_new_tokens "
+            f"leave room for {longest_prompt}. Filter such rows out, lower max_new_tokens or raise max_length."
+        )
+    return dict(zip(COLUMNS, (prompt_ids, teacher_prompt_ids, reference_ids, name), strict=True))
+
+
+def check_room(dataset: Dataset, contexts: Mapping[str, int], max_new_tokens: int, dataset_name: str):
+    """
+    Warns where a completion of a rendered `dataset` may be too long for its teacher's context, `contexts` tokens by name.
+    How many of a teacher's tokens a completion has is known once it is written.
+
+    Raises `ValueError` for prompts that leave no room for any.
+    """
+    columns = dataset.select_columns(["teacher_prompt_ids", "teacher"]).with_format("arrow")[:]
+    lengths = pc.list_value_length(columns["teacher_prompt_ids"]).to_numpy()
+    names = columns["teacher"].to_numpy()
+    for name, context in contexts.items():
+        rows = np.flatnonzero(names == name)
+        whose = f"the teacher {name!r}" if name else "the teacher"
+        if len(full := rows[lengths[rows] >= context]):
+            raise ValueError(
+                f"Row {full[0]} of the {dataset_name} dataset: its prompt has {lengths[full[0]]} tokens for {whose}, whose "
+                f"server takes {context} with the completion ({len(full)} such rows of {len(rows)}). Filter them out, or start "
+                "the server with a larger `--max-model-len`."
+            )
+        if len(rows) and (longest := lengths[rows].max()) + max_new_tokens > context:
+            logger.warning(
+                f"The longest prompt of the {dataset_name} dataset has {longest} tokens for {whose}, whose server takes "
+                f"{context} with the completion: of completions of max_new_tokens={max_new_tokens} student tokens, some may be "
+                "too long, and would take no part (alignment/teacher_context_exceeded_fraction counts them). Start the server "
+                "with a larger `--max-model-len`, or lower max_new_tokens."
+            )
+
+
+def collate_prompts(rows: list[dict]) -> dict:
+    """A batch of rendered rows; `Prompt` objects pass through data loaders and device placement as they are."""
+    return {"prompts": [Prompt(*(row[column] for column in COLUMNS)) for row in rows]}
+
+
+class RepeatedWindows(Sampler[int]):
+    """
+    Rows, `window` at a time, each window `repeats` times over; shuffled unless `seed` is `None`, in an order that depends
+    on it and the epoch alone.
+    Rows that fill no window are left for another epoch.
+    """
+
+    def __init__(self, rows: int, window: int, repeats: int, seed: int | None):
+        assert rows >= window, "one window's worth"
+        self._rows, self._window, self._repeats, self._seed = rows, window, repeats, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int):
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._rows // self._window * self._window * self._repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self._rows))
+        if self._seed is not None:
+            generator = torch.Generator().manual_seed(self._seed + self._epoch)
+            order = torch.randperm(self._rows, generator=generator).tolist()
+        for start in range(0, self._rows - self._window + 1, self._window):
+            for _ in range(self._repeats):
+                yield from order[start : start + self._window]

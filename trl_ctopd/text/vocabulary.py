@@ -1,0 +1,452 @@
+"""What two vocabularies have in common, byte for byte; built once for a pair of tokenizers, never in a step.
+
+Decisions.
+- Tokens are their bytes: `Ġthe`, `▁the` and ` the` are one token. Several ids that spell the same bytes (a byte row
+  `<0x41>` beside `A`) are one outcome, and their probabilities add up.
+- The end of a turn is one outcome with two spellings: all of a side's stop ids together. It is shared where both sides
+  have any.
+- Special tokens, padding rows of an LM head and unknown tokens stand for no text and are shared with nobody.
+- The three structures are built when first asked for, by dictionaries and binary search over sorted bytes, and kept on
+  disk under a hash of both tokenizers.
+
+Letters: V_S and V_T are the rows of the two LM heads, C the shared outcomes, n the positions that a loss looks at.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from .aligner import encode_as_text
+from .token_bytes import token_bytes
+
+
+CACHE_DIR = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "trl_ctopd"
+SPELLED_BYTES = 32  # of a longer token only the first so many are kept
+PROJECTED_TOKENS = 4
+_FORMAT = "1"  # of the files in the cache
+
+
+@dataclass(frozen=True)
+class _Structure:
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Shared(_Structure):
+    """
+    The outcomes that both vocabularies have.
+
+    Attributes:
+        student_ids, teacher_ids (C,): the least id of each outcome.
+        student_class, teacher_class (V_S,), (V_T,): the outcome of each id, -1 for none.
+        student_repeated, teacher_repeated (D,): the outcomes that several ids stand for, and
+        student_members, teacher_members (D, M): those ids, -1 where there are fewer.
+        student_rest, teacher_rest (U,): the ids that stand for no shared outcome.
+    """
+
+    student_ids: torch.Tensor
+    teacher_ids: torch.Tensor
+    student_class: torch.Tensor
+    teacher_class: torch.Tensor
+    student_repeated: torch.Tensor
+    teacher_repeated: torch.Tensor
+    student_members: torch.Tensor
+    teacher_members: torch.Tensor
+    student_rest: torch.Tensor
+    teacher_rest: torch.Tensor
+
+    def student_log_probs(self, full: torch.Tensor) -> torch.Tensor:
+        """Log-probs of the student's tokens (n, V_S) in, of the shared outcomes (n, C) out."""
+        return _outcome_log_probs(full, self.student_ids, self.student_repeated, self.student_members)
+
+    def teacher_log_probs(self, full: torch.Tensor) -> torch.Tensor:
+        """Log-probs of the teacher's tokens (n, V_T) in, of the shared outcomes (n, C) out."""
+        return _outcome_log_probs(full, self.teacher_ids, self.teacher_repeated, self.teacher_members)
+
+
+def _outcome_log_probs(full, ids, repeated, members):
+    found = full[:, ids]
+    if not len(repeated):
+        return found
+    spelled = full[:, members.clamp(min=0)].masked_fill(members < 0, -torch.inf)  # (n, D, M)
+    return found.index_copy(1, repeated, spelled.logsumexp(-1))
+
+
+@dataclass(frozen=True)
+class Prefixes(_Structure):
+    """
+    How the student would go on writing each teacher token, wherever in it the student stands.
+
+    Its outcomes are the student's ids, the least of those that spell the same bytes, with its stop ids as one of them,
+    and V_S for all else. An *entry* belongs to a teacher token w and one of its bytes k: to the text `w[k:]` that is
+    still to be written, with `w[:k]` already there.
+
+    Attributes:
+        student_outcome (V_S,): the outcome of each student id.
+        first_outcome (V_T,): the outcome of each teacher id that nothing is written of yet.
+        start, length (V_T,): where each teacher token's entries begin, and how many it has; length 0 = no text.
+        outcome (E,): the longest student token that `w[k:]` begins with.
+        place (V_T,): each teacher token's place in the order of their bytes; tokens without text come last.
+        low, high (E,): the places `low:high` are those of the teacher tokens that go on after `w[:k]`.
+        order (W_S,): the student's text tokens in the order of their bytes.
+        completing_low, completing_high (E,): the slice of `order` whose tokens begin with `w[k:]`.
+    """
+
+    student_outcome: torch.Tensor
+    first_outcome: torch.Tensor
+    start: torch.Tensor
+    length: torch.Tensor
+    outcome: torch.Tensor
+    place: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    order: torch.Tensor
+    completing_low: torch.Tensor
+    completing_high: torch.Tensor
+
+    def going_on(self, teacher_ids: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        """(n, V_T) True for the teacher tokens that the n positions leave possible, of whose token `teacher_ids` (n,)
+        the first `written` (n,) bytes are there: all of them where that is 0."""
+        entry = (self.start[teacher_ids] + written).clamp(max=len(self.low) - 1)
+        first = written == 0
+        low = self.low[entry].masked_fill(first, 0)[:, None]
+        high = self.high[entry].masked_fill(first, len(self.place))[:, None]
+        return (self.place >= low) & (self.place < high)
+
+    def entries(self, written: torch.Tensor) -> torch.Tensor:
+        """(n, V_T) each teacher token's entry with `written` (n,) bytes there; right only where `going_on` is True and
+        the token has text."""
+        return (self.start + written[:, None]).clamp(max=len(self.outcome) - 1)
+
+
+@dataclass(frozen=True)
+class Spellings(_Structure):
+    """
+    Tokens as padded bytes without spaces, for edit distances.
+
+    Attributes:
+        student, teacher (V_S, 32), (V_T, 32): bytes; 0 after the end.
+        student_length, teacher_length (V_S,), (V_T,): bytes, which may be more than 32; -1 = no text.
+    """
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    student_length: torch.Tensor
+    teacher_length: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Projection(_Structure):
+    """
+    W of X-Token (arXiv 2605.21699), sparse: how much of each student token's probability falls on each teacher token.
+
+    Attributes:
+        student, teacher, weight (Z,): student id, teacher id and weight of what is not zero; a student token's weights
+            sum to 1, or it has none.
+        teacher_first (V_T,): the least id that spells the same bytes, itself if it has no text.
+    """
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    weight: torch.Tensor
+    teacher_first: torch.Tensor
+
+
+class VocabularyPair:
+    """
+    Two tokenizers' vocabularies, as the rows of two LM heads.
+
+    Args:
+        student_tokenizer, teacher_tokenizer: of the two models.
+        student_size, teacher_size (`int`): V_S and V_T, at least as many as the tokenizers have ids.
+        student_stops, teacher_stops (collections of `int`): the ids that end each side's turn; empty where the end is
+            no single token.
+        device: where the structures live.
+        cache_dir (`Path`, *optional*): where they are kept on disk; `None` builds them anew.
+
+    Raises:
+        ValueError: where a tokenizer has more ids than its head has rows.
+    """
+
+    def __init__(
+        self,
+        student_tokenizer: Any,
+        teacher_tokenizer: Any,
+        *,
+        student_size: int,
+        teacher_size: int,
+        student_stops: Collection[int] = (),
+        teacher_stops: Collection[int] = (),
+        device: torch.device | str = "cpu",
+        cache_dir: Path | None = None,
+    ):
+        self.student_size, self.teacher_size = student_size, teacher_size
+        self._names = type(student_tokenizer).__name__, type(teacher_tokenizer).__name__
+        self._tokenizers = student_tokenizer, teacher_tokenizer
+        self._student = _Side.of(student_tokenizer, student_size, student_stops)
+        self._teacher = _Side.of(teacher_tokenizer, teacher_size, teacher_stops)
+        self.bridged = bool(self._student.stops and self._teacher.stops)
+        self._device, self._cache_dir = device, cache_dir
+
+    @cached_property
+    def shared(self) -> Shared:
+        """Raises `ValueError` where the two vocabularies share no text."""
+        self._check_overlap()
+        return self._structure(Shared, _shared)
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """Raises `ValueError` where the two vocabularies share no text."""
+        self._check_overlap()
+        return self._structure(Prefixes, _prefixes)
+
+    @cached_property
+    def projection(self) -> Projection:
+        """Raises `ValueError` where the two vocabularies share no text."""
+        self._check_overlap()
+        return self._structure(Projection, lambda student, teacher: _projection(student, teacher, self._tokenizers[1]))
+
+    @cached_property
+    def spellings(self) -> Spellings:
+        (student, student_length), (teacher, teacher_length) = _spelled(self._student), _spelled(self._teacher)
+        return Spellings(student, teacher, student_length, teacher_length).to(self._device)
+
+    @cached_property
+    def student_widths(self) -> torch.Tensor:
+        """(V_S,) bytes of each student id."""
+        return torch.tensor([len(row) for row in self._student.rows], device=self._device)
+
+    @cached_property
+    def teacher_widths(self) -> torch.Tensor:
+        """(V_T,) bytes of each teacher id."""
+        return torch.tensor([len(row) for row in self._teacher.rows], device=self._device)
+
+    @cached_property
+    def student_whitespace(self) -> torch.Tensor:
+        """(V_S,) True for tokens of whitespace alone."""
+        return torch.tensor([bool(row) and not row.strip() for row in self._student.rows], device=self._device)
+
+    def _check_overlap(self):
+        if self._student.by_bytes.keys().isdisjoint(self._teacher.by_bytes):
+            raise ValueError(
+                f"The student's tokenizer ({self._names[0]}, {len(self._student.by_bytes)} different texts) and the "
+                f"teacher's ({self._names[1]}, {len(self._teacher.by_bytes)}) share no token, so there is nothing to "
+                "compare their distributions on: use a loss on log-probs, such as dpca or alm."
+            )
+
+    def _structure(self, kind: type[_Structure], build: Callable) -> Any:
+        path = None if self._cache_dir is None else Path(self._cache_dir) / f"{self._hash}-{kind.__name__}.npz"
+        structure = None if path is None else _load(kind, path)
+        if structure is None:
+            structure = build(self._student, self._teacher)
+            if path is not None:
+                _save(structure, path)
+        return structure.to(self._device)
+
+    @cached_property
+    def _hash(self) -> str:
+        digest = hashlib.sha256(_FORMAT.encode())
+        for side, tokenizer in zip((self._student, self._teacher), self._tokenizers, strict=True):
+            digest.update(repr((len(side.rows), side.stops, [len(row) for row in side.rows])).encode())
+            digest.update(b"".join(side.rows))
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            state = {} if backend is None else json.loads(backend.to_str())
+            state |= {"padding": None, "truncation": None}  # these come and go with use
+            digest.update(repr((type(tokenizer).__name__, state)).encode())
+        return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """`rows`: bytes by id, for all rows of the head, none for a stop. `by_bytes`: the ids of each text."""
+
+    rows: list[bytes]
+    stops: list[int]
+    by_bytes: dict[bytes, list[int]]
+
+    @classmethod
+    def of(cls, tokenizer: Any, size: int, stops: Collection[int]) -> "_Side":
+        rows = token_bytes(tokenizer)
+        if len(rows) > size:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has {len(rows)} ids, but the model's LM head only {size} rows: this is not "
+                "the model's tokenizer, or `model.resize_token_embeddings(len(tokenizer))` is missing."
+            )
+        rows += [b""] * (size - len(rows))
+        for token in stops:
+            rows[token] = b""
+        by_bytes: dict[bytes, list[int]] = {}
+        for token, row in enumerate(rows):
+            if row:
+                by_bytes.setdefault(row, []).append(token)
+        return cls(rows, sorted(stops), by_bytes)
+
+
+def _shared(student: _Side, teacher: _Side) -> Shared:
+    pairs = [(ids, teacher.by_bytes[text]) for text, ids in student.by_bytes.items() if text in teacher.by_bytes]
+    if student.stops and teacher.stops:
+        pairs.append((student.stops, teacher.stops))
+    student_parts = _outcomes([ids for ids, _ in pairs], len(student.rows))
+    teacher_parts = _outcomes([ids for _, ids in pairs], len(teacher.rows))
+    return Shared(*(part for parts in zip(student_parts, teacher_parts, strict=True) for part in parts))
+
+
+def _outcomes(groups: list[list[int]], size: int) -> tuple[torch.Tensor, ...]:
+    """One side of `Shared`: `groups` are the ids of each outcome."""
+    outcome = np.full(size, -1)
+    outcome[[token for ids in groups for token in ids]] = [number for number, ids in enumerate(groups) for _ in ids]
+    repeated = [number for number, ids in enumerate(groups) if len(ids) > 1]
+    most = max((len(groups[number]) for number in repeated), default=0)
+    members = [groups[number] + [-1] * (most - len(groups[number])) for number in repeated]
+    return (
+        torch.tensor([ids[0] for ids in groups], dtype=torch.long),
+        torch.from_numpy(outcome),
+        torch.tensor(repeated, dtype=torch.long),
+        torch.tensor(members, dtype=torch.long).view(len(repeated), most),
+        torch.from_numpy(np.flatnonzero(outcome < 0)),
+    )
+
+
+def _prefixes(student: _Side, teacher: _Side) -> Prefixes:
+    nothing = len(student.rows)
+    first_id = {text: ids[0] for text, ids in student.by_bytes.items()}
+    longest = max(map(len, first_id), default=0)
+    order, texts = _in_order(student)
+    teacher_order, teacher_texts = _in_order(teacher)
+
+    # entries of one token after the other; each names its two halves by a number, and each half is looked up once
+    lengths = [len(row) for row in teacher.rows]
+    halves = [(row[:k], row[k:]) for row, length in zip(teacher.rows, lengths, strict=True) for k in range(length)]
+    written, rest = (
+        {text: number for number, text in enumerate(dict.fromkeys(side))} for side in zip(*halves, strict=True)
+    )
+    before = np.array([written[head] for head, _ in halves])
+    after = np.array([rest[tail] for _, tail in halves])
+    low = np.array([bisect_right(teacher_texts, head) for head in written])[before]
+    high = np.array([_end_of_prefix(teacher_texts, head) for head in written])[before]
+    outcome = np.array([_longest_prefix(tail, first_id, longest, nothing) for tail in rest])[after]
+    completing_low = np.array([bisect_left(texts, tail) for tail in rest])[after]
+    completing_high = np.array([_end_of_prefix(texts, tail) for tail in rest])[after]
+    start = list(accumulate(lengths, initial=0))[:-1]
+
+    student_outcome, first_outcome = np.full(nothing, nothing), np.full(len(teacher.rows), nothing)
+    student_outcome[order] = [first_id[text] for text in texts]
+    has_text = np.array(lengths) > 0
+    first_outcome[has_text] = outcome[np.array(start)[has_text]]
+    if student.stops and teacher.stops:
+        student_outcome[student.stops] = first_outcome[teacher.stops] = student.stops[0]
+    place = np.full(len(teacher.rows), len(teacher_order))
+    place[teacher_order] = np.arange(len(teacher_order))
+    arrays = (student_outcome, first_outcome, start, lengths, outcome, place, low, high, order)
+    return Prefixes(*(torch.as_tensor(np.asarray(array)) for array in (*arrays, completing_low, completing_high)))
+
+
+def _in_order(side: _Side) -> tuple[list[int], list[bytes]]:
+    """The ids that have text, in the order of their bytes, and those bytes."""
+    order = [token for text in sorted(side.by_bytes) for token in side.by_bytes[text]]
+    return order, [side.rows[token] for token in order]
+
+
+def _end_of_prefix(texts: Sequence[bytes], prefix: bytes) -> int:
+    """The first place in the sorted `texts` after all that begin with `prefix`."""
+    stem = prefix.rstrip(b"\xff")
+    return bisect_left(texts, stem[:-1] + bytes([stem[-1] + 1])) if stem else len(texts)
+
+
+def _longest_prefix(text: bytes, known: dict[bytes, int], longest: int, otherwise: int) -> int:
+    """What `known` has for the longest of its texts that `text` begins with."""
+    for length in range(min(len(text), longest), 0, -1):
+        if (found := known.get(text[:length])) is not None:
+            return found
+    return otherwise
+
+
+def _projection(student: _Side, teacher: _Side, teacher_tokenizer: Any) -> Projection:
+    """A shared token goes to its partner; another to the tokens that the teacher writes it with, `.9 * .1^i` each."""
+    exact = [(ids, teacher.by_bytes[text][0]) for text, ids in student.by_bytes.items() if text in teacher.by_bytes]
+    if student.stops and teacher.stops:
+        exact.append((student.stops, teacher.stops[0]))
+    entries = [(token, partner, 1.0) for ids, partner in exact for token in ids]
+    others = [text for text in student.by_bytes if text not in teacher.by_bytes]
+    readable = {text: decoded for text in others if (decoded := _decoded(text)) is not None}
+    encoded = encode_as_text(teacher_tokenizer, list(readable.values()))
+    spelled = {text: tokens.ids for text, tokens in zip(readable, encoded, strict=True)}
+    first_id = {text: ids[0] for text, ids in teacher.by_bytes.items()}
+    longest = max(map(len, first_id), default=0)
+    for text in others:
+        rows = [teacher.rows[piece] for piece in spelled.get(text, [])]
+        if b"".join(rows) != text:  # a dummy prefix, a normalizer, half a character
+            rows = _longest_match(text, first_id, teacher.rows, longest)
+        pieces = [first_id[row] for row in rows[:PROJECTED_TOKENS]]
+        shares = np.array([0.9 * 0.1**i for i in range(len(pieces))])
+        parts = list(zip(pieces, shares / shares.sum(), strict=True))
+        entries += [(token, piece, share) for token in student.by_bytes[text] for piece, share in parts]
+    students, teachers, weights = zip(*entries, strict=True)
+    teacher_first = np.arange(len(teacher.rows))
+    for ids in (*teacher.by_bytes.values(), teacher.stops):
+        if len(ids) > 1:
+            teacher_first[ids] = ids[0]
+    return Projection(
+        torch.tensor(students),
+        torch.tensor(teachers),
+        torch.tensor(weights, dtype=torch.float64),
+        torch.from_numpy(teacher_first),
+    )
+
+
+def _decoded(text: bytes) -> str | None:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _longest_match(text: bytes, first_id: dict[bytes, int], rows: list[bytes], longest: int) -> list[bytes]:
+    """`text` cut from the left into the longest tokens; none where it cannot be."""
+    pieces = []
+    while text:
+        token = _longest_prefix(text, first_id, longest, -1)
+        if token < 0:
+            return []
+        pieces.append(rows[token])
+        text = text[len(rows[token]) :]
+    return pieces
+
+
+def _spelled(side: _Side) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded bytes (V, 32) and lengths (V,)."""
+    rows = [row.replace(b" ", b"") for row in side.rows]
+    data = b"".join(row[:SPELLED_BYTES].ljust(SPELLED_BYTES, b"\0") for row in rows)
+    lengths = [len(row) if full else -1 for row, full in zip(rows, side.rows, strict=True)]
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, SPELLED_BYTES), torch.tensor(lengths)
+
+
+def _load(kind: type[_Structure], path: Path) -> _Structure | None:
+    """What is kept there; None where there is nothing, or something unreadable that will be written anew."""
+    try:
+        with np.load(path) as kept:
+            return kind(*(torch.from_numpy(kept[field.name]) for field in fields(kind)))
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile):
+        return None
+
+
+def _save(structure: _Structure, path: Path):
+    """In one move, so that processes that build at the same time never read half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        np.savez(file, **{field.name: getattr(structure, field.name).numpy() for field in fields(structure)})
+        os.replace(file, path)

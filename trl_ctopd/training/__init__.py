@@ -1,0 +1,1 @@
+"""What goes on around a step: checks of the arguments, checkpoints, metrics, timing."""

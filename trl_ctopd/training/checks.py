@@ -1,0 +1,196 @@
+"""The trainer's arguments, and what can be known to be wrong with them before any training time is spent."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+
+from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import AutoConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from ..config import CrossTokenizerGKDConfig
+from ..losses import LOSSES, build_loss, loss_name
+from ..teachers.servers import is_url
+
+
+def check_arguments(model, teacher_model, args, train_dataset, peft_config=None):
+    """Raises `TypeError` or `ValueError` for arguments of the trainer that cannot work together."""
+    if not isinstance(args, CrossTokenizerGKDConfig):
+        raise TypeError(f"`args` must be a CrossTokenizerGKDConfig, got {type(args).__name__}.")
+    if teacher_model is None or teacher_model in ({}, []):
+        raise ValueError("No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` in the config.")
+    teachers = list(teacher_model.values()) if isinstance(teacher_model, Mapping) else [teacher_model]
+    if any(teacher is model for teacher in teachers) and not isinstance(model, str):
+        raise ValueError("Teacher and student are the same module; load the teacher apart, since it is frozen.")
+    by_name = [teacher for teacher in teachers if isinstance(teacher, str) and not is_url(teacher)]
+    if args.teacher_model_init_kwargs and not by_name:
+        kind = "at a server" if isinstance(teachers[0], str | Sequence) else f"a {type(teachers[0]).__name__}"
+        raise ValueError(
+            f"`teacher_model_init_kwargs` {sorted(args.teacher_model_init_kwargs)} are for a teacher given by name, but "
+            f"`teacher_model` is {kind} that is loaded already."
+        )
+    if any(is_url(teacher) or isinstance(teacher, list | tuple) for teacher in teachers):
+        if args.temperature != 1.0:
+            raise ValueError(
+                f"temperature={args.temperature}: a server's log-probs of a text are those at temperature 1. Set it to 1.0, or "
+                "take a teacher in this process."
+            )
+        if args.seq_kd:
+            raise ValueError("seq_kd: a teacher behind a server reads and does not write: take one in this process.")
+    if isinstance(teacher_model, Mapping) and args.seq_kd:
+        raise ValueError("seq_kd: with several teachers, the student or the dataset writes: set seq_kd=False.")
+    if train_dataset is None or (isinstance(train_dataset, Dataset) and not len(train_dataset)):
+        raise ValueError(f"`train_dataset` is {'missing' if train_dataset is None else 'empty'}: it gives the prompts.")
+    if isinstance(train_dataset, IterableDataset) and next(iter(train_dataset), None) is None:
+        raise ValueError("`train_dataset` is empty: it gives the prompts.")
+    if isinstance(model, str):
+        quantized = (args.model_init_kwargs or {}).get("quantization_config") is not None
+    else:
+        quantized = getattr(model, "is_quantized", False) and not isinstance(model, PeftModel)
+    if quantized and peft_config is None:
+        raise ValueError(
+            "The student is quantized, and its whole weights cannot be trained: train an adapter on it (`peft_config=LoraConfig()`, "
+            "`--use_peft`), or load it without `quantization_config`."
+        )
+    for name in ("packing", "padding_free", "assistant_only_loss", "label_smoothing_factor"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}` does not apply: the student writes its own sequences, and the teacher scores them."
+            )
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` does not apply: lengths are known once the student has "
+            "written."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with `accelerate "
+            "launch`, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
+    if args.rollout_reuse > 1:
+        window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = None if isinstance(train_dataset, IterableDataset) else len(train_dataset)
+        if rows is None or rows < window:
+            raise ValueError(
+                f"rollout_reuse={args.rollout_reuse} repeats the prompts of an optimizer step, {window} of them, and the "
+                f"train dataset has {'no length' if rows is None else rows}: set it to 1, or give it a dataset with as many."
+            )
+
+
+def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
+    """Raises `ValueError` for settings that cannot work with how the run is shared out among its processes."""
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if fsdp and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            f"FSDP version {accelerator.state.fsdp_plugin.fsdp_version} keeps no weight by itself, and the LM head's is read apart from "
+            "its model: set `fsdp_version: 2` in the Accelerate config, as examples/accelerate_configs/fsdp2.yaml does."
+        )
+    if accelerator.num_processes > 1 and not args.accelerator_config.even_batches:
+        raise ValueError(
+            "even_batches=False would give the last batch of an epoch to some processes alone, and the others would wait for "
+            "ever: leave it True. Rows that only fill a batch up are not learned from."
+        )
+    if args.gather_for_generation or not (fsdp or is_deepspeed_zero3_enabled()):
+        return
+    if args.generation_backend == "transformers_continuous":
+        raise ValueError(
+            "generation_backend='transformers_continuous' with gather_for_generation=False would make unlike numbers of "
+            "forward passes in its processes, and hang: choose 'transformers', or gather_for_generation=True."
+        )
+    if args.use_vllm and args.vllm_mode == "colocate":
+        raise ValueError(
+            "vllm_mode='colocate' with gather_for_generation=False: the engine holds the whole student beside the training, which "
+            "is to hold a share alone. Choose vllm_mode='server', on GPUs of its own, or gather_for_generation=True."
+        )
+
+
+def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
+    """
+    The loss that `args` name. Raises `ValueError` where it cannot learn from the text that `args.lmbda` gives it, or where
+    a setting would have no effect on it.
+    """
+    name, kwargs = args.distillation_loss, dict(args.distillation_loss_kwargs or {})
+    knobs = set() if callable(name) else {field.name for field in fields(LOSSES[name])}
+    for knob in ("credit", "advantage_clip", "clip_ratio_low", "clip_ratio_high"):
+        value, default = getattr(args, knob), type(args).__dataclass_fields__[knob].default
+        if value != default and knob not in knobs:
+            able = [other for other, known in LOSSES.items() if knob in {field.name for field in fields(known)}]
+            raise ValueError(
+                f"{knob}={value!r} has no effect on distillation_loss={loss_name(name)!r}: it is a setting of "
+                f"{' and '.join(able)}."
+            )
+        if value != default and kwargs.get(knob, value) != value:
+            raise ValueError(
+                f"{knob} is {value!r} in the config and {kwargs[knob]!r} in distillation_loss_kwargs: say one."
+            )
+        if knob in knobs:
+            kwargs.setdefault(knob, value)
+    loss = build_loss(name, **kwargs)
+    for attribute, known in (("signal", ("none", "logprobs", "logits")), ("policy", ("on", "off", "both"))):
+        if getattr(loss, attribute, known[0]) not in known:
+            raise ValueError(
+                f"{loss_name(name)} has {attribute}={getattr(loss, attribute)!r}: choose one of {', '.join(known)}."
+            )
+    policy = getattr(loss, "policy", "both")
+    if args.rollout_reuse > 1 and policy == "on" and not getattr(loss, "weighs_by_ratio", False):
+        able = [other for other, known in LOSSES.items() if known.weighs_by_ratio or known.policy != "on"]
+        raise ValueError(
+            f"rollout_reuse={args.rollout_reuse} trains on completions of a student that has been updated since, which "
+            f"distillation_loss={loss_name(name)!r} does not account for: set it to 1, or choose one of {', '.join(able)}."
+        )
+    for knob in ("clip_ratio_low", "clip_ratio_high"):
+        default = type(args).__dataclass_fields__[knob].default
+        if (args.rollout_reuse == 1 or args.lmbda == 0) and getattr(loss, knob, default) != default:
+            raise ValueError(
+                f"{knob}={getattr(loss, knob)} has no effect with rollout_reuse={args.rollout_reuse} and lmbda={args.lmbda}: "
+                "it bounds how far a later step goes with completions of the student's own."
+            )
+    if policy != "on" and args.off_policy_loss_kwargs:
+        raise ValueError(
+            f"off_policy_loss_kwargs has no effect: distillation_loss={loss_name(name)!r} is right on any text, or on "
+            "given text alone, and takes the place of off_policy_loss."
+        )
+    if policy == "off" and args.lmbda > 0:
+        raise ValueError(
+            f"{args.distillation_loss!r} learns from text the student did not write, but lmbda={args.lmbda} lets the "
+            "student write: set lmbda=0.0."
+        )
+    return loss
+
+
+def signal_of(loss: Callable) -> str:
+    """What `loss` needs of the teacher: "none", "logprobs" (a loss that does not say) or "logits"."""
+    return getattr(loss, "signal", "logprobs")
+
+
+def check_signal(loss: Callable, signals: Sequence[str]):
+    """Raises `ValueError` where `loss` asks for more than a teacher that gives `signals` can."""
+    wanted = signal_of(loss)
+    if wanted != "none" and wanted not in signals:
+        able = [name for name, known in LOSSES.items() if known.signal in ("none", *signals)]
+        raise ValueError(
+            f"{loss_name(loss)} needs the teacher's {wanted}, and a teacher behind a server, or one of several, gives "
+            f"{', '.join(signals)} only. Choose one of {', '.join(able)}, or a single teacher in this process."
+        )
+
+
+def context_length(model, args: CrossTokenizerGKDConfig) -> int | None:
+    """
+    Longest prompt plus completion in student tokens: `max_length` or the model's own context, whichever is shorter.
+
+    Raises `ValueError` where `max_new_tokens` leaves no room for a prompt in it.
+    """
+    if isinstance(model, str):
+        revision = (args.model_init_kwargs or {}).get("revision")
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
+    else:
+        config = model.config
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = min((limit for limit in (args.max_length, own) if limit is not None), default=None)
+    if context is not None and args.max_new_tokens >= context:
+        raise ValueError(
+            f"max_new_tokens={args.max_new_tokens} leaves no room for a prompt in a context of {context} tokens "
+            f"(max_length={args.max_length}, the student's own {own})."
+        )
+    return context

@@ -1,0 +1,113 @@
+"""What is logged: every figure is a sum over a weight, so that it can be added up over micro-batches and processes."""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate.utils import gather_object
+
+from ..losses import Metrics, ScoredChunks
+from ..losses.credit import gaps
+from ..rollouts.pairing import Rollout
+from ..text.altered_text import REASONS
+
+
+@torch.no_grad()
+def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, filler: torch.Tensor | None = None) -> Metrics:
+    """
+    The figures every method shares. Log-probs of the turn's end count, its zero bytes do not; neutralised chunks count
+    in neither.
+
+    Args:
+        batch (`ScoredChunks`): the micro-batch.
+        entropy (`torch.Tensor` of shape (B, S)): of the student's next-token distribution, in nats.
+        filler (`torch.BoolTensor` of shape (B,), *optional*): True for rows that only fill the batch up, which count nowhere.
+
+    Returns:
+        `gap/nats_per_byte`: student minus teacher log-prob of the text, the sampled reverse KL a byte; the two models'
+        own nats a byte; token and chunk counts of the alignment, and the texts of which nothing is scored; entropy in
+        nats a token.
+    """
+    student = batch.student_log_probs.detach()
+    gap, neutral = gaps(student, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
+    m, k = batch.student_tokens, batch.teacher_tokens
+    student_nats = -batch.student_sum(student).masked_fill(neutral, 0).sum()
+    num_bytes = batch.student_sum(batch.student_widths).masked_fill(neutral, 0).sum()
+    chunks = (m > 0).sum()
+    scored = batch.student_chunks >= 0
+    unscored = ~batch.scorable.any(1)
+    rows = torch.ones_like(unscored) if filler is None else ~filler
+    return {
+        "gap/nats_per_byte": (-gap.sum(), num_bytes),
+        "student/nats_per_byte": (student_nats, num_bytes),
+        "teacher/nats_per_byte": (student_nats - gap.sum(), num_bytes),
+        "alignment/one_to_one_fraction": (((m == 1) & (k == 1)).sum(), scored.sum()),
+        "alignment/student_tokens_per_chunk": (m.sum(), chunks),
+        "alignment/teacher_tokens_per_chunk": (k.sum(), chunks),
+        "alignment/neutralised_fraction": (neutral.sum(), chunks),
+        "alignment/unscored_fraction": ((unscored & rows).sum(), rows.sum()),
+        "entropy": ((entropy * scored).sum(), scored.sum()),
+    }
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
+    """What can be said of completions before they are scored; every masked token counts in `alignment/masked_fraction`,
+    and the bytes masked for each reason in a figure of their own. Those that only fill a batch up count nowhere."""
+    rollouts = [rollout for rollout in rollouts if not rollout.prompt.filler]
+    rows = len(rollouts)
+    tokens = sum(len(rollout.student_ids) for rollout in rollouts)
+    num_bytes = sum(rollout.student_widths.sum() for rollout in rollouts)
+    masked = {reason: 0 for reason in REASONS}
+    for rollout in rollouts:
+        for stretch in rollout.alignment.masked:
+            masked[stretch.reason] += stretch.end - stretch.start
+    return {
+        "alignment/masked_fraction": (sum((rollout.student_chunks < 0).sum() for rollout in rollouts), tokens),
+        **{f"masked_bytes/{reason}": (count, num_bytes) for reason, count in masked.items()},
+        "alignment/teacher_context_exceeded_fraction": (sum(rollout.unread for rollout in rollouts), rows),
+        "completions/mean_length": (tokens, rows),
+        "completions/truncated_fraction": (sum(not rollout.ended for rollout in rollouts), rows),
+        "completions/empty_fraction": (sum(len(rollout.student_ids) <= rollout.ended for rollout in rollouts), rows),
+    }
+
+
+class Meter:
+    """Adds up metrics where they are, on the device or on the host, and brings them together over processes only when
+    they are read."""
+
+    def __init__(self):
+        self._numbers: dict[str, list[float]] = {}
+        self._tensors: dict[tuple[str, ...], torch.Tensor] = {}  # of the metrics that came together, (K, 2)
+
+    def add(self, metrics: Metrics | dict[str, tuple[float, float]]):
+        for name, pair in metrics.items():
+            if not (isinstance(pair, tuple) and len(pair) == 2):
+                raise TypeError(f"Metric {name!r} must be a pair (sum, weight), got {pair!r}.")
+        tensors = {name: pair for name, pair in metrics.items() if any(isinstance(part, torch.Tensor) for part in pair)}
+        for name in metrics.keys() - tensors.keys():
+            total, weight = metrics[name]
+            known = self._numbers.setdefault(name, [0.0, 0.0])
+            known[0], known[1] = known[0] + total, known[1] + weight
+        if tensors:
+            parts = [torch.as_tensor(part).detach().float() for pair in tensors.values() for part in pair]
+            device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
+            found = torch.stack([part.to(device) for part in parts]).view(-1, 2)
+            names = tuple(tensors)
+            self._tensors[names] = found + self._tensors[names] if names in self._tensors else found
+
+    def read(self, accelerator) -> dict[str, float]:
+        """All figures over all processes, in the order of their names; the meter starts anew. Every process must call
+        it; one that has nothing to say of a figure takes no part in it. A figure without weight is left out."""
+        found = [pair for names, pairs in self._tensors.items() for pair in zip(names, pairs, strict=True)]
+        found += [(name, torch.tensor(pair, dtype=torch.float32)) for name, pair in self._numbers.items()]
+        sums: dict[str, torch.Tensor] = {}
+        for name, pair in found:
+            sums[name] = sums.get(name, 0) + pair.to(accelerator.device)
+        self._numbers.clear()
+        self._tensors.clear()
+        names = sorted(set(gather_object(list(sums))))
+        if not names:
+            return {}
+        nothing = torch.zeros(2, device=accelerator.device)
+        own = torch.stack([sums.get(name, nothing) for name in names])
+        totals = accelerator.reduce(own, reduction="sum").tolist()
+        return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight > 0}
