@@ -33,9 +33,9 @@ _MODULES = {
     "CrossTokenizerGKDConfig": "config",
     "CrossTokenizerGKDTrainer": "trainer",
     "DistillationReportCallback": "looking.report",
-    "TextAligner": "text.aligner",
-    "TextAlignment": "text.aligner",
-    "align_text": "text.aligner",
+    "TextAligner": "align",
+    "TextAlignment": "align",
+    "align_text": "align",
 }
 
 
