@@ -125,9 +125,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
     off_policy_loss: str = field(
         default="alm",
         metadata={
-            "help": "Loss for text the student did not write (`lmbda` < 1), where a policy gradient is wrong: "
-            f"{', '.join(name for name, loss in LOSSES.items() if loss.policy != 'on')}. A `distillation_loss` that is "
-            "right on any text uses itself."
+            "help": "Loss for text the student did not write (`lmbda` < 1), where a policy gradient is wrong. A "
+            "`distillation_loss` that is right on any text uses itself."
         },
     )
     off_policy_loss_kwargs: dict[str, Any] | str | None = field(

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from benchmarks.report import assets_folder, header, save
 from benchmarks.speed.loss import peak_bytes
 from benchmarks.speed.models import LLAMA_1B, QWEN_7B, ROWS_1B_7B, Ours, Setting, conversations, published, quiet
-
-from .plan import Work, cache_bytes, passes, plan
+from trl_ctopd.looking.plan.memory import cache_bytes, passes, plan
+from trl_ctopd.looking.plan.work import Work
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "scaling"

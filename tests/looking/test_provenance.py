@@ -24,6 +24,7 @@ def started_with(monkeypatch, tmp_path):
 def test_a_command_is_told_as_it_was_given(started_with):
     assert started_with("run.py", "--seed", "1", "--text", "two words") == "python3 run.py --seed 1 --text 'two words'"
     assert started_with("-m", "pkg.run", "--x=1") == "python3 -m pkg.run --x=1"
+    assert started_with("/opt/venv/bin/ctopd", "distill", "--seed", "1") == "ctopd distill --seed 1"
 
 
 def test_a_command_gives_away_no_token_and_no_folder(started_with, tmp_path):

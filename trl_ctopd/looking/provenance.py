@@ -91,6 +91,8 @@ def command() -> str | None:
     program, *arguments = sys.orig_argv
     if hasattr(sys, "ps1") or "ipykernel" in sys.modules or "-c" in arguments[:2] or not arguments:
         return None
+    if Path(arguments[0]).stem == "ctopd":  # the installed command, which its interpreter is started with
+        program, *arguments = arguments
     shown, hide = [], False
     for argument in arguments:
         option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)

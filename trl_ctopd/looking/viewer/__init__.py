@@ -1,8 +1,8 @@
 """One completion through two tokenizers, made to be looked at: in a notebook, in a browser, in a terminal.
 
 `TextAlignment` shows itself (`alignment` as a notebook cell's last line, `.to_html(path)`, `.print()`), and so does a
-`ScoredRollout`: the same with both models' log-probs and each student token's credit. `python -m trl_ctopd.align` is the
-command line. Nothing here is loaded before it is asked for.
+`ScoredRollout`: the same with both models' log-probs and each student token's credit. `ctopd align` is the command
+line. Nothing here is loaded before it is asked for.
 """
 
 __all__ = ["ScoredRollout", "alignment_of", "stylesheet", "with_turn_end"]

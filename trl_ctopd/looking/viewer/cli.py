@@ -1,7 +1,7 @@
 """How two tokenizers cut a text, or how far apart they are over a file of texts, from a shell.
 
-python -m trl_ctopd.align --student Qwen/Qwen2.5-0.5B --teacher meta-llama/Llama-3.2-1B "twenty-three" [--html out.html]
-python -m trl_ctopd.align --student path/to/one --teacher path/to/other --file data.jsonl --column text [--json]
+ctopd align --student Qwen/Qwen2.5-0.5B --teacher meta-llama/Llama-3.2-1B "twenty-three" [--html out.html]
+ctopd align --student path/to/one --teacher path/to/other --file data.jsonl --column text [--json]
 """
 
 import argparse
@@ -23,8 +23,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = _parser()
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m trl_ctopd.align") -> None:
+    parser = _parser(prog)
     args = parser.parse_args(arguments)
     if args.text is not None and args.file:
         parser.error("give a text or --file, not both")
@@ -49,10 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _show_text(args, next(alignments))
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="python -m trl_ctopd.align", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser(prog: str) -> _Parser:
+    parser = _Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="?", help="what to align; the student's tokenizer encodes it")
     parser.add_argument("--student", required=True, help="tokenizer: a folder or a name on the hub")
     parser.add_argument("--teacher", required=True, help="the same of the teacher")

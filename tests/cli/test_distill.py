@@ -1,8 +1,7 @@
-"""`examples/distill.py` as people run it: a process of its own, a YAML file, options that override it."""
+"""`ctopd distill` as people run it: a process of its own, a YAML file, options that override it."""
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,10 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser
 
 from trl_ctopd import CrossTokenizerGKDConfig
+from trl_ctopd.cli.distill import INHERITED, declared
+from trl_ctopd.cli.distillation import DistillArguments, load_splits, parser
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -90,22 +90,19 @@ def test_the_command_line_wins_over_the_yaml_file(run):
 def test_a_local_file_or_folder_is_a_dataset(name, tmp_path):
     file = tmp_path / (name if name != "." else "train.jsonl")
     (prompts(3).to_parquet if name == "rows.parquet" else prompts(3).to_json)(file)
-    script = runpy.run_path(str(EXAMPLES / "distill.py"))
-    splits = script["load_splits"](script["DistillArguments"](dataset_name=str(tmp_path / name)))
+    splits = load_splits(DistillArguments(dataset_name=str(tmp_path / name)))
     assert splits["train"]["prompt"][:] == prompts(3)["prompt"][:]
 
 
 def test_a_prompt_column_leaves_no_answer_in_the_dataset(run):
-    script = runpy.run_path(str(EXAMPLES / "distill.py"))
-    splits = script["load_splits"](script["DistillArguments"](dataset_name=str(run / "data"), prompt_column="question"))
+    splits = load_splits(DistillArguments(dataset_name=str(run / "data"), prompt_column="question"))
     assert splits.column_names == {"train": ["prompt"], "test": ["prompt"]}
     assert splits["train"]["prompt"][:] == prompts(8)["prompt"][:]
 
 
 def test_an_evaluation_can_be_capped(run):
-    script = runpy.run_path(str(EXAMPLES / "distill.py"))
-    arguments = script["DistillArguments"](dataset_name=str(run / "data"), max_eval_samples=1)
-    assert script["load_splits"](arguments).num_rows == {"train": 8, "test": 1}
+    arguments = DistillArguments(dataset_name=str(run / "data"), max_eval_samples=1)
+    assert load_splits(arguments).num_rows == {"train": 8, "test": 1}
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +121,26 @@ def test_help_explains_every_field_of_the_config(help_text):
     assert "--prompt_column" in help_text
 
 
+def test_help_names_only_options_that_there_are_and_their_own_defaults():
+    actions = {action.dest: action for action in parser()._actions}
+    assert {*INHERITED} <= {*actions}
+    own = {name: default for name, default, _ in declared("config.py", "CrossTokenizerGKDConfig")}
+    assert not {*own} & {*INHERITED}
+    for name in ("learning_rate", "lmbda", "credit", "distillation_loss", "report"):
+        assert own[name] == repr(actions[name].default)
+
+
+def test_help_all_lists_every_option():
+    done = distill("--help-all")
+    assert done.returncode == 0, done.stderr
+    assert all(option in done.stdout for action in parser()._actions for option in action.option_strings)
+
+
 def test_the_example_yaml_is_read_whole(tmp_path):
     path = EXAMPLES / "configs" / "distill_lora.yaml"
-    script = runpy.run_path(str(EXAMPLES / "distill.py"))
-    parser = TrlParser((script["DistillArguments"], CrossTokenizerGKDConfig, ModelConfig))
-    parsed = parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path)])  # unknown keys raise
+    parsed = parser().parse_args_and_config(
+        ["--config", str(path), "--output_dir", str(tmp_path)]
+    )  # unknown keys raise
     for name, value in yaml.safe_load(path.read_text()).items():
         if name != "output_dir":
             [found] = [getattr(part, name) for part in parsed if hasattr(part, name)]

@@ -1,10 +1,5 @@
 """
-What a device has to hold, before it has to: bytes for weights, gradients, optimizer, and each phase of a step, by strategy.
-
-    python -m benchmarks.scaling.plan --student meta-llama/Llama-3.2-1B --teacher Qwen/Qwen2.5-7B \\
-        --prompt-tokens 512 --new-tokens 1024 --batch 4 --accumulation 8 --lora-rank 16 --devices 8 --memory-gib 80
-
-Names on the hub or folders; only their `config.json` is read. No GPU is needed.
+What a device holds: bytes for weights, gradients, optimizer, and each phase of a step, by strategy.
 
 Decisions:
 - What a pass holds is no formula: the model is built without its numbers (PyTorch's `FakeTensorMode`), the pass that the
@@ -19,45 +14,21 @@ Decisions:
 - It counts tensors. A process takes some 0.5 GiB more for CUDA itself, and the allocator loses some to gaps.
 """
 
-import argparse
 import contextlib
-import json
 import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from trl_ctopd.models import heads
-
-
-STRATEGIES = ("ddp", "zero2", "zero3", "zero3_offload", "fsdp2")
-GIB = 2**30
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Work:
-    """One device's part of an optimizer step. Lengths are of the longest row; `batch` is in prompts."""
-
-    prompt_tokens: int = 512
-    new_tokens: int = 1024
-    batch: int = 4
-    accumulation: int = 1
-    teacher_batch: int | None = None
-    lora_rank: int | None = None
-    activation_checkpointing: bool = False
-    dtype: str = "bfloat16"  # of both models' weights
-    autocast: bool = True  # to bfloat16, as `bf16=True` does
-    cuda: bool = True
+from ...models import heads
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -128,7 +99,7 @@ def run_pass(
     """What a forward pass over `rows` full rows holds that scores their completions, and the backward pass if it learns."""
     length, scored = work.prompt_tokens + work.new_tokens, rows * work.new_tokens
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[work.dtype]).requires_grad_(learns)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, work.dtype)).requires_grad_(learns)
         heads.add_token_scores(model)
         if lora_rank is not None:
             lora = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -191,7 +162,7 @@ def cache_bytes(config: PretrainedConfig, work: Work) -> int:
     text = config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = 2 * heads * size * DTYPES[work.dtype].itemsize
+    width = 2 * heads * size * getattr(torch, work.dtype).itemsize
     rows = work.batch * work.accumulation
     layers = rows * (work.prompt_tokens + work.new_tokens) * width * (text.num_hidden_layers + 1)
     return layers + 4 * rows * text.vocab_size * torch.float32.itemsize
@@ -208,7 +179,7 @@ def plan(own: Pass, read: Pass, cache: int, work: Work, strategy: str, devices: 
     sharded, deepspeed = strategy in ("zero3", "zero3_offload", "fsdp2"), strategy.startswith("zero")
     over = devices if sharded else 1
     states_over = 1 if strategy == "ddp" else devices
-    half = DTYPES[work.dtype].itemsize == 2
+    half = getattr(torch, work.dtype).itemsize == 2
     whole = sharded and devices > 1
     weights, trained = own.weights, own.trained
     if strategy == "fsdp2" and work.autocast:
@@ -233,55 +204,3 @@ def plan(own: Pass, read: Pass, cache: int, work: Work, strategy: str, devices: 
         reading=read.peak + (2 * read.layer if whole else 0),
         learning=learning,
     )
-
-
-def show(plans: dict[str, Plan], memory: int) -> None:
-    table = Table("GiB of one device", *plans, title="What is always there, and what each phase adds")
-    rows = {
-        "student's weights": "student",
-        "teacher's weights": "teacher",
-        "optimizer": "optimizer",
-        "+ writing": "writing",
-        "+ teacher reads": "reading",
-        "+ student learns": "learning",
-        "+ optimizer step": "gradients",
-    }
-    for title, name in rows.items():
-        table.add_row(title, *(f"{getattr(found, name) / GIB:.2f}" for found in plans.values()))
-    table.add_section()
-    table.add_row("[bold]peak", *(f"[bold]{found.peak / GIB:.2f}" for found in plans.values()))
-    fits = ["[green]fits" if found.peak < memory else "[red]too large" for found in plans.values()]
-    table.add_row(f"in {memory / GIB:g} GiB", *fits)
-    Console().print(table)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", required=True)
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--prompt-tokens", type=int, default=Work.prompt_tokens)
-    parser.add_argument("--new-tokens", type=int, default=Work.new_tokens)
-    parser.add_argument("--batch", type=int, default=Work.batch, help="prompts in a micro-batch of one device")
-    parser.add_argument("--accumulation", type=int, default=Work.accumulation)
-    parser.add_argument("--teacher-batch", type=int)
-    parser.add_argument("--lora-rank", type=int)
-    parser.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument("--dtype", choices=DTYPES, default=Work.dtype)
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--memory-gib", type=float, default=80)
-    parser.add_argument("--json", action="store_true", help="bytes, for a program to read")
-    arguments = vars(parser.parse_args())
-    student, teacher = (AutoConfig.from_pretrained(arguments.pop(side)) for side in ("student", "teacher"))
-    devices, memory, as_json = (arguments.pop(name) for name in ("devices", "memory_gib", "json"))
-    work = Work(**arguments)
-    own, read = passes(student, teacher, work)
-    cache = cache_bytes(student, work)
-    plans = {strategy: plan(own, read, cache, work, strategy, devices) for strategy in STRATEGIES}
-    if as_json:
-        print(json.dumps({name: {**asdict(found), "peak": found.peak} for name, found in plans.items()}, indent=2))
-    else:
-        show(plans, int(memory * GIB))
-
-
-if __name__ == "__main__":
-    main()

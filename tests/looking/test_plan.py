@@ -1,0 +1,130 @@
+"""The planner's figures, against what can be counted by hand and against real tensors."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from trl_ctopd.cli import main
+from trl_ctopd.looking.plan import memory as plan
+from trl_ctopd.looking.plan.work import STRATEGIES, Work
+from trl_ctopd.models import heads
+
+
+CONFIG = LlamaConfig(
+    vocab_size=1_000,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+WORK = Work(prompt_tokens=8, new_tokens=24, batch=2, dtype="float32", autocast=False, cuda=False)
+
+
+def real_peak(checkpointing: bool) -> int:
+    """What the same pass holds, on real tensors."""
+    model = AutoModelForCausalLM.from_config(CONFIG)
+    heads.add_token_scores(model)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+        model.enable_input_require_grads()
+    model.train()
+    alive = plan.Alive()
+    alive.leave_out([*model.parameters(), *model.buffers()])
+    scored = torch.stack([torch.arange(2).repeat_interleave(24), torch.arange(-25, -1).repeat(2)])
+    with alive:
+        inputs = {"input_ids": torch.zeros(2, 32, dtype=torch.long), "scored": scored}
+        model(**inputs, targets=torch.zeros(48, dtype=torch.long)).log_probs.sum().backward()
+    return alive.most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pass_without_numbers_holds_what_a_real_one_holds(checkpointing):
+    found = plan.run_pass(CONFIG, replace(WORK, activation_checkpointing=checkpointing), 2, learns=True)
+    assert found.peak == pytest.approx(real_peak(checkpointing), rel=0.05)
+
+
+def test_tied_weights_are_counted_once_and_an_adapter_alone_is_trained():
+    weights = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_config(CONFIG).parameters())
+    full = plan.run_pass(CONFIG, WORK, 2, learns=True)
+    assert full.weights == full.trained == weights
+    lora = plan.run_pass(CONFIG, WORK, 2, learns=True, lora_rank=4)
+    assert lora.weights - lora.trained == weights
+    per_layer = 4 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 2 * (64 + 128) + (128 + 64))
+    assert lora.trained == 3 * per_layer
+
+
+def test_reading_holds_less_than_learning_and_checkpointing_less_than_keeping_all():
+    kept, read = plan.passes(CONFIG, CONFIG, replace(WORK, batch=8))
+    checkpointed, _ = plan.passes(CONFIG, CONFIG, replace(WORK, batch=8, activation_checkpointing=True))
+    assert read.peak < checkpointed.peak < kept.peak
+
+
+def test_sharding_divides_what_it_says_it_divides():
+    own, read = plan.passes(CONFIG, CONFIG, WORK)
+    cache = plan.cache_bytes(CONFIG, WORK)
+    of = {strategy: plan.plan(own, read, cache, WORK, strategy, 4) for strategy in STRATEGIES}
+    assert of["ddp"].student == of["zero2"].student == 4 * of["zero3"].student == 4 * of["fsdp2"].student
+    assert of["ddp"].teacher == 4 * of["fsdp2"].teacher
+    assert of["ddp"].optimizer == 4 * of["zero2"].optimizer
+    assert of["zero3_offload"].always == 0
+    assert of["ddp"].learning == own.peak + own.trained  # the buckets
+
+
+def test_what_is_trained_in_half_precision_is_in_float32_too_where_the_strategy_keeps_it_so():
+    half = replace(WORK, dtype="bfloat16", autocast=True)
+    own, read = plan.passes(CONFIG, CONFIG, half)
+    of = {strategy: plan.plan(own, read, 0, half, strategy, 4) for strategy in STRATEGIES}
+    assert own.trained_in_float32 == 2 * own.trained == 2 * own.weights
+    assert of["ddp"].student == 4 * of["zero3"].student == 2 * of["fsdp2"].student == own.weights
+    assert of["ddp"].optimizer == 2 * own.trained
+    assert 4 * of["zero3"].optimizer == 4 * of["zero2"].optimizer == 3 * own.trained_in_float32
+    assert 4 * of["fsdp2"].optimizer == 2 * own.trained_in_float32
+    adapter, _ = plan.passes(CONFIG, CONFIG, replace(half, lora_rank=4))
+    assert adapter.trained == adapter.trained_in_float32, "PEFT's own choice"
+    assert 4 * plan.plan(adapter, read, 0, half, "zero2", 4).optimizer == 3 * adapter.trained
+
+
+def test_fsdp2_holds_whole_gradients_until_the_last_micro_batch():
+    own, read = plan.passes(CONFIG, CONFIG, WORK)
+    once, thrice = (plan.plan(own, read, 0, replace(WORK, accumulation=n), "fsdp2", 4).learning for n in (1, 3))
+    assert thrice - once == own.trained
+
+
+@pytest.mark.parametrize("config", [CONFIG, GPT2Config(n_embd=64, n_head=4, n_layer=3, vocab_size=1_000)])
+def test_one_device_holds_the_cache_of_all_its_prompts(config):
+    rows, width = 2 * 3, 2 * (2 if config is CONFIG else 4) * 16 * 4  # keys and values of heads of 16, in float32
+    expected = rows * 32 * width * (3 + 1) + 4 * rows * 1_000 * 4
+    assert plan.cache_bytes(config, replace(WORK, accumulation=3)) == expected
+
+
+def test_the_command_reads_configs_alone(tmp_path, capsys):
+    CONFIG.save_pretrained(tmp_path)
+    sides = ["plan", "--student", str(tmp_path), "--teacher", str(tmp_path)]
+    main([*sides, "--prompt-tokens", "8", "--new-tokens", "8", "--devices", "2", "--json"])
+    plans = json.loads(capsys.readouterr().out)
+    assert [*plans] == [*STRATEGIES]
+    assert all(found["peak"] > 0 for found in plans.values())
+    main([*sides, "--prompt-tokens", "8", "--new-tokens", "8", "--memory-gib", "0.0001"])
+    shown = capsys.readouterr().out
+    assert "too large" in shown and "fits" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--student", "nowhere/at/all"], "--student nowhere/at/all: no config.json can be read: "),
+        (["--batch", "0"], "argument --batch: 0 is not positive"),
+        (["--dtype", "int8"], "choose from"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_its_option(tmp_path, capsys, arguments, said):
+    CONFIG.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main(["plan", "--student", str(tmp_path), "--teacher", str(tmp_path), *arguments])
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""
+Distil a student from a teacher with another tokenizer.
+
+One GPU, LoRA:
+
+    ctopd distill \\
+        --model_name_or_path meta-llama/Llama-3.2-1B-Instruct \\
+        --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \\
+        --dataset_name openai/gsm8k --dataset_config main --prompt_column question \\
+        --dtype bfloat16 --use_peft --lora_r 32 --lora_target_modules all-linear --learning_rate 5e-5 \\
+        --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --max_new_tokens 512 \\
+        --max_steps 200 --logging_steps 5 --output_dir distill_output
+
+From a file of settings, which options on the command line override; on four GPUs:
+
+    ctopd distill --config settings.yaml --max_steps 100
+    accelerate launch --num_processes 4 -m trl_ctopd.cli distill --config settings.yaml
+
+A teacher behind a vLLM server in place of one in this process:
+
+    ctopd distill ... --teacher_server_url http://host:port --teacher_model_name_or_path Qwen/Qwen2.5-72B-Instruct
+"""
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+
+
+# Of the some 250 options that come from TRL and Transformers, those that most runs set.
+INHERITED = {
+    "model_name_or_path": "student: a folder or a name on the hub",
+    "dtype": "of the student's weights: bfloat16, float16, float32. The teacher keeps the one it was saved in, unless "
+    '--teacher_model_init_kwargs \'{"dtype": "float16"}\' says otherwise',
+    "dataset_name": "a name on the hub, a folder, or a .jsonl, .json or .parquet file (which has no test split)",
+    "dataset_config": "configuration of a dataset on the hub",
+    "dataset_train_split": "split to train on",
+    "dataset_test_split": "split to evaluate on, with --eval_strategy",
+    "output_dir": "where the model, its card and the checkpoints go",
+    "use_peft": "train a LoRA adapter",
+    "lora_r": "its rank",
+    "lora_target_modules": "modules that get one; all-linear: every linear layer",
+    "load_in_4bit": "load the student in 4 bits, with --use_peft",
+    "per_device_train_batch_size": "prompts in a micro-batch of one process",
+    "gradient_accumulation_steps": "micro-batches in an optimizer step",
+    "num_train_epochs": "times through the dataset",
+    "max_steps": "optimizer steps, in place of epochs",
+    "bf16": "compute in bfloat16; on by default",
+    "gradient_checkpointing": "save memory by computing activations twice; on by default",
+    "use_cpu": "train without a GPU",
+    "eval_strategy": "no, steps or epoch",
+    "logging_steps": "optimizer steps between two logs",
+    "save_steps": "optimizer steps between two checkpoints",
+    "report_to": "tensorboard, wandb, trackio, none",
+    "push_to_hub": "upload the model and its card at the end",
+    "resume_from_checkpoint": "True: go on from the newest whole checkpoint of output_dir",
+    "seed": "of everything that is drawn",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if {"-h", "--help"} & {*arguments}:
+        _short_help().print_help()
+        return
+    from . import distillation
+
+    parser = distillation.parser(prog="ctopd distill")
+    if "--help-all" in arguments:
+        parser.print_help()
+    else:
+        distillation.main(*parser.parse_args_and_config(arguments))
+
+
+def _short_help() -> argparse.ArgumentParser:
+    """A parser that is only printed: the real one's options come from TRL, whose import takes ten seconds."""
+    shown = argparse.ArgumentParser(
+        prog="ctopd distill",
+        usage="ctopd distill [--config FILE.yaml] [--OPTION VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shown.add_argument("--config", metavar="FILE.yaml", help="options from a file; those on the command line win")
+    shown.add_argument("--help-all", action="store_true", help="every option, those of TRL and Transformers too")
+    group = shown.add_argument_group("most used options of TRL and Transformers")
+    for name, text in INHERITED.items():
+        group.add_argument(f"--{name}", metavar="", help=text)
+    group = shown.add_argument_group("options of trl_ctopd")
+    for file, of in (("cli/distillation.py", "DistillArguments"), ("config.py", "CrossTokenizerGKDConfig")):
+        for name, default, text in declared(file, of):
+            group.add_argument(f"--{name}", metavar="", help=f"{text} (default: {default})")
+    return shown
+
+
+def declared(file: str, class_name: str) -> Iterator[tuple[str, str, str]]:
+    """Name, default and help of each field that a dataclass in one of this package's files declares, from its source:
+    to import the class would load torch and TRL."""
+    [found] = [node for node in _source(file) if isinstance(node, ast.ClassDef) and node.name == class_name]
+    for node in found.body:
+        if isinstance(node, ast.AnnAssign):
+            given = {keyword.arg: keyword.value for keyword in node.value.keywords}
+            default = given["default"] if "default" in given else given["default_factory"]
+            [text] = given["metadata"].values  # under the key "help"
+            yield node.target.id, ast.unparse(default).replace("%", "%%"), _text(text)
+
+
+def _source(file: str) -> list[ast.stmt]:
+    return ast.parse(files("trl_ctopd").joinpath(file).read_text(encoding="utf-8")).body
+
+
+def _text(node: ast.expr) -> str:
+    """What a help text says, which may list the losses and nothing else that has to be computed."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_text, node.values))
+    assert isinstance(node, ast.FormattedValue) and ast.unparse(node.value) == "', '.join(LOSSES)", ast.unparse(node)
+    [losses] = [n.value for n in _source("losses/__init__.py") if ast.unparse(n).startswith("LOSSES: ")]
+    return ", ".join(key.value for key in losses.keys)

@@ -1,0 +1,95 @@
+"""
+What `ctopd distill` runs: options in, a trained student out.
+
+Decisions:
+- `--dataset_name` is a name on the hub, a local folder, or a local .jsonl, .json or .parquet file (no test split then).
+- `--prompt_column` is for rows without `prompt` and `messages`: one column's text becomes a user message, and the
+  others, with whatever answers they hold, are left out.
+- `--dtype`, `--load_in_4bit` and `--load_in_8bit` are the student's. The teacher keeps the dtype it was saved in,
+  unless `--teacher_model_init_kwargs '{"dtype": "float16"}'` says otherwise.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from ..config import CrossTokenizerGKDConfig
+from ..trainer import CrossTokenizerGKDTrainer
+
+
+@dataclass
+class DistillArguments(ScriptArguments):
+    prompt_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text column that becomes the prompt, as one user message, in a dataset with neither `prompt` nor "
+            "`messages` (GSM8K: question). The other columns are left out."
+        },
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "The first so many rows of the test split alone; at every evaluation the student answers all of them."
+        },
+    )
+
+
+def parser(**options) -> TrlParser:
+    """The command's options: those of the dataset, of the training and of the student."""
+    return TrlParser((DistillArguments, CrossTokenizerGKDConfig, ModelConfig), **options)
+
+
+def load_splits(args: DistillArguments):
+    if args.dataset_name is None:
+        raise ValueError("No prompts: pass `--dataset_name`.")
+    path = Path(args.dataset_name)
+    if path.is_file():
+        kind, files = path.suffix[1:].replace("jsonl", "json"), {args.dataset_train_split: str(path)}
+        splits = load_dataset(kind, data_files=files, streaming=args.dataset_streaming)
+    else:
+        splits = load_dataset(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
+    if args.max_eval_samples is not None and args.dataset_test_split in splits:
+        splits[args.dataset_test_split] = splits[args.dataset_test_split].take(args.max_eval_samples)
+    if args.prompt_column is None:
+        return splits
+    columns = splits[args.dataset_train_split].column_names
+    if args.prompt_column not in columns:
+        raise ValueError(
+            f"--prompt_column {args.prompt_column!r} is none of the dataset's columns: {', '.join(columns)}."
+        )
+    return splits.map(
+        lambda row: {"prompt": [{"role": "user", "content": row[args.prompt_column]}]},
+        remove_columns=columns,
+    )
+
+
+def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, model_args: ModelConfig):
+    init_kwargs = {
+        "revision": model_args.model_revision,
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+        "quantization_config": get_quantization_config(model_args),
+    }
+    training_args.model_init_kwargs = {**init_kwargs, **(training_args.model_init_kwargs or {})}
+    splits = load_splits(script_args)
+    evaluated = training_args.eval_strategy != "no"
+    if evaluated and script_args.dataset_test_split not in splits:
+        raise ValueError(
+            f"The dataset has no split {script_args.dataset_test_split!r} to evaluate on, only {', '.join(splits)}: pass "
+            "--eval_strategy no, or name one with --dataset_test_split."
+        )
+    trainer = CrossTokenizerGKDTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=splits[script_args.dataset_train_split],
+        eval_dataset=splits[script_args.dataset_test_split] if evaluated else None,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()

@@ -1,0 +1,1 @@
+"""What a device has to hold, before it has to: `ctopd plan`."""
