@@ -12,7 +12,20 @@ import pytest
 
 PACKAGE = Path(importlib.util.find_spec("trl_ctopd").origin).parent
 # From the bottom up: a room imports from its own files and from rooms before it, nothing else.
-ORDER = ("text", "losses", "models", "config", "rollouts", "teachers", "training", "looking", "trainer", "cli", "align")
+ORDER = (
+    "redact",
+    "text",
+    "losses",
+    "models",
+    "config",
+    "rollouts",
+    "teachers",
+    "training",
+    "looking",
+    "trainer",
+    "cli",
+    "align",
+)
 APART = {("losses", "models")}  # neighbours that know nothing of each other
 # Frameworks that the maths does without. transformers is loaded for tokenizers alone, so its trainer is named.
 FRAMEWORKS = {"trl", "peft", "accelerate", "datasets", "deepspeed", "rich"}

@@ -1,5 +1,6 @@
 """The settings: `GKDConfig` plus what a second tokenizer brings, with the paper's defaults."""
 
+import copy
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from .losses import LOSSES, loss_name
 from .losses.credit import CREDITS
+from .redact import HIDDEN, redacted
 
 
 with warnings.catch_warnings():  # TRL's version is pinned, and a test watches what is used of it
@@ -417,8 +419,29 @@ class CrossTokenizerGKDConfig(GKDConfig):
             )
 
     def to_dict(self):
-        return {**super().to_dict(), "distillation_loss": loss_name(self.distillation_loss)}
+        """Without what is secret: it goes to loggers, to the card and to the report."""
+        return redacted({**super().to_dict(), "distillation_loss": loss_name(self.distillation_loss)})
+
+    def __str__(self):
+        shown = ",\n".join(f"{name}={value!r}" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{shown},\n)"
+
+    __repr__ = __str__
 
     def __getstate__(self):
-        # saved beside checkpoints, where a function of a notebook or a closure could not be
-        return {**self.__dict__, "distillation_loss": loss_name(self.distillation_loss)}
+        # saved beside checkpoints, where a function of a notebook or a closure could not be, and pushed with the weights,
+        # where what is secret is not to be
+        shown = {name: redacted(value, name) for name, value in self.__dict__.items()}
+        shown = {name: None if value == HIDDEN else value for name, value in shown.items()}
+        return {**shown, "distillation_loss": loss_name(self.distillation_loss)}
+
+    def __copy__(self):
+        return self._copied(self.__dict__)
+
+    def __deepcopy__(self, memo):
+        return self._copied(copy.deepcopy(self.__dict__, memo))
+
+    def _copied(self, values: dict) -> "CrossTokenizerGKDConfig":
+        other = type(self).__new__(type(self))
+        other.__dict__.update(values)
+        return other

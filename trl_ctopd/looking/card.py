@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES
+from ..redact import redacted
 from .history import BOOKKEEPING, figures
 from .provenance import describe, hub_name, on_hub, step, versions
 
@@ -160,7 +161,8 @@ def model_card(
         picture: file of the learning curve, beside the card.
     """
     student = hub_name(student)
-    template_kwargs = {name: value for name, value in (args.chat_template_kwargs or {}).items() if value is not None}
+    template_kwargs = redacted(args.chat_template_kwargs or {})
+    template_kwargs = {name: value for name, value in template_kwargs.items() if value is not None}
     sets, metrics = _metrics(log_history)
     return ModelCard.from_template(
         ModelCardData(
@@ -257,7 +259,7 @@ def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
     defaults = {field.name: field.default for field in fields(args)}
     settings |= {name: getattr(args, name) for name in SETTINGS_IF_CHANGED if getattr(args, name) != defaults[name]}
     settings |= {"num_processes": args.world_size} if args.world_size > 1 else {}
-    return {name: _cell(value) for name, value in settings.items() if value is not None}
+    return {name: _cell(redacted(value, name)) for name, value in settings.items() if value is not None}
 
 
 def _metrics(log_history: list[dict]) -> tuple[list[str], dict[str, list[str]]]:

@@ -1,7 +1,7 @@
 """Where a run comes from: its models, its data, its versions and its command, as the card and the report name them.
 
 - What is on the hub is named as there. A folder is named by its last part alone.
-- A command is given without tokens and keys, and without the folders of this machine.
+- A command is given without what is secret, and without the folders of this machine.
 """
 
 import os
@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..config import CrossTokenizerGKDConfig
+from ..redact import redact, redacted_arguments
 
 
 logger = get_logger(__name__)
 
 PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "tokenizers", "torch")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
-_SECRET = re.compile(r"token$|key$|password|secret", re.IGNORECASE)  # of an option's name
 
 
 def versions() -> dict[str, str]:
@@ -93,22 +93,16 @@ def command() -> str | None:
         return None
     if Path(arguments[0]).stem == "ctopd":  # the installed command, which its interpreter is started with
         program, *arguments = arguments
-    shown, hide = [], False
-    for argument in arguments:
+    shown = []
+    for argument in redacted_arguments(arguments):
         option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-        if hide and not argument.startswith("-"):
-            shown.append("…")
-        elif option and _SECRET.search(option) and equals:
-            shown.append(f"{option}=…")
-        else:
-            shown.append(f"{option}{equals}{without_folder(value)}")
-        hide = bool(option) and not equals and _SECRET.search(option) is not None
-    return shlex.join([Path(program).name, *shown]).replace("'…'", "…")
+        shown.append(f"{option}{equals}{without_folder(value)}")
+    return re.sub(r"'([^\s']*…)'", r"\1", shlex.join([Path(program).name, *shown]))
 
 
 def without_folder(value: str) -> str:
-    """A path of this machine as it is seen from the working folder, or by its last part; a hub token nowhere."""
-    value = re.sub(r"hf_\w{16,}", "…", value)
+    """A path of this machine as it is seen from the working folder, or by its last part; a secret nowhere."""
+    value = redact(value)
     if not os.path.isabs(os.path.expanduser(value)):
         return value
     path = Path(value).expanduser()

@@ -17,6 +17,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ...losses import Loss, loss_name
 from ...models.heads import base_model
+from ...redact import redacted
 from ...text.altered_text import REASONS
 from .. import card, provenance
 from ..history import BOOKKEEPING, figures
@@ -306,7 +307,7 @@ def _adapter(model) -> dict[str, str]:
     if config is None:
         return {}
     usual = type(config)().to_dict()
-    own = {name: value for name, value in config.to_dict().items() if value != usual[name] and name not in NOT_SHOWN}
+    own = {name: redacted(value, name) for name, value in config.to_dict().items() if value != usual[name] and name not in NOT_SHOWN}
     return {
         name: ", ".join(sorted(value)) if isinstance(value, set | list) else str(value) for name, value in own.items()
     }

@@ -1,0 +1,137 @@
+"""What is secret, taken out of all that is printed, logged, saved or put on a card.
+
+Decisions
+- A secret is known by its value, where an environment variable with a secret's name holds it; by its form (`hf_…`, `sk-…`,
+  a JWT); by what stands before it (`Bearer`, `--api_key`, `"token":`, `?key=`); or by its place in an address
+  (`user:password@`).
+- What names a token of text (`eos_token`, `max_new_tokens`) is no secret, nor is a number, a truth value or None.
+- It is replaced whole, by `HIDDEN`: neither its length nor its ends are left. A word too many is hidden rather than a
+  secret shown.
+"""
+
+import base64
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote
+
+
+HIDDEN = "…"
+_SHORTEST = 8  # characters of a variable's value that is looked for anywhere: a shorter one may be an ordinary word
+_ALWAYS = {
+    "apikey", "accesskey", "secretkey", "authtoken", "accesstoken", "hubtoken", "password", "passwd", "passphrase", "pwd",
+    "secret", "credential", "authorization", "auth", "bearer", "cookie", "signature", "sig",
+}  # fmt: skip
+_AMONG_OTHERS = {"token", "key"}  # secret by themselves, or after one of:
+_OWNERS = {
+    "api", "access", "auth", "hub", "hf", "id", "refresh", "session", "bearer", "secret", "private", "security", "server",
+    "service", "account", "aws", "azure", "github", "gitlab", "wandb", "openai", "anthropic", "fireworks", "user", "admin",
+    "deploy", "write", "read", "registry", "encryption", "signing", "subscription", "license", "client", "teacher",
+}  # fmt: skip
+_BY_FORM = re.compile(
+    r"\b(?:hf_\w{8,}|api_org_\w{8,}|gh[opsur]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{8,}|fw_\w{16,}|"
+    r"xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{12,}|AIza[\w-]{30,}|nvapi-[\w-]{16,}|gsk_\w{16,}|r8_\w{16,}|"
+    r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
+)
+_USERINFO = re.compile(r"(\w[\w+.-]*://)[^\s/@'\"<>]+@")
+_WORD = rf"(?:{'|'.join(sorted({*_ALWAYS, *_AMONG_OTHERS}))})s?"
+_QUOTED_OR_BARE = r"""(?:\[[^\]]*\]|\\*"(?:[^"\\]|\\[^"])*\\*"|\\*'(?:[^'\\]|\\[^'])*\\*'|[^\s'"&,;)}\]]+)"""
+_NAMED = re.compile(
+    rf"""(?<!\w)([\w.\-]*{_WORD})(\\*["']?\s*(?:=>|[:=])\s*|\s+(?=["']))((?:Bearer|Basic|Token)\s+)?({_QUOTED_OR_BARE})""",
+    re.IGNORECASE,
+)
+_OPTION = re.compile(rf"(?<!\w)(--?[\w.\-]*{_WORD})(\s+)({_QUOTED_OR_BARE})", re.IGNORECASE)
+_SCHEME = re.compile(r"\b(Bearer|Basic)(\s+)[\w.~+/=%\-]{3,}", re.IGNORECASE)
+_NOTHING = re.compile(r"""\\*["']?(?:-?\d+(?:\.\d*)?|true|false|none|null|…|\*+|<[\w ]+>)?\\*["']?""", re.IGNORECASE)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether what has this name (of an option, a variable, a header, a field) is to be kept to oneself."""
+    words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name.strip()).lower()
+    *before, last = [word for word in re.split(r"[^a-z0-9]+", words) if word] or [""]
+    one = last.removesuffix("s")
+    if one in _ALWAYS or last in _ALWAYS:
+        return True
+    if one not in _AMONG_OTHERS:
+        return False
+    return before[-1] in _OWNERS if before else last == one
+
+
+def redact(text: str, *secrets: str) -> str:
+    """`text` without secrets, and without these `secrets` in any of the spellings that a program may give them."""
+    for spelling in sorted({form for held in (*secrets, *_held()) for form in _spellings(held)}, key=len, reverse=True):
+        text = text.replace(spelling, HIDDEN)
+    text = _BY_FORM.sub(HIDDEN, _USERINFO.sub(rf"\1{HIDDEN}@", text))
+    text = _SCHEME.sub(rf"\1\2{HIDDEN}", _NAMED.sub(_hide_named, text))
+    return _OPTION.sub(lambda match: _hide(match, match[1], match[1] + match[2], match[3]), text)
+
+
+def redacted(value: object, name: str = "") -> object:
+    """`value` of the field `name`, and all within it (in dicts and lists), without secrets."""
+    if isinstance(value, Mapping):
+        return {key: redacted(own, str(key)) for key, own in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(redacted(own, name) for own in value)
+    if not isinstance(value, str):
+        return value
+    return HIDDEN if is_secret_name(name) and not _is_nothing(name, value) else redact(value)
+
+
+def redacted_arguments(arguments: Sequence[str]) -> list[str]:
+    """Of a command line: the values of options with a secret's name, however many follow, and what `redact` finds."""
+    shown, hide = [], False
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+        if hide and not option:
+            shown.append(HIDDEN)
+            continue
+        secret = bool(option) and is_secret_name(option)
+        shown.append(f"{option}={HIDDEN}" if secret and equals else f"{option}{equals}{_argument(value)}")
+        hide = secret and not equals
+    return shown
+
+
+def _is_nothing(name: str, value: str) -> bool:
+    """A number is no token, and may be a password."""
+    number = any(character.isdigit() for character in value)
+    return _NOTHING.fullmatch(value) is not None and not (number and re.search("pass|pwd|secret", name, re.IGNORECASE))
+
+
+def _argument(value: str) -> str:
+    """JSON stays JSON."""
+    if value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.dumps(redacted(json.loads(value)), ensure_ascii=False)
+        except (ValueError, RecursionError):
+            pass
+    return redact(value)
+
+
+def _held() -> list[str]:
+    """What this process's environment holds that is secret."""
+    return [
+        value.strip()
+        for name, value in os.environ.items()
+        if len(value.strip()) >= _SHORTEST and is_secret_name(name) and not name.endswith("PWD")  # folders, in a shell
+    ]
+
+
+def _spellings(secret: str) -> set[str]:
+    """As it is, and as addresses, JSON, `repr` and basic authentication write it."""
+    forms = {secret, secret.strip()}
+    forms |= {spelled for form in forms for spelled in (quote(form, safe=""), base64.b64encode(form.encode()).decode())}
+    forms |= {repr(secret)[1:-1], json.dumps(secret)[1:-1], repr(secret.encode())[2:-1]}
+    return {form for form in forms if form}
+
+
+def _hide_named(match: re.Match) -> str:
+    name, between, scheme, value = match.groups()
+    return _hide(match, name, f"{name}{between}{scheme or ''}", value)
+
+
+def _hide(match: re.Match, name: str, before: str, value: str) -> str:
+    if not is_secret_name(name) or _is_nothing(name, value):
+        return match.group()
+    mark = re.match(r"""(?:\\*["'])?""", value).group()
+    return f"{before}{mark}{HIDDEN}{mark}"
