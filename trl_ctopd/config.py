@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
-from .losses import LOSSES, loss_name
+from .losses import LOSSES, loaded_loss, loss_name, saved_loss
 from .losses.credit import CREDITS
 from .redact import HIDDEN, redacted
 
@@ -365,7 +365,9 @@ class CrossTokenizerGKDConfig(GKDConfig):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a whole number, an int, got {value!r} ({type(value).__name__}).")
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if isinstance(self.teacher_server_url, str):
             self.teacher_server_url = [self.teacher_server_url]
@@ -388,6 +390,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
                 f"generation_backend={self.generation_backend!r}: set it to 'transformers_continuous'."
             )
         self._check_generation_kwargs()
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            setattr(self, name, _with_dtype(name, getattr(self, name)))
         if self.seq_kd and self.lmbda == 1.0:
             raise ValueError(
                 "seq_kd=True lets the teacher write what the student does not, and lmbda=1.0 leaves it nothing: set lmbda below 1."
@@ -408,7 +412,13 @@ class CrossTokenizerGKDConfig(GKDConfig):
             raise ValueError(f"off_policy_loss {self.off_policy_loss!r} {problem}: choose one of {', '.join(allowed)}.")
 
     def _check_generation_kwargs(self):
-        asked = set(self.generation_kwargs or {})
+        asked = {name for name, value in (self.generation_kwargs or {}).items() if value is not None}
+        if "stop_strings" in asked:
+            raise ValueError(
+                f"generation_kwargs has stop_strings={self.generation_kwargs['stop_strings']!r}: a completion that ends at a "
+                "string has no turn end that the teacher could judge. The student's turn ends at its stop tokens: add a token "
+                "to `eos_token_id` of its generation config instead."
+            )
         if owned := sorted(asked & _OWNED_BY_TRAINER):
             raise ValueError(
                 f"generation_kwargs cannot set {', '.join(owned)}: these have fields of their own, or follow from the models."
@@ -433,7 +443,10 @@ class CrossTokenizerGKDConfig(GKDConfig):
         # where what is secret is not to be
         shown = {name: redacted(value, name) for name, value in self.__dict__.items()}
         shown = {name: None if value == HIDDEN else value for name, value in shown.items()}
-        return {**shown, "distillation_loss": loss_name(self.distillation_loss)}
+        return {**shown, "distillation_loss": saved_loss(self.distillation_loss)}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, distillation_loss=loaded_loss(state["distillation_loss"]))
 
     def __copy__(self):
         return self._copied(self.__dict__)
@@ -445,3 +458,16 @@ class CrossTokenizerGKDConfig(GKDConfig):
         other = type(self).__new__(type(self))
         other.__dict__.update(values)
         return other
+
+
+def _with_dtype(name: str, kwargs: dict | None) -> dict | None:
+    """`kwargs` of `from_pretrained` with `dtype` in the place of its old name, which beside a default of `dtype` would have no
+    effect."""
+    if not kwargs or "torch_dtype" not in kwargs:
+        return kwargs
+    kwargs = dict(kwargs)
+    dtype = kwargs.pop("torch_dtype")
+    if str(kwargs.get("dtype", dtype)) != str(dtype):
+        raise ValueError(f"{name} has dtype={kwargs['dtype']!r} and torch_dtype={dtype!r}: say `dtype` alone.")
+    warnings.warn(f"{name}: `torch_dtype` is the old name of `dtype`, which is set to {dtype}.", stacklevel=4)
+    return {**kwargs, "dtype": dtype}

@@ -1,6 +1,5 @@
 """`CrossTokenizerGKDTrainer`: the wiring between TRL's GKD trainer and the maths of this package."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -22,9 +21,10 @@ from .config import CrossTokenizerGKDConfig, GKDTrainer
 from .looking import card, provenance
 from .looking.compare import compare
 from .looking.history import evaluation_prefix
+from .looking.ornaments import ornament
 from .looking.report import DistillationReportCallback
-from .looking.samples import Samples, show
-from .losses import Distributions, ScoredChunks, build_loss
+from .looking.samples import Sample, Samples, show
+from .losses import Distributions, ScoredChunks
 from .models.heads import add_token_scores, base_model, check_head, hidden_states, lm_head
 from .models.loading import check_vocabulary, ensure_pad_token, load_tokenizer
 from .models.sharding import keep_scores_in_float32, own_rows
@@ -44,7 +44,7 @@ from .training.checks import (
     check_signal,
     check_strategy,
     context_length,
-    distillation_loss,
+    losses_by_text,
     signal_of,
 )
 from .training.metrics import Meter, chunk_metrics, rollout_metrics
@@ -116,15 +116,14 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         ensure_pad_token(processing_class, args.pad_token)
         self.panel = Panel(teacher_model, teacher_processing_class, args)
         self.args = args  # the dataset is rendered before Trainer sets it
-        self.distillation_loss = self.off_policy_loss = distillation_loss(args)
-        if getattr(self.distillation_loss, "policy", "both") == "on":
-            self.off_policy_loss = build_loss(args.off_policy_loss, **(args.off_policy_loss_kwargs or {}))
+        self.distillation_loss, self.off_policy_loss = losses_by_text(args)
         self.student_context = context_length(model, args)
         self._meters = {"train": Meter(), "eval": Meter()}
         self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
         self._window: list[dict] = []  # the optimizer step's micro-batches, and the next steps' with `rollout_reuse`
         self._old_log_probs: dict[int, torch.Tensor] = {}  # of those micro-batches, as the student wrote them
         self._samples = Samples()
+        self._card: card.Written | None = None  # the last one
 
         self._init_without_shared_vocabulary(
             model,
@@ -312,6 +311,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         found = checkpoints.to_resume_from(resume_from_checkpoint, self.args.output_dir)
+        self._meters["train"].clear()  # of a run before that was interrupted
         return super().train(found, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
@@ -592,7 +592,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         timer.end()
         return loss.detach(), None, None
 
+    def predict(self, test_dataset, *args, **kwargs):
+        """As `evaluate`, it takes rows as they come."""
+        rendered = self._prepare_dataset(test_dataset, self.processing_class, self.args, False, None, "test")
+        return super().predict(rendered, *args, **kwargs)
+
     def evaluation_loop(self, *args, **kwargs):
+        self._meters["eval"].clear()  # of one before that was interrupted, or that nothing was logged of
         with self._rollout_seed(-1):  # the same draws at every evaluation, so that two of them compare
             return super().evaluation_loop(*args, **kwargs)
 
@@ -612,14 +618,19 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         logs.update({f"{prefix}{name}": value for name, value in figures.items()})
         super().log(logs, start_time)
         if self.is_world_process_zero():
-            step, tokenizer = self.state.global_step, self.processing_class
-            samples = self._samples.take(step, tokenizer, self.align_completions)
+            samples = self._samples_to_show()
             if samples and self.args.log_completions:
                 shown_by, rows = self.callback_handler.callbacks, self.args.num_completions_to_print
-                show(samples, tokenizer, shown_by, rows, f"{prefix}completions")
+                with ornament("The table of completions"):
+                    show(samples, self.processing_class, shown_by, rows, f"{prefix}completions")
             for report in self._reports:
                 report.update(self, prefix, samples)
         self._samples.clear()
+
+    def _samples_to_show(self) -> list[Sample]:
+        with ornament("The samples of completions"):
+            return self._samples.take(self.state.global_step, self.processing_class, self.align_completions)
+        return []
 
     @property
     def _reports(self) -> list[DistillationReportCallback]:
@@ -651,19 +662,35 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             self._write_card(self.args.output_dir, model_name, dataset_name, tags)
 
     def _save(self, output_dir: str | None = None, state_dict=None):
-        super()._save(output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
         if self.args.should_save:  # every process comes here under DDP
+            card.remove_unreadable(folder)  # PEFT would read it, before it has saved a weight
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
             # over the placeholder card that PEFT leaves, which names the base model's folder
-            self._write_card(output_dir or self.args.output_dir)
+            self._write_card(folder)
 
     def _write_card(
         self, folder: str, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] = ()
     ):
+        with ornament("The model card"):
+            folder_of_run = Path(self.args.hub_model_id or self.args.output_dir)
+            model_name = model_name or folder_of_run.name or folder_of_run.resolve().name
+            key = (len(self.state.log_history), model_name, dataset_name, *tags)
+            if self._card is None or self._card.key != key:  # a checkpoint has the card of the output folder
+                self._card = self._make_card(key, model_name, dataset_name, tags)
+            self._card.write(folder)
+
+    def _make_card(self, key: tuple, model_name: str, dataset_name: str | None, tags: Sequence[str]) -> card.Written:
         student, seats = get_config_model_id(self.model.config), self.panel.seats.values()
         history, dataset = self.state.log_history, self.train_dataset
-        drawn = card.learning_curve(history, Path(folder) / card.PICTURE)
-        card.model_card(
-            model_name=model_name or Path(self.args.output_dir).resolve().name,
+        picture = command = None
+        with ornament("The run's command"):
+            command = provenance.command()  # asks for the working folder, which may be gone
+        with ornament("The picture of the learning curve"):
+            picture = card.learning_curve(history)
+        made = card.model_card(
+            model_name=model_name,
             hub_model_id=self.hub_model_id,
             student=student,
             teachers=[(seat.name, seat.tokenizer) for seat in seats],
@@ -675,6 +702,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             log_history=history,
             prompts=len(dataset) if isinstance(dataset, Dataset) else None,
             licenses=[provenance.license_of(name) for name in (student, *(seat.name for seat in seats))],
-            command=provenance.command(),
-            picture=card.PICTURE if drawn else None,
-        ).save(os.path.join(folder, "README.md"))
+            command=command,
+            picture=None if picture is None else card.PICTURE,
+        )
+        return card.Written(key, made, picture)

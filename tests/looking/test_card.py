@@ -242,9 +242,9 @@ def test_a_setting_of_the_loss_is_not_taken_for_one_of_sampling_by_the_same_name
 
 def test_a_setting_with_a_bar_or_a_gap_in_it_stays_one_row_of_the_table(make):
     text = make(
-        config={"generation_kwargs": {"stop_strings": "a|b", "min_length": None, "watermarking_config": "x  y"}}
+        config={"generation_kwargs": {"cache_implementation": "a|b", "min_length": None, "watermarking_config": "x  y"}}
     ).content
-    assert "| `generation_kwargs` | stop_strings='a\\|b', watermarking_config='x y' |\n" in text
+    assert "| `generation_kwargs` | cache_implementation='a\\|b', watermarking_config='x y' |\n" in text
 
 
 def test_no_clip_is_said_to_be_no_bound(make):
@@ -329,8 +329,20 @@ def test_the_card_has_the_command_the_prompts_and_the_picture_where_there_are_an
     assert "```bash" not in make().content and "![" not in make().content
 
 
-def test_a_learning_curve_needs_two_points(tmp_path):
+def test_a_learning_curve_needs_two_points():
     gaps = [{"gap/nats_per_byte": 0.5, "step": 1}, {"gap/nats_per_byte": 0.25, "step": 2}]
-    assert not card.learning_curve(gaps[:1], tmp_path / "curve.png") and not list(tmp_path.iterdir())
-    assert card.learning_curve(gaps, tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert card.learning_curve(gaps[:1]) is None
+    assert card.learning_curve(gaps).startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_draws_card_and_picture_once(build, tmp_path, monkeypatch):
+    drawn = []
+    draw = card.learning_curve
+    monkeypatch.setattr(card, "learning_curve", lambda history: drawn.append(len(history)) or draw(history))
+    build(save_strategy="steps", save_steps=2, max_steps=4, logging_steps=1).train()
+    assert drawn == [2, 4]
+    for step in (2, 4):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        assert (folder / "README.md").exists() and (folder / card.PICTURE).exists()
+    root = tmp_path / "run"
+    assert (root / "README.md").read_text() == (root / "checkpoint-4" / "README.md").read_text()

@@ -52,7 +52,7 @@ def build(tmp_path):
         ({"assistant_only_loss": True}, "assistant_only_loss"),
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
-        ({"max_new_tokens": None}, "max_new_tokens must be at least 1, got None"),
+        ({"max_new_tokens": None}, "max_new_tokens must be a whole number, an int, got None"),
         ({"seq_kd": True}, "lmbda below 1"),
         ({"generation_kwargs": {"num_return_sequences": 2}}, "cannot set num_return_sequences"),
         ({"generation_kwargs": {"repetion_penalty": 1.2}}, "'repetion_penalty'.*does not know"),

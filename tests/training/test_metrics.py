@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from test_credit import BAD, as_tensors, by_chunk, random_rows, reference_budgets
+from toys import prompts
+from transformers import TrainerCallback
 
 from trl_ctopd.losses import DPCA, ScoredChunks
 from trl_ctopd.training.metrics import Meter, chunk_metrics
@@ -165,3 +167,45 @@ def test_a_figure_without_weight_is_left_out():
     meter = Meter()
     meter.add({"empty": (0.0, 0), "full": (0.0, 1)})
     assert meter.read(OneProcess()) == {"full": 0.0}
+
+
+def of_evaluation(trainer) -> dict[str, float]:
+    return {name: value for name, value in trainer.evaluate().items() if "/" in name and "second" not in name}
+
+
+def test_figures_of_an_interrupted_evaluation_or_of_a_prediction_are_in_no_later_ones(build, monkeypatch):
+    rows = prompts(8)
+    trainer = build(eval_dataset=rows)
+    expected = of_evaluation(trainer)
+    score, calls = trainer.compute_loss, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(score(*args, **kwargs))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(trainer, "compute_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate(rows.select([0, 3, 0, 3, 0, 3, 0, 3]))
+    assert of_evaluation(trainer) == expected
+    trainer.predict(rows.select([1, 1, 1]))
+    assert of_evaluation(trainer) == expected
+
+
+def test_figures_of_interrupted_training_are_in_no_later_ones(build):
+    trainer = build(max_steps=2, logging_steps=2, learning_rate=0.0)
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interrupt)
+    trainer.train()
+    lengths = trainer.state.log_history[0]["completions/mean_length"]
+    fresh = build(max_steps=2, logging_steps=2, learning_rate=0.0)
+    fresh.train()
+    assert lengths == fresh.state.log_history[0]["completions/mean_length"]

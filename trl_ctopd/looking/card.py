@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.resources import files
 from importlib.util import find_spec
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES
 from ..redact import redacted
 from .history import BOOKKEEPING, figures
+from .ornaments import ornament
 from .provenance import describe, hub_name, on_hub, step, versions
 
 
@@ -291,14 +293,14 @@ def _license(license: dict[str, str]) -> str:
     return f"[{name}]({link})" if link and link.startswith("https://") else name
 
 
-def learning_curve(log_history: list[dict], path: Path) -> bool:
-    """Draws the gap into a picture, if there are two of its points and matplotlib to draw them; tells whether it did."""
+def learning_curve(log_history: list[dict]) -> bytes | None:
+    """The gap as a PNG picture, if there are two of its points and matplotlib to draw them."""
     sets = figures(log_history).get("gap/nats_per_byte", {})
     if find_spec("matplotlib") is None or not any(len(points) > 1 for points in sets.values()):
-        return False
+        return None
     from matplotlib.figure import Figure  # without pyplot, which would set up the user's session
 
-    picture = Figure(figsize=(6.4, 3.2), layout="constrained")
+    picture, data = Figure(figsize=(6.4, 3.2), layout="constrained"), BytesIO()
     axes = picture.subplots()
     for (where, points), style in zip(sets.items(), cycle(["-", "--", ":", "-."])):
         axes.plot(*zip(*points, strict=True), style, label=where)
@@ -308,8 +310,34 @@ def learning_curve(log_history: list[dict], path: Path) -> bool:
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    picture.savefig(path, dpi=150)
-    return True
+    picture.savefig(data, dpi=150)
+    return data.getvalue()
+
+
+class Written(NamedTuple):
+    """A card and its picture, for every folder that is to have them as long as `key` is the same."""
+
+    key: tuple
+    card: ModelCard
+    picture: bytes | None
+
+    def write(self, folder: str | Path):
+        if self.picture is not None:
+            Path(folder, PICTURE).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, PICTURE).write_bytes(self.picture)
+        self.card.save(Path(folder, "README.md"))
+
+
+def remove_unreadable(folder: str | Path):
+    """Removes a card that is there and cannot be read. It would be replaced anyway."""
+    path, readable = Path(folder, "README.md"), False
+    if not path.is_file():
+        return
+    with ornament(f"The old card {path}"):
+        ModelCard.load(path)
+        readable = True
+    if not readable:
+        path.unlink()
 
 
 def _cell(value) -> str:

@@ -8,6 +8,8 @@ from transformers.utils.notebook import (
     text_to_html_table,
 )
 
+from .ornaments import ornament
+
 
 GAP = "gap/nats_per_byte"
 COLUMNS = {
@@ -43,6 +45,10 @@ class FigureTable(NotebookProgressCallback):
         self._rows: list[dict[str, str | int]] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        with ornament("The table of figures"):
+            self._add(state, logs)
+
+    def _add(self, state, logs: dict[str, float]):
         shown = figures(logs)
         if self.training_tracker is None or not shown:
             return
@@ -53,6 +59,10 @@ class FigureTable(NotebookProgressCallback):
         self.training_tracker.inner_table = [columns, *([row.get(name, "") for name in columns] for row in self._rows)]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        with ornament("The table of figures"):
+            self._after_evaluation(metrics)
+
+    def _after_evaluation(self, metrics: dict[str, float]):
         self.prediction_bar = None
         if self.training_tracker is not None:
             self.training_tracker.remove_child()

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import __version__
 from ..config import CrossTokenizerGKDConfig
 from ..redact import redact, redacted_arguments
+from .ornaments import ornament
 
 
 logger = get_logger(__name__)
@@ -78,12 +79,14 @@ def license_of(name: str) -> dict[str, str]:
     source = folder / "README.md" if folder.is_dir() else name
     if not (on_hub(name) or os.path.isfile(source)):
         return {}
-    try:
-        metadata = ModelCard.load(source).data.to_dict()
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        logger.info(f"The card of {name} cannot be read, so its licence is not named: {error}")
-        return {}
-    return {field: str(metadata[field]) for field in LICENSE_FIELDS if metadata.get(field)}
+    with ornament(f"The licence of {name}"):
+        try:
+            metadata = ModelCard.load(source).data.to_dict()
+        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            logger.info(f"The card of {name} cannot be read, so its licence is not named: {error}")
+            return {}
+        return {field: str(metadata[field]) for field in LICENSE_FIELDS if metadata.get(field)}
+    return {}
 
 
 def command() -> str | None:

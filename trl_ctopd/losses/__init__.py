@@ -1,5 +1,6 @@
 """The methods, one a file, behind one call: `loss(batch, num_items) -> (value, metrics)`."""
 
+import pickle
 from collections.abc import Callable
 
 from .alm import ALM
@@ -44,8 +45,10 @@ def build_loss(loss: str | Callable, **kwargs) -> Callable:
     The loss of that name with its knobs set; a callable with the same signature is taken as it is.
 
     Raises:
-        ValueError: for an unknown name or knob, naming the known ones.
+        ValueError: for an unknown name or knob, naming the known ones; for a loss that could not be saved.
     """
+    if isinstance(loss, LostLoss):
+        raise ValueError(str(loss))
     if isinstance(loss, type):
         raise ValueError(f"A loss is a function or an object that can be called, not a class: {loss.__name__}(...).")
     if callable(loss):
@@ -58,5 +61,47 @@ def build_loss(loss: str | Callable, **kwargs) -> Callable:
 
 
 def loss_name(loss: str | Callable) -> str:
-    """What a loss is called: by its name in the config, by that of its own function or class."""
-    return loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__qualname__)
+    """What a loss is called: by its name in the config, by that of its own function or class, with its module where that
+    could be taken for a name of the config."""
+    if isinstance(loss, str):
+        return loss
+    named = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}" if named.__qualname__ in LOSSES else named.__qualname__
+
+
+class LostLoss:
+    """Stands for a loss that was saved as something that cannot be loaded here: a function of a notebook, a closure."""
+
+    def __init__(self, name: str):
+        self.__qualname__ = name
+
+    def __str__(self) -> str:
+        return (
+            f"The loss {self.__qualname__!r} of this saved config is not there: only a function or a class of a module that can "
+            "be imported is saved whole. Set `distillation_loss` anew."
+        )
+
+    def __call__(self, batch, num_items):
+        raise ValueError(str(self))
+
+
+def saved_loss(loss: str | Callable) -> str | tuple[str, bytes | None]:
+    """What a pickle can always take in, for `loaded_loss`: the name, and beside it the loss itself as far as it can be saved."""
+    if isinstance(loss, str):
+        return loss
+    try:
+        data = pickle.dumps(loss)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        data = None
+    return loss_name(loss), data
+
+
+def loaded_loss(saved: str | tuple[str, bytes | None]) -> str | Callable:
+    """What `saved_loss` was given; a [`LostLoss`] where that cannot be loaded in this process."""
+    if isinstance(saved, str):
+        return saved
+    name, data = saved
+    try:
+        return LostLoss(name) if data is None else pickle.loads(data)
+    except (pickle.UnpicklingError, AttributeError, ImportError):
+        return LostLoss(name)

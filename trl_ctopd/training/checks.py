@@ -1,7 +1,7 @@
 """The trainer's arguments, and what can be known to be wrong with them before any training time is spent."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
@@ -157,6 +157,25 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
             "student write: set lmbda=0.0."
         )
     return loss
+
+
+def losses_by_text(args: CrossTokenizerGKDConfig) -> tuple[Callable, Callable]:
+    """
+    The losses of the student's own text and of given text. A cross-entropy beside a loss is for given text alone, since it
+    would teach the student whatever it wrote. Raises `ValueError` as `distillation_loss` does.
+    """
+    loss = distillation_loss(args)
+    if getattr(loss, "policy", "both") == "on":
+        return loss, build_loss(args.off_policy_loss, **(args.off_policy_loss_kwargs or {}))
+    weight = getattr(loss, "cross_entropy_weight", 0)
+    if not weight or args.lmbda == 0 or not is_dataclass(loss):
+        return loss, loss
+    if args.lmbda == 1:
+        raise ValueError(
+            f"cross_entropy_weight={weight} has no effect with lmbda={args.lmbda}: it is for given text alone, since on text of "
+            "the student's own it would teach whatever it wrote. Set lmbda below 1, or leave the weight out."
+        )
+    return replace(loss, cross_entropy_weight=0.0), loss
 
 
 def signal_of(loss: Callable) -> str:

@@ -78,6 +78,11 @@ class Meter:
         self._numbers: dict[str, list[float]] = {}
         self._tensors: dict[tuple[str, ...], torch.Tensor] = {}  # of the metrics that came together, (K, 2)
 
+    def clear(self):
+        """Forgets what nobody has read: an evaluation that was interrupted, figures of a prediction."""
+        self._numbers.clear()
+        self._tensors.clear()
+
     def add(self, metrics: Metrics | dict[str, tuple[float, float]]):
         for name, pair in metrics.items():
             if not (isinstance(pair, tuple) and len(pair) == 2):
@@ -102,8 +107,7 @@ class Meter:
         sums: dict[str, torch.Tensor] = {}
         for name, pair in found:
             sums[name] = sums.get(name, 0) + pair.to(accelerator.device)
-        self._numbers.clear()
-        self._tensors.clear()
+        self.clear()
         names = sorted(set(gather_object(list(sums))))
         if not names:
             return {}

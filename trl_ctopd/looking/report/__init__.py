@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..ornaments import ornament
 from ..samples import Sample
 
 
@@ -48,6 +49,10 @@ class DistillationReportCallback(TrainerCallback, ExportableState):
             kept = [asdict(sample) for sample in samples]
             self.first.setdefault(prefix, kept)
             self.last[prefix] = kept
+        with ornament("The report"):
+            self._write(trainer)
+
+    def _write(self, trainer):
         now = time.perf_counter()
         ends = "train_runtime" in trainer.state.log_history[-1]
         if now < self._not_before and not ends:
@@ -57,7 +62,10 @@ class DistillationReportCallback(TrainerCallback, ExportableState):
         path = Path(trainer.args.output_dir) / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(".report.html")
-        unfinished.write_text(page(trainer, self.first, self.last), encoding="utf-8")
-        os.replace(unfinished, path)
+        try:
+            unfinished.write_text(page(trainer, self.first, self.last), encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
         done = time.perf_counter()
         self._not_before = done + (done - now) / MOST_OF_THE_TIME

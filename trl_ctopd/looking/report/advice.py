@@ -20,10 +20,10 @@ def advice(log_history: Sequence[dict], args: CrossTokenizerGKDConfig, teacher_c
         teacher_context: in tokens, if it is known.
     """
     kept = {
-        name: [entry[name] for entry in log_history if name in entry]
+        name: [entry[name] for entry in log_history if isinstance(entry.get(name), int | float)]
         for name in {name for entry in log_history for name in entry}
     }
-    recent = {name: sum(values[-RECENT:]) / len(values[-RECENT:]) for name, values in kept.items()}
+    recent = {name: sum(values[-RECENT:]) / len(values[-RECENT:]) for name, values in kept.items() if values}
 
     def above(name: str, bound: float) -> bool:
         return recent.get(name, 0) > bound

@@ -307,7 +307,11 @@ def _adapter(model) -> dict[str, str]:
     if config is None:
         return {}
     usual = type(config)().to_dict()
-    own = {name: redacted(value, name) for name, value in config.to_dict().items() if value != usual[name] and name not in NOT_SHOWN}
+    own = {
+        name: redacted(value, name)
+        for name, value in config.to_dict().items()
+        if value != usual[name] and name not in NOT_SHOWN
+    }
     return {
         name: ", ".join(sorted(value)) if isinstance(value, set | list) else str(value) for name, value in own.items()
     }

@@ -1,0 +1,157 @@
+"""The settings: copied, pickled and named alike, they stay the settings that they were."""
+
+import copy
+import pickle
+import sys
+import warnings
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+from toys import SGD, fix_rollouts, prompts, step_of, student_model, student_tokenizer, teacher_model, teacher_tokenizer
+
+from trl_ctopd import CrossTokenizerGKDConfig
+from trl_ctopd.losses import ALM, DPCA, ULD, LostLoss, build_loss, loss_name
+
+
+config = partial(CrossTokenizerGKDConfig, "out", use_cpu=True, bf16=False, report_to=[])
+
+
+def alm(batch, num_items):
+    """A loss of one's own that is named as a built-in one."""
+    return batch.student_log_probs.sum() / num_items, {}
+
+
+def of_a_notebook():
+    def loss(batch, num_items):
+        return batch.student_log_probs.sum() / num_items, {}
+
+    return loss
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda args: pickle.loads(pickle.dumps(args))])
+def test_a_loss_object_goes_through_copies_and_pickles_with_its_knobs(copied):
+    args = copied(config(distillation_loss=DPCA(advantage_clip=2.0)))
+    assert args.distillation_loss == DPCA(advantage_clip=2.0)
+    assert copied(config(distillation_loss=alm)).distillation_loss is alm
+    assert copied(config(distillation_loss="alm")).distillation_loss == "alm"
+
+
+def test_a_deep_copy_shares_nothing_with_its_original():
+    args = config(distillation_loss_kwargs={"advantage_clip": 3.0})
+    copy.deepcopy(args).distillation_loss_kwargs["advantage_clip"] = 4.0
+    assert args.distillation_loss_kwargs == {"advantage_clip": 3.0}
+
+
+def test_a_closure_survives_a_copy_and_is_missed_in_words_after_a_pickle(build):
+    loss = of_a_notebook()
+    args = config(distillation_loss=loss)
+    assert copy.deepcopy(args).distillation_loss is loss
+    saved = pickle.loads(pickle.dumps(args))
+    assert isinstance(saved.distillation_loss, LostLoss)
+    with pytest.raises(ValueError, match="loss 'of_a_notebook.<locals>.loss' of this saved config is not there.*anew"):
+        build(distillation_loss=saved.distillation_loss)
+
+
+def test_a_loss_of_a_module_that_is_gone_does_not_keep_the_config_from_loading(monkeypatch):
+    module = ModuleType("losses_of_mine")
+    exec("def mine(batch, num_items): return 0, {}", module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    saved = pickle.dumps(config(distillation_loss=module.mine, learning_rate=3e-4))
+    monkeypatch.delitem(sys.modules, module.__name__)
+    args = pickle.loads(saved)
+    assert args.learning_rate == 3e-4
+    with pytest.raises(ValueError, match="loss 'mine' of this saved config is not there"):
+        build_loss(args.distillation_loss)
+
+
+def test_an_own_loss_is_never_called_as_a_built_in_one():
+    assert loss_name(alm) == "test_config.alm"
+    with pytest.raises(ValueError, match="Unknown distillation_loss 'test_config.alm'"):
+        config(distillation_loss=config(distillation_loss=alm).to_dict()["distillation_loss"])
+    assert loss_name(DPCA()) == "DPCA" and loss_name("alm") == "alm"
+
+
+def test_a_trainer_of_copied_settings_learns_as_one_of_the_settings_themselves(build, tmp_path):
+    from trl_ctopd import CrossTokenizerGKDTrainer
+
+    def step(args):
+        trainer = CrossTokenizerGKDTrainer(
+            student_model(),
+            teacher_model(),
+            args,
+            prompts(8),
+            processing_class=student_tokenizer(),
+            teacher_processing_class=teacher_tokenizer(),
+        )
+        return step_of(fix_rollouts(trainer))
+
+    settings = {"max_new_tokens": 8, "max_steps": 1, "save_strategy": "no", "disable_tqdm": True, **SGD}
+    args = config(distillation_loss=DPCA(advantage_clip=0.01), gradient_checkpointing=False, **settings)
+    found = step(copy.deepcopy(args))
+    torch.testing.assert_close(found, step(args), rtol=0, atol=0)
+    assert (found - step(config(gradient_checkpointing=False, **settings))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["model_init_kwargs", "teacher_model_init_kwargs"])
+def test_the_old_name_of_dtype_is_taken_with_one_warning(name):
+    with pytest.warns(UserWarning, match=f"{name}: `torch_dtype` is the old name of `dtype`") as said:
+        args = config(**{name: {"torch_dtype": "bfloat16", "revision": "main"}})
+    assert getattr(args, name) == {"revision": "main", "dtype": "bfloat16"}
+    assert len([warning for warning in said if "torch_dtype" in str(warning.message)]) == 1
+    with pytest.raises(ValueError, match="dtype='float32' and torch_dtype='bfloat16': say `dtype` alone"):
+        config(**{name: {"torch_dtype": "bfloat16", "dtype": "float32"}})
+
+
+def test_models_are_loaded_in_the_dtype_that_its_old_name_asks_for(build, tmp_path):
+    for name, model, tokenizer in (
+        ("student", student_model(), student_tokenizer()),
+        ("teacher", teacher_model(), teacher_tokenizer()),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    kwargs = {"torch_dtype": "bfloat16"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = build(
+            model=str(tmp_path / "student"),
+            teacher=str(tmp_path / "teacher"),
+            model_init_kwargs=kwargs,
+            teacher_model_init_kwargs=kwargs,
+        )
+    assert trainer.model.dtype == trainer.teacher_model.dtype == torch.bfloat16
+
+
+def test_a_cross_entropy_is_for_given_text_alone(build):
+    with pytest.raises(ValueError, match="cross_entropy_weight=1.0 has no effect with lmbda=1.0.*whatever it wrote"):
+        build(distillation_loss="uld", distillation_loss_kwargs={"cross_entropy_weight": 1.0})
+    trainer = build(distillation_loss="uld", distillation_loss_kwargs={"cross_entropy_weight": 1.0}, lmbda=0.5)
+    assert trainer.distillation_loss == ULD(cross_entropy_weight=0.0)
+    assert trainer.off_policy_loss == ULD(cross_entropy_weight=1.0)
+    trainer = build(distillation_loss="uld", distillation_loss_kwargs={"cross_entropy_weight": 1.0}, lmbda=0.0)
+    assert trainer.off_policy_loss == ULD(cross_entropy_weight=1.0)
+
+
+def test_the_students_own_text_is_never_learned_by_cross_entropy(build):
+    """A teacher that is the student leaves nothing to learn from its own text."""
+    settings = {"distillation_loss": "uld", "lmbda": 0.5, "gradient_accumulation_steps": 4, **SGD}
+    same = {"teacher": student_model(), "teacher_processing_class": student_tokenizer()}
+    trainer = build(**same, **settings, distillation_loss_kwargs={"cross_entropy_weight": 1.0})
+    trainer._lmbda_draws = lambda count: [0.0] * count
+    assert step_of(trainer).norm() < 0.01
+
+
+@pytest.mark.parametrize("value", [64.0, True, "64"])
+def test_a_count_that_is_no_whole_number_is_told_so(value):
+    with pytest.raises(ValueError, match=f"max_new_tokens must be a whole number, an int, got {value!r}"):
+        config(max_new_tokens=value)
+
+
+def test_stop_strings_are_refused_with_what_ends_a_turn():
+    with pytest.raises(ValueError, match="stop_strings=.*has no turn end.*eos_token_id"):
+        config(generation_kwargs={"stop_strings": ["Question:"]})
+
+
+def test_a_loss_of_a_built_in_kind_is_saved_whole(build):
+    assert pickle.loads(pickle.dumps(config(distillation_loss=ALM()))).distillation_loss == ALM()
