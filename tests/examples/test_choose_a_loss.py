@@ -1,7 +1,7 @@
 """`notebooks/choose_a_loss.ipynb` runs from top to bottom, and what it says of each loss is what that loss does."""
 
 import pytest
-from notebook_runs import check_saved, printed, run, saved, shown
+from notebook_runs import check_printed, check_saved, printed, run, saved, shown
 
 
 REPORT = """{
@@ -78,8 +78,8 @@ def test_bpm_finds_nothing_wrong_with_what_the_teachers_word_begins_with(found):
     assert abs(lost[ids["ifty"]]) < 0.05 and asked["dpca"]["wrong"][at + 1][ids["ifty"]] > 1
 
 
-def test_its_saved_outputs_are_those_of_the_run(ran):
+def test_its_saved_outputs_are_those_of_the_run_to_a_last_digit(ran):
     check_saved("choose_a_loss")
-    assert printed(saved("choose_a_loss")) == printed(ran[0])
+    check_printed(printed(saved("choose_a_loss")), printed(ran[0]))
     pictures = shown(saved("choose_a_loss"), "text/html")
     assert [picture.count('class="ctopd scored"') for picture in pictures] == [2, 2]
