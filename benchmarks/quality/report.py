@@ -1,5 +1,5 @@
 """
-Makes the tables and plots of `benchmarks/quality/README.md`, and the README's short table, from the runs' JSON lines.
+Makes the tables and plots of `benchmarks/quality/README.md`, and the short table of `docs/losses.md`, from the runs' JSON lines.
 
     python -m benchmarks.quality.report                # from the repository root
     python -m benchmarks.quality.report --scale gpu
@@ -42,7 +42,7 @@ from matplotlib.ticker import NullFormatter
 
 
 ROOT = Path(__file__).parents[2]
-README, PAGE = ROOT / "README.md", Path(__file__).parent / "README.md"
+SHORT, PAGE = ROOT / "docs" / "losses.md", Path(__file__).parent / "README.md"
 CREDITS = ("dpca", "dpca_uniform", "dpca_byte_length", "dpca_last", "dpca_macro", "strict_sampled")
 GRADIENT = ("semantic", "uniform", "byte_length", "last", "macro", "strict mask")
 DRAWN = ("dpca", "dpca_macro", "strict_sampled", "bpm", "sft", "seq_kd", "trl_gold_template_on")
@@ -408,7 +408,7 @@ def main(scale: str) -> None:
     made = blocks(lines, gradient, plan, found)
     if scale == "cpu":
         fill(PAGE, made)
-        fill(README, {"short": made["short"]})
+        fill(SHORT, {"short": made["short"]})
     else:
         (RESULTS / f"report{suffix}.md").write_text("\n\n".join(f"## {name}\n\n{text}" for name, text in made.items()))
     plot(lines, RESULTS / f"headline{suffix}.png")

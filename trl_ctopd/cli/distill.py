@@ -7,7 +7,7 @@ One GPU, LoRA:
         --model_name_or_path meta-llama/Llama-3.2-1B-Instruct \\
         --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \\
         --dataset_name openai/gsm8k --dataset_config main --prompt_column question \\
-        --dtype bfloat16 --use_peft --lora_r 32 --lora_target_modules all-linear --learning_rate 5e-5 \\
+        --dtype bfloat16 --use_peft --lora_r 32 --lora_target_modules all-linear --learning_rate 2e-4 \\
         --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --max_new_tokens 512 \\
         --max_steps 200 --logging_steps 5 --output_dir distill_output
 
