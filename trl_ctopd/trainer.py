@@ -1,14 +1,10 @@
 """`CrossTokenizerGKDTrainer`: the wiring between TRL's GKD trainer and the maths of this package."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
@@ -18,44 +14,41 @@ from transformers.utils import is_in_notebook
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
 from .config import CrossTokenizerGKDConfig, GKDTrainer
-from .looking import card, provenance
+from .looking import card
 from .looking.compare import compare
 from .looking.history import evaluation_prefix
-from .looking.ornaments import ornament
+from .looking.publish import publish, reports_of
 from .looking.report import DistillationReportCallback
-from .looking.samples import Sample, Samples, show
-from .losses import Distributions, ScoredChunks
-from .models.heads import add_token_scores, base_model, check_head, hidden_states, lm_head
+from .looking.run_card import RunCard
+from .looking.samples import Samples
+from .losses import Metrics, ScoredChunks
+from .models.heads import add_token_scores, base_model, check_head
 from .models.loading import check_vocabulary, ensure_pad_token, load_tokenizer
-from .models.sharding import keep_scores_in_float32, own_rows
-from .rollouts.generation import sampling_config, write
-from .rollouts.pairing import Prompt, Rollout, collate, grouped_by_length, on_columns, on_grid, pad_scores
-from .rollouts.prompts import COLUMNS, RepeatedWindows, check_room, collate_prompts, render_row
-from .rollouts.vllm import VLLMWriter, importance
+from .models.sharding import keep_scores_in_float32
+from .rollouts.generation import TransformersWriter, sampling_config
+from .rollouts.pairing import Prompt
+from .rollouts.prompts import COLUMNS, RepeatedWindows, collate_prompts, render_dataset
+from .rollouts.source import RolloutSource
+from .rollouts.vllm import VLLMWriter
 from .teachers.local import LocalTeacher
-from .teachers.panel import Awaited, Model, Panel, settled
+from .teachers.panel import Model, Panel
 from .teachers.remote import RemoteTeacher
-from .text.aligner import align_text
 from .text.chat import Speaker
-from .text.vocabulary import CACHE_DIR, VocabularyPair
+from .text.vocabulary import VocabularyPair
 from .training import checkpoints
 from .training.checks import (
     check_arguments,
     check_signal,
+    check_stop_ids,
     check_strategy,
+    checked,
     context_length,
     losses_by_text,
     signal_of,
 )
-from .training.metrics import Meter, chunk_metrics, rollout_metrics
+from .training.metrics import Meter, chunk_metrics, warn_of_much_masked
+from .training.scoring import Scorer
 from .training.timing import PhaseTimer
-
-
-logger = get_logger(__name__)
-
-_MUCH_MASKED = 0.2  # the real tokenizers' own share on random text is under 0.03
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
 
 
 class CrossTokenizerGKDTrainer(GKDTrainer):
@@ -120,10 +113,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self.student_context = context_length(model, args)
         self._meters = {"train": Meter(), "eval": Meter()}
         self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
-        self._window: list[dict] = []  # the optimizer step's micro-batches, and the next steps' with `rollout_reuse`
-        self._old_log_probs: dict[int, torch.Tensor] = {}  # of those micro-batches, as the student wrote them
-        self._samples = Samples()
-        self._card: card.Written | None = None  # the last one
+        self._pending = checkpoints.PendingRollouts(args)
+        self._samples, self._card = Samples(), RunCard()
 
         self._init_without_shared_vocabulary(
             model,
@@ -143,7 +134,12 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         check_strategy(args, self.accelerator)
         keep_scores_in_float32(self.accelerator)
         self._finish_student()
+        writer = self._writer()
         self.panel.sit(self.accelerator, self.student_side, self.stop_ids)
+        self.rollouts = RolloutSource(
+            args, self.accelerator, self.student_side, self.panel, writer, self._reads_distributions
+        )
+        self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary)
         self._finish_losses()
         # What GKDTrainer's own methods and callers read
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
@@ -170,16 +166,15 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         # Trainer counts a step's tokens only for models that take loss kwargs; the loss here always needs the count
         self.model_accepts_loss_kwargs = True
         self.stop_ids = self.student_side.stop_ids(student.generation_config)
-        if not self.stop_ids:
-            raise ValueError(
-                f"Nothing ends the student's turn: {type(self.processing_class).__name__} has no eos_token and its "
-                "generation config no eos_token_id. Set one of them."
-            )
+        check_stop_ids(self.stop_ids, self.processing_class)
         self.generation_config = sampling_config(self.args, self.stop_ids, pad_token_id)
-        self._vllm = None
-        if self.args.use_vllm:
-            self._vllm = VLLMWriter(self.model, self.accelerator, self.processing_class, self.args, self.stop_ids)
         student.generation_config.eos_token_id = self.stop_ids  # the saved student stops where it learned to
+
+    def _writer(self) -> TransformersWriter | VLLMWriter:
+        args = self.args
+        if args.use_vllm:
+            return VLLMWriter(self.model, self.accelerator, self.processing_class, args, self.stop_ids)
+        return TransformersWriter(self.generation_config, self.accelerator, args)
 
     def _finish_losses(self):
         """What the losses read of the two vocabularies, built before any training time is spent."""
@@ -216,51 +211,15 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     @cached_property
     def vocabulary(self) -> VocabularyPair:
-        student, teacher = base_model(self.model), self.teacher.base_model
-        turn_end_is_one_token = all(len(ids) == 1 for ids in self.panel.only.turn_ends.values())
-        return VocabularyPair(
-            self._tokenizer,
-            self.teacher_processing_class,
-            student_size=student.get_output_embeddings().out_features,
-            teacher_size=teacher.get_output_embeddings().out_features,
-            student_stops=self.stop_ids,
-            teacher_stops=self.panel.only.stop_ids if turn_end_is_one_token else (),
-            device=self.accelerator.device,
-            cache_dir=CACHE_DIR,
-        )
+        student_size = base_model(self.model).get_output_embeddings().out_features
+        return self.panel.only.vocabulary(student_size, self.accelerator.device)
 
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Renders and tokenizes every row for both models, once; a dataset that has been through it comes back as it
-        is.
-        """
-        if isinstance(dataset, Dataset) and not len(dataset):
-            raise ValueError(f"The {dataset_name} dataset is empty.")
-        if dataset.column_names is not None and set(COLUMNS) <= set(dataset.column_names):
-            return dataset
-        options = {}
-        if isinstance(dataset, Dataset):
-            options = {"num_proc": args.dataset_num_proc, "desc": f"Rendering {dataset_name} dataset for both models"}
-        with args.main_process_first(local=True, desc="dataset rendering"):
-            rendered = dataset.map(
-                render_row,
-                with_indices=True,
-                fn_kwargs={
-                    "student": self.student_side,
-                    "teachers": self.panel.sides,
-                    "longest_prompt": None
-                    if self.student_context is None
-                    else self.student_context - args.max_new_tokens,
-                    "needs_reference": args.lmbda < 1 and not args.seq_kd and dataset_name == "train",
-                    "dataset_name": dataset_name,
-                },
-                remove_columns=dataset.column_names or list(next(iter(dataset))),
-                **options,
-            )
-        if isinstance(rendered, Dataset):
-            check_room(rendered, self.panel.contexts_of_servers, args.max_new_tokens, dataset_name)
-        return rendered
+        """Renders and tokenizes every row for both models, once."""
+        contexts = self.student_context, self.panel.contexts_of_servers
+        return render_dataset(dataset, args, self.student_side, self.panel.sides, *contexts, dataset_name)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = COLUMNS
@@ -292,20 +251,22 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        step = self.state.global_step
-        if step % self.args.rollout_reuse == 0 or not self._window:
-            self._window, self._old_log_probs = [], {}
+        step, pending = self.state.global_step, self._pending
+        if step % self.args.rollout_reuse == 0 or not pending.batches:
+            pending.clear()
             window = [batch["prompts"] for batch in batches]
             if self.args.rollout_reuse == 1:  # else the sampler deals whole steps alone
-                window[-1] = self._without_fillers(window[-1])
-            with self._rollout_seed(step):
-                self._window = self._roll_out(self.model_wrapped, window, "train")
-        return self._window, self._get_num_items_in_batch(self._window, device)
+                window[-1] = self.rollouts.mark_padding_rows(window[-1])
+            with self.rollouts.seeded(step):
+                pending.batches = self._roll_out(self.model_wrapped, window, "train")
+        return pending.batches, self._get_num_items_in_batch(pending.batches, device)
 
-    def _without_fillers(self, prompts: list[Prompt]) -> list[Prompt]:
-        """`prompts`, read last, with those marked that are of another batch."""
-        own = own_rows(self.accelerator, len(prompts))
-        return [*prompts[:own], *(replace(prompt, filler=True) for prompt in prompts[own:])]
+    def _roll_out(self, model: nn.Module, window: list[list[Prompt]], mode: str) -> list[dict]:
+        """Completions for all prompts of `window` in one go, scored by the teacher and cut into micro-batches again."""
+        self._samples.clear()
+        batches, metrics = self.rollouts.roll_out(model, window, self.state.global_step, mode, self._timers[mode])
+        self._meters[mode].add(metrics)
+        return batches
 
     # Checkpoints
 
@@ -323,164 +284,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
         if self.state.global_step % self.args.rollout_reuse:
-            window = [settled(batch) for batch in self._window]
-            torch.save((self._window_layout(), window, self._old_log_probs), self._pending(output_dir))
+            self._pending.save(output_dir)
         self.accelerator.wait_for_everyone()  # what marks a whole checkpoint comes next
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self._pending(checkpoint).exists():
-            return
-        layout, window, old_log_probs = torch.load(self._pending(checkpoint), "cpu")
-        if layout == self._window_layout():
-            self._window, self._old_log_probs = window, old_log_probs
-        else:
-            logger.warning(
-                f"{checkpoint} keeps completions of other settings than these (then {layout}, now "
-                f"{self._window_layout()}): they are left, and the student writes anew."
-            )
-
-    def _window_layout(self) -> dict[str, int]:
-        names = (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "num_generations",
-            "rollout_reuse",
-            "world_size",
-        )
-        return {name: getattr(self.args, name) for name in names}
-
-    def _pending(self, checkpoint: str) -> Path:
-        """Where a checkpoint keeps the completions that this process has yet to train on."""
-        return Path(checkpoint) / f"rollouts_{self.args.process_index}.pt"
-
-    def _roll_out(self, model: nn.Module, window: list[list[Prompt]], mode: str) -> list[dict]:
-        """Completions for all prompts of `window` in one go, scored by the teacher and cut into micro-batches again."""
-        self._samples.clear()
-        phase, repeats = self._timers[mode], self.args.num_generations if mode == "train" else 1
-        window = [[prompt for prompt in prompts for _ in range(repeats)] for prompts in window]
-        on_policy = [mode == "eval" or draw < self.args.lmbda for draw in self._lmbda_draws(len(window))]
-        with phase("generation"):
-            completions, sampled = zip(*self._draw(model, window, on_policy), strict=True)
-        with phase("alignment"):
-            rollouts = self.panel.pair([prompt for prompts in window for prompt in prompts], completions)
-        with phase("teacher"):
-            with_hidden = any(signal_of(self._loss_for(on)) == "logits" for on in on_policy)
-            readings = self.panel.read(rollouts, with_hidden)
-        self._meters[mode].add(rollout_metrics(rollouts))
-        self._meters[mode].add({"off_policy_fraction": (on_policy.count(False), len(on_policy))})
-
-        batches, names = [], list(self.panel.seats)
-        for index, (rows, on) in enumerate(
-            zip(self._micro_batches(rollouts, window, on_policy), on_policy, strict=True)
-        ):
-            batch = collate(
-                [rollouts[r] for r in rows], self.processing_class.pad_token_id, self.args.pad_to_multiple_of
-            )
-            batch["teacher_places"] = torch.tensor([names.index(rollouts[r].prompt.teacher) for r in rows])
-            teacher_length = batch["teacher_chunks"].shape[1]
-            batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)
-            if signal_of(self._loss_for(on)) == "logits":
-                batch["teacher_hidden"] = pad_scores([readings.hidden[r] for r in rows], teacher_length)
-            if on and self._vllm is not None:
-                batch["sampled_log_probs"] = on_columns([sampled[r] for r in rows], batch)
-            batches.append({**batch, "on_policy": on, "index": index})
-        return batches
-
-    def align_completions(
-        self, completions: Sequence[list[int]], teachers: Sequence[int] | None = None
-    ) -> list[Rollout]:
-        """Of completions alone, and the places of their teachers in the panel: prompts bear on nothing but the teacher's
-        context."""
-        names = list(self.panel.seats)
-        prompts = [Prompt([], [], teacher=names[place]) for place in teachers or [0] * len(completions)]
-        return self.panel.pair(prompts, completions)
-
-    def _micro_batches(
-        self, rollouts: list[Rollout], window: list[list[Prompt]], on_policy: list[bool]
-    ) -> list[list[int]]:
-        """The rows of each micro-batch; text of the student never shares one with text of another."""
-        ends = [*accumulate(map(len, window), initial=0)]
-        batches = [list(range(start, end)) for start, end in pairwise(ends)]
-        if not self.args.length_grouped:
-            return batches
-        lengths = [len(rollout.prompt.student_ids) + len(rollout.student_ids) for rollout in rollouts]
-        own, given = (
-            iter(grouped_by_length(lengths, [rows for rows, on in zip(batches, on_policy, strict=True) if on == kind]))
-            for kind in (True, False)
-        )
-        return [next(own if on else given) for on in on_policy]
-
-    def _loss_for(self, on_policy: bool) -> Callable:
-        return self.distillation_loss if on_policy else self.off_policy_loss
-
-    def _draw(
-        self, model: nn.Module, window: list[list[Prompt]], on_policy: list[bool]
-    ) -> list[tuple[list[int], list[float] | None]]:
-        """A completion for each prompt of `window`, in its order: the student's own, with the log-probs that vLLM drew it
-        with where that wrote it, or one the student did not write."""
-        groups = list(zip(window, on_policy, strict=True))
-        own = [prompt for prompts, on in groups if on for prompt in prompts]
-        if self._vllm is not None:
-            written = iter(self._vllm.write([prompt.student_ids for prompt in own], self.state.global_step))
-        else:
-            written = ((ids, None) for ids in self._write(model, own))
-        others = [prompt for prompts, on in groups if not on for prompt in prompts]
-        given = ((ids, None) for ids in self._references(others))
-        return [next(written if on else given) for prompts, on in groups for _ in prompts]
-
-    def _write(self, model: nn.Module, prompts: list[Prompt]) -> list[list[int]]:
-        """The student's completions, up to and including the first stop token."""
-        return write(
-            model,
-            [prompt.student_ids for prompt in prompts],
-            self.generation_config,
-            self.accelerator,
-            self.args,
-            self.args.generation_backend,
-        )
-
-    def _references(self, prompts: list[Prompt]) -> list[list[int]]:
-        """Completions the student did not write, in student ids: the dataset's, or the teacher's with `seq_kd`."""
-        limit = self.args.max_new_tokens
-        if not self.args.seq_kd or not prompts:
-            return [prompt.reference_ids[:limit] for prompt in prompts]
-        seat = self.panel.only
-        stop_ids, pad_token_id = seat.stop_ids, seat.tokenizer.pad_token_id
-        config = sampling_config(self.args, stop_ids, stop_ids[0] if pad_token_id is None else pad_token_id)
-        longest = max(len(prompt.teacher_ids) for prompt in prompts)
-        if seat.context is not None:
-            if longest >= seat.context:
-                raise ValueError(
-                    f"seq_kd: a prompt of {longest} teacher tokens leaves the teacher no room to write in its context of "
-                    f"{seat.context}. Filter such rows out."
-                )
-            config.max_new_tokens = min(limit, seat.context - longest)
-        written = write(
-            self.teacher.model, [prompt.teacher_ids for prompt in prompts], config, self.accelerator, self.args
-        )
-        return [self._respell(ids)[:limit] for ids in written]
-
-    def _respell(self, teacher_ids: list[int]) -> list[int]:
-        """What the student would write for the teacher's completion."""
-        ended = bool(teacher_ids) and teacher_ids[-1] in self.panel.only.stop_ids
-        tokenizer = self.teacher_processing_class
-        text = align_text(teacher_ids[:-1] if ended else teacher_ids, tokenizer, tokenizer).text
-        ids = self.processing_class.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return ids + self.student_side.turn_end[-1:] if ended else ids
-
-    def _lmbda_draws(self, count: int) -> list[float]:
-        """The same on every process: all of them write, or none does."""
-        generator = torch.Generator().manual_seed(self.args.seed + _STRIDE * self.state.global_step)
-        return torch.rand(count, generator=generator).tolist()
-
-    @contextmanager
-    def _rollout_seed(self, step: int):
-        """Draws within depend on seed, step and process alone, so that evaluating or resuming changes no rollout."""
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.args.seed + _STRIDE * (step + 1) + self.accelerator.process_index)
-            yield
+        if checkpoint is not None:
+            self._pending.load(checkpoint)
 
     # Loss
 
@@ -500,15 +310,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             raise ValueError("The logits are never built, so compute_loss has no outputs to return.")
         mode = "train" if model.training else "eval"
         with self._timers[mode]("loss"):
-            batch, entropy = self._score(model, inputs)
+            batch, entropy, metrics = self._score(model, inputs)
+            self._meters[mode].add(metrics)
             num_items = batch.scored_tokens if num_items_in_batch is None else num_items_in_batch
-            result = self._loss_for(inputs["on_policy"])(batch, torch.as_tensor(num_items).clamp(min=1))
-            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-                raise TypeError(
-                    "A loss returns (value, metrics), with metrics a dict of name: (sum, weight); this one returned a "
-                    f"{type(result).__name__}."
-                )
-            loss, metrics = result
+            loss, metrics = checked(self._loss_for(inputs["on_policy"])(batch, torch.as_tensor(num_items).clamp(min=1)))
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # N counts every process, and DDP averages over them
 
@@ -516,75 +321,29 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             if batch.old_log_probs is None:  # text of the student as it is now
                 self._meters[mode].add(chunk_metrics(batch, entropy, inputs["filler"]))
                 if model.training and self.args.rollout_reuse > 1:
-                    self._old_log_probs[inputs["index"]] = batch.policy_log_probs
-                if self.args.log_completions or self._reports:
+                    self._pending.old_log_probs[inputs["index"]] = batch.policy_log_probs
+                if self.args.log_completions or reports_of(self):
                     micro_batches = self.current_gradient_accumulation_steps if model.training else 1
                     self._samples.keep(inputs, batch, -(-self.args.num_completions_to_print // micro_batches))
             return loss
 
-    def _score(self, model: nn.Module, inputs: dict) -> tuple[ScoredChunks, torch.Tensor]:
-        """The student's forward pass: what the loss reads, and the entropy (B, S) of the student's distributions."""
+    def _score(self, model: nn.Module, inputs: dict) -> tuple[ScoredChunks, torch.Tensor, Metrics]:
+        """The student's forward pass over a micro-batch: see [`Scorer`]."""
         mode = "train" if model.training else "eval"
-        on_distributions = signal_of(self._loss_for(inputs["on_policy"])) == "logits"
-        student, scored = base_model(self.accelerator.unwrap_model(model)), inputs["scored"]
-        with (
-            self._timers[mode]("student"),
-            hidden_states(student) if on_distributions else nullcontext() as states,
-        ):
-            scores = model(
-                input_ids=inputs["input_ids"],
-                scored=scored,
-                targets=inputs["input_ids"][scored[0], scored[1] + 1],
-            )
-        log_probs, entropy = (on_grid(values, scored, inputs["input_ids"]) for values in scores)
-        old = self._old_log_probs.get(inputs["index"]) if model.training else None
-        batch = ScoredChunks(
-            student_log_probs=log_probs,
-            teacher_log_probs=self._settled(inputs["teacher_log_probs"], mode),
-            student_chunks=inputs["student_chunks"],
-            teacher_chunks=inputs["teacher_chunks"],
-            student_widths=inputs["student_widths"],
-            num_chunks=inputs["num_chunks"],
-            student_ids=inputs["input_ids"][:, 1:],
-            teacher_ids=inputs["teacher_ids"],
-            old_log_probs=None if old is None else old.to(log_probs.device),
-        )
-        if "sampled_log_probs" in inputs:
-            clip_max = self.args.vllm_importance_sampling_clip_max
-            batch.importance, metrics = importance(batch, inputs["sampled_log_probs"].to(log_probs.device), clip_max)
-            self._meters[mode].add(metrics)
-        if on_distributions:
-            length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
-            self._add_distributions(batch, student, states[0][:, :-1][:, -length:], inputs["teacher_hidden"])
-        return batch, entropy.detach()
+        old = self._pending.old_log_probs.get(inputs["index"]) if model.training else None
+        return self._scorer(model, inputs, self._reads_distributions(inputs["on_policy"]), old, self._timers[mode])
 
-    def _settled(self, scores: torch.Tensor | Awaited, mode: str) -> torch.Tensor:
-        """The teacher's log-probs; waits for those that a server still works on."""
-        if not isinstance(scores, Awaited):
-            return scores
-        with self._timers[mode]("teacher_wait"):
-            log_probs = scores.log_probs
-        self._meters[mode].add(scores.metrics)
-        return log_probs
+    def _loss_for(self, on_policy: bool) -> Callable:
+        return self.distillation_loss if on_policy else self.off_policy_loss
 
-    def _add_distributions(self, batch: ScoredChunks, student: PreTrainedModel, hidden, teacher_hidden):
-        """Gives `batch` what a loss on whole distributions reads, from the hidden states of both sides, projected in the
-        precision that the sampled log-probs are computed in."""
-        sides = []
-        for model, states, output in (
-            (student, hidden, batch.student_log_probs),
-            (self.teacher.base_model, teacher_hidden, None),
-        ):
-            dtype = _AUTOCAST.get(self.accelerator.mixed_precision, states.dtype)
-            sides.append(Distributions(states, lm_head(model, dtype, self.args.temperature, output)))
-        batch.student, batch.teacher = sides
-        batch.vocabulary, batch.tile_tokens = self.vocabulary, self.args.logit_tile_tokens
+    def _reads_distributions(self, on_policy: bool) -> bool:
+        return signal_of(self._loss_for(on_policy)) == "logits"
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """On-policy evaluation: the student answers the prompts and the teacher scores the answers."""
         timer = self._timers["eval"]
         timer.begin()
-        [batch] = self._roll_out(model, [self._without_fillers(inputs["prompts"])], "eval")
+        [batch] = self._roll_out(model, [self.rollouts.mark_padding_rows(inputs["prompts"])], "eval")
         with timer("student"), torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(batch))
         tokens = batch["scored"].shape[1]
@@ -599,7 +358,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         self._meters["eval"].clear()  # of one before that was interrupted, or that nothing was logged of
-        with self._rollout_seed(-1):  # the same draws at every evaluation, so that two of them compare
+        with self.rollouts.seeded(-1):  # the same draws at every evaluation, so that two of them compare
             return super().evaluation_loop(*args, **kwargs)
 
     # Logging
@@ -607,34 +366,11 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         figures = self._meters[mode].read(self.accelerator)
-        if figures.get("alignment/masked_fraction", 0) > _MUCH_MASKED:
-            logger.warning(
-                f"{figures['alignment/masked_fraction']:.0%} of the student's tokens take no part (why: masked_bytes/* "
-                "and alignment/teacher_context_exceeded_fraction). "
-                "Masked text costs the student nothing, and the gap says nothing of it: look at the completions "
-                "(log_completions=True), and lower the learning rate if the share grows."
-            )
+        warn_of_much_masked(figures)
         prefix = evaluation_prefix(logs) if mode == "eval" else ""
         logs.update({f"{prefix}{name}": value for name, value in figures.items()})
         super().log(logs, start_time)
-        if self.is_world_process_zero():
-            samples = self._samples_to_show()
-            if samples and self.args.log_completions:
-                shown_by, rows = self.callback_handler.callbacks, self.args.num_completions_to_print
-                with ornament("The table of completions"):
-                    show(samples, self.processing_class, shown_by, rows, f"{prefix}completions")
-            for report in self._reports:
-                report.update(self, prefix, samples)
-        self._samples.clear()
-
-    def _samples_to_show(self) -> list[Sample]:
-        with ornament("The samples of completions"):
-            return self._samples.take(self.state.global_step, self.processing_class, self.align_completions)
-        return []
-
-    @property
-    def _reports(self) -> list[DistillationReportCallback]:
-        return [own for own in self.callback_handler.callbacks if isinstance(own, DistillationReportCallback)]
+        publish(self, self._samples, prefix)
 
     def compare(
         self, prompts: Sequence[str | list[dict] | Mapping], max_new_tokens: int | None = None
@@ -659,7 +395,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     ):
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else list(tags or [])
-            self._write_card(self.args.output_dir, model_name, dataset_name, tags)
+            self._card.write(self, self.args.output_dir, model_name, dataset_name, tags)
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         folder = output_dir or self.args.output_dir
@@ -668,41 +404,4 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             # over the placeholder card that PEFT leaves, which names the base model's folder
-            self._write_card(folder)
-
-    def _write_card(
-        self, folder: str, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] = ()
-    ):
-        with ornament("The model card"):
-            folder_of_run = Path(self.args.hub_model_id or self.args.output_dir)
-            model_name = model_name or folder_of_run.name or folder_of_run.resolve().name
-            key = (len(self.state.log_history), model_name, dataset_name, *tags)
-            if self._card is None or self._card.key != key:  # a checkpoint has the card of the output folder
-                self._card = self._make_card(key, model_name, dataset_name, tags)
-            self._card.write(folder)
-
-    def _make_card(self, key: tuple, model_name: str, dataset_name: str | None, tags: Sequence[str]) -> card.Written:
-        student, seats = get_config_model_id(self.model.config), self.panel.seats.values()
-        history, dataset = self.state.log_history, self.train_dataset
-        picture = command = None
-        with ornament("The run's command"):
-            command = provenance.command()  # asks for the working folder, which may be gone
-        with ornament("The picture of the learning curve"):
-            picture = card.learning_curve(history)
-        made = card.model_card(
-            model_name=model_name,
-            hub_model_id=self.hub_model_id,
-            student=student,
-            teachers=[(seat.name, seat.tokenizer) for seat in seats],
-            student_tokenizer=self.processing_class,
-            args=self.args,
-            adapter=isinstance(self.model, PeftModel),
-            dataset_name=dataset_name or provenance.dataset_source(dataset),
-            tags=[*self._tag_names, *tags],
-            log_history=history,
-            prompts=len(dataset) if isinstance(dataset, Dataset) else None,
-            licenses=[provenance.license_of(name) for name in (student, *(seat.name for seat in seats))],
-            command=command,
-            picture=None if picture is None else card.PICTURE,
-        )
-        return card.Written(key, made, picture)
+            self._card.write(self, folder)

@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
         folder = tmp_path_factory.mktemp("quality")
         patch.setattr(worlds, "CACHE", folder / "cache")
         patch.setattr(run, "CACHE", folder / "cache")
-        patch.setattr("trl_ctopd.trainer.CACHE_DIR", folder / "vocabularies")
+        patch.setattr("trl_ctopd.teachers.panel.CACHE_DIR", folder / "vocabularies")
         patch.setitem(run.SCALES, "cpu", SCALE)
         patch.setattr(run, "HOME", {"sums": "digits"})
         patch.setattr(run, "LEADING", ["dpca", "seq_kd"])

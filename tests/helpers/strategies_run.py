@@ -97,7 +97,9 @@ def build(
         peft_config=adapter,
     )
     if fixed:
-        trainer._write = lambda model, given: [text(trainer.processing_class, prompt, blank) for prompt in given]
+        trainer.rollouts.write = lambda model, given, step: [
+            (text(trainer.processing_class, prompt, blank), None) for prompt in given
+        ]
     return trainer
 
 
@@ -125,13 +127,13 @@ def local_elements(model) -> int:
 def rounded(trainer) -> list[bool]:
     """Whether the student's and the teacher's log-probs, as a loss gets them, are all numbers of half precision."""
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        batch, _ = trainer._score(trainer.model_wrapped, trainer._prepare_inputs(trainer._window[0]))
+        batch, *_ = trainer._score(trainer.model_wrapped, trainer._prepare_inputs(trainer._pending.batches[0]))
     return [bool((own == own.bfloat16()).all()) for own in (batch.student_log_probs, batch.teacher_log_probs)]
 
 
 def run(folder: Path, name: str, processes: int = 1) -> dict:
     trainer = build(folder / name, processes=processes, fixed=name in FIXED, **CASES[name])
-    draws = trainer._lmbda_draws(4)
+    draws = trainer.rollouts.lmbda_draws(0, 4)
     trainer.train()
     found = {
         "num_processes": trainer.accelerator.num_processes,

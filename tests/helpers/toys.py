@@ -123,11 +123,11 @@ def fix_rollouts(trainer):
     """The student 'writes' a text of uneven length that depends on the prompt alone, so that runs can be compared."""
     tokenizer = trainer.processing_class
 
-    def write(model, prompts):
+    def write(model, prompts, step):
         texts = [f"{len(p.student_ids)} is the sum" + " of what and two" * (sum(p.student_ids) % 4) for p in prompts]
-        return [tokenizer.encode(text)[:40] + [tokenizer.eos_token_id] * (len(text) % 2) for text in texts]
+        return [(tokenizer.encode(text)[:40] + [tokenizer.eos_token_id] * (len(text) % 2), None) for text in texts]
 
-    trainer._write = write
+    trainer.rollouts.write = write
     return trainer
 
 

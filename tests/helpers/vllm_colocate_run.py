@@ -21,6 +21,7 @@ def main(site_packages: str, folder: Path, kind: str):
     from transformers import AutoModelForCausalLM
 
     from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+    from trl_ctopd.rollouts.pairing import Prompt
 
     start = str(folder / "student")
     shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}  # heads of 64
@@ -57,7 +58,8 @@ def main(site_packages: str, folder: Path, kind: str):
     trainer.train()
 
     given = [row["prompt_ids"] for row in trainer.train_dataset]
-    written = trainer._vllm.write(given, trainer.state.global_step)
+    asked = [Prompt(ids, []) for ids in given]
+    written = trainer.rollouts.write(trainer.model, asked, trainer.state.global_step)
 
     @torch.no_grad()
     def distance(model) -> float:

@@ -73,7 +73,7 @@ def test_an_ornament_that_fails_costs_the_run_that_ornament_and_a_line(
 
 
 def test_a_table_of_completions_that_cannot_be_printed_stops_nothing(build, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("trl_ctopd.trainer.show", fail)
+    monkeypatch.setattr("trl_ctopd.looking.publish.show", fail)
     trains_to_the_end(build(**LOOKED_AT), tmp_path)
     assert "The table of completions is left out" in caplog.text
     assert (tmp_path / "run" / "report.html").exists()

@@ -12,6 +12,7 @@ from toys import SGD, fix_rollouts, prompts, student_model, teacher_model
 from trl_ctopd import CrossTokenizerGKDConfig, DistillationReportCallback
 from trl_ctopd.looking import report
 from trl_ctopd.looking.history import figures
+from trl_ctopd.looking.publish import reports_of
 from trl_ctopd.looking.report.advice import advice
 from trl_ctopd.looking.report.charts import MOST_POINTS, Series, curves, thinned, ticks
 from trl_ctopd.looking.report.page import percent, plain
@@ -152,7 +153,7 @@ def test_a_resumed_run_goes_on_with_its_curves_and_its_first_samples(run, tmp_pa
     page = read(resumed)
     assert re.findall(r"<title>training: \S+ at step (\d)</title>", page)[:4] == ["1", "2", "3", "4"]
     assert "First sample, step 1" in texts(page) and "Latest sample, step 4" in texts(page)
-    assert resumed._reports[0].first == whole._reports[0].first
+    assert reports_of(resumed)[0].first == reports_of(whole)[0].first
 
 
 def test_a_run_resumed_from_a_checkpoint_that_knew_no_report_saves_and_reports(run, tmp_path):
@@ -208,7 +209,7 @@ def test_a_hostile_prompt_and_completion_stay_text(build):
     dataset = prompts(4).map(lambda row: {"prompt": [{"role": "user", "content": hostile}]})
     trainer = build(report=True, dataset=dataset, max_new_tokens=80)
     ids = trainer.processing_class.encode(hostile)
-    trainer._write = lambda model, prompts: [ids for _ in prompts]
+    trainer.rollouts.write = lambda model, prompts, step: [(ids, None) for _ in prompts]
     trainer.train()
     page = read(trainer)
     assert "<script" not in page and "<img" not in page and "&lt;img" in page
@@ -360,8 +361,8 @@ def test_figures_are_told_apart_by_the_set_that_they_are_of():
 def test_a_students_log_probs_that_are_not_finite_do_not_stop_the_page(build):
     trainer = build(report=True, num_completions_to_print=1, model=student_model())
     trainer.train()
-    sample = {**trainer._reports[0].last[""][0]}
+    sample = {**reports_of(trainer)[0].last[""][0]}
     sample["student_log_probs"] = [math.nan] * len(sample["ids"])
-    trainer._reports[0].last[""] = [sample]
+    reports_of(trainer)[0].last[""] = [sample]
     trainer.log({"loss": math.nan})
     assert 'class="ctopd"' in read(trainer)

@@ -26,8 +26,8 @@ def file(build_in, tmp_path_factory) -> Path:
         num_completions_to_print=2,
         lr_scheduler_type="constant",
     )
-    trainer._write = lambda model, asked: [
-        trainer.processing_class.encode(f"{HOSTILE} step {trainer.state.global_step + 1}") for _ in asked
+    trainer.rollouts.write = lambda model, asked, step: [
+        (trainer.processing_class.encode(f"{HOSTILE} step {step + 1}"), None) for _ in asked
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "MOST_OF_THE_TIME", math.inf)

@@ -17,7 +17,7 @@ def taken(build, monkeypatch):
 
     def train(**settings):
         shown = []
-        monkeypatch.setattr("trl_ctopd.trainer.show", lambda samples, *_: shown.append(samples))
+        monkeypatch.setattr("trl_ctopd.looking.publish.show", lambda samples, *_: shown.append(samples))
         trainer = fix_rollouts(build(log_completions=True, **settings))
         trainer.train()
         return shown, trainer
@@ -28,7 +28,9 @@ def taken(build, monkeypatch):
 def test_a_steps_samples_have_its_logged_gap(taken):
     [samples], trainer = taken(num_completions_to_print=8, per_device_train_batch_size=4)
     assert len(samples) == 4
-    widths = [len(rollout.alignment.text.encode()) for rollout in trainer.align_completions([s.ids for s in samples])]
+    widths = [
+        len(rollout.alignment.text.encode()) for rollout in trainer.panel.align_completions([s.ids for s in samples])
+    ]
     mean = sum(sample.gap * width for sample, width in zip(samples, widths, strict=True)) / sum(widths)
     [logged] = [entry["gap/nats_per_byte"] for entry in trainer.state.log_history if "gap/nats_per_byte" in entry]
     assert mean == pytest.approx(logged, rel=1e-5)
@@ -37,7 +39,7 @@ def test_a_steps_samples_have_its_logged_gap(taken):
 def test_log_probs_are_of_the_samples_own_tokens_on_both_sides(taken):
     [samples], trainer = taken(per_device_train_batch_size=4)
     for sample in samples:
-        [rollout] = trainer.align_completions([sample.ids])
+        [rollout] = trainer.panel.align_completions([sample.ids])
         assert len(sample.student_log_probs) == len(sample.ids)
         assert len(sample.teacher_log_probs) == len(rollout.teacher_ids)
         assert all(value < 0 for value in sample.student_log_probs + sample.teacher_log_probs)

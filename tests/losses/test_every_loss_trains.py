@@ -103,7 +103,7 @@ def test_every_loss_has_a_case():
 def test_a_short_run_makes_the_student_better_or_closer_on_held_out_prompts(
     loss, world, students, tmp_path, monkeypatch, record_property
 ):
-    monkeypatch.setattr("trl_ctopd.trainer.CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr("trl_ctopd.teachers.panel.CACHE_DIR", tmp_path / "cache")
     name, settings = CASES[loss]
     student, tokenizer = students[name]
     draw = partial(task.draw, random.Random(1), frozenset(world.held_out))

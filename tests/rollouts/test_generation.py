@@ -154,7 +154,7 @@ def test_small_batches_hold_prompts_of_like_length_and_come_back_in_order(build)
         trainer.model.generate = lambda **inputs: seen.append(inputs["attention_mask"]) or generate(**inputs)
         trainer.generation_config.do_sample = False
         prompts = trainer.data_collator(list(trainer.train_dataset))["prompts"]
-        return trainer._write(trainer.model, prompts), [mask for mask in seen if mask.shape[1] > 20]
+        return trainer.rollouts.write(trainer.model, prompts, 0), [mask for mask in seen if mask.shape[1] > 20]
 
     [whole, [_]], [parts, masks] = written(), written(generation_batch_size=6)
     assert parts == whole

@@ -65,8 +65,10 @@ def test_a_stream_of_prompts_cannot_be_used_again(build):
 def watched(trainer) -> tuple[list, list]:
     """The prompts of each call to write, and the number of texts of each call to the teacher."""
     written, read = [], []
-    write, score = trainer._write, trainer.teacher.log_probs
-    trainer._write = lambda model, given: written.append([p.student_ids for p in given]) or write(model, given)
+    write, score = trainer.rollouts.write, trainer.teacher.log_probs
+    trainer.rollouts.write = lambda model, given, step: (
+        written.append([p.student_ids for p in given]) or write(model, given, step)
+    )
     trainer.teacher.log_probs = lambda *texts: read.append(len(texts[0])) or score(*texts)
     return written, read
 

@@ -61,7 +61,7 @@ def test_a_teacher_at_a_server_and_one_here_train_as_two_here(run):
 def test_samples_are_read_again_with_their_own_teacher(run):
     trainer, _ = run(teachers(), NAMED, TOKENIZERS)
     ids = student_tokenizer().encode("two and three")
-    one, other = trainer.align_completions([ids, ids], [0, 1])
+    one, other = trainer.panel.align_completions([ids, ids], [0, 1])
     assert one.teacher_ids != other.teacher_ids == ids
 
 

@@ -165,11 +165,11 @@ def test_what_the_teacher_writes_fits_both_contexts(build):
     long_ago = teacher_model(max_position_embeddings=44)
     trainer = build(lmbda=0.0, seq_kd=True, teacher=long_ago, max_new_tokens=30, dataset=prompts(2))
     rows = trainer.data_collator(list(trainer.train_dataset))["prompts"]
-    completions = trainer._references(rows)
+    completions = trainer.rollouts.references(rows)
     assert max(len(row.teacher_ids) for row in rows) + 30 > 44, "the teacher could not write 30 tokens"
     assert all(len(ids) <= 30 for ids in completions)
     with pytest.raises(ValueError, match="no room to write in its context of 44"):
-        trainer._references([mock.Mock(teacher_ids=[0] * 44)])
+        trainer.rollouts.references([mock.Mock(teacher_ids=[0] * 44)])
 
 
 def test_a_loss_that_returns_something_else_is_told_what_to_return(build):
@@ -181,10 +181,9 @@ def test_a_loss_that_returns_something_else_is_told_what_to_return(build):
 
 def test_mixed_draws_depend_on_seed_and_step_alone(build):
     trainer = build(lmbda=0.5)
-    assert trainer._lmbda_draws(4) == trainer._lmbda_draws(4)
-    first = trainer._lmbda_draws(4)
-    trainer.state.global_step = 1
-    assert trainer._lmbda_draws(4) != first
+    first = trainer.rollouts.lmbda_draws(0, 4)
+    assert trainer.rollouts.lmbda_draws(0, 4) == first
+    assert trainer.rollouts.lmbda_draws(1, 4) != first
 
 
 def test_evaluation_is_on_policy_repeatable_and_leaves_training_alone(build):

@@ -18,7 +18,7 @@ OFF_POLICY = [name for name, loss in LOSSES.items() if loss.policy != "on"]
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch, tmp_path):
     """The vocabularies of these tests stay out of the user's cache."""
-    monkeypatch.setattr("trl_ctopd.trainer.CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr("trl_ctopd.teachers.panel.CACHE_DIR", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -49,7 +49,7 @@ def test_no_distributions_are_prepared_for_a_loss_that_does_not_ask(build, monke
 
 def test_only_micro_batches_whose_loss_asks_carry_the_teachers_hidden_states(build):
     trainer = build(lmbda=0.5, off_policy_loss="gold", per_device_train_batch_size=2)
-    trainer._lmbda_draws = lambda count: [0.1, 0.9]
+    trainer.rollouts.lmbda_draws = lambda step, count: [0.1, 0.9]
     rows = trainer.data_collator(list(trainer.train_dataset))["prompts"]
     on, off = trainer._roll_out(trainer.model, [rows[:2], rows[2:4]], "train")
     assert on["on_policy"] and "teacher_hidden" not in on

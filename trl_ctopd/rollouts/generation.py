@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Protocol
 
 import torch
 from peft import PeftModel
@@ -31,10 +32,37 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..config import CrossTokenizerGKDConfig
 from ..models.sharding import gathered_under_fsdp, is_sharded
-from .pairing import pad_rows
+from .pairing import Prompt, pad_rows
 
 
+Written = tuple[list[int], list[float] | None]
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+class Writer(Protocol):
+    """Writes as the student. All processes call it, each with its own prompts, which may be none."""
+
+    def __call__(self, model: nn.Module, prompts: list[Prompt], step: int) -> list[Written]:
+        """
+        Args:
+            model: the student, as it is wrapped for training.
+            step: optimizer steps taken.
+
+        Returns:
+            For each prompt the student ids of a completion, up to and including its first stop token; and the log-probs in
+            nats that they were drawn with, where the writer's are not those of `model`.
+        """
+
+
+class TransformersWriter:
+    """A [`Writer`] by the student's own `generate`, as `config` and `args` tell."""
+
+    def __init__(self, config: GenerationConfig, accelerator, args: CrossTokenizerGKDConfig):
+        self._config, self._accelerator, self._args = config, accelerator, args
+
+    def __call__(self, model: nn.Module, prompts: list[Prompt], step: int) -> list[Written]:
+        ids, backend = [prompt.student_ids for prompt in prompts], self._args.generation_backend
+        return [(own, None) for own in write(model, ids, self._config, self._accelerator, self._args, backend)]
 
 
 def sampling_config(args: CrossTokenizerGKDConfig, stop_ids: list[int], pad_token_id: int) -> GenerationConfig:

@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 
+from ..config import CrossTokenizerGKDConfig
 from ..text.chat import Speaker, read_example
 from .pairing import Prompt
 
@@ -16,6 +17,51 @@ from .pairing import Prompt
 logger = get_logger(__name__)
 
 COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids", "teacher"]
+
+
+def render_dataset(
+    dataset: Dataset | IterableDataset,
+    args: CrossTokenizerGKDConfig,
+    student: Speaker,
+    teachers: Mapping[str, Speaker],
+    student_context: int | None,
+    server_contexts: Mapping[str, int],
+    dataset_name: str,
+) -> Dataset | IterableDataset:
+    """
+    The rows of `dataset`, rendered and tokenized for both models: `COLUMNS`. A dataset that has these comes back as it is.
+
+    Args:
+        student_context: tokens of prompt and completion, `None` for no limit.
+        server_contexts: the same of teachers behind servers, by name, as far as they are known.
+        dataset_name: for messages; references are read of "train" alone.
+
+    Raises `ValueError` for a dataset without rows, and what `render_row` and `check_room` raise.
+    """
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError(f"The {dataset_name} dataset is empty.")
+    if dataset.column_names is not None and set(COLUMNS) <= set(dataset.column_names):
+        return dataset
+    options = {}
+    if isinstance(dataset, Dataset):
+        options = {"num_proc": args.dataset_num_proc, "desc": f"Rendering {dataset_name} dataset for both models"}
+    with args.main_process_first(local=True, desc="dataset rendering"):
+        rendered = dataset.map(
+            render_row,
+            with_indices=True,
+            fn_kwargs={
+                "student": student,
+                "teachers": teachers,
+                "longest_prompt": None if student_context is None else student_context - args.max_new_tokens,
+                "needs_reference": args.lmbda < 1 and not args.seq_kd and dataset_name == "train",
+                "dataset_name": dataset_name,
+            },
+            remove_columns=dataset.column_names or list(next(iter(dataset))),
+            **options,
+        )
+    if isinstance(rendered, Dataset):
+        check_room(rendered, server_contexts, args.max_new_tokens, dataset_name)
+    return rendered
 
 
 def render_row(

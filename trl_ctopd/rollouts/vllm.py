@@ -21,6 +21,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Metrics, ScoredChunks
+from .generation import Written
+from .pairing import Prompt
 
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
 
 class VLLMWriter:
     """
+    A [`Writer`] by vLLM.
+
     Args:
         model: the student, an adapter included, before it is wrapped.
         stop_ids: student ids that end a turn.
@@ -98,18 +102,15 @@ class VLLMWriter:
                     "sampled with: start it with `--logprobs-mode processed_logprobs`."
                 )
 
-    def write(self, prompts: list[list[int]], step: int) -> list[tuple[list[int], list[float]]]:
-        """
-        A completion of each prompt (token ids), up to and including its first stop token, and the log-probs in nats that the
-        engine drew its tokens with. All processes call it, each with its own prompts. `step`: optimizer steps taken.
-        """
+    def __call__(self, model: nn.Module, prompts: list[Prompt], step: int) -> list[Written]:
+        """See [`Writer`]; the log-probs are those that the engine drew with. `model` is the one that it was built with."""
         if step != self._step:
             self._engine.sync_weights()
             self._step = step
         most = max(gather_object([len(prompts)]))
         if not most:
             return []
-        filled = prompts + [[next(iter(self._stop_ids))]] * (most - len(prompts))
+        filled = [prompt.student_ids for prompt in prompts] + [[next(iter(self._stop_ids))]] * (most - len(prompts))
         _, completions, log_probs, _ = self._engine.generate(prompts=filled, images=None, num_generations=1)
         written = []
         for ids, scores in zip(completions[: len(prompts)], log_probs[: len(prompts)], strict=True):

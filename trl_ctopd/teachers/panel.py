@@ -20,6 +20,7 @@ from ..rollouts.pairing import Prompt, Rollout, pad_scores, pair
 from ..text.aligner import TextAligner
 from ..text.chat import Speaker, unshared_markup
 from ..text.one_tokenizer import OneTokenizer, is_one_tokenizer
+from ..text.vocabulary import CACHE_DIR, VocabularyPair
 from .local import LocalTeacher, load_teacher
 from .remote import RemoteScores, RemoteTeacher
 from .servers import Servers, is_url
@@ -107,6 +108,20 @@ class Seat:
             teacher_control_ids=self.side.control_ids,
         )
 
+    def vocabulary(self, student_size: int, device: torch.device) -> VocabularyPair:
+        """What the student's vocabulary, `student_size` rows of its LM head, and this teacher's have in common."""
+        turn_end_is_one_token = all(len(ids) == 1 for ids in self.turn_ends.values())
+        return VocabularyPair(
+            self.student.tokenizer,
+            self.tokenizer,
+            student_size=student_size,
+            teacher_size=self.teacher.base_model.get_output_embeddings().out_features,
+            student_stops=list(self.turn_ends),
+            teacher_stops=self.stop_ids if turn_end_is_one_token else (),
+            device=device,
+            cache_dir=CACHE_DIR,
+        )
+
 
 class Panel:
     """
@@ -186,6 +201,15 @@ class Panel:
             )
             rollouts |= zip(rows, found, strict=True)
         return [rollouts[row] for row in range(len(prompts))]
+
+    def align_completions(
+        self, completions: Sequence[list[int]], teachers: Sequence[int] | None = None
+    ) -> list[Rollout]:
+        """Of completions alone, and the places of their teachers among the seats: prompts bear on nothing but the teacher's
+        context."""
+        names = list(self.seats)
+        prompts = [Prompt([], [], teacher=names[place]) for place in teachers or [0] * len(completions)]
+        return self.pair(prompts, completions)
 
     def read(self, rollouts: Sequence[Rollout], with_hidden: bool) -> "Readings":
         """Each teacher reads its rows; a server's scores may still be on their way when this comes back."""

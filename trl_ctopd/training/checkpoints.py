@@ -10,10 +10,14 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..config import CrossTokenizerGKDConfig
+from ..teachers.panel import settled
 
 
 logger = get_logger(__name__)
@@ -85,3 +89,54 @@ def _steps_in(run: Path) -> tuple[set[int], set[int]]:
     steps = {path: int(step) for path, step in names.items() if step.isdecimal()}
     whole = set.intersection(*gather_object([{step for path, step in steps.items() if is_whole(path)}]))
     return whole, set(steps.values()) - whole
+
+
+class PendingRollouts:
+    """
+    The micro-batches of an optimizer step, kept for the steps after it that use them again (`rollout_reuse`).
+
+    Attributes:
+        batches: the micro-batches, as `RolloutSource` makes them.
+        old_log_probs: by a micro-batch's `index`, the (B, S) log-probs of the student as it was when it wrote them; there
+            once the first step has used them.
+    """
+
+    def __init__(self, args: CrossTokenizerGKDConfig):
+        self._args = args
+        self.batches: list[dict] = []
+        self.old_log_probs: dict[int, torch.Tensor] = {}
+
+    def clear(self):
+        self.batches, self.old_log_probs = [], {}
+
+    def save(self, checkpoint: str):
+        """Writes this process's own; waits for scores that a server still works on."""
+        batches = [settled(batch) for batch in self.batches]
+        torch.save((self._layout(), batches, self.old_log_probs), self._file(checkpoint))
+
+    def load(self, checkpoint: str):
+        """What this process has saved there, if there is any and its settings are those of this run."""
+        file = self._file(checkpoint)
+        if not file.exists():
+            return
+        layout, batches, old_log_probs = torch.load(file, "cpu")
+        if layout == self._layout():
+            self.batches, self.old_log_probs = batches, old_log_probs
+        else:
+            logger.warning(
+                f"{checkpoint} keeps completions of other settings than these (then {layout}, now "
+                f"{self._layout()}): they are left, and the student writes anew."
+            )
+
+    def _layout(self) -> dict[str, int]:
+        names = (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "num_generations",
+            "rollout_reuse",
+            "world_size",
+        )
+        return {name: getattr(self._args, name) for name in names}
+
+    def _file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"rollouts_{self._args.process_index}.pt"

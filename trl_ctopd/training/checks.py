@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 
+import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import CrossTokenizerGKDConfig
-from ..losses import LOSSES, build_loss, loss_name
+from ..losses import LOSSES, Metrics, build_loss, loss_name
 from ..teachers.servers import is_url
 
 
@@ -176,6 +177,25 @@ def losses_by_text(args: CrossTokenizerGKDConfig) -> tuple[Callable, Callable]:
             "the student's own it would teach whatever it wrote. Set lmbda below 1, or leave the weight out."
         )
     return replace(loss, cross_entropy_weight=0.0), loss
+
+
+def checked(result) -> tuple[torch.Tensor, Metrics]:
+    """`result` of a loss. Raises `TypeError` where it is not what a loss returns."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise TypeError(
+            "A loss returns (value, metrics), with metrics a dict of name: (sum, weight); this one returned a "
+            f"{type(result).__name__}."
+        )
+    return result
+
+
+def check_stop_ids(stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase):
+    """Raises `ValueError` where the student could not end its turn."""
+    if not stop_ids:
+        raise ValueError(
+            f"Nothing ends the student's turn: {type(tokenizer).__name__} has no eos_token and its "
+            "generation config no eos_token_id. Set one of them."
+        )
 
 
 def signal_of(loss: Callable) -> str:

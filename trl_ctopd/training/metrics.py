@@ -1,14 +1,27 @@
 """What is logged: every figure is a sum over a weight, so that it can be added up over micro-batches and processes."""
 
-from collections.abc import Sequence
-
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
 from ..losses import Metrics, ScoredChunks
 from ..losses.credit import gaps
-from ..rollouts.pairing import Rollout
-from ..text.altered_text import REASONS
+
+
+logger = get_logger(__name__)
+
+_MUCH_MASKED = 0.2  # the real tokenizers' own share on random text is under 0.03
+
+
+def warn_of_much_masked(figures: dict[str, float]):
+    """Where little of the text takes part, the other figures say little too."""
+    if figures.get("alignment/masked_fraction", 0) > _MUCH_MASKED:
+        logger.warning(
+            f"{figures['alignment/masked_fraction']:.0%} of the student's tokens take no part (why: masked_bytes/* "
+            "and alignment/teacher_context_exceeded_fraction). "
+            "Masked text costs the student nothing, and the gap says nothing of it: look at the completions "
+            "(log_completions=True), and lower the learning rate if the share grows."
+        )
 
 
 @torch.no_grad()
@@ -46,27 +59,6 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, filler: torch.Tens
         "alignment/neutralised_fraction": (neutral.sum(), chunks),
         "alignment/unscored_fraction": ((unscored & rows).sum(), rows.sum()),
         "entropy": ((entropy * scored).sum(), scored.sum()),
-    }
-
-
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
-    """What can be said of completions before they are scored; every masked token counts in `alignment/masked_fraction`,
-    and the bytes masked for each reason in a figure of their own. Those that only fill a batch up count nowhere."""
-    rollouts = [rollout for rollout in rollouts if not rollout.prompt.filler]
-    rows = len(rollouts)
-    tokens = sum(len(rollout.student_ids) for rollout in rollouts)
-    num_bytes = sum(rollout.student_widths.sum() for rollout in rollouts)
-    masked = {reason: 0 for reason in REASONS}
-    for rollout in rollouts:
-        for stretch in rollout.alignment.masked:
-            masked[stretch.reason] += stretch.end - stretch.start
-    return {
-        "alignment/masked_fraction": (sum((rollout.student_chunks < 0).sum() for rollout in rollouts), tokens),
-        **{f"masked_bytes/{reason}": (count, num_bytes) for reason, count in masked.items()},
-        "alignment/teacher_context_exceeded_fraction": (sum(rollout.unread for rollout in rollouts), rows),
-        "completions/mean_length": (tokens, rows),
-        "completions/truncated_fraction": (sum(not rollout.ended for rollout in rollouts), rows),
-        "completions/empty_fraction": (sum(len(rollout.student_ids) <= rollout.ended for rollout in rollouts), rows),
     }
 
 

@@ -1,0 +1,33 @@
+"""Where the completions of a log go: a table, on the screen and to the trackers that the run reports to, and the report."""
+
+from .ornaments import ornament
+from .report import DistillationReportCallback
+from .samples import Sample, Samples, show
+
+
+def reports_of(trainer) -> list[DistillationReportCallback]:
+    return [own for own in trainer.callback_handler.callbacks if isinstance(own, DistillationReportCallback)]
+
+
+def publish(trainer, samples: Samples, prefix: str):
+    """
+    Shows what was kept, on the main process, once its figures are logged.
+
+    Args:
+        prefix: of the figures: "" of training, `eval_`, `eval_math_`.
+    """
+    if trainer.is_world_process_zero():
+        args, taken = trainer.args, _taken(trainer, samples)
+        if taken and args.log_completions:
+            shown_by, rows = trainer.callback_handler.callbacks, args.num_completions_to_print
+            with ornament("The table of completions"):
+                show(taken, trainer.processing_class, shown_by, rows, f"{prefix}completions")
+        for report in reports_of(trainer):
+            report.update(trainer, prefix, taken)
+    samples.clear()
+
+
+def _taken(trainer, samples: Samples) -> list[Sample]:
+    with ornament("The samples of completions"):
+        return samples.take(trainer.state.global_step, trainer.processing_class, trainer.panel.align_completions)
+    return []

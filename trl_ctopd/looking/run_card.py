@@ -1,0 +1,62 @@
+"""The card of a run: what its trainer knows, put on the card."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from peft import PeftModel
+from trl.trainer.utils import get_config_model_id
+
+from . import card, provenance
+from .ornaments import ornament
+
+
+class RunCard:
+    """Makes the card anew only once there is more to say: a checkpoint has the card of the output folder."""
+
+    def __init__(self):
+        self._last: card.Written | None = None
+
+    def write(
+        self,
+        trainer,
+        folder: str,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: Sequence[str] = (),
+    ):
+        """Puts the card of `trainer`'s run and the learning curve into `folder`; a card that fails is left out."""
+        with ornament("The model card"):
+            folder_of_run = Path(trainer.args.hub_model_id or trainer.args.output_dir)
+            model_name = model_name or folder_of_run.name or folder_of_run.resolve().name
+            key = (len(trainer.state.log_history), model_name, dataset_name, *tags)
+            if self._last is None or self._last.key != key:
+                self._last = _made(trainer, key, model_name, dataset_name, tags)
+            self._last.write(folder)
+
+
+def _made(trainer, key: tuple, model_name: str, dataset_name: str | None, tags: Sequence[str]) -> card.Written:
+    student, seats = get_config_model_id(trainer.model.config), trainer.panel.seats.values()
+    history, dataset = trainer.state.log_history, trainer.train_dataset
+    picture = command = None
+    with ornament("The run's command"):
+        command = provenance.command()  # asks for the working folder, which may be gone
+    with ornament("The picture of the learning curve"):
+        picture = card.learning_curve(history)
+    made = card.model_card(
+        model_name=model_name,
+        hub_model_id=trainer.hub_model_id,
+        student=student,
+        teachers=[(seat.name, seat.tokenizer) for seat in seats],
+        student_tokenizer=trainer.processing_class,
+        args=trainer.args,
+        adapter=isinstance(trainer.model, PeftModel),
+        dataset_name=dataset_name or provenance.dataset_source(dataset),
+        tags=[*trainer._tag_names, *tags],
+        log_history=history,
+        prompts=len(dataset) if isinstance(dataset, Dataset) else None,
+        licenses=[provenance.license_of(name) for name in (student, *(seat.name for seat in seats))],
+        command=command,
+        picture=None if picture is None else card.PICTURE,
+    )
+    return card.Written(key, made, picture)

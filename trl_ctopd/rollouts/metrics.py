@@ -1,0 +1,27 @@
+"""The figures of completions before they are scored: (sum, weight) each, which add up over micro-batches and processes."""
+
+from collections.abc import Sequence
+
+from ..text.altered_text import REASONS
+from .pairing import Rollout
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
+    """What can be said of completions before they are scored; every masked token counts in `alignment/masked_fraction`,
+    and the bytes masked for each reason in a figure of their own. Those that only fill a batch up count nowhere."""
+    rollouts = [rollout for rollout in rollouts if not rollout.prompt.filler]
+    rows = len(rollouts)
+    tokens = sum(len(rollout.student_ids) for rollout in rollouts)
+    num_bytes = sum(rollout.student_widths.sum() for rollout in rollouts)
+    masked = {reason: 0 for reason in REASONS}
+    for rollout in rollouts:
+        for stretch in rollout.alignment.masked:
+            masked[stretch.reason] += stretch.end - stretch.start
+    return {
+        "alignment/masked_fraction": (sum((rollout.student_chunks < 0).sum() for rollout in rollouts), tokens),
+        **{f"masked_bytes/{reason}": (count, num_bytes) for reason, count in masked.items()},
+        "alignment/teacher_context_exceeded_fraction": (sum(rollout.unread for rollout in rollouts), rows),
+        "completions/mean_length": (tokens, rows),
+        "completions/truncated_fraction": (sum(not rollout.ended for rollout in rollouts), rows),
+        "completions/empty_fraction": (sum(len(rollout.student_ids) <= rollout.ended for rollout in rollouts), rows),
+    }

@@ -1,0 +1,219 @@
+"""Where the text of an optimizer step comes from: prompts in, micro-batches out that the teachers have scored.
+
+Decisions
+- All prompts of a step are written for in one call, and all completions are paired and read together.
+- Each micro-batch is text of the student or text it did not write, never both: the two may have different losses. Which one
+  it is depends on seed and step alone, so that all processes agree.
+- What the student draws depends on seed, step and process alone, so that evaluating or resuming changes no rollout.
+
+Left out: the losses, what is logged, and which rows a step gets.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..config import CrossTokenizerGKDConfig
+from ..models.sharding import own_rows
+from ..text.aligner import align_text
+from ..text.chat import Speaker
+from .generation import Writer, Written, sampling_config, write
+from .metrics import rollout_metrics
+from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns, pad_scores
+
+
+_STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
+
+
+class Readings(Protocol):
+    """The teachers' scores of a step's rollouts, by row."""
+
+    hidden: Mapping[int, torch.Tensor]  # (T, H) states that the teacher's LM head reads, where they were asked for
+
+    def log_probs(self, rows: Sequence[int], length: int) -> Any:
+        """(len(rows), `length`) log-probs, 0 past a row's end: a tensor, or a promise of one."""
+
+
+class WritingSeat(Protocol):
+    """A teacher that can write, for `seq_kd`."""
+
+    teacher: Any  # its `model` is the module
+    tokenizer: PreTrainedTokenizerBase
+    context: int | None
+    stop_ids: list[int]
+
+
+class Teachers(Protocol):
+    """What a [`RolloutSource`] asks of the teachers; `teachers.panel.Panel` is one."""
+
+    seats: Mapping[str, Any]  # by name, in an order that all processes share
+
+    @property
+    def only(self) -> WritingSeat | None:
+        """The teacher, where it is the only one."""
+
+    def pair(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[Rollout]: ...
+
+    def read(self, rollouts: Sequence[Rollout], with_hidden: bool) -> Readings: ...
+
+
+class RolloutSource:
+    """
+    Args:
+        args: the run's settings.
+        accelerator: the run's processes.
+        student: how the student is spoken to.
+        teachers: who reads the completions, and writes some with `seq_kd`.
+        write: writes as the student.
+        reads_distributions: whether the loss on text of the student (True) or on other text (False) needs the teacher's
+            hidden states.
+    """
+
+    def __init__(
+        self,
+        args: CrossTokenizerGKDConfig,
+        accelerator,
+        student: Speaker,
+        teachers: Teachers,
+        write: Writer,
+        reads_distributions: Callable[[bool], bool],
+    ):
+        self._args, self._accelerator = args, accelerator
+        self._student, self._teachers = student, teachers
+        self.write, self._reads_distributions = write, reads_distributions
+
+    def roll_out(
+        self,
+        model: nn.Module,
+        window: Sequence[Sequence[Prompt]],
+        step: int,
+        mode: str,
+        phase: Callable[[str], AbstractContextManager],
+    ) -> tuple[list[dict], dict[str, tuple[float, float]]]:
+        """
+        Completions for all prompts of `window`, one list a micro-batch, scored by their teachers.
+
+        Args:
+            model: the student, as it is wrapped for training.
+            window: with `mode="train"`, each prompt gets `num_generations` completions.
+            step: optimizer steps taken.
+            mode: `"train"`, or `"eval"`, where the student writes every completion, one for each prompt.
+            phase: called with the name of what begins, and times the `with` block.
+
+        Returns:
+            For each micro-batch what `collate` makes of its rollouts, with `teacher_log_probs` (B, T), or what waits for
+            them; `teacher_places` (B,), each row's teacher by its place among the seats; `on_policy`, whether the student
+            wrote it; `index`, its place in the step; `teacher_hidden` (B, T, H) where its loss needs it; and
+            `sampled_log_probs` (B, S) where the writer told them. And the figures of the completions.
+        """
+        args, repeats = self._args, self._args.num_generations if mode == "train" else 1
+        window = [[prompt for prompt in prompts for _ in range(repeats)] for prompts in window]
+        on_policy = [mode == "eval" or draw < args.lmbda for draw in self.lmbda_draws(step, len(window))]
+        with phase("generation"):
+            completions, sampled = zip(*self._draw(model, window, on_policy, step), strict=True)
+        with phase("alignment"):
+            rollouts = self._teachers.pair([prompt for prompts in window for prompt in prompts], completions)
+        with phase("teacher"):
+            readings = self._teachers.read(rollouts, any(map(self._reads_distributions, on_policy)))
+
+        batches, names = [], list(self._teachers.seats)
+        for index, (rows, on) in enumerate(zip(self._rows(rollouts, window, on_policy), on_policy, strict=True)):
+            own = [rollouts[row] for row in rows]
+            batch = collate(own, self._student.tokenizer.pad_token_id, args.pad_to_multiple_of)
+            batch["teacher_places"] = torch.tensor([names.index(rollout.prompt.teacher) for rollout in own])
+            teacher_length = batch["teacher_chunks"].shape[1]
+            batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)
+            if self._reads_distributions(on):
+                batch["teacher_hidden"] = pad_scores([readings.hidden[row] for row in rows], teacher_length)
+            if sampled[rows[0]] is not None:
+                batch["sampled_log_probs"] = on_columns([sampled[row] for row in rows], batch)
+            batches.append({**batch, "on_policy": on, "index": index})
+        return batches, {
+            **rollout_metrics(rollouts),
+            "off_policy_fraction": (on_policy.count(False), len(on_policy)),
+        }
+
+    # Draws
+
+    @contextmanager
+    def seeded(self, step: int) -> Iterator[None]:
+        """Draws within depend on seed, `step` and process alone."""
+        devices = [self._accelerator.device] if self._accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self._args.seed + _STRIDE * (step + 1) + self._accelerator.process_index)
+            yield
+
+    def lmbda_draws(self, step: int, count: int) -> list[float]:
+        """For each micro-batch a number in [0, 1), the same on every process: the student writes where it is below `lmbda`."""
+        generator = torch.Generator().manual_seed(self._args.seed + _STRIDE * step)
+        return torch.rand(count, generator=generator).tolist()
+
+    # Text
+
+    def _draw(
+        self, model: nn.Module, window: Sequence[Sequence[Prompt]], on_policy: Sequence[bool], step: int
+    ) -> list[Written]:
+        """A completion for each prompt of `window`, in its order: the student's own, or one it did not write."""
+        groups = list(zip(window, on_policy, strict=True))
+        written = iter(self.write(model, [prompt for prompts, on in groups if on for prompt in prompts], step))
+        given = iter(self.references([prompt for prompts, on in groups if not on for prompt in prompts]))
+        return [next(written) if on else (next(given), None) for prompts, on in groups for _ in prompts]
+
+    def references(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """
+        Completions the student did not write, in student ids: the dataset's, or the teacher's with `seq_kd`.
+
+        Raises `ValueError` where a prompt leaves the teacher no room to write.
+        """
+        limit = self._args.max_new_tokens
+        if not self._args.seq_kd or not prompts:
+            return [prompt.reference_ids[:limit] for prompt in prompts]
+        seat = self._teachers.only
+        stop_ids, pad_token_id = seat.stop_ids, seat.tokenizer.pad_token_id
+        config = sampling_config(self._args, stop_ids, stop_ids[0] if pad_token_id is None else pad_token_id)
+        longest = max(len(prompt.teacher_ids) for prompt in prompts)
+        if seat.context is not None:
+            if longest >= seat.context:
+                raise ValueError(
+                    f"seq_kd: a prompt of {longest} teacher tokens leaves the teacher no room to write in its context of "
+                    f"{seat.context}. Filter such rows out."
+                )
+            config.max_new_tokens = min(limit, seat.context - longest)
+        ids = [prompt.teacher_ids for prompt in prompts]
+        written = write(seat.teacher.model, ids, config, self._accelerator, self._args)
+        return [self._respell(own, seat)[:limit] for own in written]
+
+    def _respell(self, teacher_ids: list[int], seat: WritingSeat) -> list[int]:
+        """What the student would write for the teacher's completion."""
+        ended = bool(teacher_ids) and teacher_ids[-1] in seat.stop_ids
+        text = align_text(teacher_ids[:-1] if ended else teacher_ids, seat.tokenizer, seat.tokenizer).text
+        ids = self._student.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids + self._student.turn_end[-1:] if ended else ids
+
+    # Rows
+
+    def mark_padding_rows(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The batch that was read last; of its rows, those marked that only fill up the last batch of an epoch."""
+        own = own_rows(self._accelerator, len(prompts))
+        return [*prompts[:own], *(replace(prompt, filler=True) for prompt in prompts[own:])]
+
+    def _rows(
+        self, rollouts: Sequence[Rollout], window: Sequence[Sequence[Prompt]], on_policy: Sequence[bool]
+    ) -> list[list[int]]:
+        """The rows of each micro-batch; with `length_grouped`, dealt by length among those of one kind."""
+        ends = [*accumulate(map(len, window), initial=0)]
+        batches = [list(range(start, end)) for start, end in pairwise(ends)]
+        if not self._args.length_grouped:
+            return batches
+        lengths = [len(rollout.prompt.student_ids) + len(rollout.student_ids) for rollout in rollouts]
+        own, given = (
+            iter(grouped_by_length(lengths, [rows for rows, on in zip(batches, on_policy, strict=True) if on == kind]))
+            for kind in (True, False)
+        )
+        return [next(own if on else given) for on in on_policy]

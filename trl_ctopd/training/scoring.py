@@ -1,0 +1,103 @@
+"""The student's forward pass over a micro-batch of rollouts, and what a loss reads of it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import CrossTokenizerGKDConfig
+from ..losses import Distributions, Metrics, ScoredChunks
+from ..models.heads import base_model, hidden_states, lm_head
+from ..rollouts.pairing import on_grid
+from ..rollouts.vllm import importance
+from ..teachers.panel import Awaited, Panel
+from ..text.vocabulary import VocabularyPair
+
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Scorer:
+    """
+    Args:
+        args: the run's settings.
+        accelerator: the run's processes.
+        panel: the teachers.
+        vocabulary: what the two vocabularies have in common; called where a loss reads distributions.
+    """
+
+    def __init__(
+        self, args: CrossTokenizerGKDConfig, accelerator, panel: Panel, vocabulary: Callable[[], VocabularyPair]
+    ):
+        self._args, self._accelerator, self._panel, self._vocabulary = args, accelerator, panel, vocabulary
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: dict,
+        on_distributions: bool,
+        old_log_probs: torch.Tensor | None,
+        phase: Callable[[str], AbstractContextManager],
+    ) -> tuple[ScoredChunks, torch.Tensor, Metrics]:
+        """
+        Args:
+            model: the student as it is wrapped for training, with `add_token_scores`.
+            inputs: a micro-batch of `RolloutSource`, on the student's device.
+            on_distributions: whether the loss reads whole distributions.
+            old_log_probs: (B, S) of the student that wrote it, where it has been updated since.
+            phase: called with the name of what begins, and times the `with` block.
+
+        Returns:
+            What the loss reads; the entropy (B, S) of the student's distributions, in nats; and figures of how the text was
+            drawn and read.
+        """
+        student, scored = base_model(self._accelerator.unwrap_model(model)), inputs["scored"]
+        with phase("student"), hidden_states(student) if on_distributions else nullcontext() as states:
+            scores = model(
+                input_ids=inputs["input_ids"],
+                scored=scored,
+                targets=inputs["input_ids"][scored[0], scored[1] + 1],
+            )
+        log_probs, entropy = (on_grid(values, scored, inputs["input_ids"]) for values in scores)
+        teacher_log_probs, metrics = self._settled(inputs["teacher_log_probs"], phase)
+        batch = ScoredChunks(
+            student_log_probs=log_probs,
+            teacher_log_probs=teacher_log_probs,
+            student_chunks=inputs["student_chunks"],
+            teacher_chunks=inputs["teacher_chunks"],
+            student_widths=inputs["student_widths"],
+            num_chunks=inputs["num_chunks"],
+            student_ids=inputs["input_ids"][:, 1:],
+            teacher_ids=inputs["teacher_ids"],
+            old_log_probs=None if old_log_probs is None else old_log_probs.to(log_probs.device),
+        )
+        if "sampled_log_probs" in inputs:
+            sampled = inputs["sampled_log_probs"].to(log_probs.device)
+            batch.importance, drawn = importance(batch, sampled, self._args.vllm_importance_sampling_clip_max)
+            metrics = {**metrics, **drawn}
+        if on_distributions:
+            length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
+            batch.student = self._distributions(student, states[0][:, :-1][:, -length:], log_probs)
+            batch.teacher = self._distributions(self._panel.only.teacher.base_model, inputs["teacher_hidden"])
+            batch.vocabulary, batch.tile_tokens = self._vocabulary(), self._args.logit_tile_tokens
+        return batch, entropy.detach(), metrics
+
+    def _settled(
+        self, scores: torch.Tensor | Awaited, phase: Callable[[str], AbstractContextManager]
+    ) -> tuple[torch.Tensor, Metrics]:
+        """The teacher's log-probs; waits for those that a server still works on."""
+        if not isinstance(scores, Awaited):
+            return scores, {}
+        with phase("teacher_wait"):
+            log_probs = scores.log_probs
+        return log_probs, scores.metrics
+
+    def _distributions(
+        self, model: PreTrainedModel, hidden: torch.Tensor, output: torch.Tensor | None = None
+    ) -> Distributions:
+        """Of `model`, from the hidden states that its LM head reads, projected in the precision that the sampled log-probs are
+        computed in. `output`: of its forward pass, where gradients are to reach the head (see `lm_head`)."""
+        dtype = _AUTOCAST.get(self._accelerator.mixed_precision, hidden.dtype)
+        return Distributions(hidden, lm_head(model, dtype, self._args.temperature, output))
