@@ -25,11 +25,10 @@ from .losses import Metrics, ScoredChunks
 from .models.heads import add_token_scores, base_model, check_head
 from .models.loading import check_vocabulary, ensure_pad_token, load_tokenizer
 from .models.sharding import keep_scores_in_float32
-from .rollouts.generation import TransformersWriter, sampling_config
+from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
 from .rollouts.prompts import COLUMNS, RepeatedWindows, collate_prompts, render_dataset
-from .rollouts.source import RolloutSource
-from .rollouts.vllm import VLLMWriter
+from .rollouts.source import RolloutSource, student_writer
 from .teachers.local import LocalTeacher
 from .teachers.panel import Model, Panel
 from .teachers.remote import RemoteTeacher
@@ -134,10 +133,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         check_strategy(args, self.accelerator)
         keep_scores_in_float32(self.accelerator)
         self._finish_student()
-        writer = self._writer()
+        write = student_writer(self.model, self.accelerator, self.student_side, self.generation_config, args)
         self.panel.sit(self.accelerator, self.student_side, self.stop_ids)
         self.rollouts = RolloutSource(
-            args, self.accelerator, self.student_side, self.panel, writer, self._reads_distributions
+            args, self.accelerator, self.student_side, self.panel, write, self._reads_distributions
         )
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary)
         self._finish_losses()
@@ -169,12 +168,6 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         check_stop_ids(self.stop_ids, self.processing_class)
         self.generation_config = sampling_config(self.args, self.stop_ids, pad_token_id)
         student.generation_config.eos_token_id = self.stop_ids  # the saved student stops where it learned to
-
-    def _writer(self) -> TransformersWriter | VLLMWriter:
-        args = self.args
-        if args.use_vllm:
-            return VLLMWriter(self.model, self.accelerator, self.processing_class, args, self.stop_ids)
-        return TransformersWriter(self.generation_config, self.accelerator, args)
 
     def _finish_losses(self):
         """What the losses read of the two vocabularies, built before any training time is spent."""

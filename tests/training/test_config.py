@@ -138,7 +138,7 @@ def test_the_students_own_text_is_never_learned_by_cross_entropy(build):
     settings = {"distillation_loss": "uld", "lmbda": 0.5, "gradient_accumulation_steps": 4, **SGD}
     same = {"teacher": student_model(), "teacher_processing_class": student_tokenizer()}
     trainer = build(**same, **settings, distillation_loss_kwargs={"cross_entropy_weight": 1.0})
-    trainer._lmbda_draws = lambda count: [0.0] * count
+    trainer.rollouts.lmbda_draws = lambda step, count: [0.0] * count
     assert step_of(trainer).norm() < 0.01
 
 

@@ -17,15 +17,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..config import CrossTokenizerGKDConfig
 from ..models.sharding import own_rows
 from ..text.aligner import align_text
 from ..text.chat import Speaker
-from .generation import Writer, Written, sampling_config, write
+from .generation import TransformersWriter, Writer, Written, sampling_config, write
 from .metrics import rollout_metrics
 from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns, pad_scores
+from .vllm import VLLMWriter
 
 
 _STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
@@ -61,6 +62,22 @@ class Teachers(Protocol):
     def pair(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[Rollout]: ...
 
     def read(self, rollouts: Sequence[Rollout], with_hidden: bool) -> Readings: ...
+
+
+def student_writer(
+    model: nn.Module, accelerator, student: Speaker, config: GenerationConfig, args: CrossTokenizerGKDConfig
+) -> Writer:
+    """
+    What writes as `args` ask: vLLM, or the student's own `generate`.
+
+    Args:
+        model: the student, an adapter included, before it is wrapped.
+        student: how it is spoken to.
+        config: how it writes; its `eos_token_id` are the ids that end a turn.
+    """
+    if args.use_vllm:
+        return VLLMWriter(model, accelerator, student.tokenizer, args, config.eos_token_id)
+    return TransformersWriter(config, accelerator, args)
 
 
 class RolloutSource:
