@@ -1,13 +1,14 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and the last lines of a run, which say what it left out."""
 
 import functools
 import os
-import shutil
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 
 
@@ -18,13 +19,20 @@ def pytest_configure():
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Each reason for which tests were skipped, once, with their number."""
+    skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]
+    reasons = Counter(entry[2].removeprefix("Skipped: ") for entry in skipped if isinstance(entry, tuple))
+    if reasons:
+        terminalreporter.section("what was skipped, and what it needs")
+        for reason, count in reasons.most_common():
+            terminalreporter.write_line(f"{count:5d}  {reason}")
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder of real tokenizers and data, where there is one: CTOPD_ASSETS."""
-    folder = os.environ.get("CTOPD_ASSETS")
-    if not folder:
-        pytest.skip("needs the real tokenizers and data: CTOPD_ASSETS names no folder")
-    return Path(folder)
+    return needs.assets()
 
 
 @pytest.fixture(scope="session")
@@ -89,14 +97,13 @@ def build(build_in, tmp_path):
 @pytest.fixture(scope="session")
 def browser():
     """Debian's Chromium, driven by Playwright."""
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("needs a browser: there is no chromium on the PATH (apt-get install chromium)")
+    executable = needs.browser()
     playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser's driver: pip install playwright")
     quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=executable,
+            timeout=600_000,
             args=["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)],
         )
         yield browser
@@ -113,6 +120,7 @@ def open_page(browser):
         context = browser.new_context(
             viewport={"width": width, "height": 800}, color_scheme=scheme, has_touch=width < 500
         )
+        context.set_default_timeout(600_000)  # ms: a busy machine is slow, not broken
         page = context.new_page()
         page.seen, page.address = [], file.as_uri()
         page.on("request", lambda request: page.seen.append(request.url))

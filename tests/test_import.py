@@ -154,6 +154,13 @@ def test_the_maths_asks_for_numbers_alone(modules, allowed):
     assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names == allowed
 
 
+def test_aligning_loads_neither_torch_nor_transformers():
+    """They come with the caller's tokenizer, not with the maths."""
+    modules = ", ".join(f"trl_ctopd.text.{name}" for name in ("token_bytes", "aligner", "chunks", "altered_text"))
+    loaded = in_a_fresh_process(f"import {modules}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")
+    assert not {"torch", "transformers", "trl"} & set(loaded)
+
+
 def test_an_alignment_from_the_public_name_shows_itself():
     shows = in_a_fresh_process(
         "import json\nfrom trl_ctopd import TextAlignment\n"

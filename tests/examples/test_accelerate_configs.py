@@ -89,7 +89,7 @@ def test_a_quantized_teacher_teaches_whole_in_every_process(name, tmp_path):
     save_models(tmp_path)
     eight_bits = '{"quantization_config": {"load_in_8bit": true}}'
     command = distill(tmp_path, name, "--main_process_port", "0") + ["--teacher_model_init_kwargs", eight_bits]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
     assert trained(tmp_path)
 
@@ -110,7 +110,7 @@ def test_what_cannot_work_under_it_is_refused_at_the_start(name, options, messag
     of_accelerate = options if options is FSDP1 else ()
     command = distill(tmp_path, name, "--main_process_port", "0", *of_accelerate)
     command += ["--gather_for_generation", "false", *(() if of_accelerate else options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode != 0
     assert message in done.stderr, done.stderr[-5000:]
     assert not (tmp_path / "output" / "model.safetensors").exists()
@@ -123,12 +123,12 @@ def test_what_cannot_work_under_it_is_refused_at_the_start(name, options, messag
 def test_the_command_that_was_killed_amid_a_save_goes_on_when_given_again(name, options, tmp_path):
     save_models(tmp_path)
     command = distill(tmp_path, name, "--main_process_port", "0") + ["--max_steps", "4", "--save_steps", "1", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
     wanted = trained_weights(tmp_path)
     shutil.rmtree(tmp_path / "output" / "checkpoint-4")
     (tmp_path / "output" / "checkpoint-3" / "trainer_state.json").unlink()
-    done = subprocess.run([*command, "--resume_from_checkpoint", "True"], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*command, "--resume_from_checkpoint", "True"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
     [said] = [line for line in done.stderr.splitlines() if "half written" in line]
     assert said.endswith(f"going on from {tmp_path / 'output' / 'checkpoint-2'}.")
@@ -152,7 +152,7 @@ def test_two_nodes_train_together(tmp_path):
         )
         for rank in (0, 1)
     ]
-    said = [node.communicate(timeout=500)[0] for node in nodes]
+    said = [node.communicate(timeout=900)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert trained(tmp_path)
     [state] = (tmp_path / "output").glob("checkpoint-*/trainer_state.json")

@@ -18,7 +18,11 @@ def run(name: str, report: str, folder: Path) -> tuple[nbformat.NotebookNode, di
     notebook = saved(name)
     notebook.cells.append(new_code_cell(f"import json\nprint(json.dumps({report}))"))
     NotebookClient(
-        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook,
+        timeout=None,
+        startup_timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
     ).execute()
     found = printed(notebook)[-1]  # a busy machine sends one print in several outputs
     notebook.cells.pop()

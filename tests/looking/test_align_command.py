@@ -47,7 +47,7 @@ def refusal(capsys):
 
 def test_from_a_shell_it_prints_both_tokenizations_and_no_warning(folders):
     done = subprocess.run(
-        [sys.executable, "-m", "trl_ctopd.align", *folders, TEXT], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "trl_ctopd.align", *folders, TEXT], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -27,7 +27,7 @@ def logged(trainer, name: str) -> list[float]:
 def test_wandb_gets_every_figure_and_the_completions_as_tables(build, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    wandb = pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb", reason="needs wandb: pip install wandb")
     trainer = build(report_to="wandb", eval_dataset=prompts(4), **RUN)
     trainer.train()
     summary = dict(wandb.run.summary)
@@ -46,7 +46,7 @@ def test_wandb_gets_every_figure_and_the_completions_as_tables(build, tmp_path, 
 
 
 def test_trackio_gets_every_figure_and_the_completions_as_tables(build, tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio")
+    trackio = pytest.importorskip("trackio", reason="needs trackio: pip install trackio")
     for module in (trackio.utils, trackio.sqlite_storage):  # TRACKIO_DIR is read when the package is imported
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     trainer = build(report_to="trackio", eval_dataset=prompts(4), project="toys", **RUN)

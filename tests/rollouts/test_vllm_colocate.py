@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import needs
 import pytest
 import trl
 
@@ -15,9 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_engine_writes_with_the_weights_of_the_step(tmp_path, kind):
-    program = os.environ.get("CTOPD_VLLM")
-    if not program:
-        pytest.skip("needs vLLM: CTOPD_VLLM names no `vllm` program")
+    program = needs.vllm()
     tests = Path(__file__).parents[1]
     settings = {
         "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests / "helpers"))),

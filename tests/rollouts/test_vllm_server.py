@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import httpx2
+import needs
 import pytest
 import torch
 from accelerate import Accelerator
@@ -26,8 +27,7 @@ CONTEXT, WAIT = 256, 900  # tokens; seconds for the server to start on a busy ma
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small model, with padded rows past its tokenizer, as published models have."""
-    if not os.environ.get("CTOPD_VLLM"):
-        pytest.skip("needs vLLM: CTOPD_VLLM names no `vllm` program")
+    needs.vllm()
     folder = tmp_path_factory.mktemp("vllm") / "teacher"
     torch.manual_seed(1)
     tokenizer = teacher_tokenizer()
@@ -143,7 +143,7 @@ def test_the_protocol_server_of_these_tests_answers_as_vllm_does(served):
                 "max_tokens": 1,
                 "return_token_ids": True,
             }
-            answer = httpx2.post(f"{address}/v1/completions", json=payload, timeout=60).json()
+            answer = httpx2.post(f"{address}/v1/completions", json=payload, timeout=600).json()
             [choice] = answer["choices"]
             answers.append(
                 (answer["model"], choice["prompt_token_ids"], [list(e or []) for e in choice["prompt_logprobs"]])

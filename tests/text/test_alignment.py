@@ -1,12 +1,9 @@
 """The vectorised intersection against two pointers walked one boundary at a time."""
 
 import itertools
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,11 +119,3 @@ def test_texts_without_tokens_and_empty_batches_have_no_chunks():
         ([(0, 1)], [0], [0]),
         ([], [], []),
     ]
-
-
-@pytest.mark.parametrize("module", ["token_bytes", "alignment", "altered_text", "align"])
-def test_aligning_imports_without_trl_and_without_torch(module):
-    """In a fresh process; transformers and torch come with the caller's tokenizer, not with the maths."""
-    code = f"import sys, trl_ctopd.{module}; print([m for m in ('trl', 'torch', 'transformers') if m in sys.modules])"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "[]"

@@ -3,9 +3,8 @@
 import functools
 import itertools
 import json
-import os
-import pathlib
 
+import needs
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
@@ -62,9 +61,7 @@ RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "name": "add", "content":
 
 @functools.cache
 def real(name):
-    if "CTOPD_ASSETS" not in os.environ:
-        pytest.skip("needs real tokenizers: set CTOPD_ASSETS")
-    return AutoTokenizer.from_pretrained(pathlib.Path(os.environ["CTOPD_ASSETS"]) / "tokenizers" / name)
+    return AutoTokenizer.from_pretrained(needs.assets() / "tokenizers" / name)
 
 
 def speaker(name):

@@ -145,7 +145,7 @@ def hub(tmp_path_factory):
                 env=hub.environment(folder / f"home-of-{part}"),
                 capture_output=True,
                 text=True,
-                timeout=300,
+                timeout=900,
                 check=False,
             )
             assert done.returncode == 0, f"{part} failed:\n{done.stderr[-6000:]}"
@@ -294,7 +294,7 @@ def test_of_two_processes_one_pushes(tmp_path):
     command += ["--push_to_hub", "true", "--hub_model_id", "user/together", "--save_strategy", "no"]
     with LocalHub(tmp_path / "hub") as hub:
         env = hub.environment(tmp_path / "home")
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-5000:]
         assert hub.commits["user/together"] == ["Model save", "End of training"], "each of them once"
         assert hub.files("user/together") >= {"model.safetensors", "config.json", "tokenizer.json", "README.md"}

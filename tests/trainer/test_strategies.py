@@ -44,7 +44,7 @@ def launch(strategy: str, folder: Path, names: list[str]) -> subprocess.Complete
         ],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
 
 

@@ -56,7 +56,7 @@ def run(start):
         """The exit code of each process of a run."""
         ranks = start(folder, *args, **kwargs)
         for rank in ranks:
-            rank.join(timeout=400)
+            rank.join(timeout=900)
         return [rank.exitcode for rank in ranks]
 
     return run
@@ -184,7 +184,7 @@ def test_killed_again_and_again_at_random_times_it_ends_with_the_same_weights(
         killed = victim.is_alive()
         victim.kill()
         for rank in ranks:
-            rank.join(timeout=400)
+            rank.join(timeout=900)
         if not killed:
             break
         kills += 1

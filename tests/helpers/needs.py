@@ -1,0 +1,30 @@
+"""What some tests need and a machine may lack: each function gives it, or skips the test with a sentence that says how to
+get it. The end of a test run prints these sentences once each (tests/conftest.py); docs/tests.md says more."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+def assets() -> Path:
+    """The folder of published tokenizers and data that CTOPD_ASSETS names."""
+    if not os.environ.get("CTOPD_ASSETS"):
+        pytest.skip("needs published tokenizers and data: set CTOPD_ASSETS to their folder (docs/tests.md)")
+    return Path(os.environ["CTOPD_ASSETS"])
+
+
+def vllm() -> str:
+    """The `vllm` program that CTOPD_VLLM names."""
+    if not os.environ.get("CTOPD_VLLM"):
+        pytest.skip("needs vLLM: set CTOPD_VLLM to the `vllm` program of another environment (docs/tests.md)")
+    return os.environ["CTOPD_VLLM"]
+
+
+def browser() -> str:
+    """Chromium's executable."""
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("needs a browser: put Chromium on the PATH (apt-get install chromium)")
+    return executable
