@@ -10,10 +10,9 @@ import argparse
 import json
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 
-from benchmarks.report import machine, save
+from benchmarks.report import header, save
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,14 +27,14 @@ SHOWN = (
 
 
 def main(seeds: list[int], output: Path) -> None:
-    runs = []
+    about, runs = header(), []
     for seed in seeds:
         folder = output / f"seed{seed}"
         if not (folder / "metrics.json").exists():
             command = [sys.executable, ROOT / "examples" / "demo" / "run.py", "--seed", str(seed), "--output", folder]
             subprocess.run(command, check=True)
         runs.append(json.loads((folder / "metrics.json").read_text()))
-    result = {"date": date.today().isoformat(), "machine": machine(), "runs": runs}
+    result = {**about, "runs": runs}
     save(ROOT / "benchmarks" / "results" / "demo.json", result)
     for run in runs:
         print(f"seed {run['seed']}: " + ", ".join(f"{name} {run[name]:.3f}" for name in SHOWN))

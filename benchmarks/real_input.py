@@ -24,7 +24,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from benchmarks.clock import stopwatch
 from benchmarks.report import assets_folder, header, save
 from trl_ctopd import TextAligner, TextAlignment, token_bytes
 from trl_ctopd.rollouts.pairing import Prompt, Rollout, pair
@@ -121,18 +121,17 @@ def distill(student: str, teacher: str, folder: Path, dataset: Path, steps: int,
     command = [sys.executable, str(ROOT / "examples" / "distill.py")]
     command += [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets_cache")}
-    start = time.perf_counter()
     with open(folder / "output.log", "w+") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
+        with stopwatch() as spent:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - start
         if process.returncode != 0:
             log.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{log.read()}")
     state = json.loads((folder / "output" / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     log_of_steps = [entry for entry in state["log_history"] if "loss" in entry]
-    return {"wall_seconds": seconds, "peak_memory_mib": usage.ru_maxrss / 1024, "log": log_of_steps}
+    return {"wall_seconds": spent.seconds, "peak_memory_mib": usage.ru_maxrss / 1024, "log": log_of_steps}
 
 
 def means(log: list[dict]) -> dict[str, float]:
@@ -233,9 +232,8 @@ def measure(student: str, teacher: str, assets: Path, steps: int, folder: Path) 
     both = Pair(*tokenizers)
     rows = [json.loads(line) for line in (assets / "datasets/gsm8k/test.jsonl").read_text().splitlines()]
     encoded = [tokenizers[0].encode(row["answer"], add_special_tokens=False) for row in rows]
-    start = time.perf_counter()
-    answers = both.aligner(encoded)
-    seconds = time.perf_counter() - start
+    with stopwatch() as spent:
+        answers = both.aligner(encoded)
 
     stop_ids = both.student.stop_ids(GenerationConfig.from_pretrained(folder / student))
     written = both.rollouts(sample(student, folder, [row["question"] for row in rows[:32]]), stop_ids)
@@ -254,7 +252,7 @@ def measure(student: str, teacher: str, assets: Path, steps: int, folder: Path) 
         **run,
         "mean_over_steps": means(log),
         "largest_gradient_norm": max(entry["grad_norm"] for entry in log),
-        "reference_answers": {**asdict(overlap(answers)), "alignment_seconds": seconds},
+        "reference_answers": {**asdict(overlap(answers)), "alignment_seconds": spent.seconds},
     }
 
 

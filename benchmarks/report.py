@@ -1,7 +1,6 @@
 """What the benchmarks share: what every result file says of itself, and the real data."""
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -10,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-
-PACKAGES = ("trl_ctopd", "trl", "transformers", "tokenizers", "torch", "peft", "accelerate", "datasets")
+from trl_ctopd.looking.provenance import versions
 
 
 def machine() -> dict:
@@ -28,13 +26,13 @@ def machine() -> dict:
     }
 
 
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
 def header() -> dict:
     """The first fields of a result file; call it before anything is measured."""
-    return {"date": date.today().isoformat(), "machine": machine(), "versions": versions()}
+    return {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **versions()},
+    }
 
 
 def save(path: Path, report: dict) -> None:

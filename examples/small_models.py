@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from demo.from_nothing import byte_level_bpe
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 
@@ -25,17 +25,9 @@ TEMPLATE = (
 
 def tokenizer(rows: int, mark: str) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most so many tokens, with turn markers of its own."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
     special = ["<|end|>", *(f"<|{mark}{role}|>" for role in ("system", "user", "assistant"))]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=rows, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(TEXT, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=byte_level_bpe(TEXT, rows, special),
         eos_token="<|end|>",
         pad_token="<|end|>",
         extra_special_tokens=special[1:],

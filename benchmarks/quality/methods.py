@@ -14,7 +14,6 @@ Decisions:
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,8 +26,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl.experimental.gold import GOLDConfig, GOLDTrainer, gold_trainer
 
+from benchmarks.clock import Clock, stopwatch
 from benchmarks.speed.alignment import LARGE_CHUNK, next_match
-from benchmarks.speed.models import Clock
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer, TextAligner, TextAlignment
 from trl_ctopd.text.aligner import AlignedTokens
 
@@ -166,11 +165,11 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, model, **kwargs):
         if state.global_step not in self._run.measured_at:
             return
-        begun, world = time.process_time(), self._world
-        with self._clock.phase("evaluation"), _evaluating(model):
+        world = self._world
+        with stopwatch() as spent, self._clock.phase("evaluation"), _evaluating(model):
             self.accuracy[state.global_step] = models.accuracy(model, world.student_tokenizer, world.task, self._items)
         self.student_tokens[state.global_step] = int(self._clock.step.tokens["written"])
-        self.cpu_seconds += time.process_time() - begun
+        self.cpu_seconds += spent.cpu_seconds
 
 
 @contextmanager

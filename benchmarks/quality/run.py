@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from benchmarks.clock import stopwatch
 from benchmarks.report import header
 from benchmarks.speed.models import quiet
 
@@ -260,14 +261,14 @@ def main(
                 name = (run.task, run.pair, run.teacher)
                 if name not in worlds:
                     worlds[name] = world(scale.size, *name)
-                started = time.process_time()
                 entry = {"key": own, "scale": scale_name, "run": asdict(run), "revision": revision, **about}
-                try:
-                    with tempfile.TemporaryDirectory() as folder:
-                        entry |= do(run, worlds[name], Path(folder), rendered)
-                except (ValueError, NotImplementedError, RuntimeError) as error:
-                    entry["error"] = f"{type(error).__name__}: {error}"
-                entry["all_cpu_seconds"] = round(time.process_time() - started, 2)
+                with stopwatch() as spent:
+                    try:
+                        with tempfile.TemporaryDirectory() as folder:
+                            entry |= do(run, worlds[name], Path(folder), rendered)
+                    except (ValueError, NotImplementedError, RuntimeError) as error:
+                        entry["error"] = f"{type(error).__name__}: {error}"
+                entry["all_cpu_seconds"] = round(spent.cpu_seconds, 2)
                 append(path, entry)
                 seconds.append(entry["all_cpu_seconds"])
                 bar.set_postfix_str(f"{statistics.mean(seconds[-20:]):.0f} CPU s a run")

@@ -6,7 +6,7 @@ Decisions:
 - Neither the held-out prompts nor those that learning rates are chosen by, two sets without a prompt in common, are seen in any
   training, of the two models or of the distillation.
 - `teacher="same"` is another teacher, trained alike on the student's own tokenizer and template.
-- The cache is keyed by the settings, and by this folder's code that makes a world.
+- The cache is keyed by the settings, and by the code that makes a world.
 """
 
 import fcntl
@@ -35,7 +35,9 @@ from .tasks import Item, Task
 
 
 CACHE = Path(os.environ.get("CTOPD_BENCHMARK_CACHE", "~/.cache/trl_ctopd_benchmarks")).expanduser()
-CODE = ("tasks.py", "toy_pairs.py", "models.py")
+FOLDER = Path(__file__).parent
+CODE = [FOLDER / name for name in ("tasks.py", "toy_pairs.py", "models.py")]
+CODE.append(FOLDER.parents[1] / "examples" / "demo" / "from_nothing.py")
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _train(size: Size, task: Task, pair: str, side: str, seed: int) -> tuple[Pre
 
 def _cached(settings: dict, build, held_out: list[Item]) -> tuple:
     """Model, tokenizer, figures and their folder."""
-    code = "".join((Path(__file__).parent / name).read_text() for name in CODE)
+    code = "".join(path.read_text() for path in CODE)
     digest = hashlib.sha256((json.dumps(settings, sort_keys=True) + code).encode()).hexdigest()[:16]
     folder = CACHE / "worlds" / digest
     with locked(CACHE / "locks" / digest):

@@ -14,7 +14,6 @@ Waiting: the share of `seconds/step` that is `seconds/teacher_wait`, in steps of
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,6 +22,7 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from benchmarks.clock import stopwatch
 from benchmarks.report import header, save
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.teachers.remote import RemoteTeacher
@@ -44,11 +44,11 @@ def scoring(url: str, folder: Path, concurrency: int) -> list[float]:
     speeds = []
     for _ in range(ROUNDS):
         ids = torch.randint(4, len(tokenizer), (ROWS, PROMPT + COMPLETION), generator=draws).tolist()
-        begin = time.perf_counter()
-        scores = teacher.start([row[:PROMPT] for row in ids], [row[PROMPT:] for row in ids])
-        for row in range(ROWS):
-            scores.row(row)
-        speeds.append(ROWS * (PROMPT + COMPLETION) / (time.perf_counter() - begin))
+        with stopwatch() as spent:
+            scores = teacher.start([row[:PROMPT] for row in ids], [row[PROMPT:] for row in ids])
+            for row in range(ROWS):
+                scores.row(row)
+        speeds.append(ROWS * (PROMPT + COMPLETION) / spent.seconds)
     return speeds
 
 

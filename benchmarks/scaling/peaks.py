@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from benchmarks.clock import peak_bytes
 from benchmarks.report import assets_folder, header, save
-from benchmarks.speed.loss import peak_bytes
 from benchmarks.speed.models import LLAMA_1B, QWEN_7B, ROWS_1B_7B, Ours, Setting, conversations, published, quiet
 from trl_ctopd.looking.plan.memory import cache_bytes, passes, plan
 from trl_ctopd.looking.plan.work import Work

@@ -40,7 +40,6 @@ import json
 import os
 import random
 import statistics
-import time
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable
@@ -62,6 +61,7 @@ from transformers.utils import logging
 from trl.experimental.gold.gold_trainer import ULDLoss, build_teacher_inputs_from_texts
 from trl.experimental.utils import is_byte_level_tokenizer, piece_byte_len
 
+from benchmarks.clock import stopwatch
 from benchmarks.report import assets_folder, header, save
 from trl_ctopd import TextAligner, TextAlignment, token_bytes
 from trl_ctopd.losses.credit import chunk_sum
@@ -99,10 +99,10 @@ class Pair:
 
     def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase):
         self.student, self.teacher = student, teacher
-        start = time.process_time()
-        self.aligner = TextAligner(student, teacher)
-        self.aligner([student.encode("a", add_special_tokens=False)])  # what is built on first use
-        self.build_seconds = time.process_time() - start
+        with stopwatch() as spent:
+            self.aligner = TextAligner(student, teacher)
+            self.aligner([student.encode("a", add_special_tokens=False)])  # what is built on first use
+        self.build_seconds = spent.cpu_seconds
         self.student_rows, self.teacher_rows = token_bytes(student), token_bytes(teacher)
         self.student_adds_space = b"".join(
             self.student_rows[i] for i in student.encode("a", add_special_tokens=False)
@@ -300,9 +300,9 @@ def sample(student: PreTrainedTokenizerBase, texts: list[str], length: int) -> C
 
 
 def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.process_time()
-    output = function()
-    return time.process_time() - start, output
+    with stopwatch() as spent:
+        output = function()
+    return spent.cpu_seconds, output
 
 
 def refusal(pair: Pair, completions: Completions) -> str | None:

@@ -21,7 +21,6 @@ Decisions:
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +31,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, Qwen2Config
 from trl.experimental.gold import GOLDConfig
 from trl.experimental.gold.gold_trainer import GOLDTrainer, ULDLoss, build_teacher_inputs_from_texts
 
+from benchmarks.clock import peak_bytes, stopwatch
 from benchmarks.report import assets_folder, gsm8k, header, save
 from trl_ctopd import TextAlignment, align_text
 from trl_ctopd.losses import LOSSES, Distributions, ScoredChunks, build_loss
@@ -129,29 +128,12 @@ class Scene:
         found = []
         for _ in range(REPEATS):
             self.models[0].zero_grad()
-            start = time.perf_counter()
-            loss().backward()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - start)
+            with stopwatch() as spent:
+                loss().backward()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+            found.append(spent.seconds)
         return statistics.median(found)
-
-
-def peak_bytes(step: Callable[[], None]) -> int:
-    """The most that `step` holds at once, beyond what was there before."""
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    total = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            peak = max(peak, total)
-    return peak
 
 
 def scene(assets: Path, hidden: tuple[int, int], dtype: torch.dtype, device: torch.device, rows: dict) -> Scene:

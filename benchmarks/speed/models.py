@@ -1,5 +1,5 @@
 """
-Models, trainers and a clock that `step.py` and `scaling.py` share.
+Models and trainers that `step.py`, `scaling.py` and the benchmarks of scaling share.
 
 Decisions:
 - Models have random weights; what a step costs does not depend on what they know. A random student writes random text, so
@@ -12,13 +12,8 @@ Decisions:
 - TRL's trainer does not time itself; its methods are wrapped, and what is inside of none of them is `rest`.
 """
 
-import ctypes
-import functools
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +21,6 @@ import torch
 from datasets import Dataset
 from datasets.utils import logging as datasets_logging
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -42,8 +36,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
+from benchmarks.clock import Clock, Step
 from benchmarks.report import gsm8k
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer, token_bytes
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from demo.from_nothing import byte_level_bpe
 
 
 NARROW = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4} | {
@@ -171,13 +170,7 @@ def small(assets: Path, folder: Path, sizes: tuple[int, int] = (1_000, 2_000)) -
     texts = [text for row in conversations(assets, 2_000) for text in row]
     found = []
     for size, template, start in zip(sizes, TURNS, ("<|assistant|>", "<|start|>"), strict=True):
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        special = ["<|end|>", "<|pad|>", "<|user|>", start]
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet)
-        tokenizer.train_from_iterator(texts, trainer)
+        tokenizer = byte_level_bpe(texts, size, ["<|end|>", "<|pad|>", "<|user|>", start])
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
         fast.chat_template = template
         found.append(folder / f"bpe-{size}")
@@ -186,92 +179,6 @@ def small(assets: Path, folder: Path, sizes: tuple[int, int] = (1_000, 2_000)) -
 
 
 # Measuring
-
-
-@dataclass
-class Step:
-    """What one optimizer step took. `tokens` are sums over the step, prompts included but in `written`."""
-
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0  # of this process, whatever else ran on the machine
-    phases: dict[str, float] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    peak_mib: float | None = None  # on a GPU all that is allocated, on the CPU what was resident beyond the start
-
-
-class Clock:
-    """Starts and stops a `Step`, and charges what happens in between to phases; what is within a phase is all its own."""
-
-    def __init__(self, device: str):
-        self._cuda = device == "cuda"
-        self._phase: str | None = None
-        self.step = Step()
-
-    def start(self) -> None:
-        self.step, self._phase = Step(phases=defaultdict(float), tokens=defaultdict(int)), None
-        self._resident = start_of_peak(self._cuda)
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def stop(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
-        self.step.seconds = time.perf_counter() - self._wall
-        self.step.cpu_seconds = time.process_time() - self._cpu
-        self.step.peak_mib = peak_mib(self._cuda, self._resident)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        if self._phase is not None:
-            yield
-            return
-        self._phase, start = name, time.perf_counter()
-        try:
-            yield
-        finally:
-            self._phase = None
-            self.step.phases[name] += time.perf_counter() - start
-
-    def watch(
-        self, owner: Any, method: str, phase: str, count: Callable[[tuple, dict, Any], dict] | None = None
-    ) -> None:
-        """From now on `owner.method` is a phase; `count` of its arguments and result adds to the step's tokens."""
-        original = getattr(owner, method)
-
-        @functools.wraps(original)  # `generate` checks its arguments against a forward's signature
-        def watched(*args, **kwargs):
-            outermost = self._phase is None
-            with self.phase(phase):
-                result = original(*args, **kwargs)
-            if outermost and count is not None:
-                for name, number in count(args, kwargs, result).items():
-                    self.step.tokens[name] += number
-            return result
-
-        setattr(owner, method, watched)
-
-
-def start_of_peak(cuda: bool) -> float | None:
-    """Forgets the greatest use of memory so far; returns the present one in MiB, `None` where it cannot be had."""
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        return 0.0
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # Linux: what was freed is not resident,
-        Path("/proc/self/clear_refs").write_text("5")  # and the peak is counted anew from here
-    except OSError:
-        return None
-    return resident("VmRSS")
-
-
-def peak_mib(cuda: bool, before: float | None) -> float | None:
-    if cuda:
-        return torch.cuda.max_memory_allocated() / 2**20
-    return None if before is None else resident("VmHWM") - before
-
-
-def resident(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
 
 
 class Timed(TrainerCallback):

@@ -31,8 +31,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from benchmarks.clock import Step
 from benchmarks.report import assets_folder, header, save
-from benchmarks.speed.models import Gold, Ours, Setting, Step, conversations, quiet, small
+from benchmarks.speed.models import Gold, Ours, Setting, conversations, quiet, small
 
 
 matplotlib.use("Agg")

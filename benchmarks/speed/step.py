@@ -59,6 +59,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 from trl.kernels import ChunkedLogProbFunction
 
+from benchmarks.clock import Clock, Step
 from benchmarks.report import assets_folder, header, save
 from benchmarks.speed.models import (
     LEARNING_RATE,
@@ -66,11 +67,9 @@ from benchmarks.speed.models import (
     NARROW,
     QWEN_7B,
     ROWS_1B_7B,
-    Clock,
     Gold,
     Ours,
     Setting,
-    Step,
     conversations,
     finished,
     published,

@@ -14,27 +14,12 @@ Decisions:
 - Neither is trained on the childish words: like any misspelling, they have to be put together from pieces.
 """
 
-import json
-
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from . import task
+from .from_nothing import CHATML, PHI, SPECIAL, byte_level_bpe, unigram, with_template
 
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-PHI = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
 
 IRREGULAR_ORDINALS = {
     "one": "first",
@@ -51,29 +36,8 @@ def build_teacher_tokenizer(amounts: list[int]) -> PreTrainedTokenizerFast:
     pairs = " ".join(f"{pair:02d}" for pair in range(100))
     frequent = [f"{pairs} x {' '.join(task.ONES[1:])}"] * 3000  # so frequent that each becomes one token
     texts = frequent + [f"{task.question(amount)}\n{task.answer(amount)}" for amount in amounts]
-
-    tokenizer = Tokenizer(models.BPE())
-    words = Regex(r"\p{N}{1,2}(?=(?:\p{N}{2})*(?!\p{N}))| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=427,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHATML,
-        padding_side="left",
-    )
+    words = r"\p{N}{1,2}(?=(?:\p{N}{2})*(?!\p{N}))| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
+    return with_template(byte_level_bpe(texts, 427, SPECIAL[CHATML], words), CHATML)
 
 
 def build_student_tokenizer(amounts: list[int]) -> PreTrainedTokenizerFast:
@@ -83,38 +47,9 @@ def build_student_tokenizer(amounts: list[int]) -> PreTrainedTokenizerFast:
         f"{task.amount_in_words(amount)}, {_ordinal(task.in_words(amount // 100))} euro cent hundreds word writes {folds}"
         for amount in amounts
     ]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.Split("-", "isolated"),
-            pre_tokenizers.Metaspace(prepend_scheme="never"),
-        ]
-    )
-    control = ["<unk>", "<s>", "<|user|>", "<|assistant|>", "<|end|>", "<pad>"]
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.UnigramTrainer(
-            vocab_size=116, max_piece_length=7, unk_token="<unk>", special_tokens=control, show_progress=False
-        ),
-    )
-    # The trainer of `tokenizers` can't add the 256 byte tokens that SentencePiece's own does, so they're put in here.
-    # It orders the pieces anew in every process, and the later digits of their scores vary.
-    pieces = [(piece, round(score, 2)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    byte_tokens = [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
-    learned = sorted(pieces[len(control) :])
-    tokenizer.model = models.Unigram(pieces[: len(control)] + byte_tokens + learned, unk_id=0, byte_fallback=True)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="<|end|>",
-        pad_token="<pad>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-        chat_template=PHI,
-        padding_side="left",
-    )
+    special = ["<s>", "<|user|>", "<|assistant|>", "<|end|>", "<pad>"]
+    before = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split("-", "isolated")]
+    return with_template(unigram(texts, 116, special, before, max_piece_length=7), PHI, unk_token="<unk>")
 
 
 def _ordinal(words: str) -> str:

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from demo import models, run, task, toy_tokenizers
+from demo import from_nothing, models, run, task, toy_tokenizers
 
 from trl_ctopd import align_text, token_bytes
 from trl_ctopd.losses import DPCA, ScoredChunks
@@ -131,7 +131,8 @@ def test_each_turn_ends_with_the_eos_token_that_pretraining_teaches(student_toke
 def test_pretraining_learns_the_answer_and_the_end_alone(student_tokenizer):
     amounts = [102, 41253]
     answers = [task.answer(amount) for amount in amounts]
-    batch = models.as_batch(student_tokenizer, amounts, answers)
+    examples = [(task.question(amount), "", answer) for amount, answer in zip(amounts, answers, strict=True)]
+    batch = from_nothing.as_batch(student_tokenizer, examples)
     for row, amount in enumerate(amounts):
         learned = batch["labels"][row][batch["labels"][row] != -100]
         assert student_tokenizer.decode(learned) == answers[row] + "<|end|>"

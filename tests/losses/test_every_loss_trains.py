@@ -15,16 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as tokenizer_models
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import set_seed
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.losses import LOSSES
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from demo import models, run, task, toy_tokenizers
+from demo import models, run, task
+from demo.from_nothing import PHI, SPECIAL, byte_level_bpe, with_template
 
 
 pytestmark = pytest.mark.slow
@@ -69,30 +68,9 @@ def students(world):
 
 def pieces_tokenizer(amounts):
     """The teacher's kind with fewer merges, one digit a token, and other turn markers."""
-    tokenizer = Tokenizer(tokenizer_models.BPE())
-    words = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        [f"{task.question(amount)}\n{task.answer(amount)}" for amount in amounts],
-        trainers.BpeTrainer(
-            vocab_size=300,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            special_tokens=["<pad>", "<s>", "<|user|>", "<|assistant|>", "<|end|>"],
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="<|end|>",
-        pad_token="<pad>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-        chat_template=toy_tokenizers.PHI,
-        padding_side="left",
-    )
+    words = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
+    texts = [f"{task.question(amount)}\n{task.answer(amount)}" for amount in amounts]
+    return with_template(byte_level_bpe(texts, 300, SPECIAL[PHI], words), PHI)
 
 
 def test_every_loss_has_a_case():
