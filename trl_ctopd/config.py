@@ -278,7 +278,9 @@ class CrossTokenizerGKDConfig(GKDConfig):
     )
     teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Variables for the teacher's chat template. None: the student's, row by row too."},
+        metadata={
+            "help": "Variables for the teacher's chat template; they win over a row's own. None: the student's, row by row too."
+        },
     )
 
     # The teacher

@@ -256,7 +256,7 @@ def test_a_tool_result_is_part_of_the_prompt(name, result):
 
 def test_a_template_that_cannot_take_a_turn_says_which():
     with pytest.raises(
-        ValueError, match=r"phi-3-mini.*cannot render the roles \['user', 'assistant', 'tool'\].*content"
+        ValueError, match=r"phi-3-mini.*cannot render or leaves out calls of tools.*\['user', 'assistant', 'tool'\]"
     ):
         speaker("phi-3-mini").prompt_ids(Conversation([USER, CALL, RESULT]))
     with pytest.raises(ValueError, match="mistral-v3.*Conversation must start with a user message, got assistant"):

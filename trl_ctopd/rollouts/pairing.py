@@ -4,27 +4,88 @@ Lists of ids in, padded tensors out. Rows are prompt + completion padded on the 
 every kind of position embedding; index i of a chunk tensor belongs to the token at i + 1, as log-probs do.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
 import torch
 
 from ..text.aligner import TextAligner, TextAlignment
+from ..text.chat import Opened
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A prompt whose last `dropped` ids give way to `added`."""
+
+    dropped: int = 0
+    added: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, ids: Sequence[int], others: Sequence[int]) -> "Reopened":
+        """How `others` come from `ids`."""
+        shared = 0
+        for ours, theirs in zip(ids, others, strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        return cls(len(ids) - shared, tuple(others[shared:]))
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        return [*ids[: len(ids) - self.dropped], *self.added] if self.dropped or self.added else ids
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How the two templates write the turn after a prompt, where it does not begin with the answer on both sides.
+
+    Attributes:
+        plain: the teacher's prompt up to a finished turn's answer.
+        reference: the student's prompt up to where its reference begins.
+    """
+
+    plain: Reopened = Reopened()
+    reference: Reopened = Reopened()
+
+    @classmethod
+    def of(cls, student: Opened, teacher: Opened, reference_prompt: list[int]) -> "Frame":
+        return cls(Reopened.of(teacher.ids, teacher.plain), Reopened.of(student.ids, reference_prompt))
+
+    def to_json(self) -> str:
+        if self == Frame():
+            return ""
+        return json.dumps({name: [part.dropped, part.added] for name, part in vars(self).items()})
+
+
+@lru_cache(maxsize=4096)
+def _read_frame(text: str) -> Frame:
+    parts = json.loads(text) if text else {}
+    return Frame(**{name: Reopened(dropped, tuple(added)) for name, (dropped, added) in parts.items()})
 
 
 @dataclass
 class Prompt:
-    """One dataset row, rendered for both models: token ids, the reference in student ids if there is one, and which of
-    several teachers reads it. `filler` is True where another process or an earlier batch has the row too: it takes its
-    place, and nothing of it is scored."""
+    """One dataset row, rendered for both models: token ids, the reference in student ids if there is one, which of several
+    teachers reads it, and a `Frame` as JSON. `filler` is True where another process or an earlier batch has the row too: it
+    takes its place, and nothing of it is scored."""
 
     student_ids: list[int]
     teacher_ids: list[int]
     reference_ids: list[int] | None = None
     teacher: str = ""
+    frame: str = ""
     filler: bool = False
+
+    @property
+    def framed(self) -> Frame:
+        return _read_frame(self.frame)
+
+    def before_reference(self) -> "Prompt":
+        """The prompt as the student would have read it before the reference."""
+        return replace(self, student_ids=self.framed.reference(self.student_ids))
 
 
 @dataclass
@@ -32,7 +93,9 @@ class Rollout:
     """
     A completion of `prompt`: `student_ids` with their chunk and their bytes (S,), `teacher_ids` with their chunk (T,);
     -1 takes no part. `ended` tells whether the writer ended its turn, `unread` whether the teacher's context is too
-    short for it.
+    short for it. `teacher_prompt_ids` are what the teacher reads first, its turn opened as its template opens a finished one:
+    a text beyond its context keeps its place with one token and nothing to score, so that all processes run the same number
+    of forward passes.
     """
 
     prompt: Prompt
@@ -45,12 +108,7 @@ class Rollout:
     ended: bool
     unread: bool
     alignment: TextAlignment
-
-    @property
-    def teacher_prompt_ids(self) -> list[int]:
-        """What the teacher reads first. A text beyond its context keeps its place with one token and nothing to score,
-        so that all processes run the same number of forward passes."""
-        return self.prompt.teacher_ids[:1] if self.unread else self.prompt.teacher_ids
+    teacher_prompt_ids: list[int]
 
 
 def pair(
@@ -95,7 +153,8 @@ def pair(
                 teacher_ids = [*teacher_ids, *turn_end]
                 teacher_chunks = np.append(teacher_chunks, [num_chunks] * len(turn_end))
                 num_chunks += 1
-        unread = teacher_context is not None and len(prompt.teacher_ids) + len(teacher_ids) > teacher_context
+        before = prompt.framed.plain(prompt.teacher_ids)
+        unread = teacher_context is not None and len(before) + len(teacher_ids) > teacher_context
         if unread or prompt.filler:
             student_chunks = np.full_like(student_chunks, -1)
             teacher_ids, teacher_chunks, num_chunks = [], teacher_chunks[:0], 0
@@ -111,6 +170,7 @@ def pair(
                 end,
                 unread,
                 alignment,
+                before[:1] if unread else before,
             )
         )
     return rollouts

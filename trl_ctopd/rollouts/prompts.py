@@ -11,12 +11,12 @@ from torch.utils.data import Sampler
 
 from ..config import CrossTokenizerGKDConfig
 from ..text.chat import Speaker, read_example
-from .pairing import Prompt
+from .pairing import Frame, Prompt
 
 
 logger = get_logger(__name__)
 
-COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids", "teacher"]
+COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids", "teacher", "frame"]
 
 
 def render_dataset(
@@ -75,7 +75,8 @@ def render_row(
 ) -> dict[str, list[int] | str]:
     """
     The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`. Among
-    several `teachers`, the row's `teacher` column names its own; the only one is called "".
+    several `teachers`, the row's `teacher` column names its own; the only one is called "". `frame` is what pairing must know
+    of how the two templates write the turn, "" where both begin with the answer.
 
     Raises:
         ValueError: naming the row, where it has no prompt, cannot be rendered, has no reference though one is needed,
@@ -89,14 +90,14 @@ def render_row(
                 f"its column `teacher` is {name!r}, and the teachers are {', '.join(map(repr, teachers))}: give every row one "
                 "of these"
             )
-        prompt_ids = student.prompt_ids(conversation)
-        teacher_prompt_ids = teachers[name].prompt_ids(conversation)
+        opened, teacher_opened = student.opened(conversation), teachers[name].opened(conversation)
+        prompt_ids, teacher_prompt_ids = opened.ids, teacher_opened.ids
         if needs_reference and conversation.reference is None:
             raise ValueError(
                 "no completion and no final assistant message, which `lmbda` < 1 learns from: add one, or set lmbda=1.0, "
                 "or seq_kd=True to let the teacher write it"
             )
-        reference_ids = student.reference_ids(conversation) if needs_reference else []
+        before, reference_ids = student.reference(conversation) if needs_reference else (prompt_ids, [])
     except ValueError as error:
         raise ValueError(f"Row {index} of the {dataset_name} dataset: {error}.") from error
     if longest_prompt is not None and len(prompt_ids) > longest_prompt:
@@ -104,7 +105,8 @@ def render_row(
             f"Row {index} of the {dataset_name} dataset: its prompt has {len(prompt_ids)} student tokens, and context and max_new_tokens "
             f"leave room for {longest_prompt}. Filter such rows out, lower max_new_tokens or raise max_length."
         )
-    return dict(zip(COLUMNS, (prompt_ids, teacher_prompt_ids, reference_ids, name), strict=True))
+    frame = Frame.of(opened, teacher_opened, before).to_json()
+    return dict(zip(COLUMNS, (prompt_ids, teacher_prompt_ids, reference_ids, name, frame), strict=True))
 
 
 def check_room(dataset: Dataset, contexts: Mapping[str, int], max_new_tokens: int, dataset_name: str):

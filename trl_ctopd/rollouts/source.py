@@ -132,6 +132,11 @@ class RolloutSource:
         args, repeats = self._args, self._args.num_generations if mode == "train" else 1
         window = [[prompt for prompt in prompts for _ in range(repeats)] for prompts in window]
         on_policy = [mode == "eval" or draw < args.lmbda for draw in self.lmbda_draws(step, len(window))]
+        if not args.seq_kd:  # a reference may be written on from elsewhere than the generation prompt
+            window = [
+                prompts if on else [prompt.before_reference() for prompt in prompts]
+                for prompts, on in zip(window, on_policy, strict=True)
+            ]
         with phase("generation"):
             completions, sampled = zip(*self._draw(model, window, on_policy, step), strict=True)
         with phase("alignment"):

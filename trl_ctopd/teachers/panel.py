@@ -63,8 +63,9 @@ class Seat:
             self.name = model if isinstance(model, str) else get_config_model_id(model.config)
             revision = (args.teacher_model_init_kwargs or {}).get("revision")
             self.tokenizer = load_tokenizer(tokenizer, self.name, revision, args.trust_remote_code)
-        kwargs = args.teacher_chat_template_kwargs
-        self.side = Speaker(self.tokenizer, args.chat_template_kwargs if kwargs is None else kwargs)
+        own = args.teacher_chat_template_kwargs
+        kwargs = args.chat_template_kwargs if own is None else own
+        self.side = Speaker(self.tokenizer, kwargs, own_kwargs_win=own is not None)
 
     def _tokenizer_of_server(self, tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:
         try:

@@ -1,7 +1,7 @@
 """The same conversation rendered for two models, and where each one's turn ends.
 
-- Only the prompt goes through a template. The completion is appended by the caller, so no reference answer can reach a
-  prompt, and what a generation prompt adds (`<think>\\n`) stays on the side that adds it.
+- Only the prompt goes through a template, with probes in a completion's place (`turns`), so no reference answer can reach a
+  prompt. A student writes on from its generation prompt; a teacher's turn is opened as its template opens a finished one.
 - Each side uses its own template, tools and kwargs included, and is then encoded without special tokens: the template
   writes the BOS, if there is one. Plain text gets the tokenizer's own opening (BOS, [CLS]) once, and never its closing.
 - A template that refuses `system`, or drops it in silence, gets the system text at the head of the first user turn.
@@ -15,16 +15,38 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .token_bytes import token_table
+from .turns import (
+    ANSWER,
+    ANSWER_PROBE,
+    CALL,
+    CALLS,
+    KEY_PROBE,
+    KINDS,
+    NAME_PROBE,
+    RESULT,
+    RESULT_PROBE,
+    THOUGHT,
+    THOUGHT_PROBE,
+    TOOLS,
+    USER,
+    VALUE_PROBE,
+    Form,
+    Turn,
+    Unrenderable,
+    find_turn,
+    probe_message,
+)
+
 
 THINKING = ("<think>", "</think>")
-_PROBE = "qzprobezq"  # a text that no template writes or changes
-_USER = {"role": "user", "content": "Hi"}
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that transformers gives one another's value
 
 
 @dataclass(frozen=True)
@@ -85,28 +107,60 @@ def read_example(example: Mapping) -> Conversation:
     return Conversation(prompt, completion[0], **rest)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A prompt as ids, and the same turn opened otherwise than at the generation prompt.
+
+    Attributes:
+        ids: up to the generation prompt, after which a student writes.
+        turn: what was found of the template for this conversation.
+        stem: the ids up to the turn's stem.
+        plain: the ids up to a finished turn's answer, which alone is all that it says.
+    """
+
+    ids: list[int]
+    turn: Turn
+    stem: list[int]
+    plain: list[int]
+
+
 class Speaker:
     """One model's side of every conversation: its tokenizer, its template, and the template's kwargs.
 
-    `chat_template_kwargs` hold for all rows; a row's own override them.
+    `chat_template_kwargs` hold for all rows; a row's own override them, unless `own_kwargs_win`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template_kwargs: dict | None = None,
+        own_kwargs_win: bool = False,
+    ):
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
+        self.own_kwargs_win = own_kwargs_win
+        self._turns: dict[tuple[str, bool], Turn] = {}
 
     def __getstate__(self):
         # what a dataset's cache is keyed by, so without the properties worked out so far
-        return {"tokenizer": self.tokenizer, "chat_template_kwargs": self.chat_template_kwargs}
+        return {
+            "tokenizer": self.tokenizer,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "own_kwargs_win": self.own_kwargs_win,
+        }
+
+    def __setstate__(self, state):
+        self.__init__(**state)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids after which the completion starts.
 
-        Raises `ValueError`, with the template's own message, where it cannot render the conversation.
+        Raises `ValueError`, with the template's own message, where it cannot render the conversation or leaves out a part.
         """
         if isinstance(conversation.prompt, str):
             ids = self._encode_plain(conversation.prompt)
         elif self.template:
+            self._refuse_what_is_left_out(conversation)
             ids = self._encode(self._render(conversation.prompt, conversation, open_ended=True))
         else:
             ids = self._encode_plain(_plain_text(conversation.prompt, conversation.tools))
@@ -114,37 +168,83 @@ class Speaker:
             raise ValueError(f"the prompt is empty and {self._name} writes no BOS, so there is nothing to go on from")
         return ids
 
-    def reference_ids(self, conversation: Conversation) -> list[int]:
-        """The ids that this model would write for the reference, `turn_end` included.
+    def opened(self, conversation: Conversation) -> Opened:
+        """`prompt_ids`, and how the template opens a finished turn after the same messages."""
+        ids = self.prompt_ids(conversation)
+        if isinstance(conversation.prompt, str) or not self.template:
+            return Opened(ids, Turn(), ids, ids)
+        turn = self.turn(conversation)
+        if not turn.tail and not (turn.plain and turn.plain.opening):
+            return Opened(ids, turn, ids, ids)
+        prompt = self._render(conversation.prompt, conversation, open_ended=True)
+        stem = prompt[: len(prompt) - len(turn.tail)]
+        plain = stem + (turn.plain.opening if turn.plain else turn.tail)
+        if token_table(self.tokenizer).prefix_space != "never":
+            plain = plain.removesuffix(" ")  # the answer's own first token brings it
+        return Opened(ids, turn, self._encode(stem), self._encode(plain))
 
-        Text is encoded with control strings as plain text. A message with more than `content` (tool calls, reasoning)
-        is what the template writes after the prompt. Raises `ValueError` where that cannot be told apart.
+    def turn(self, conversation: Conversation) -> Turn:
+        """How the template writes a turn after the conversation's prompt."""
+        generic = self._turn_after(conversation)
+        prompt = self._render(conversation.prompt, conversation, open_ended=True)
+        if conversation.prompt[-1]["role"] == "assistant":  # its sections are open already
+            plain = {(ANSWER,): Form((ANSWER,), ("", generic.plain.end))} if generic.plain else {}
+            return Turn(forms=plain)
+        answered = [*conversation.prompt, probe_message((ANSWER,), {})]
+        try:
+            text = self._render(answered, conversation)
+        except Unrenderable:
+            return generic
+        start = len(prompt) - len(generic.tail)
+        found = text.rfind(ANSWER_PROBE)
+        alike = prompt.endswith(generic.tail) and text.startswith(prompt[:start])
+        if generic.plain and alike and text[start:found] == generic.plain.opening:
+            return generic
+        return self._find_turn(conversation, conversation.prompt)
+
+    def reference_ids(self, conversation: Conversation) -> list[int]:
+        """The ids that this model would write for the reference, its turn's end included; see `reference`."""
+        return self.reference(conversation)[1]
+
+    def reference(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """The ids after which this model would have written the reference, and those that it would have written, its turn's
+        end included. The former are those of the prompt, unless a finished turn takes back what the generation prompt
+        wrote.
+
+        Text is encoded with control strings as plain text. Raises `ValueError` where the template leaves out a part of the
+        reference, or writes it so that it does not go on from the prompt.
         """
         reference = conversation.reference
-        if isinstance(reference, Mapping) and not set(reference) <= {"role", "content"} and self.template:
+        if isinstance(reference, Mapping) and self.template:
             return self._rendered_reference(conversation)
         text = _content(reference) if isinstance(reference, Mapping) else reference
         text = text.removesuffix(self.tokenizer.eos_token or "")
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) + self.turn_end
+        return self.prompt_ids(conversation), self._encode_text(text) + self.turn_end
 
     def stop_ids(self, generation_config: GenerationConfig | None = None) -> list[int]:
-        """All ids that end this model's turn: `eos_token_id` of both configurations, and the last of `turn_end`.
-
-        Empty where nothing does.
+        """All ids that end this model's turn: `eos_token_id` of both configurations, and the last of every kind of turn's
+        end that the template writes. Empty where nothing does.
         """
         ids = getattr(generation_config, "eos_token_id", None)
         ids = list(ids) if isinstance(ids, list | tuple) else [ids]
-        ids += [self.tokenizer.eos_token_id, *self._written_turn_end[-1:]]
+        ids += [self.tokenizer.eos_token_id, *self._stops]
         return [token for token in dict.fromkeys(ids) if token is not None]
 
     @cached_property
     def turn_end(self) -> list[int]:
-        """What the template writes after an assistant turn, up to and including its first control token.
+        """What the template writes after an answer, up to where its writer stops.
 
         The EOS token where no template writes a control token there. Raises `ValueError` without either.
         """
-        if self._written_turn_end:
-            return self._written_turn_end
+        if self.template:
+            turn = self._known_turn
+            if turn.plain is None:
+                raise ValueError(
+                    f"the chat template of {self._name} does not write the assistant's content: it "
+                    f"{turn.missing[(ANSWER,)]}"
+                )
+            if turn.plain.end:
+                return self.end_ids(turn.plain)
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
                 f"{self._name} has no EOS token and no chat template that ends an assistant turn with a control "
@@ -152,18 +252,30 @@ class Speaker:
             )
         return [self.tokenizer.eos_token_id]
 
+    def end_ids(self, form: Form) -> list[int]:
+        """The ids of a form's end."""
+        return self._encode_after(ANSWER_PROBE, form.end)
+
     @cached_property
     def control_ids(self) -> set[int]:
         """Special ids, and the other added tokens that the template writes around plain turns (`<｜User｜>`).
 
         Thinking tags are content and not among them.
         """
-        added = self.tokenizer.added_tokens_decoder
-        ids = {token for token, content in added.items() if content.special} | set(self.tokenizer.all_special_ids)
+        ids = set(token_table(self.tokenizer).special)
         if self.template:
-            turns = [{"role": role, "content": _PROBE} for role in ("system", "user", "assistant", "user")]
-            ids |= set(self._encode(self._render(turns, open_ended=True))) & self._plain_added.keys()
+            for turns in (("system", "user", "assistant", "user"), ("user", "assistant", "user")):
+                messages = self._styled([{"role": role, "content": ANSWER_PROBE} for role in turns])
+                tools = TOOLS if self._needs_tools else None
+                if text := self._tried(messages, tools=tools, add_generation_prompt=True):
+                    ids |= set(self._encode(text)) & self._plain_added.keys()
+                    break
         return ids - {token for token, content in self._plain_added.items() if content in THINKING}
+
+    @cached_property
+    def controls(self) -> set[str]:
+        """The strings of `control_ids`."""
+        return set(self.tokenizer.convert_ids_to_tokens(sorted(self.control_ids)))
 
     @cached_property
     def markup(self) -> set[str]:
@@ -173,7 +285,7 @@ class Speaker:
     @cached_property
     def prefills_thinking(self) -> bool:
         """Whether the generation prompt ends inside an open `<think>`."""
-        return bool(self.template) and re.search(r"<think>\s*$", self._render([_USER], open_ended=True)) is not None
+        return bool(self.template) and re.search(r"<think>\s*$", self._render([USER], open_ended=True)) is not None
 
     @cached_property
     def template(self) -> str:
@@ -187,29 +299,21 @@ class Speaker:
 
     @cached_property
     def _plain_added(self) -> dict[int, str]:
-        added = self.tokenizer.added_tokens_decoder.items()
-        return {token: str(content) for token, content in added if not content.special and not str(content).isspace()}
+        added, special = self.tokenizer.added_tokens_decoder, token_table(self.tokenizer).special
+        return {
+            token: str(content)
+            for token, content in added.items()
+            if token not in special and not str(content).isspace()
+        }
 
-    @cached_property
-    def _written_turn_end(self) -> list[int]:
-        if not self.template:
-            return []
-        answered = [_USER, {"role": "assistant", "content": _PROBE}]
-        for turns in (answered, [*answered, _USER]):  # GLM's answers end where the next turn's header begins
-            text = self._render(turns)
-            if _PROBE not in text:
-                raise ValueError(f"the chat template of {self._name} does not write the assistant's content")
-            head = text[: text.rindex(_PROBE) + len(_PROBE)]
-            after = self._encode(text)[len(self._encode(head)) :]
-            for n, token in enumerate(after, start=1):
-                if token in self.control_ids:
-                    return after[:n]
-        return []
+    # What the template takes, found by trying
 
     @cached_property
     def _takes_system(self) -> bool:
+        messages = self._styled([{"role": "system", "content": ANSWER_PROBE}, USER])
+        tools = TOOLS if self._needs_tools else None
         try:
-            if _PROBE in self._apply([{"role": "system", "content": _PROBE}, _USER], add_generation_prompt=True):
+            if ANSWER_PROBE in self._apply(messages, tools=tools, add_generation_prompt=True):
                 return True
             reason = "leaves it out"
         except (jinja2.TemplateError, TypeError) as refusal:
@@ -220,8 +324,141 @@ class Speaker:
         )
         return False
 
+    @cached_property
+    def _takes_parts_alone(self) -> bool:
+        """Whether content must be a list of parts (`[{"type": "text", ...}]`): as a plain string it gets lost."""
+        parts = [{"role": "user", "content": [{"type": "text", "text": ANSWER_PROBE}]}]
+        plain, listed = (self._tried(turn) for turn in ([{"role": "user", "content": ANSWER_PROBE}], parts))
+        return ANSWER_PROBE not in plain and ANSWER_PROBE in listed
+
+    @cached_property
+    def _needs_tools(self) -> bool:
+        return not self._tried([USER]) and bool(self._tried([USER], tools=TOOLS))
+
+    @cached_property
+    def _call_style(self) -> tuple[bool, dict] | None:
+        """How calls must be given: arguments as text or not, and what beside them. None where they get lost."""
+        for beside in ({"content": ""}, {}):
+            for as_text in (False, True):
+                message = {"role": "assistant", **beside, "tool_calls": [_call_as(CALL, as_text)]}
+                text = self._tried([USER, message], tools=TOOLS) or self._tried([USER, message])
+                text = text[text.rfind(USER["content"]) :]
+                quoted = f'\\"{KEY_PROBE}'
+                if all(probe in text for probe in (NAME_PROBE, KEY_PROBE, VALUE_PROBE)) and quoted not in text:
+                    return as_text, beside
+        return None
+
+    @cached_property
+    def _takes_results(self) -> bool:
+        for message in (probe_message((CALLS,), CALL), {"role": "assistant", "content": ANSWER_PROBE}):
+            for tools in (TOOLS, None):
+                if RESULT_PROBE in self._tried(self._styled([USER, message, RESULT]), tools=tools):
+                    return True
+        return False
+
+    @cached_property
+    def _takes_tools(self) -> bool:
+        if NAME_PROBE in self._tried([USER], tools=TOOLS):
+            return True
+        warnings.warn(
+            f"the chat template of {self._name} leaves out `tools`: this model is not shown them, and the other one may be",
+            stacklevel=2,
+        )
+        return False
+
+    @cached_property
+    def _keeps_thoughts(self) -> bool:
+        """Whether an earlier turn's reasoning is written."""
+        turns = [USER, probe_message((THOUGHT, ANSWER), {}), USER]
+        if THOUGHT_PROBE in self._tried(turns):
+            return True
+        warnings.warn(
+            f"the chat template of {self._name} leaves out the reasoning of earlier turns: this model is not shown it, and the "
+            "other one may be",
+            stacklevel=2,
+        )
+        return False
+
+    def _refuse_what_is_left_out(self, conversation: Conversation) -> None:
+        messages = conversation.prompt
+        called = [message for message in messages if message.get("tool_calls")]
+        if called and self._call_style is None:
+            raise ValueError(
+                f"the chat template of {self._name} cannot render or leaves out calls of tools, and the prompt has some "
+                f"(roles {[message['role'] for message in messages]}): it would read another conversation than the other "
+                "model. Take a template that writes them (`chat_template` among its chat_template_kwargs), or leave such "
+                "rows out"
+            )
+        if any(message["role"] == "tool" for message in messages) and not self._takes_results:
+            raise ValueError(
+                f"the chat template of {self._name} cannot render or leaves out the results of tools, and the prompt has some: "
+                "it would read another conversation than the other model. Take a template that writes them, or leave such "
+                "rows out"
+            )
+        if any(message.get("content") for message in called):
+            turn = self._turn_after(replace(conversation, tools=conversation.tools or TOOLS))
+            if reason := turn.missing.get((ANSWER, CALLS)):
+                raise ValueError(
+                    f"the chat template of {self._name} cannot write an answer and a call in one turn ({reason}), and the prompt "
+                    "has such a turn: give them as two messages, or leave such rows out"
+                )
+        if conversation.tools:
+            _ = self._takes_tools
+        if any(message.get(name) for message in messages for name in _REASONING):
+            _ = self._keeps_thoughts
+
+    # Turns
+
+    @cached_property
+    def _known_turn(self) -> Turn:
+        """Without tools, or with some where the template has to have them."""
+        return self._turn_after(Conversation([USER]))
+
+    @cached_property
+    def _stops(self) -> list[int]:
+        """The last of each end. A token that a turn also has before its end is none, where another one ends it too."""
+        if not self.template:
+            return []
+        turns = [self._known_turn]
+        if self._call_style is not None:
+            turns.append(self._turn_after(Conversation([USER], tools=TOOLS)))
+        if turns[0].plain is None:
+            _ = self.turn_end  # says why
+        forms = [form for turn in turns for form in turn.forms.values() if form.end]
+        within = {token for form in forms for literal in form.literals[:-1] for token in self._encode(literal)}
+        stops = list(dict.fromkeys(self.end_ids(form)[-1] for form in forms))
+        alone = [token for token in stops if token not in within]
+        eos = self.tokenizer.eos_token_id
+        return alone if alone or (eos is not None and eos not in within) else stops
+
+    def _turn_after(self, conversation: Conversation) -> Turn:
+        """What the template writes after a user's turn, with the conversation's kwargs and, if it has any, with tools."""
+        tools = bool(conversation.tools) or self._needs_tools
+        key = json.dumps(conversation.chat_template_kwargs, sort_keys=True, default=repr), tools
+        if key not in self._turns:
+            asked = Conversation([USER], None, TOOLS if tools else None, conversation.chat_template_kwargs)
+            self._turns[key] = self._find_turn(asked, [USER])
+        return self._turns[key]
+
+    def _find_turn(self, conversation: Conversation, messages: list[dict]) -> Turn:
+        kinds = [kind for kind in KINDS if CALLS not in kind or (conversation.tools and self._call_style is not None)]
+        return find_turn(
+            lambda turns, open_ended=False: self._render(turns, conversation, open_ended),
+            messages,
+            self.controls,
+            kinds=kinds,
+        )
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def _encode_after(self, head: str, text: str) -> list[int]:
+        """The ids of `text` where it follows `head`."""
+        before, ids = self._encode(head), self._encode(head + text)
+        return ids[len(before) :] if ids[: len(before)] == before else self._encode(text)
 
     def _encode_plain(self, text: str) -> list[int]:
         ids, opened = self._encode(text), self.tokenizer.encode(text)
@@ -236,28 +473,94 @@ class Speaker:
         goes_on = messages[-1]["role"] == "assistant"
         kwargs = {"add_generation_prompt": open_ended and not goes_on, "continue_final_message": open_ended and goes_on}
         if conversation:
-            kwargs |= {"tools": conversation.tools, **conversation.chat_template_kwargs}
+            own = self.chat_template_kwargs if self.own_kwargs_win else {}
+            kwargs |= {"tools": conversation.tools, **conversation.chat_template_kwargs, **own}
+        elif self._needs_tools:
+            kwargs["tools"] = TOOLS
         try:
-            return self._apply(messages, **kwargs)
+            return self._apply(self._styled(messages), **kwargs)
         except (jinja2.TemplateError, TypeError) as error:
             roles = [message["role"] for message in messages]
-            raise ValueError(f"the chat template of {self._name} cannot render the roles {roles}: {error}") from error
+            raise Unrenderable(f"the chat template of {self._name} cannot render the roles {roles}: {error}") from error
+
+    def _styled(self, messages: list[dict]) -> list[dict]:
+        """Messages as the template takes them."""
+        if any(message.get("tool_calls") for message in messages):
+            as_text, beside = self._call_style or (False, {"content": ""})
+            messages = [
+                {
+                    **{key: value for key, value in message.items() if key != "content" or value},
+                    **({} if message.get("content") else beside),
+                    "tool_calls": [_call_as(call, as_text) for call in message["tool_calls"]],
+                }
+                if message.get("tool_calls")
+                else message
+                for message in messages
+            ]
+        if self._takes_parts_alone:
+            messages = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                if isinstance(message.get("content"), str)
+                else message
+                for message in messages
+            ]
+        return messages
+
+    def _tried(self, messages: list[dict], **kwargs) -> str:
+        """What the template makes of messages as they are, "" where it refuses them."""
+        try:
+            return self._apply(messages, **kwargs)
+        except (jinja2.TemplateError, TypeError):
+            return ""
 
     def _apply(self, messages: list[dict], **kwargs) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **{**self.chat_template_kwargs, **kwargs})
 
-    def _rendered_reference(self, conversation: Conversation) -> list[int]:
-        prompt = self.prompt_ids(conversation)
-        ids = self._encode(self._render([*conversation.prompt, conversation.reference], conversation))
-        if ids[: len(prompt)] != prompt:
+    def _rendered_reference(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        reference = conversation.reference
+        opened = self.opened(conversation)
+        sections = [THOUGHT] if any(reference.get(name) for name in _REASONING) else []
+        sections += [ANSWER] if reference.get("content") or not reference.get("tool_calls") else []
+        sections += [CALLS] if reference.get("tool_calls") else []
+        form = self._form(conversation, opened.turn, tuple(sections), sorted(reference))
+        prompt = self._render(conversation.prompt, conversation, open_ended=True)
+        stem = prompt[: len(prompt) - len(opened.turn.tail)]
+        text = self._render([*conversation.prompt, reference], conversation)
+        rest = form.rest or ""
+        if not text.startswith(stem + form.opening) or not text.endswith(rest):
             raise ValueError(
-                f"the chat template of {self._name} writes a reference with {sorted(conversation.reference)} so that "
+                f"the chat template of {self._name} writes a reference with {sorted(reference)} so that "
                 "it does not go on from its prompt: give the reference as `content` alone"
             )
-        written = ids[len(prompt) :]
-        if self.turn_end[-1] in written:
-            return written[: written.index(self.turn_end[-1]) + 1]
-        return written + self.turn_end
+        text = text[len(stem) : len(text) - len(rest)]
+        end, ids = [], []
+        if sections == [ANSWER]:  # whose text may hold control strings
+            answer = text.removeprefix(form.opening).removesuffix(form.end if form.rest is not None else "")
+            text, ids = form.opening, self._encode_text(answer.removesuffix(self.tokenizer.eos_token or ""))
+            if token_table(self.tokenizer).prefix_space != "never":
+                text = text.removesuffix(" ")  # the answer's own first token brings it
+            end = self.end_ids(form) if form.end else self.turn_end
+        elif not form.end:
+            end = self.turn_end
+        elif form.rest is None:
+            end = self.end_ids(form)
+        tail, before = opened.turn.tail, opened.ids
+        if text.startswith(tail):
+            text = text.removeprefix(tail)
+        else:
+            prompt, before = stem, opened.stem
+        return before, self._encode_after(prompt, text) + ids + end
+
+    def _form(self, conversation: Conversation, turn: Turn, sections: tuple[str, ...], columns: list[str]) -> Form:
+        if CALLS in sections and not conversation.tools:
+            turn = self._find_turn(replace(conversation, tools=TOOLS), conversation.prompt)
+        if sections in turn.forms:
+            return turn.forms[sections]
+        reason = turn.missing.get(sections) or "leaves out calls of tools"
+        raise ValueError(
+            f"the chat template of {self._name} cannot write a reference with {columns}: it {reason}; give the reference as "
+            "`content` alone, or take a template that writes all of it"
+        )
 
 
 def unshared_markup(student: Speaker, teacher: Speaker) -> list[str]:
@@ -293,9 +596,43 @@ def _message(value, column: str) -> dict:
                 f"`{column}` holds {[part.get('type') for part in parts]} content: only text can be distilled"
             )
         message["content"] = "".join(part["text"] for part in parts)
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], column)
     if "content" not in message and not message.get("tool_calls"):
         raise ValueError(f"`{column}` holds a {message['role']} message with neither `content` nor `tool_calls`")
     return message
+
+
+def _calls(value, column: str) -> list[dict]:
+    """Calls as OpenAI's API has them, but for the arguments, which are a dict however the row has them."""
+    calls = _parsed(value, f"`tool_calls` in `{column}`")
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise ValueError(f"`tool_calls` in `{column}` must be a list of dicts, or the JSON text of one, got {value!r}")
+    found = []
+    for call in calls:
+        function = dict(call["function"] if isinstance(call.get("function"), Mapping) else call)
+        if not isinstance(function.get("name"), str):
+            raise ValueError(f"`tool_calls` in `{column}` holds a call without a `name`: {call!r}")
+        function["arguments"] = _parsed(
+            function.get("arguments") or {}, f"`arguments` of {function['name']!r} in `{column}`"
+        )
+        if not isinstance(function["arguments"], Mapping):
+            raise ValueError(
+                f"`arguments` of {function['name']!r} in `{column}` must be a dict, or the JSON text of one, got "
+                f"{function['arguments']!r}"
+            )
+        wrapped = isinstance(call.get("function"), Mapping)
+        beside = dict(call) if wrapped else {key: call[key] for key in ("id", "type") if key in call}
+        function = {key: value for key, value in function.items() if wrapped or key in ("name", "arguments")}
+        found.append({"type": "function", **beside, "function": function})
+    return found
+
+
+def _parsed(value, what: str):
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} is text that is not JSON ({error}): {value!r}") from error
 
 
 def _tools(value) -> list | None:
@@ -333,3 +670,11 @@ def _content(message: dict) -> str:
     text = [message["content"]] if "content" in message else []
     calls = [json.dumps(message["tool_calls"], ensure_ascii=False)] if message.get("tool_calls") else []
     return "\n".join(text + calls)
+
+
+def _call_as(call: Mapping, as_text: bool) -> dict:
+    """The call with its arguments as JSON text, or as they are."""
+    if not as_text:
+        return dict(call)
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}

@@ -107,7 +107,7 @@ def _build_table(tokenizer: Any) -> TokenTable:
     added = _added_tokens(tokenizer)
     # An added token that the model's own vocabulary has too (Gemma's `▁▁`) keeps the model's spelling.
     spelled = {i: token.content.encode() for i, token in added.items()} | spelled
-    special = frozenset({*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}) - unknown
+    special = _control_ids(tokenizer, added) - unknown
     rows = [b""] * (max(spelled, default=-1) + 1)
     for i, row in spelled.items():
         if i not in special and i not in unknown:
@@ -115,6 +115,15 @@ def _build_table(tokenizer: Any) -> TokenTable:
     silent = [*special, *unknown]
     names = dict(zip(silent, tokenizer.convert_ids_to_tokens(silent), strict=True))
     return TokenTable(rows, special, unknown, word_starts - special - unknown, _prefix_space(tokenizer, rows), names)
+
+
+def _control_ids(tokenizer: Any, added: dict[int, Any]) -> frozenset[int]:
+    """Ids of tokens that are said to be special, or that the tokenizer has a role for. To be listed is not enough:
+    transformers lists a SentencePiece model's user-defined symbols (newlines, runs of spaces), which are text."""
+    roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    ids = {getattr(tokenizer, f"{role}_token_id", None) for role in roles} - {None}
+    ids |= {i for i in tokenizer.all_special_ids if i not in added or added[i].special}
+    return frozenset(ids | {i for i, token in added.items() if token.special})
 
 
 def _prefix_space(tokenizer: Any, rows: list[bytes]) -> str:
