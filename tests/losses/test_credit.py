@@ -7,10 +7,10 @@ from collections import defaultdict
 import pytest
 import torch
 
-from trl_ctopd.losses.credit import CREDITS, chunk_sum, gaps, shares, spread
+from trl_ctopd.losses.credit import CREDITS, chunk_sum, closing, gaps, previous_gaps, shares, spread
 
 
-SHARED = [credit for credit in CREDITS if credit != "macro"]
+SHARED = [credit for credit in CREDITS if credit not in ("macro", "previous")]
 BAD = [math.nan, math.inf, -math.inf]
 
 # A row is (student, teacher): tuples (log_prob, chunk, width) and (log_prob, chunk), chunk -1 for a token without part.
@@ -93,7 +93,7 @@ def reference_shares(credit, student):
             weights = [float(i == max(inside)) for i in inside]
         else:
             weights = [1.0] * len(inside)
-        total = 1.0 if credit == "macro" else math.fsum(weights)
+        total = 1.0 if credit in ("macro", "previous") else math.fsum(weights)
         for i, weight in zip(inside, weights, strict=True):
             result[i] = weight / total if total else 1 / len(inside)
     return result
@@ -233,3 +233,50 @@ def test_a_budget_that_is_not_finite_neutralises_its_chunk_and_no_other(bad):
 def test_an_unknown_credit_is_an_error_that_names_the_known():
     with pytest.raises(ValueError, match="'fair'.*semantic.*uniform.*byte_length.*last.*macro"):
         share_of("fair", [-1.0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_closing_is_read_where_a_chunk_begins_and_right_after_it_ends(seed):
+    rows = random_rows(seed)
+    _, _, chunks, _, _, num_chunks = as_tensors(rows)
+    generator = torch.Generator().manual_seed(seed)
+    close = -torch.rand(chunks.shape, generator=generator, dtype=torch.float64)
+    before, after = closing(close, chunks, num_chunks)
+    for row, (student, _) in enumerate(rows):
+        inside = by_chunk(student)
+        for chunk in range(num_chunks):
+            first, last = (min(inside[chunk]), max(inside[chunk])) if inside.get(chunk) else (None, None)
+            expected = 0.0 if first is None else close[row, first].item()
+            assert before[row, chunk].item() == expected
+            beyond = last is None or last + 1 == chunks.shape[1]
+            assert after[row, chunk].item() == (0.0 if beyond else close[row, last + 1].item())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_closed_gaps_add_up_to_the_open_ones_where_chunks_follow_each_other(seed):
+    rows = [tuple([token for token in side if token[1] >= 0] for side in row) for row in random_rows(seed)]
+    tensors = as_tensors(rows)
+    student, teacher, chunks, teacher_chunks, _, num_chunks = tensors
+    close = -torch.rand(chunks.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    close[:, 0] = 0  # nothing is open before a text
+    close = close.masked_fill(chunks < 0, 0)
+    openly, _ = gaps(student, teacher, chunks, teacher_chunks, num_chunks)
+    closed, _ = gaps(student, teacher, chunks, teacher_chunks, num_chunks, close)
+    assert (openly - closed).abs().max() > 0.01
+    torch.testing.assert_close(closed.sum(1), openly.sum(1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_chunks_first_token_alone_answers_for_the_chunk_that_ends_right_before_it(seed):
+    rows = random_rows(seed)
+    student, teacher, chunks, teacher_chunks, _, num_chunks = as_tensors(rows)
+    gap, _ = gaps(student, teacher, chunks, teacher_chunks, num_chunks)
+    found = previous_gaps(gap, chunks, num_chunks)
+    expected = torch.zeros_like(found)
+    for row, (tokens, _) in enumerate(rows):
+        inside = by_chunk(tokens)
+        for own in inside.values():
+            for other, before in inside.items():
+                if max(before) + 1 == min(own):
+                    expected[row, min(own)] = gap[row, other]
+    torch.testing.assert_close(found, expected)

@@ -11,13 +11,14 @@ import pytest
 import torch
 from test_credit import BAD, as_tensors, by_chunk, padded, random_rows, reference_budgets, reference_shares
 
-from trl_ctopd.losses import ALM, DPCA, LOSSES, SFT, ScoredChunks, build_loss
+from trl_ctopd.losses import ALM, DPCA, LOSSES, SFT, ScoredChunks, StrictSampled, build_loss
 from trl_ctopd.losses.credit import CREDITS
 from trl_ctopd.text.chunks import Side, synchronized_chunks
 
 
-DPCAS = [pytest.param(DPCA(credit), id=credit) for credit in CREDITS]
-UNCLIPPED = [pytest.param(DPCA(credit, None), id=credit) for credit in CREDITS]
+SHARES = [credit for credit in CREDITS if credit != "previous"]
+DPCAS = [pytest.param(DPCA(credit, event="open"), id=credit) for credit in SHARES]
+UNCLIPPED = [pytest.param(DPCA(credit, None, event="open"), id=credit) for credit in SHARES]
 ALMS = [pytest.param(ALM(tau), id=f"alm-{tau}") for tau in (1.0, 100.0, math.inf)]
 SFTS = [pytest.param(SFT(), id="sft")]
 ALL = DPCAS + ALMS + SFTS
@@ -76,7 +77,7 @@ def reference_sft(loss, student, teacher):
 REFERENCES = {DPCA: reference_dpca, ALM: reference_alm, SFT: reference_sft}
 
 
-@pytest.mark.parametrize("loss", [*ALL, pytest.param(DPCA("semantic", 0.5), id="clip"), UNCLIPPED[0]])
+@pytest.mark.parametrize("loss", [*ALL, pytest.param(DPCA("semantic", 0.5, event="open"), id="clip"), UNCLIPPED[0]])
 @pytest.mark.parametrize("seed", range(4))
 def test_value_and_gradient_equal_a_loop_over_chunks(loss, seed):
     rows = random_rows(seed)
@@ -293,9 +294,9 @@ def test_macros_expected_gradient_is_that_of_the_reverse_kl_of_each_chunk_given_
     assert {max(chunks) for chunks in world.chunks()[0]} == {0, 1, 2}
     expected = world.gradient(world.chunk_reverse_kl())
     assert expected.norm() > 0.1
-    assert (world.expected_gradient(DPCA("macro", None)) - expected).abs().max() < 1e-12
+    assert (world.expected_gradient(DPCA("macro", None, event="open")) - expected).abs().max() < 1e-12
     for credit in CREDITS:
-        found = cosine(world.expected_gradient(DPCA(credit, None)), expected)
+        found = cosine(world.expected_gradient(DPCA(credit, None, event="open")), expected)
         record_property(f"cosine {credit}", found)
         print(f"seed {seed} {credit:12s} cosine with the chunk-level reverse KL's gradient {found:.4f}")
 
@@ -303,7 +304,10 @@ def test_macros_expected_gradient_is_that_of_the_reverse_kl_of_each_chunk_given_
 def test_macro_lacks_only_what_a_chunk_does_to_the_gaps_of_later_chunks():
     """The rest of the whole text's reverse KL is Σ_y p(y) Σ_i ∇log p_i · (gaps of the chunks after i's)."""
     world = World(in_pairs, 0)
-    whole, macro = world.gradient(world.sequence_reverse_kl()), world.expected_gradient(DPCA("macro", None))
+    whole, macro = (
+        world.gradient(world.sequence_reverse_kl()),
+        world.expected_gradient(DPCA("macro", None, event="open")),
+    )
     assert (whole - macro).norm() > 0.1 * whole.norm()
     batch = world.batch()
     gap = batch.student_sum(batch.student_log_probs) - batch.teacher_sum(batch.teacher_log_probs)
@@ -329,14 +333,17 @@ def test_where_the_teachers_boundaries_hang_on_later_text_macro_is_not_the_rever
         head_mass[head].detach() * (law := mass / head_mass[head]) * (law.log() - log_q[head, tokens])
         for (head, tokens), mass in chunk_mass.items()
     )
-    macro = world.expected_gradient(DPCA("macro", None))
+    macro = world.expected_gradient(DPCA("macro", None, event="open"))
     assert cosine(macro, world.gradient(kl)) < 0.999
 
 
 def test_on_a_completion_of_one_chunk_macro_is_the_whole_texts_reverse_kl_whatever_the_teacher_reads():
     world = World(greedy, 5)
     world.chunks = lambda: ([[0] * LENGTH] * 125, [[0] * len(greedy("".join(y))) for y in world.completions])
-    found, expected = world.expected_gradient(DPCA("macro", None)), world.gradient(world.sequence_reverse_kl())
+    found, expected = (
+        world.expected_gradient(DPCA("macro", None, event="open")),
+        world.gradient(world.sequence_reverse_kl()),
+    )
     assert (found - expected).abs().max() < 1e-12
 
 
@@ -436,8 +443,14 @@ def without(batch, row, chunk):
     return replace(batch, student_chunks=student_chunks, teacher_chunks=teacher_chunks)
 
 
-@pytest.mark.parametrize("loss", DPCAS + ALMS)
-@pytest.mark.parametrize("bad", BAD)
+NOT_FINITE = [(loss, bad) for loss in DPCAS for bad in BAD if bad != -math.inf] + [
+    (a, bad) for a in ALMS for bad in BAD
+]
+
+
+@pytest.mark.parametrize(
+    ("loss", "bad"), [pytest.param(*loss.values, bad, id=f"{loss.id}-{bad}") for loss, bad in NOT_FINITE]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_teacher_log_prob_that_is_not_finite_takes_out_its_chunk_and_nothing_else(loss, bad, dtype):
     clean = scored(random_rows(15), dtype)
@@ -448,6 +461,12 @@ def test_a_teacher_log_prob_that_is_not_finite_takes_out_its_chunk_and_nothing_e
     assert value == pytest.approx(expected_value, rel=1e-6)
     assert torch.equal(gradient, expected_gradient)
     assert value != pytest.approx(value_and_gradient(loss, clean)[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", [*DPCAS, pytest.param(StrictSampled(), id="strict_sampled")])
+def test_what_the_teacher_never_writes_costs_the_whole_clip(loss):
+    impossible = scored([([(-1.0, 0, 1)], [(-math.inf, 0)])])
+    assert value_and_gradient(loss, impossible, 1)[1].tolist() == [[10.0]]
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -524,14 +543,14 @@ def test_nothing_scored_is_a_zero_loss_with_a_zero_gradient(loss, rows):
 def test_no_advantage_exceeds_the_clip_and_the_metric_counts_those_cut(credit):
     student = [(-1.0, 0, 1), (-3.0, 0, 1), (-2.0, 1, 1), (-5.0, -1, 1), (-1.0, 2, 1)]
     rows = [(student, [(-90.0, 0), (-2.5, 1), (-0.1, 2)])]
-    _, gradient = value_and_gradient(DPCA(credit, 2.0), scored(rows), 1)
+    _, gradient = value_and_gradient(DPCA(credit, 2.0, event="open"), scored(rows), 1)
     _, free = value_and_gradient(DPCA(credit, None), scored(rows), 1)
     assert free.max() > 20
     assert torch.equal(gradient, free.clamp(-2, 2))
-    _, metrics = DPCA(credit, 2.0)(scored(rows), 1)
+    _, metrics = DPCA(credit, 2.0, event="open")(scored(rows), 1)
     cut_tokens, weight = metrics["advantage/clipped_fraction"]
     assert (cut_tokens.item(), weight.item()) == ((free.abs() > 2).sum().item(), 4)
-    assert DPCA(credit, None)(scored(rows), 1)[1]["advantage/clipped_fraction"][0] == 0
+    assert DPCA(credit, None, event="open")(scored(rows), 1)[1]["advantage/clipped_fraction"][0] == 0
 
 
 def test_the_clip_holds_on_both_sides_and_leaves_what_is_on_the_bound():

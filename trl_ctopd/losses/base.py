@@ -59,6 +59,11 @@ class ScoredChunks:
             on these completions, where this is a later one.
         importance (`torch.Tensor` of shape (B, S), *optional*): how much likelier each token is under the policy than under
             the sampler that drew it, within bounds, where these are not one.
+        close_log_probs (`torch.Tensor` of shape (B, S), *optional*): where a chunk ends right before a student token, the
+            log-prob, with gradient, that the student leaves the teacher's last token closed there: log(1 − the probability
+            of the tokens with which the teacher's tokenizer would not cut there), under the distribution that the student
+            token was drawn from; 0 elsewhere. For a loss with `event = "closed"`.
+        old_close_log_probs (`torch.Tensor` of shape (B, S), *optional*): `close_log_probs` as `old_log_probs` are.
 
     And where the loss asks for distributions (`signal = "logits"`):
         student, teacher (`Distributions`): of the two models, over (B, S) and (B, T).
@@ -76,6 +81,8 @@ class ScoredChunks:
     teacher_ids: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
     importance: torch.Tensor | None = None
+    close_log_probs: torch.Tensor | None = None
+    old_close_log_probs: torch.Tensor | None = None
     student: Distributions | None = None
     teacher: Distributions | None = None
     vocabulary: VocabularyPair | None = None
@@ -85,6 +92,12 @@ class ScoredChunks:
     def policy_log_probs(self) -> torch.Tensor:
         """(B, S) log-probs, without gradient, under the policy that the advantages are those of: the one that wrote."""
         return self.student_log_probs.detach() if self.old_log_probs is None else self.old_log_probs
+
+    @property
+    def policy_close_log_probs(self) -> torch.Tensor | None:
+        """(B, S) `close_log_probs` as `policy_log_probs` are."""
+        old = self.old_close_log_probs
+        return self.close_log_probs.detach() if old is None and self.close_log_probs is not None else old
 
     def student_sum(self, values: torch.Tensor) -> torch.Tensor:
         """(B, S) in, sums over each chunk (B, C) out."""
@@ -202,7 +215,7 @@ class Loss:
     `signal` says what the teacher must deliver a token: `"logprobs"` (of the token it read), `"logits"` (its whole
     distribution), `"none"`. `policy` says on whose text the loss is right: `"on"` (text the student wrote), `"off"`
     (text it did not), `"both"`. `weighs_by_ratio` tells that it stays right on text of the student before its last updates,
-    by `old_log_probs`. `structures` names what the loss reads of a `VocabularyPair`, which is built before
+    by `old_log_probs`. A loss with `event = "closed"` reads `close_log_probs`. `structures` names what the loss reads of a `VocabularyPair`, which is built before
     training. `copies` is how many tensors of the size of a tile's logits are alive at once, so that a tile can be cut
     to keep `tile_tokens`.
     """

@@ -1,7 +1,12 @@
-"""DPCA (arXiv 2606.09456): the reverse-KL policy gradient, its signal scaled chunk by chunk.
+"""DPCA (arXiv 2606.09456): the reverse-KL policy gradient, its signal scaled chunk by chunk; and the same with closed chunks.
 
-Decisions: the advantage is detached and clipped to ±`advantage_clip`. A chunk whose teacher budget is not finite takes
-no part and is counted.
+The paper compares a chunk's log-prob under the teacher with that of the same tokens under the student. These are two events:
+a teacher that writes "5" has said that the number ends there, else it would have written "53"; a student that writes "5"
+has not. So a student that equals its teacher is moved (docs/fixed-point.md). `event="closed"`, the default, compares like with
+like: the chunk's tokens *and* that the teacher's last token is closed at its end.
+
+Decisions: advantages are detached and clipped to ±`advantage_clip`. A teacher's log-prob of -inf counts as -100 nats, so that
+the clip decides; a chunk whose teacher budget is NaN takes no part and is counted.
 Where the published code differs: it drops chunks of more than six tokens, divides by L_S without the limit at zero, and
 masks everything after the first place where its aligner gets stuck; here none of that is needed.
 """
@@ -11,40 +16,99 @@ from dataclasses import dataclass
 import torch
 
 from .base import Metrics, ScoredChunks
-from .credit import CREDITS, gaps, shares, spread
+from .credit import CREDITS, closing, floored, gaps, outer_positions, previous_gaps, shares, spread
 from .policy_gradient import PolicyGradient, check_clip, clipped
+
+
+EVENTS = ("closed", "open")
 
 
 @dataclass
 class DPCA(PolicyGradient):
     """
-    loss = −Σ_i clip(A_i, ±advantage_clip) · exp(log p_i − sg(log p_i)) / N,  A_i = (L_T − L_S) · w_i,
+    With open chunks
 
-    and PPO's clipped ratio in place of the exponential where completions are used again.
+        loss = −Σ_i clip(A_i, ±advantage_clip) · exp(log p_i − sg(log p_i)) / N,  A_i = (L_T − L_S) · w_i,
+
+    and PPO's clipped ratio in place of the exponential where completions are used again. With closed chunks, in which
+    p_close(c) is the student's probability to leave the teacher's last token of chunk c closed at its end,
+
+        loss = −Σ_c clip(G_c, ±advantage_clip) · [Σ_{i∈c} w_i log p_i − log p_close(c − 1) + log p_close(c)] / N,
+
+    G_c = L_T(c) − L_S(c) + log p_close(c − 1) − log p_close(c): the same gap for the whole text, and at equal laws of
+    text 0 for every chunk.
 
     Args:
-        credit (`str`, defaults to `"semantic"`): how a chunk's gap is shared among its student tokens, see
-            [`~trl_ctopd.losses.credit.shares`].
-        advantage_clip (`float` or `None`, defaults to `10.0`): bound on |A_i| in nats; `None` for no bound.
+        credit (`str`, *optional*): how a chunk's gap is shared among its student tokens, see
+            [`~trl_ctopd.losses.credit.shares`]. `None`: `"macro"` for closed chunks, `"semantic"`, the paper's, for open
+            ones. `"previous"`, for open ones alone: `"macro"`, and a chunk's first token, which is what closed the chunk
+            before, answers for the gap of that one too. It keeps the fixed point in expectation, with log-probs alone
+            and more noise.
+        advantage_clip (`float` or `None`, defaults to `10.0`): bound on |A_i| or |G_c| in nats; `None` for no bound.
+        event (`str`, *optional*): `"closed"`, which reads `ScoredChunks.close_log_probs`, or `"open"`, the paper's. `None`:
+            `"closed"`, but `"open"` with credit `"previous"`.
         clip_ratio_low, clip_ratio_high: of [`PolicyGradient`].
     """
 
-    credit: str = "semantic"
+    credit: str | None = None
     advantage_clip: float | None = 10.0
+    event: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        if self.event is None:
+            self.event = "open"  # until the trainer gives `close_log_probs`
+        if self.event not in EVENTS:
+            raise ValueError(f"Unknown event {self.event!r}: choose one of {', '.join(EVENTS)}.")
+        if self.credit is None:
+            self.credit = "macro" if self.event == "closed" else "semantic"
         if self.credit not in CREDITS:
             raise ValueError(f"Unknown credit {self.credit!r}: choose one of {', '.join(CREDITS)}.")
+        if (self.credit, self.event) == ("previous", "closed"):
+            raise ValueError(
+                "credit='previous' hands on what a closed chunk accounts for itself: set event='open', or credit='macro'."
+            )
         check_clip(self.advantage_clip)
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
-        return self.surrogate(batch, *self.advantages(batch), num_items)
+        advantages, cut = self.advantages(batch)
+        if self.event == "open":
+            return self.surrogate(batch, advantages, cut, num_items)
+        value, metrics = self.surrogate(batch, advantages, cut, num_items, self._close_advantages(batch))
+        _, after = closing(batch.close_log_probs.detach(), batch.student_chunks, batch.num_chunks)
+        return value, {**metrics, "closing/nats_per_chunk": (-after.sum(), (batch.student_tokens > 0).sum())}
 
     @torch.no_grad()
     def advantages(self, batch: ScoredChunks) -> tuple[torch.Tensor, torch.Tensor]:
         """A_i of shape (B, S), 0 where a token takes no part, and where the clip took hold (B, S)."""
-        log_probs = batch.policy_log_probs
-        gap, _ = gaps(log_probs, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
+        log_probs, gap = batch.policy_log_probs, self._gaps(batch)
         share = shares(self.credit, log_probs, batch.student_chunks, batch.student_widths, batch.num_chunks)
-        return clipped(spread(gap, batch.student_chunks) * share, self.advantage_clip)
+        advantages = spread(gap, batch.student_chunks) * share
+        if self.credit == "previous":
+            advantages = advantages + previous_gaps(gap, batch.student_chunks, batch.num_chunks)
+        return clipped(advantages, self.advantage_clip)
+
+    def _gaps(self, batch: ScoredChunks) -> torch.Tensor:
+        """(B, C)."""
+        close = None
+        if self.event == "closed":
+            close = batch.policy_close_log_probs
+            if close is None:
+                raise ValueError(
+                    "DPCA's closed chunks read `ScoredChunks.close_log_probs`, and the batch has none: the trainer gives them; "
+                    "in a loop of your own see docs/fixed-point.md, or set event='open'."
+                )
+        teacher = floored(batch.teacher_log_probs)
+        sides = batch.student_chunks, batch.teacher_chunks
+        return gaps(batch.policy_log_probs, teacher, *sides, batch.num_chunks, close)[0]
+
+    @torch.no_grad()
+    def _close_advantages(self, batch: ScoredChunks) -> torch.Tensor:
+        """(B, S) of log p_close at each position: the gap of the chunk that ends there, less that of the one that begins."""
+        gap, _ = clipped(self._gaps(batch), self.advantage_clip)
+        first, last = outer_positions(batch.student_chunks, batch.num_chunks)
+        length = batch.student_chunks.shape[1]
+        ends = torch.where(last < 0, length + 1, last + 1)
+        begins = torch.where(last < 0, length + 1, first)
+        found = gap.new_zeros(len(gap), length + 2).scatter_add(1, ends, gap).scatter_add(1, begins, -gap)
+        return found[:, :length]

@@ -53,18 +53,32 @@ class PolicyGradient(Loss):
             )
 
     def surrogate(
-        self, batch: ScoredChunks, advantages: torch.Tensor, cut: torch.Tensor, num_items: torch.Tensor | int
+        self,
+        batch: ScoredChunks,
+        advantages: torch.Tensor,
+        cut: torch.Tensor,
+        num_items: torch.Tensor | int,
+        close_advantages: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Metrics]:
         """The loss of detached advantages (B, S); `cut` (B, S) tells which of them met their clip. Where another sampler drew
-        the tokens, each advantage counts `ScoredChunks.importance` times."""
+        the tokens, each advantage counts `ScoredChunks.importance` times. `close_advantages` (B, S) are those of
+        `close_log_probs`."""
+        value, outside = self._bounded(batch, advantages, batch.student_log_probs, batch.policy_log_probs)
+        if close_advantages is not None:
+            scores = batch.close_log_probs, batch.policy_close_log_probs
+            value = value + self._bounded(batch, close_advantages, *scores)[0]
+        metrics = {"advantage/clipped_fraction": (cut.sum(), batch.scored_tokens)}
+        if batch.old_log_probs is not None:
+            metrics["ratio/clipped_fraction"] = (outside.sum(), batch.scored_tokens)
+        return -value.sum() / num_items, metrics
+
+    def _bounded(
+        self, batch: ScoredChunks, advantages: torch.Tensor, log_probs: torch.Tensor, old: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S) what each advantage adds, and where PPO's bounds took hold of it."""
         if batch.importance is not None:
             advantages = advantages * batch.importance
         low, high = 1 - self.clip_ratio_low, 1 + self.clip_ratio_high
-        log_ratio = batch.student_log_probs - batch.policy_log_probs
-        ratio = torch.exp(log_ratio.clamp(max=_LARGEST_LOG_RATIO))
-        value = torch.minimum(advantages * ratio, advantages * ratio.clamp(low, high))
-        metrics = {"advantage/clipped_fraction": (cut.sum(), batch.scored_tokens)}
-        if batch.old_log_probs is not None:
-            outside = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
-            metrics["ratio/clipped_fraction"] = (outside.sum(), batch.scored_tokens)
-        return -value.sum() / num_items, metrics
+        ratio = torch.exp((log_probs - old).clamp(max=_LARGEST_LOG_RATIO))
+        outside = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
+        return torch.minimum(advantages * ratio, advantages * ratio.clamp(low, high)), outside

@@ -3,7 +3,8 @@ cut the same token, and nothing elsewhere.
 
 Decisions: a text's first token counts where only one side puts a dummy prefix space before it: it is one event on both
 sides. N stays the count of all scored student tokens, not of the matched ones, so that the figure is comparable with
-the other losses and a micro-batch needs to know nothing of the others; the share that is matched is logged.
+the other losses and a micro-batch needs to know nothing of the others; the share that is matched is logged. A teacher's
+log-prob of -inf counts as -100 nats, so that the clip decides.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .base import Metrics, ScoredChunks
-from .credit import gaps, spread
+from .credit import floored, gaps, spread
 from .policy_gradient import PolicyGradient, check_clip, clipped
 
 
@@ -33,9 +34,10 @@ class StrictSampled(PolicyGradient):
         check_clip(self.advantage_clip)
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
-        matched = batch.scorable & (batch.student_tokens == 1) & (batch.teacher_tokens == 1)
-        scores = batch.policy_log_probs, batch.teacher_log_probs
-        gap, _ = gaps(*scores, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
+        matched = (batch.student_tokens == 1) & (batch.teacher_tokens == 1)
+        scores = batch.policy_log_probs, floored(batch.teacher_log_probs)
+        gap, neutral = gaps(*scores, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
+        matched &= ~neutral
         advantages = spread(gap.masked_fill(~matched, 0), batch.student_chunks)
         value, metrics = self.surrogate(batch, *clipped(advantages, self.advantage_clip), num_items)
         return value, {**metrics, "loss/compared_fraction": (matched.sum(), batch.scored_tokens)}
