@@ -45,6 +45,7 @@ from .training.checks import (
     losses_by_text,
     signal_of,
 )
+from .training.identity import identity
 from .training.metrics import Meter, chunk_metrics, warn_of_much_masked
 from .training.scoring import Scorer
 from .training.timing import PhaseTimer
@@ -114,6 +115,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
         self._pending = checkpoints.PendingRollouts(args)
         self._samples, self._card = Samples(), RunCard()
+        self._lineage = checkpoints.Lineage([("", None)])  # until a run begins
 
         self._init_without_shared_vocabulary(
             model,
@@ -266,13 +268,20 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         found = checkpoints.to_resume_from(resume_from_checkpoint, self.args.output_dir)
         self._meters["train"].clear()  # of a run before that was interrupted
+        self._lineage = checkpoints.begin(found, self.args, self._identity)
         return super().train(found, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
+        folder = checkpoints.folder_of(self._get_output_dir(trial), self.state.global_step)
         if self.args.should_save:
-            checkpoints.clear(checkpoints.folder_of(self._get_output_dir(trial), self.state.global_step))
+            checkpoints.clear(folder)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with checkpoints.whole(self.state, folder, self._lineage, self._identity):
+            super()._save_checkpoint(model, trial)
+
+    @cached_property
+    def _identity(self) -> dict:
+        return identity(self.args, self.panel, self.train_dataset)
 
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)

@@ -2,7 +2,9 @@
 of its own, which a fork server starts, since most of a start goes to imports."""
 
 import multiprocessing
+import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -10,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator, skip_first_batches
 from resume_run import MOMENTS, Death, train
-from toys import prompts
+from toys import prompts, teacher_model
+from transformers import TrainerCallback
 
 from trl_ctopd.models.sharding import own_rows
-from trl_ctopd.training.checkpoints import is_whole, to_resume_from
+from trl_ctopd.training.checkpoints import MANIFEST, RUN, is_whole, to_resume_from
 
 
 KILLED = -signal.SIGKILL
@@ -206,10 +210,24 @@ def test_rows_that_fill_a_batch_up_are_known_amid_a_resumed_epoch_too(build, mon
 # --- which checkpoint
 
 
+class Interrupted(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            raise KeyboardInterrupt
+
+
+def weights_of(trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
 def saved(run: Path, step: int, text: str | None = '{"global_step": 1}\n') -> str:
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     (folder / "optimizer.pt").touch()
+    (folder / MANIFEST).write_text('{"lineage": [["one", null]], "settings": {}, "files": {"optimizer.pt": 0}}')
     if text is not None:
         (folder / "trainer_state.json").write_text(text)
     return str(folder)
@@ -259,3 +277,125 @@ def test_what_an_earlier_run_left_is_gone_before_a_checkpoint_takes_its_place(bu
     trainer.train()
     assert seen == [False]
     assert is_whole(left)
+
+
+# --- what a checkpoint lacks, whose it is, and what has changed since
+
+
+@pytest.fixture(scope="module")
+def trained(build_in, tmp_path_factory):
+    """The folder of a run of three steps, each with a checkpoint; between two uses of its completions."""
+    folder = tmp_path_factory.mktemp("trained")
+    trainer = build_in(folder)(**SAVED)
+    trainer.train()
+    return folder / "run"
+
+
+SAVED = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "max_steps": 3,
+    "rollout_reuse": 2,
+    "gradient_accumulation_steps": 2,
+}
+PARTS = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rollouts_0.pt", "model.safetensors"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("harm", ["missing", "emptied", "cut short"])
+def test_a_checkpoint_without_one_of_its_parts_is_told_by_it_and_the_one_before_is_gone_on_from(
+    trained, tmp_path, caplog, part, harm
+):
+    shutil.copytree(trained, tmp_path / "run")
+    last, before = tmp_path / "run" / "checkpoint-3", tmp_path / "run" / "checkpoint-2"
+    file = last / part
+    if harm == "missing":
+        file.unlink()
+    else:
+        os.truncate(file, 0 if harm == "emptied" else file.stat().st_size - 1)
+    assert not is_whole(last)
+    assert to_resume_from(True, str(tmp_path / "run")) == str(before)
+    assert f"checkpoint-3 is not whole (missing, or cut short: {part}): going on from {before}." in caplog.text
+    with pytest.raises(ValueError, match=f"checkpoint-3 is no whole.*cut short: {part}. The last whole one.*-2"):
+        to_resume_from(str(last), str(tmp_path / "run"))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_marked_as_whole_and_before_older_ones_go(
+    build, tmp_path, monkeypatch
+):
+    seen = []
+    sync, rotate = os.fsync, transformers.trainer.rotate_checkpoints
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.readlink(f"/proc/self/fd/{handle}")) or sync(handle))
+    monkeypatch.setattr(
+        transformers.trainer, "rotate_checkpoints", lambda **kwargs: seen.append("rotate") or rotate(**kwargs)
+    )
+    build(**{**SAVED, "max_steps": 1}).train()
+    folder = str(tmp_path / "run" / "checkpoint-1")
+    seen = seen[seen.index(f"{folder}/config.json") :] if f"{folder}/config.json" in seen else seen
+    mark = seen.index(f"{folder}/trainer_state.json")
+    assert {f"{folder}/{part}" for part in [*PARTS, MANIFEST]} <= set(seen[:mark])
+    assert seen[mark + 1 :][:3] == [folder, str(tmp_path / "run"), "rotate"]
+
+
+def test_a_run_goes_on_from_no_checkpoint_of_another_one_that_was_begun_in_its_folder(build, trained, tmp_path, caplog):
+    shutil.copytree(trained, tmp_path / "run")
+    settings = {**SAVED, "learning_rate": 1e-3}
+    with pytest.raises(KeyboardInterrupt):
+        build(**settings, callbacks=[Interrupted(1)]).train()
+    with pytest.raises(
+        ValueError, match="that began last in .* has no whole checkpoint yet, and .*checkpoint-3 is of another"
+    ):
+        build(**settings).train(resume_from_checkpoint=True)
+    with pytest.raises(KeyboardInterrupt):
+        build(**{**settings, "save_steps": 2}, callbacks=[Interrupted(3)]).train()
+    assert to_resume_from(True, str(tmp_path / "run")) == str(tmp_path / "run" / "checkpoint-2")
+    assert "checkpoint-3 is of another run, which was begun in this folder before: going on from" in caplog.text
+    resumed = build(**{**settings, "save_strategy": "no"})
+    resumed.train(resume_from_checkpoint=True)
+    fresh = build(**{**settings, "save_strategy": "no"})
+    fresh.train()
+    torch.testing.assert_close(weights_of(resumed), weights_of(fresh), rtol=0, atol=0)
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_leaves_the_later_ones_behind(build, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with pytest.raises(KeyboardInterrupt):
+        build(**SAVED, callbacks=[Interrupted(2)]).train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert to_resume_from(True, str(run)) == str(run / "checkpoint-1"), "the steps after it were of the run before"
+    build(**{**SAVED, "max_steps": 2}).train(resume_from_checkpoint=True)
+    assert to_resume_from(True, str(run)) == str(run / "checkpoint-2")
+    assert is_whole(run / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"distillation_loss": "alm"}, "distillation_loss (then 'dpca', now 'alm')"),
+        ({"seed": 7}, "seed (then 42, now 7)"),
+        ({"temperature": 0.5}, "temperature (then 1.0, now 0.5)"),
+        ({"teacher": teacher_model(9)}, "teacher (then "),
+        ({"dataset": prompts(15)}, "train_dataset (then '16 rows"),
+    ],
+)
+def test_a_resume_under_other_circumstances_says_what_has_changed(build, trained, caplog, changed, said):
+    settings = {**SAVED, "max_steps": 4, "save_strategy": "no", "output_dir": str(trained)}
+    if "distillation_loss" in changed:
+        settings |= {"rollout_reuse": 2}
+    build(**{**settings, **changed}).train(resume_from_checkpoint=True)
+    [line] = [line for line in caplog.messages if "with other settings than it was saved with" in line]
+    assert said in line and "max_steps (then 3, now 4)" in line
+    assert "output_dir" not in line and line.count("(then") == 2
+
+
+def test_a_resume_under_the_same_circumstances_says_nothing(build, trained, caplog):
+    build(**SAVED, output_dir=str(trained), logging_steps=3).train(resume_from_checkpoint=True)
+    assert "saved with" not in caplog.text
+
+
+def test_a_checkpoint_of_weights_alone_says_that_the_optimizer_begins_anew(build, tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    build(**settings).train()
+    assert not (tmp_path / "run" / RUN).read_text().startswith("null")
+    build(**settings, max_steps=2).train(resume_from_checkpoint=True)
+    assert "checkpoint-1 has no state of the optimizer (save_only_model?): it begins anew" in caplog.text

@@ -1,26 +1,39 @@
-"""Checkpoints of a run that may be killed at any moment: which are whole, and from which one it goes on.
+"""Checkpoints of a run that may be killed at any moment: which are whole, whose they are, and from which one it goes on.
 
 Decisions: Trainer writes `trainer_state.json` after all else of a checkpoint, and deletes older checkpoints after that. So a
 checkpoint is whole where this file is and can be read, if two things are seen to, which the trainer does when it saves: every
 process has written its part by then, and nothing is left in the folder from a run before. Nodes may have disks of their own
 (`save_on_each_node`), so a checkpoint counts as whole where it is so for every process.
+
+Just before it, `checkpoint.json` says what the checkpoint is made of (each file with its size), which run it is of, and under which
+settings; all is on the disk before older checkpoints go. A run that begins in a folder says so there (`_run.json`): what another one
+has left is not taken for its own.
 """
 
 import json
+import os
+import re
 import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..config import CrossTokenizerGKDConfig
 from ..teachers.panel import settled
 
 
 logger = get_logger(__name__)
+
+MANIFEST = "checkpoint.json"
+RUN = "_run.json"  # as it begins, it is not pushed to the hub
+_ORNAMENTS = (".md", ".png", ".html")  # which nothing is resumed from
 
 
 def folder_of(run: str | Path, step: int) -> Path:
@@ -34,11 +47,128 @@ def clear(folder: Path):
 
 
 def is_whole(folder: Path) -> bool:
+    return not missing(folder)
+
+
+def missing(folder: Path) -> list[str]:
+    """What `folder` lacks of a whole checkpoint: files that are not there, or not as long as they were saved."""
+    if _read(folder / TRAINER_STATE_NAME) is None:
+        return [TRAINER_STATE_NAME]
+    files = (_read(folder / MANIFEST) or {}).get("files", {})  # none is known of an older version's
+    return [
+        name for name, size in files.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size
+    ]
+
+
+def _read(path: Path) -> dict | None:
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return False
-    return True
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+class Lineage:
+    """
+    A run by its parts: each `train()` is one, with a name of its own, and those it goes on from with the steps until which it does.
+    Every process has the same.
+    """
+
+    def __init__(self, parts: list[tuple[str, int | None]]):
+        self.parts = parts
+
+    @classmethod
+    def begun(cls, checkpoint: str | None) -> "Lineage":
+        """Of a run that begins now, anew or from `checkpoint`. Every process must call it."""
+        before = []
+        if checkpoint is not None:
+            folder = Path(checkpoint)
+            step = _read(folder / TRAINER_STATE_NAME)["global_step"]
+            known = (_read(folder / MANIFEST) or {}).get("lineage") or [["", None]]
+            before = [(name, step if until is None else until) for name, until in known]
+        [name] = broadcast_object_list([uuid.uuid4().hex])
+        return cls([*before, (name, None)])
+
+    @classmethod
+    def of_folder(cls, run: Path) -> "Lineage | None":
+        """Of the run that began last in this folder; None where no run has said so."""
+        found = _read(run / RUN)
+        return None if found is None else cls([(name, until) for name, until in found["lineage"]])
+
+    def write(self, run: Path):
+        run.mkdir(parents=True, exist_ok=True)
+        unfinished = run / f".{RUN}"
+        unfinished.write_text(json.dumps({"lineage": self.parts}), encoding="utf-8")
+        _sync(unfinished)
+        os.replace(unfinished, run / RUN)
+        _sync(run)
+
+    def has(self, checkpoint: Path, step: int) -> bool:
+        """Whether a checkpoint is one of this run's."""
+        known = (_read(checkpoint / MANIFEST) or {}).get("lineage") or [["", None]]
+        untils = [until for name, until in self.parts if name == known[-1][0]]
+        return any(until is None or step <= until for until in untils)
+
+
+def begin(checkpoint: str | None, args: CrossTokenizerGKDConfig, identity: Mapping) -> Lineage:
+    """A run begins, anew or from `checkpoint`: its output folder is told so, and whoever started it of what has changed since."""
+    if checkpoint is not None and (changed := changes(checkpoint, identity)):
+        logger.warning(
+            f"Going on from {checkpoint} with other settings than it was saved with: {'; '.join(changed)}. It will not be the "
+            "run that was begun."
+        )
+    lineage = Lineage.begun(checkpoint)
+    if args.should_save and args.save_strategy != SaveStrategy.NO:
+        lineage.write(Path(args.output_dir))
+    return lineage
+
+
+@contextmanager
+def whole(state: TrainerState, folder: Path, lineage: Lineage, settings: Mapping) -> Iterator[None]:
+    """Within, `state.save_to_json` marks `folder` as a whole checkpoint: everything in it is on the disk, and then the mark is."""
+    save = state.save_to_json
+
+    def save_and_mark(path: str):
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix not in _ORNAMENTS]
+        made_of = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+        manifest = {"lineage": lineage.parts, "settings": settings, "files": made_of}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path_of_part in (*files, folder / MANIFEST, *{file.parent for file in files}):
+            _sync(path_of_part)
+        save(path)
+        _sync(Path(path))
+        _sync(folder)
+        _sync(folder.parent)
+
+    state.save_to_json = save_and_mark
+    try:
+        yield
+    finally:
+        del state.save_to_json
+
+
+def _sync(path: Path):
+    """Waits until a file, or what a folder lists, is on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def changes(checkpoint: str, settings: Mapping) -> list[str]:
+    """In words, which of a run's `settings` (in JSON's values) were others when `checkpoint` was saved."""
+    before = (_read(Path(checkpoint) / MANIFEST) or {}).get("settings")
+    if before is None:
+        return []
+    now = json.loads(json.dumps(settings))
+    return [
+        f"{name} (then {before[name]!r}, now {now[name]!r})"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
 
 
 def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:
@@ -57,38 +187,83 @@ def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:
     if not asked:
         return None
     folder = Path(output_dir if asked is True else asked)
-    beside = folder if asked is True else folder.parent
-    steps, half = _steps_in(beside)
-    last = folder_of(beside, max(steps)) if steps else None
     if asked is not True:
-        if not all(gather_object([is_whole(folder)])):
+        lacks = sorted(set().union(*gather_object([set(missing(folder))])))
+        if lacks:
+            beside, _, _ = _steps_in(folder.parent, None)
+            why = f"Missing in it, or cut short: {', '.join(lacks)}."
+            if lacks == [TRAINER_STATE_NAME]:
+                why = (
+                    f"Its {TRAINER_STATE_NAME}, which is written last, is missing or cut short, as in a run that was killed while "
+                    "it saved."
+                )
             raise ValueError(
-                f"resume_from_checkpoint: {folder} is no whole checkpoint. Its {TRAINER_STATE_NAME}, which is written last, is "
-                "missing or cut short, as in a run that was killed while it saved. "
-                + (f"The last whole one beside it is {last}." if last else "There is no whole one beside it.")
+                f"resume_from_checkpoint: {folder} is no whole checkpoint. {why} "
+                + (
+                    f"The last whole one beside it is {folder_of(folder.parent, max(beside))}."
+                    if beside
+                    else "There is no whole one beside it."
+                )
             )
-        return str(folder)
-    if last is None:
+        return _warned_of(folder)
+    steps, half, others = _steps_in(folder, Lineage.of_folder(folder))
+    if not steps:
         found = f", only half-written ones (steps {', '.join(map(str, sorted(half)))})" if half else ""
+        if others:
+            raise ValueError(
+                f"resume_from_checkpoint=True: the run that began last in {folder} has no whole checkpoint yet{found}, and "
+                f"{folder_of(folder, max(others))} is of another one that was begun there before. To go on from that one, name it: "
+                "resume_from_checkpoint=PATH. To start from the beginning, leave resume_from_checkpoint out."
+            )
         raise ValueError(
             f"resume_from_checkpoint=True: {folder} has no whole checkpoint that every process can read{found}. To start from "
             "the beginning, leave resume_from_checkpoint out."
         )
+    last = folder_of(folder, max(steps))
     if newer := [step for step in half if step > max(steps)]:
-        logger.warning(
-            f"{folder_of(beside, max(newer))} is only half written, since its run ended while it saved: going on from {last}."
+        lacks = missing(folder_of(folder, max(newer)))
+        why = (
+            "only half written, since its run ended while it saved"
+            if lacks in ([], [TRAINER_STATE_NAME])
+            else f"not whole (missing, or cut short: {', '.join(lacks)})"
         )
-    return str(last)
+        logger.warning(f"{folder_of(folder, max(newer))} is {why}: going on from {last}.")
+    if newer := [step for step in others if step > max(steps)]:
+        logger.warning(
+            f"{folder_of(folder, max(newer))} is of another run, which was begun in this folder before: going on from {last}."
+        )
+    return _warned_of(last)
 
 
-def _steps_in(run: Path) -> tuple[set[int], set[int]]:
-    """The steps of the checkpoints in `run` that are whole for every process, and of those that are not."""
+def _warned_of(folder: Path) -> str:
+    """`folder` to resume from, with a word on what it never had."""
+    manifest = _read(folder / MANIFEST)
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*")] if manifest is None else manifest["files"]
+    if not any(re.match(r"optimizer|.*optim_states|rank\d+-of-\d+-optimizer", name) for name in names):
+        logger.warning(
+            f"{folder} has no state of the optimizer (save_only_model?): it begins anew, with a schedule of its own."
+        )
+    elif manifest is None:
+        logger.warning(
+            f"{folder} has no {MANIFEST}, as one of an older version or of another trainer: whether it is whole, and under which "
+            "settings it was saved, cannot be told."
+        )
+    return str(folder)
+
+
+def _steps_in(run: Path, lineage: Lineage | None) -> tuple[set[int], set[int], set[int]]:
+    """The steps of the checkpoints in `run` that are whole for every process and of `lineage` (of any without), of those that are
+    not whole, and of those that are of another run."""
     names = {
         path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     }
     steps = {path: int(step) for path, step in names.items() if step.isdecimal()}
-    whole = set.intersection(*gather_object([{step for path, step in steps.items() if is_whole(path)}]))
-    return whole, set(steps.values()) - whole
+    everywhere = set.intersection(*gather_object([{step for path, step in steps.items() if is_whole(path)}]))
+    own = everywhere
+    if lineage is not None:
+        found = {step for path, step in steps.items() if step in everywhere and lineage.has(path, step)}
+        own = set.intersection(*gather_object([found]))
+    return own, set(steps.values()) - everywhere, everywhere - own
 
 
 class PendingRollouts:

@@ -1,0 +1,64 @@
+"""What makes a run the run it is: settings, models and data in values that JSON has, to be compared when it is resumed."""
+
+import hashlib
+import json
+import re
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..config import CrossTokenizerGKDConfig
+from ..teachers.panel import Panel
+
+
+# settings that have no bearing on the weights: where a run is written, how it is looked at, how much memory it takes
+_WITHOUT_BEARING = re.compile(
+    r"output_dir|run_name|project|report\w*|log_\w+|logging_\w+|save_\w+|eval_\w+|do_\w+|push_to_hub\w*|hub_\w+|trackio\w*"
+    r"|disable_tqdm|resume_from_checkpoint|num_completions_to_print|dataloader_\w+|teacher_server_\w+|dataset_num_proc"
+    r"|load_best_model_at_end|metric_for_best_model|greater_is_better|include_\w+|skip_memory_metrics|torch_empty_cache_steps"
+    r"|ddp_\w+|local_rank|per_device_eval_batch_size|prediction_loss_only|teacher_batch_size|logit_tile_tokens|vllm_server_\w+"
+    r"|vllm_group_port|vllm_gpu_memory_utilization|\w*token|debug|restore_callback_states_from_checkpoint"
+)
+_ROWS, _WEIGHTS = 1024, 64  # that a digest reads at most
+
+
+def identity(args: CrossTokenizerGKDConfig, panel: Panel, train_dataset: Dataset | IterableDataset | None) -> dict:
+    """What a resumed run must have in common with the one that it goes on from."""
+    teachers = {
+        name: seat.name if seat.remote else f"{seat.name} {model_digest(seat.teacher.base_model)}".strip()
+        for name, seat in panel.seats.items()
+    }
+    return {**settings_that_matter(args), "teacher": teachers, "train_dataset": dataset_digest(train_dataset)}
+
+
+def settings_that_matter(args: CrossTokenizerGKDConfig) -> dict:
+    """By name, those that shape the weights."""
+    found = {name: value for name, value in args.to_dict().items() if not _WITHOUT_BEARING.fullmatch(name)}
+    found["world_size"] = args.world_size
+    return json.loads(json.dumps(found, default=str))
+
+
+def dataset_digest(dataset: Dataset | IterableDataset | None) -> str:
+    """Of a rendered dataset: how many rows, and what is in up to a thousand of them."""
+    if not isinstance(dataset, Dataset):
+        return type(dataset).__name__
+    rows = np.linspace(0, len(dataset) - 1, min(len(dataset), _ROWS)).astype(int)
+    digest = hashlib.sha256()
+    for row in dataset.with_format(None).select(rows):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return f"{len(dataset)} rows, {digest.hexdigest()[:12]}"
+
+
+def model_digest(model: nn.Module) -> str:
+    """Of its shape, and of a few numbers of its weights where they are here whole."""
+    digest = hashlib.sha256()
+    parameters = list(model.named_parameters())
+    for place in np.linspace(0, len(parameters) - 1, min(len(parameters), _WEIGHTS)).astype(int):
+        name, parameter = parameters[place]
+        digest.update(f"{name} {getattr(parameter, 'ds_shape', parameter.shape)}".encode())
+        here = not (isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") or parameter.device.type == "meta")
+        if here:
+            digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
