@@ -23,6 +23,8 @@ ALMS = [pytest.param(ALM(tau), id=f"alm-{tau}") for tau in (1.0, 100.0, math.inf
 SFTS = [pytest.param(SFT(), id="sft")]
 ALL = DPCAS + ALMS + SFTS
 FLOOR = 1e-6  # nats that ALM takes off both budgets
+# of float64, for tensors of unlike shapes: a processor computes what fills its vectors and what is left over by other code
+LAST_DIGITS = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def scored(rows, dtype=torch.float64):
@@ -389,7 +391,7 @@ def test_padding_changes_nothing_and_gets_no_gradient(loss):
     value, gradient = value_and_gradient(loss, batch)
     padded_value, padded_gradient = value_and_gradient(loss, wider(batch))
     assert padded_value == pytest.approx(value, abs=1e-12)
-    assert torch.equal(padded_gradient[:, :-3], gradient)
+    torch.testing.assert_close(padded_gradient[:, :-3], gradient, **LAST_DIGITS)
     assert not padded_gradient[:, -3:].any()
 
 
@@ -496,9 +498,10 @@ def test_a_student_token_without_part_within_a_chunk_is_never_read_and_gets_no_g
     value, gradient = value_and_gradient(loss, scored([row(-0.3)]))
     other_value, other_gradient = value_and_gradient(loss, scored([row(-40.0)]))
     short_value, short_gradient = value_and_gradient(loss, scored([([(-1.0, 0, 2), (-2.0, 0, 1)], [(-1.5, 0)])]))
-    assert value == other_value == short_value
+    assert value == other_value == pytest.approx(short_value, rel=1e-12)
     assert gradient.tolist() == other_gradient.tolist()
-    assert gradient[0].tolist() == [short_gradient[0, 0], 0.0, short_gradient[0, 1]]
+    assert gradient[0, 1] == 0
+    torch.testing.assert_close(gradient[:, ::2], short_gradient, **LAST_DIGITS)
 
 
 @pytest.mark.parametrize("loss", ALL)
@@ -527,8 +530,8 @@ def test_a_chunk_that_the_student_has_no_token_in_gives_nothing(loss):
     student = [(-1.0, 0, 1), (-2.0, 2, 1)]
     value, gradient = value_and_gradient(loss, scored([(student, [(-1.5, 0), (-7.0, 1), (-0.5, 2)])]))
     expected_value, expected_gradient = value_and_gradient(loss, scored([(student, [(-1.5, 0), (-0.5, 2)])]))
-    assert value == expected_value
-    assert torch.equal(gradient, expected_gradient)
+    assert value == pytest.approx(expected_value, rel=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, **LAST_DIGITS)
 
 
 @pytest.mark.parametrize("loss", ALL)
