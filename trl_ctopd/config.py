@@ -301,20 +301,28 @@ class CrossTokenizerGKDConfig(GKDConfig):
     teacher_server_api_key_env: str = field(
         default="TEACHER_SERVER_API_KEY",
         metadata={
-            "help": "Name of the environment variable with the server's API key; the key itself is kept nowhere."
+            "help": "Name of the environment variable with the server's API key, not the key itself, which is kept nowhere."
         },
     )
     teacher_server_concurrency: int = field(
         default=32, metadata={"help": "Completions at the server at the same time, for each process."}
     )
     teacher_server_timeout: float = field(
-        default=120.0, metadata={"help": "Seconds after which a request to the server is tried again."}
+        default=120.0,
+        metadata={"help": "Seconds that a request to the server may take in all, before it is tried again."},
     )
     teacher_server_retries: int = field(
         default=8,
         metadata={
-            "help": "Further tries of a request that failed, after pauses from half a second to 30; then training ends with an "
-            "error, and the last checkpoint resumes."
+            "help": "Failures in a row that a server may have after the first, with pauses from half a second to 30 between "
+            "them; where every server has had them, training ends with an error, and the last checkpoint resumes."
+        },
+    )
+    teacher_server_patience: float = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds without an answer from any server, while completions wait for one, after which training ends, "
+            "however many tries are left."
         },
     )
     teacher_batch_size: int | None = field(
@@ -377,10 +385,12 @@ class CrossTokenizerGKDConfig(GKDConfig):
             raise ValueError(
                 f"vllm_importance_sampling_clip_max must be positive, got {self.vllm_importance_sampling_clip_max}."
             )
-        if not (self.teacher_server_timeout > 0 and self.teacher_server_retries >= 0):
+        if not (
+            self.teacher_server_timeout > 0 and self.teacher_server_retries >= 0 and self.teacher_server_patience > 0
+        ):
             raise ValueError(
-                "teacher_server_timeout must be positive and teacher_server_retries not negative, got "
-                f"{self.teacher_server_timeout} and {self.teacher_server_retries}."
+                "teacher_server_timeout must be positive, teacher_server_retries not negative and teacher_server_patience "
+                f"positive, got {self.teacher_server_timeout}, {self.teacher_server_retries} and {self.teacher_server_patience}."
             )
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)

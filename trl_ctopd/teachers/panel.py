@@ -291,5 +291,6 @@ def _connect(urls: Sequence[str], model: str | None, args: CrossTokenizerGKDConf
         args.teacher_server_timeout,
         args.teacher_server_retries,
         args.teacher_server_concurrency,
+        args.teacher_server_patience,
     )
     return RemoteTeacher(servers, model)

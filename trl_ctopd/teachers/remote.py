@@ -17,7 +17,7 @@ Decisions
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from threading import Lock
 
 import torch
@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from . import answers
 from .answers import AnswerError
 from .servers import RequestRefusedError, Server, Servers, TeacherServerError, logger
+from .transport import DaemonPool
 
 
 PROBE = (
@@ -56,7 +57,7 @@ class RemoteTeacher:
 
     def __init__(self, servers: Servers, model: str | None = None):
         self._servers = servers
-        self._pool = ThreadPoolExecutor(servers.concurrency, thread_name_prefix="teacher")
+        self._pool = DaemonPool(servers.concurrency, "teacher")
         self._probe_ids: list[int] = []
         self._probe_scores: torch.Tensor | None = None
         self._unscored = 0  # completions since the last step with one that was scored
@@ -195,6 +196,7 @@ class RemoteTeacher:
 
     def start(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> "RemoteScores":
         """Begins to score B completions, each after its prompt (token ids), and comes back at once."""
+        self._servers.begin()
         return RemoteScores(self, prompts, completions)
 
     def score(self, prompt: list[int], completion: list[int]) -> tuple[torch.Tensor, Server | None]:

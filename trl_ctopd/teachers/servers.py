@@ -1,26 +1,35 @@
 """The servers of one teacher: requests shared among them, with pauses and further tries where they fail.
 
 Decisions
-- A request goes to the server with the fewest in flight. A failure that may pass (a dropped or refused connection, a
-  time-out, 408, 425, 429, any 5xx, an answer that is no JSON) lets that server rest, for as long as its `Retry-After`
+- A request goes to the server with the fewest in flight. A failure that may pass (a dropped or refused connection, no whole
+  answer in time, 408, 425, 429, any 5xx, an answer that is no JSON) lets that server rest, for as long as its `Retry-After`
   says or else twice as long as the last time, and the request goes to another one, or waits.
 - A server that was gone is asked who it is (`confirm`) before it gets work again; so is one that refused the model or the
-  key. Where none but such are left, that is an error at once.
+  key. That is done beside the work, which it keeps nobody from.
+- Failures are counted for each server, not for each request: all requests wait for the same one. Where every server has
+  failed too often in a row, or none has answered for `patience` seconds, that is an error for all of them at once. A request
+  that fails alone, while others are answered, is at fault itself.
 - The API key stands in the header of the connections, and nowhere else: no message and no attribute holds it.
 
 Left out: streaming, HTTP/2, redirects.
 """
 
+import json
 import logging
 import os
 import random
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 import httpx2
+
+from ..redact import is_secret_name, redact
+from .transport import client, deadline, proxy_for
 
 
 logger = logging.getLogger(__name__)
@@ -28,8 +37,9 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; a third more or less by chance, so that processes don't return as one
 _IDLE = 4.0  # seconds that an unused connection is kept: vLLM cuts it after 5
 _PASSING = (408, 425, 429)
-_UNFIT = (401, 403, 404)
+_UNFIT = (401, 403, 404, 405, 407, 501)
 _SHOWN = 300  # characters of an answer in a message
+_LARGEST = 1 << 28  # bytes of an answer; those of a million tokens are 1 << 27
 
 
 class TeacherServerError(RuntimeError):
@@ -53,11 +63,14 @@ class Server:
     """One address, and what is known of it. `rests_until` is in seconds of `time.monotonic`."""
 
     url: str
+    proxy: str | None = None
     in_flight: int = 0
     rests_until: float = 0.0
     failures: int = 0  # in a row
+    failure: str = ""  # the last one
     suspect: bool = False  # to be asked who it is before it gets work
-    unfit: str = ""  # why no work of this run is for it
+    asked: bool = False  # that is being done
+    unfit: bool = False  # for a reason that time alone won't mend
     answered: int = 0  # requests
 
 
@@ -66,11 +79,12 @@ class Servers:
     Args:
         urls: where the teacher is served, `http://host:port` each.
         api_key_env: name of the environment variable that holds the API key; without it, none is sent.
-        timeout: seconds a try may take.
-        retries: tries after the first, pauses between them.
+        timeout: seconds a try may take, from its beginning to the end of the answer.
+        retries: failures in a row, after the first, that every server may have.
         concurrency: requests in flight at the same time.
+        patience: seconds without an answer from any server, while there are requests.
 
-    Raises `ValueError` for an address that is none.
+    Raises `ValueError` for an address that is none, and for a key that is none.
     """
 
     def __init__(
@@ -80,19 +94,22 @@ class Servers:
         timeout: float = 120.0,
         retries: int = 8,
         concurrency: int = 32,
+        patience: float = 600.0,
     ):
-        self.servers = [Server(_checked(url)) for url in dict.fromkeys(urls)]
+        self.servers = [Server(url, proxy_for(url)) for url in dict.fromkeys(map(_checked, urls))]
         self.confirm: Callable[[Server], None] = lambda server: None
         self.concurrency = concurrency
-        self._retries = retries
+        self._timeout, self._retries, self._patience = timeout, retries, patience
         self._key_env = api_key_env
         self._change = threading.Condition()
-        key = os.environ.get(api_key_env)
-        self._http = httpx2.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0), pool=None),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency, keepalive_expiry=_IDLE),
-        )
+        self._open = 0  # requests
+        self._quiet_since = 0.0  # the last answer, or the first request after none
+        self._answers = 0  # of this step
+        self._given_up = ""  # why
+        key = _key(api_key_env)
+        self._clients = {proxy: client(proxy, concurrency, _IDLE) for proxy in {own.proxy for own in self.servers}}
+        for own in self._clients.values():
+            own.headers.update({"Authorization": f"Bearer {key}"} if key else {})
 
     def each(self, check: Callable[[Server], None]):
         """
@@ -101,22 +118,36 @@ class Servers:
 
         Raises `TeacherServerError` where none answers after the last try.
         """
-        for _ in range(1 + self._retries):
-            there, failures = [], []
-            for server in self.servers:
-                try:
-                    check(server)
-                except _Failure as failure:
-                    failures.append(failure)
-                    self._let_rest(server, failure, suspect=True)
-                else:
-                    there.append(server)
-            if there:
-                return
-            if all(failure.unfit for failure in failures):
-                break
-            time.sleep(max(0.0, min(server.rests_until for server in self.servers) - time.monotonic()))
+        with self._requests():
+            for _ in range(1 + self._retries):
+                there, failures = [], []
+                for server in self.servers:
+                    if server.suspect and not all(other.suspect for other in self.servers):
+                        continue
+                    try:
+                        check(server)
+                    except _Failure as failure:
+                        failures.append(failure)
+                        self._let_rest(server, failure, suspect=True)
+                    else:
+                        server.suspect = False
+                        there.append(server)
+                if there:
+                    return
+                rest = min(server.rests_until for server in self.servers) - time.monotonic()
+                if all(failure.unfit for failure in failures) or rest > self._patience_left():
+                    break
+                time.sleep(max(0.0, rest))
         raise TeacherServerError(f"The teacher's server does not answer: {'; '.join(map(str, failures))}")
+
+    def begin(self):
+        """Of a step: servers that were given up are tried again."""
+        with self._change:
+            self._answers = 0
+            if self._given_up:
+                self._given_up = ""
+                for server in self.servers:
+                    server.failures, server.rests_until = 0, 0.0
 
     def recheck(self, server: Server):
         """`confirm` for a server that has answered; one that is gone by now is asked when it gets work again."""
@@ -132,80 +163,166 @@ class Servers:
         The JSON answer, and the server that gave it.
 
         Raises:
-            TeacherServerError: after the last try, or where no server is left that knows model and key.
+            TeacherServerError: where every server has failed too often in a row, or none answers for too long, or none is
+                left that knows model and key.
             RequestRefusedError: where the request itself is at fault.
         """
-        failure = None
-        for _ in range(1 + self._retries):
+        with self._requests():
+            return self._post(path, payload)
+
+    @contextmanager
+    def _requests(self) -> Iterator[None]:
+        """From here on someone waits."""
+        with self._change:
+            if not self._open:
+                self._quiet_since = time.monotonic()
+            self._open += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._open -= 1
+
+    def _post(self, path: str, payload: dict) -> tuple[dict, Server]:
+        tries = 0
+        while True:
             server = self._take()
             try:
-                if server.suspect:
-                    self._ask_who(server)
                 answer = self.send(server, "POST", path, payload)
-            except _Failure as error:
-                failure = error
-                self._let_rest(server, error)
+            except _Failure as failure:
+                tries += 1
+                self._let_rest(server, failure)
+                if tries > self._retries and not self._answers:
+                    with self._change:
+                        self._give_up(self._ended(f"after {tries} tries", str(failure)))
+                if tries > self._retries:
+                    raise RequestRefusedError(
+                        f"it failed {tries} times, while others were answered; the last: {failure}"
+                    ) from failure
+            except RequestRefusedError:
+                self._has_answered(server)
+                raise
             else:
-                server.failures, server.answered = 0, server.answered + 1
+                self._has_answered(server)
                 return answer, server
             finally:
                 self._give_back(server)
-        raise TeacherServerError(
-            f"The teacher's server did not answer after {1 + self._retries} tries; the last: {failure}. Completions and "
-            "weights of this step are not used: start the server again and resume from the last checkpoint "
-            "(`resume_from_checkpoint=True`), or let it be tried for longer (`teacher_server_retries`)."
-        ) from failure
 
     def send(self, server: Server, method: str, path: str, payload: dict | None = None) -> dict:
         """One try at one server."""
         place = f"{method} {server.url}{path}"
         try:
-            response = self._http.request(method, server.url + path, json=payload)
-        except httpx2.TransportError as error:
-            raise _Failure(f"{place}: {type(error).__name__}: {error}") from error
-        status = response.status_code
-        if status == 200:
-            try:
-                answer = response.json()
-            except ValueError:
-                answer = None
+            status, headers, body = self._request(server, method, path, payload)
+        except (httpx2.HTTPError, httpx2.StreamError) as error:
+            raise _Failure(self._told(f"{place}: {type(error).__name__}: {error}", server)) from None
+        text = body.decode("utf-8", "replace")
+        if 300 <= status < 400:
+            raise _Failure(
+                self._told(
+                    f"{place}: {status}: it sends on to {headers.get('Location')}: give the address itself", server
+                ),
+                unfit=True,
+            )
+        if status < 300:
+            answer = _json(body)
             if not isinstance(answer, dict):
-                raise _Failure(f"{place}: an answer that is no JSON object: {self._shown(response.text)}")
-            return answer
-        message = f"{place}: {status}: {self._shown(response.text)}"
-        if status in _PASSING or status >= 500:
-            raise _Failure(message, _retry_after(response), busy=status == 429)
+                raise _Failure(self._told(f"{place}: an answer that is no JSON object: {_cut(text)}", server))
+            error = answer.get("error")
+            if not error or answer.get("choices"):
+                return answer
+            status, text = _status_of(answer, error), json_text(error)
+        message = self._told(f"{place}: {status}: {_cut(text)}", server)
+        if status in _PASSING or (status >= 500 and status not in _UNFIT):
+            raise _Failure(message, _retry_after(headers), busy=status == 429)
         if status in _UNFIT:
-            hint = f" The API key comes from the environment variable {self._key_env}." if status != 404 else ""
+            hint = f" The API key comes from the environment variable {self._key_env}." if status in (401, 403) else ""
             raise _Failure(message + hint, unfit=True)
         raise RequestRefusedError(message)
+
+    def _request(self, server: Server, method: str, path: str, payload: dict | None):
+        """Status, headers and body."""
+        body = bytearray()
+        with (
+            deadline(self._time_for_a_try()),
+            self._clients[server.proxy].stream(method, server.url + path, json=payload) as response,
+        ):
+            for part in response.iter_bytes():
+                body += part
+                if len(body) > _LARGEST:
+                    raise httpx2.ReadError(f"an answer of more than {_LARGEST >> 20} MiB")
+        return response.status_code, response.headers, bytes(body)
+
+    def _time_for_a_try(self) -> float:
+        return min(self._timeout, max(self._patience_left(), 0.1)) if self._open else self._timeout
+
+    def _patience_left(self) -> float:
+        return self._quiet_since + self._patience - time.monotonic()
 
     def _ask_who(self, server: Server):
         try:
             self.confirm(server)
-        except (RequestRefusedError, TeacherServerError) as error:
-            raise _Failure(str(error), unfit=True) from error
-        server.suspect, server.unfit, server.failures = False, "", 0
-        logger.warning(f"The teacher's server {server.url} answers again and takes part.")
+        except _Failure as failure:
+            self._let_rest(server, failure, suspect=True)
+        except Exception as error:
+            self._let_rest(server, _Failure(str(error), unfit=True))
+        else:
+            with self._change:
+                server.suspect, server.unfit, server.failures = False, False, 0
+            logger.warning(f"The teacher's server {server.url} answers again and takes part.")
+        finally:
+            with self._change:
+                server.asked = False
+                self._change.notify_all()
 
     def _take(self) -> Server:
-        """The least busy of those that do not rest; waits for one. Whoever gets a suspect one has it alone."""
+        """The least busy of those that do not rest; waits for one. Suspect ones are asked meanwhile."""
         with self._change:
             while True:
-                if all(server.unfit for server in self.servers):
-                    raise TeacherServerError("; ".join(server.unfit for server in self.servers))
+                self._give_up_if_due()
                 now = time.monotonic()
-                ready = [
-                    server
-                    for server in self.servers
-                    if server.rests_until <= now and not (server.suspect and server.in_flight)
-                ]
-                if ready:
-                    server = min(ready, key=lambda server: (not server.suspect, server.in_flight))
+                rested = [server for server in self.servers if server.rests_until <= now]
+                for server in rested:
+                    if server.suspect and not server.asked:
+                        server.asked = True
+                        threading.Thread(target=self._ask_who, args=(server,), name="teacher_who", daemon=True).start()
+                if ready := [server for server in rested if not server.suspect]:
+                    server = min(ready, key=lambda server: server.in_flight)
                     server.in_flight += 1
                     return server
-                resting = [server.rests_until - now for server in self.servers if server.rests_until > now]
-                self._change.wait(min(resting, default=None))
+                waits = [server.rests_until - now for server in self.servers if server.rests_until > now]
+                self._change.wait(max(0.01, min([*waits, self._patience_left()])))
+
+    def _give_up_if_due(self):
+        """Raises `TeacherServerError` for every request there is."""
+        if self._given_up:
+            self._give_up(self._given_up)
+        seconds = time.monotonic() - self._quiet_since
+        last = "; ".join(dict.fromkeys(server.failure for server in self.servers if server.failure))
+        if all(server.unfit for server in self.servers):
+            self._give_up(last)
+        if all(server.unfit or server.failures > self._retries for server in self.servers):
+            self._give_up(self._ended(f"after {1 + self._retries} tries in {seconds:.0f} s", last))
+        if seconds > self._patience:
+            self._give_up(self._ended(f"for {seconds:.0f} s", last or "it took every request and was silent"))
+
+    def _give_up(self, reason: str):
+        self._given_up = reason
+        self._change.notify_all()
+        raise TeacherServerError(reason)
+
+    def _ended(self, how: str, last: str) -> str:
+        return (
+            f"The teacher's server did not answer {how}; the last: {last}. Completions and "
+            "weights of this step are not used: start the server again and resume from the last checkpoint "
+            "(`resume_from_checkpoint=True`), or let it be tried for longer (`teacher_server_retries`, "
+            "`teacher_server_patience`)."
+        )
+
+    def _has_answered(self, server: Server):
+        with self._change:
+            self._quiet_since = time.monotonic()
+            self._answers += 1
+            server.failures, server.failure, server.answered = 0, "", server.answered + 1
 
     def _give_back(self, server: Server):
         with self._change:
@@ -215,41 +332,98 @@ class Servers:
     def _let_rest(self, server: Server, failure: _Failure, suspect: bool = False):
         with self._change:
             now = time.monotonic()
-            server.unfit = str(failure) if failure.unfit else ""
+            server.unfit, server.failure = failure.unfit, str(failure)
+            server.suspect |= suspect or not failure.busy
             if server.rests_until > now:
                 return  # with others that were under way
             pause = min(FIRST_PAUSE * 2**server.failures, LONGEST_PAUSE) * random.uniform(0.67, 1.33)
             pause = LONGEST_PAUSE if failure.unfit else pause if failure.pause is None else failure.pause
             server.rests_until = now + pause
             server.failures += 1
-            server.suspect |= suspect or not failure.busy
         logger.warning(f"The teacher's server {server.url} rests for {pause:.1f} s: {failure}")
 
-    def _shown(self, text: str) -> str:
-        key = os.environ.get(self._key_env)
-        text = text.replace(key, "***") if key else text
-        return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    def _told(self, message: str, server: Server) -> str:
+        if server.proxy is not None:
+            message += (
+                f" (by way of the proxy {server.proxy}, which the environment names; NO_PROXY holds the hosts to reach "
+                "without it)"
+            )
+        return redact(message, os.environ.get(self._key_env, ""))
 
 
 def is_url(text: object) -> bool:
-    return isinstance(text, str) and text.startswith(("http://", "https://"))
+    return isinstance(text, str) and re.match(r"\s*https?://", text, re.IGNORECASE) is not None
+
+
+def is_url_without_scheme(text: str) -> bool:
+    """`host:port`, which is no model's name."""
+    return re.fullmatch(r"\s*(?:[\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}(?:/[^\s:]*)?\s*", text) is not None
 
 
 def _checked(url: str) -> str:
+    example = "it should read http://host:port"
     if not is_url(url):
-        raise ValueError(f"{url!r} is no address of a server: it should read http://host:port.")
-    parts = httpx2.URL(url)
-    if parts.userinfo:
+        raise ValueError(f"{redact(url)!r} is no address of a server: {example}.")
+    try:
+        parts = httpx2.URL(url.strip())
+    except (httpx2.InvalidURL, UnicodeError) as error:
+        raise ValueError(f"{redact(url)!r} is no address of a server: {example} ({error}).") from None
+    if not parts.host or re.search(r"\s", url.strip()):
+        raise ValueError(f"{redact(url)!r} is no address of a server: {example}.")
+    for there, what in ((parts.userinfo, "a password"), (parts.query or parts.fragment, "more than a path")):
+        if there:
+            raise ValueError(
+                f"The address of the teacher's server {parts.host} holds {what}, which would be saved with the settings: put "
+                "the key into the environment variable that `teacher_server_api_key_env` names."
+            )
+    return str(parts).rstrip("/").removesuffix("/v1")
+
+
+def _key(variable: str) -> str | None:
+    """What the environment variable of that name holds, without the line's end that a file leaves."""
+    if variable not in os.environ:
+        if variable == "TEACHER_SERVER_API_KEY":
+            return None
+        shown = repr(variable) if is_secret_name(variable) and redact(variable) == variable else "what it is"
         raise ValueError(
-            f"The address of the teacher's server {parts.host} holds a password, which would be saved with the settings: put "
-            "the key into the environment variable that `teacher_server_api_key_env` names."
+            f"`teacher_server_api_key_env` is the name of an environment variable, and {shown} is none that is set: export "
+            "the key under a name, and give that name, not the key."
         )
-    return url.rstrip("/").removesuffix("/v1")
+    key = os.environ[variable].strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"The environment variable {variable} holds characters that no API key has (a line's end, a quotation mark of a "
+            "text editor): set it to the key alone."
+        )
+    return key or None
 
 
-def _retry_after(response: httpx2.Response) -> float | None:
+def _json(body: bytes) -> object:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def json_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _status_of(answer: dict, error: object) -> int:
+    """Of an error that came as a success: what it says itself, else that the request is at fault."""
+    for code in (error.get("code") if isinstance(error, dict) else None, answer.get("code"), answer.get("status")):
+        if isinstance(code, int) and 400 <= code < 600:
+            return code
+    return 400
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _retry_after(headers: httpx2.Headers) -> float | None:
     """Seconds, from a number of them or a date; None where there is neither."""
-    value = response.headers.get("Retry-After", "")
+    value = headers.get("Retry-After", "")
     try:
         seconds = float(value)
     except ValueError:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType
@@ -12,7 +13,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
-from ..teachers.servers import is_url
+from ..redact import redact
+from ..teachers.servers import is_url, is_url_without_scheme
 
 
 def check_arguments(model, teacher_model, args, train_dataset, peft_config=None):
@@ -25,6 +27,11 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
     if any(teacher is model for teacher in teachers) and not isinstance(model, str):
         raise ValueError("Teacher and student are the same module; load the teacher apart, since it is frozen.")
     by_name = [teacher for teacher in teachers if isinstance(teacher, str) and not is_url(teacher)]
+    for name in by_name:
+        if is_url_without_scheme(name) and not Path(name).exists():
+            raise ValueError(
+                f"The teacher {redact(name)!r} is no model's name; if it is a server, write http://{name.strip()}."
+            )
     if args.teacher_model_init_kwargs and not by_name:
         kind = "at a server" if isinstance(teachers[0], str | Sequence) else f"a {type(teachers[0]).__name__}"
         raise ValueError(
