@@ -58,9 +58,14 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     Each optimizer step, the student writes a completion for every prompt of the step, the teacher scores their text in
     its own tokens, and the loss maps the scores back onto the student's tokens (DPCA, arXiv 2606.09456, by default).
 
-    Overrides of `GKDTrainer`: building (`__init__`, `_prepare_dataset`), where rollouts enter (`get_batch_samples`,
-    `prediction_step`), the loss (`compute_loss`, `training_step`), what is logged (`log`) and the model card. All else
-    is inherited from `GKDTrainer`, `SFTTrainer` and `Trainer`.
+    Overrides, all else is inherited from `GKDTrainer`, `SFTTrainer` and `Trainer`:
+    - `__init__`, `_prepare_dataset`, `predict`: there are two vocabularies, and rows are rendered for both models;
+    - `get_train_dataloader`, `_get_train_sampler`: with `rollout_reuse`, a step's prompts come several times over;
+    - `get_batch_samples`, `prediction_step`, `evaluation_loop`: rollouts take the place of prompts;
+    - `training_step`, `compute_loss`, `_prepare_input`: the loss reads chunks that both models have scored;
+    - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`: a run that was killed goes on from a
+      whole checkpoint, with the rollouts that it had still to use;
+    - `log`, `create_model_card`, `_save`: what distillation adds to the figures and to the card.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
@@ -117,6 +122,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self._samples, self._card = Samples(), RunCard()
         self._lineage = checkpoints.Lineage([("", None)])  # until a run begins
 
+        reports = [DistillationReportCallback()] if args.report else []
         self._init_without_shared_vocabulary(
             model,
             args=args,
@@ -124,11 +130,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[
-                self._timers["train"],
-                *([DistillationReportCallback()] if args.report else []),
-                *(callbacks or []),
-            ],
+            callbacks=[self._timers["train"], *reports, *(callbacks or [])],
             optimizers=optimizers,
             peft_config=peft_config,
         )
@@ -179,9 +181,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             for structure in getattr(loss, "structures", ()):
                 getattr(self.vocabulary, structure)
         check_head("student", base_model(self.model))
-        for seat in self.panel.seats.values():
-            if not seat.remote:
-                check_head("teacher", seat.teacher.base_model)
+        self.panel.check_heads()
 
     # The two conversations
 
@@ -221,15 +221,15 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         """The prompts of each optimizer step come `rollout_reuse` times, so that steps, epochs and resuming count as ever."""
-        reuse, args = self.args.rollout_reuse, self.args
+        args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        if reuse == 1:
+        if args.rollout_reuse == 1:
             # else Accelerate's sampler takes the process's own seed, and each would share out another order of the rows
             self.accelerator.dataloader_config.data_seed = seed
             return super()._get_train_sampler(train_dataset)
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
         seed = None if args.train_sampling_strategy == "sequential" else seed
-        return RepeatedWindows(rows, self.get_total_train_batch_size(args), reuse, seed)
+        return RepeatedWindows(rows, self.get_total_train_batch_size(args), args.rollout_reuse, seed)
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -305,9 +305,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             return super(GKDTrainer, self).training_step(*args, **kwargs)  # GKDTrainer's own would generate here
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of a micro-batch of scored rollouts. `num_items_in_batch` is the step's N; without it, the batch's
-        own.
-        """
+        """The loss of a micro-batch of rollouts. `num_items_in_batch` is the step's N; the batch's own when `None`."""
         if return_outputs:
             raise ValueError("The logits are never built, so compute_loss has no outputs to return.")
         mode = "train" if model.training else "eval"
@@ -321,7 +319,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
             self._meters[mode].add(metrics)
             if batch.old_log_probs is None:  # text of the student as it is now
-                self._meters[mode].add(chunk_metrics(batch, entropy, inputs["filler"]))
+                self._meters[mode].add(chunk_metrics(batch, entropy, inputs["padding_rows"]))
                 if model.training and self.args.rollout_reuse > 1:
                     self._pending.old_log_probs[inputs["index"]] = batch.policy_log_probs
                 if self.args.log_completions or reports_of(self):
@@ -396,7 +394,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ):
         if self.is_world_process_zero():
-            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            tags = [tags] if isinstance(tags, str) else tags or ()
             self._card.write(self, self.args.output_dir, model_name, dataset_name, tags)
 
     def _save(self, output_dir: str | None = None, state_dict=None):

@@ -131,6 +131,21 @@ def test_a_run_resumed_amid_a_window_ends_where_the_uninterrupted_one_does(build
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
 
 
+def test_completions_kept_under_the_older_name_of_padding_rows_are_used(build, tmp_path):
+    settings = {"max_steps": 2, "rollout_reuse": 2, "dataset": prompts(4)}
+    whole = build(**settings, save_strategy="steps", save_steps=1)
+    whole.train()
+    file = tmp_path / "run" / "checkpoint-1" / "rollouts_0.pt"
+    layout, [batch], log_probs = torch.load(file)
+    batch["filler"] = batch.pop("padding_rows")
+    torch.save((layout, [batch], log_probs), file)
+    resumed = build(**settings)
+    written, _ = watched(resumed)
+    resumed.train(resume_from_checkpoint=str(file.parent))
+    assert not written
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
 def test_completions_of_another_layout_are_left_and_said_so(build, tmp_path, caplog):
     settings = {"max_steps": 2, "rollout_reuse": 2, "dataset": prompts(8)}
     build(

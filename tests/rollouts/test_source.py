@@ -222,13 +222,13 @@ def test_a_prompt_that_fills_the_teachers_context_is_refused(make):
 
 
 @pytest.mark.parametrize(("process", "marked"), [(0, [False, False, False]), (1, [False, True, True])])
-def test_rows_that_only_fill_up_the_last_batch_are_marked_and_not_scored(make, process, marked):
+def test_padding_rows_of_the_last_batch_are_marked_and_not_scored(make, process, marked):
     source = make(process_index=process)
     source._accelerator.gradient_state = SimpleNamespace(
         end_of_dataloader=True, remainder=4, active_dataloader=SimpleNamespace(batch_sampler=None)
     )
     prompts = source.mark_padding_rows(window([2, 3, 4])[0])
-    assert [prompt.filler for prompt in prompts] == marked
+    assert [prompt.is_padding for prompt in prompts] == marked
     [batch], metrics = source.roll_out(None, [prompts], 0, "train", untimed)
     assert (batch["labels"] == -100).all(1).tolist() == marked
     assert metrics["completions/truncated_fraction"][1] == marked.count(False)

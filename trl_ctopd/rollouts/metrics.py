@@ -8,8 +8,8 @@ from .pairing import Rollout
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
     """What can be said of completions before they are scored; every masked token counts in `alignment/masked_fraction`,
-    and the bytes masked for each reason in a figure of their own. Those that only fill a batch up count nowhere."""
-    rollouts = [rollout for rollout in rollouts if not rollout.prompt.filler]
+    and the bytes masked for each reason in a figure of their own. Padding rows count nowhere."""
+    rollouts = [rollout for rollout in rollouts if not rollout.prompt.is_padding]
     rows = len(rollouts)
     tokens = sum(len(rollout.student_ids) for rollout in rollouts)
     num_bytes = sum(rollout.student_widths.sum() for rollout in rollouts)

@@ -69,15 +69,15 @@ def _read_frame(text: str) -> Frame:
 @dataclass
 class Prompt:
     """One dataset row, rendered for both models: token ids, the reference in student ids if there is one, which of several
-    teachers reads it, and a `Frame` as JSON. `filler` is True where another process or an earlier batch has the row too: it
-    takes its place, and nothing of it is scored."""
+    teachers reads it, and a `Frame` as JSON. `is_padding`: the row is there only to make its batch as
+    large as the others, and nothing of it is scored; another process or an earlier batch has it too."""
 
     student_ids: list[int]
     teacher_ids: list[int]
     reference_ids: list[int] | None = None
     teacher: str = ""
     frame: str = ""
-    filler: bool = False
+    is_padding: bool = False
 
     @property
     def framed(self) -> Frame:
@@ -126,7 +126,7 @@ def pair(
     The end of the turn is one event with two spellings: with `eos_policy="bridge"` the student's stop token and the
     teacher's turn end are one chunk; with `"mask"` the student's stop token takes no part and the teacher reads no end.
     A completion cut off before its end has none on either side. Where prompt and completion exceed `teacher_context`
-    the row takes no part, and neither does one that only fills a batch up.
+    the row takes no part, and neither does a padding row.
 
     Args:
         prompts: B prompts.
@@ -155,7 +155,7 @@ def pair(
                 num_chunks += 1
         before = prompt.framed.plain(prompt.teacher_ids)
         unread = teacher_context is not None and len(before) + len(teacher_ids) > teacher_context
-        if unread or prompt.filler:
+        if unread or prompt.is_padding:
             student_chunks = np.full_like(student_chunks, -1)
             teacher_ids, teacher_chunks, num_chunks = [], teacher_chunks[:0], 0
         rollouts.append(
@@ -189,7 +189,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
     Returns:
         `input_ids`, `labels` (B, 1 + S), padded at the end, which no token before can see: `labels` holds the ids that are
         scored, -100 elsewhere; `scored` (2, n): row of each scored token, and column of the one before it, -1 being a
-        row's last; `filler` (B,), True for rows that only fill the batch up; `student_chunks`, `student_widths` (B, S);
+        row's last; `padding_rows` (B,), True for padding rows; `student_chunks`, `student_widths` (B, S);
         `teacher_chunks`, `teacher_ids` (B, T); `prompt_lengths` (B,), the index of each row's first completion token;
         `lengths` (B,), of prompt and completion; `num_chunks` (`int`), at least 1.
     """
@@ -207,7 +207,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
         "input_ids": input_ids,
         "labels": input_ids.masked_fill(chunks < 0, -100),
         "scored": torch.stack([row, column - length]),
-        "filler": torch.tensor([rollout.prompt.filler for rollout in rollouts]),
+        "padding_rows": torch.tensor([rollout.prompt.is_padding for rollout in rollouts]),
         "student_chunks": chunks[:, 1:],
         "student_widths": widths[:, 1:],
         "teacher_chunks": pad_rows([rollout.teacher_chunks for rollout in rollouts], teacher_length, -1),

@@ -221,9 +221,9 @@ class RolloutSource:
     # Rows
 
     def mark_padding_rows(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The batch that was read last; of its rows, those marked that only fill up the last batch of an epoch."""
+        """The rows of the batch that was read last, with those marked that only pad the last batch of an epoch."""
         own = own_rows(self._accelerator, len(prompts))
-        return [*prompts[:own], *(replace(prompt, filler=True) for prompt in prompts[own:])]
+        return [*prompts[:own], *(replace(prompt, is_padding=True) for prompt in prompts[own:])]
 
     def _rows(
         self, rollouts: Sequence[Rollout], window: Sequence[Sequence[Prompt]], on_policy: Sequence[bool]

@@ -15,6 +15,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Metrics
+from ..models.heads import check_head
 from ..models.loading import check_vocabulary, load_tokenizer
 from ..rollouts.pairing import Prompt, Rollout, pad_scores, pair
 from ..text.aligner import TextAligner
@@ -187,6 +188,12 @@ class Panel:
         for seat in self.seats.values():
             seat.sit(accelerator, student, student_stop_ids)
 
+    def check_heads(self):
+        """Raises `ValueError` where a teacher in this process has an LM head that cannot be read apart from it."""
+        for seat in self.seats.values():
+            if not seat.remote:
+                check_head("teacher", seat.teacher.base_model)
+
     def pair(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[Rollout]:
         """Sets each completion beside its own teacher's tokenization of it."""
         rollouts: dict[int, Rollout] = {}
@@ -215,7 +222,7 @@ class Panel:
     def read(self, rollouts: Sequence[Rollout], with_hidden: bool) -> "Readings":
         """Each teacher reads its rows; a server's scores may still be on their way when this comes back."""
         readings = Readings(self._device, any(seat.remote for seat in self.seats.values()))
-        readings.fillers = {row for row, rollout in enumerate(rollouts) if rollout.prompt.filler}
+        readings.padding_rows = {row for row, rollout in enumerate(rollouts) if rollout.prompt.is_padding}
         for name, seat in sorted(self.seats.items(), key=lambda named: not named[1].remote):
             rows = [row for row, rollout in enumerate(rollouts) if rollout.prompt.teacher == name]
             texts = [rollouts[row].teacher_prompt_ids for row in rows], [rollouts[row].teacher_ids for row in rows]
@@ -241,7 +248,7 @@ class Readings:
         self.found: dict[int, torch.Tensor] = {}
         self.awaited: dict[int, tuple[RemoteScores, int]] = {}
         self.hidden: dict[int, torch.Tensor] = {}
-        self.fillers: set[int] = set()
+        self.padding_rows: set[int] = set()
 
     def log_probs(self, rows: Sequence[int], length: int) -> "torch.Tensor | Awaited":
         """(len(rows), `length`) log-probs of these rows, 0 past their ends: now, or once a server has them."""
@@ -256,10 +263,10 @@ class Readings:
         return scores.row(place).to(self._device)
 
     def failed(self, rows: Sequence[int]) -> tuple[int, int]:
-        """How many of `rows`, which have been waited for, no server could score, and how many they are, without those that
-        only fill a batch up."""
+        """How many of `rows`, which have been waited for, no server could score, and how many they are, without
+        padding rows."""
         places = [self.awaited[row] for row in rows if row in self.awaited]
-        return sum(scores.failed(place) for scores, place in places), len(set(rows) - self.fillers)
+        return sum(scores.failed(place) for scores, place in places), len(set(rows) - self.padding_rows)
 
 
 class Awaited:

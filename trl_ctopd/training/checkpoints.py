@@ -34,6 +34,7 @@ logger = get_logger(__name__)
 MANIFEST = "checkpoint.json"
 RUN = "_run.json"  # as it begins, it is not pushed to the hub
 _ORNAMENTS = (".md", ".png", ".html")  # which nothing is resumed from
+_RENAMED = {"filler": "padding_rows"}  # in micro-batches that checkpoints of earlier code keep
 
 
 def folder_of(run: str | Path, step: int) -> Path:
@@ -296,7 +297,8 @@ class PendingRollouts:
             return
         layout, batches, old_log_probs = torch.load(file, "cpu")
         if layout == self._layout():
-            self.batches, self.old_log_probs = batches, old_log_probs
+            self.batches = [{_RENAMED.get(name, name): value for name, value in own.items()} for own in batches]
+            self.old_log_probs = old_log_probs
         else:
             logger.warning(
                 f"{checkpoint} keeps completions of other settings than these (then {layout}, now "

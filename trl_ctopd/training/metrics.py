@@ -25,7 +25,7 @@ def warn_of_much_masked(figures: dict[str, float]):
 
 
 @torch.no_grad()
-def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, filler: torch.Tensor | None = None) -> Metrics:
+def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torch.Tensor | None = None) -> Metrics:
     """
     The figures every method shares. Log-probs of the turn's end count, its zero bytes do not; neutralised chunks count
     in neither.
@@ -33,7 +33,7 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, filler: torch.Tens
     Args:
         batch (`ScoredChunks`): the micro-batch.
         entropy (`torch.Tensor` of shape (B, S)): of the student's next-token distribution, in nats.
-        filler (`torch.BoolTensor` of shape (B,), *optional*): True for rows that only fill the batch up, which count nowhere.
+        padding_rows (`torch.BoolTensor` of shape (B,), *optional*): True for padding rows, which count nowhere.
 
     Returns:
         `gap/nats_per_byte`: student minus teacher log-prob of the text, the sampled reverse KL a byte; the two models'
@@ -48,7 +48,7 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, filler: torch.Tens
     chunks = (m > 0).sum()
     scored = batch.student_chunks >= 0
     unscored = ~batch.scorable.any(1)
-    rows = torch.ones_like(unscored) if filler is None else ~filler
+    rows = torch.ones_like(unscored) if padding_rows is None else ~padding_rows
     return {
         "gap/nats_per_byte": (-gap.sum(), num_bytes),
         "student/nats_per_byte": (student_nats, num_bytes),
