@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import is_in_notebook
-from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from .config import CrossTokenizerGKDConfig, GKDTrainer
 from .looking import card
@@ -22,8 +22,8 @@ from .looking.report import DistillationReportCallback
 from .looking.run_card import RunCard
 from .looking.samples import Samples
 from .losses import Metrics, ScoredChunks
-from .models.heads import add_token_scores, base_model, check_head
-from .models.loading import check_vocabulary, ensure_pad_token, load_tokenizer
+from .models.heads import base_model, check_head
+from .models.loading import ensure_pad_token, load_tokenizer
 from .models.sharding import keep_scores_in_float32
 from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
@@ -38,7 +38,6 @@ from .training import checkpoints
 from .training.checks import (
     check_arguments,
     check_signal,
-    check_stop_ids,
     check_strategy,
     checked,
     context_length,
@@ -47,7 +46,7 @@ from .training.checks import (
 )
 from .training.identity import identity
 from .training.metrics import Meter, chunk_metrics, warn_of_much_masked
-from .training.scoring import Scorer
+from .training.scoring import Scorer, prepare_student
 from .training.timing import PhaseTimer
 
 
@@ -136,7 +135,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         )
         check_strategy(args, self.accelerator)
         keep_scores_in_float32(self.accelerator)
-        self._finish_student()
+        # Trainer counts a step's tokens only for models that take loss kwargs; the loss here always needs the count
+        self.model_accepts_loss_kwargs = True
+        self.stop_ids = prepare_student(self.model, self.student_side, args)
+        self.generation_config = sampling_config(args, self.stop_ids, processing_class.pad_token_id)
         write = student_writer(self.model, self.accelerator, self.student_side, self.generation_config, args)
         self.panel.sit(self.accelerator, self.student_side, self.stop_ids)
         self.rollouts = RolloutSource(
@@ -156,22 +158,6 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         """`GKDTrainer.__init__` refuses two vocabularies, and what else it sets up is replaced here; so its own parent,
         `SFTTrainer`, is built instead."""
         super(GKDTrainer, self).__init__(model, **kwargs)
-
-    def _finish_student(self):
-        student = base_model(self.model)
-        check_vocabulary("student", student, self.processing_class)
-        if self.args.disable_dropout:
-            disable_dropout_in_model(self.model)
-        add_token_scores(student, self.args.temperature, entropy=True)  # what was drawn at it is scored at it
-        pad_token_id = self.processing_class.pad_token_id
-        student.config.get_text_config().pad_token_id = pad_token_id
-        student.generation_config.pad_token_id = pad_token_id
-        # Trainer counts a step's tokens only for models that take loss kwargs; the loss here always needs the count
-        self.model_accepts_loss_kwargs = True
-        self.stop_ids = self.student_side.stop_ids(student.generation_config)
-        check_stop_ids(self.stop_ids, self.processing_class)
-        self.generation_config = sampling_config(self.args, self.stop_ids, pad_token_id)
-        student.generation_config.eos_token_id = self.stop_ids  # the saved student stops where it learned to
 
     def _finish_losses(self):
         """What the losses read of the two vocabularies, built before any training time is spent."""

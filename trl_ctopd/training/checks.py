@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import CrossTokenizerGKDConfig
@@ -194,15 +194,6 @@ def checked(result) -> tuple[torch.Tensor, Metrics]:
             f"{type(result).__name__}."
         )
     return result
-
-
-def check_stop_ids(stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase):
-    """Raises `ValueError` where the student could not end its turn."""
-    if not stop_ids:
-        raise ValueError(
-            f"Nothing ends the student's turn: {type(tokenizer).__name__} has no eos_token and its "
-            "generation config no eos_token_id. Set one of them."
-        )
 
 
 def signal_of(loss: Callable) -> str:

@@ -6,17 +6,43 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from trl.trainer.utils import disable_dropout_in_model
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Distributions, Metrics, ScoredChunks
-from ..models.heads import base_model, hidden_states, lm_head
+from ..models.heads import add_token_scores, base_model, hidden_states, lm_head
+from ..models.loading import check_vocabulary
 from ..rollouts.pairing import on_grid
 from ..rollouts.vllm import importance
 from ..teachers.panel import Awaited, Panel
+from ..text.chat import Speaker
 from ..text.vocabulary import VocabularyPair
 
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def prepare_student(model: nn.Module, side: Speaker, args: CrossTokenizerGKDConfig) -> list[int]:
+    """
+    Makes the student, before it is wrapped, ready to be scored, and returns the ids that end its turn.
+
+    Raises `ValueError` where its vocabulary is not its tokenizer's, or nothing ends its turn.
+    """
+    student, tokenizer = base_model(model), side.tokenizer
+    check_vocabulary("student", student, tokenizer)
+    if args.disable_dropout:
+        disable_dropout_in_model(model)
+    add_token_scores(student, args.temperature, entropy=True)  # what was drawn at it is scored at it
+    student.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    student.generation_config.pad_token_id = tokenizer.pad_token_id
+    stop_ids = side.stop_ids(student.generation_config)
+    if not stop_ids:
+        raise ValueError(
+            f"Nothing ends the student's turn: {type(tokenizer).__name__} has no eos_token and its "
+            "generation config no eos_token_id. Set one of them."
+        )
+    student.generation_config.eos_token_id = stop_ids  # the saved student stops where it learned to
+    return stop_ids
 
 
 class Scorer:
