@@ -10,6 +10,12 @@ from typing import Any
 
 import needs
 import pytest
+from hypothesis import HealthCheck, settings
+
+
+# a busy machine is slow, not broken
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_configure():

@@ -150,13 +150,19 @@ def real_texts(assets) -> list[str]:
     ]
 
 
+def share_of(texts: list[str], *names: str) -> list[str]:
+    """A quarter of the texts: each pair reads every fourth, and all four quarters are read by many pairs."""
+    return texts[sum(map(REAL.index, names)) % 4 :: 4]
+
+
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.product(REAL_LOSSLESS, REAL_LOSSLESS)))
 def test_real_text_between_real_tokenizers_gives_the_reference_chunks_and_loses_nothing(
     student, teacher, real_tokenizer, real_texts
 ):
+    texts = share_of(real_texts, student, teacher)
     student, teacher = real_tokenizer(student), real_tokenizer(teacher)
-    alignments = TextAligner(student, teacher)([encode(student, text) for text in real_texts])
-    for text, alignment in zip(real_texts, alignments, strict=True):
+    alignments = TextAligner(student, teacher)([encode(student, text) for text in texts])
+    for text, alignment in zip(texts, alignments, strict=True):
         assert alignment.text == text
         assert not alignment.masked
         check(alignment, student, teacher)
@@ -166,9 +172,10 @@ def test_real_text_between_real_tokenizers_gives_the_reference_chunks_and_loses_
     ("student", "teacher"), [pair for pair in itertools.permutations(REAL, 2) if not set(pair) <= set(REAL_LOSSLESS)]
 )
 def test_real_text_is_masked_only_where_a_lossy_tokenizer_changed_it(student, teacher, real_tokenizer, real_texts):
+    texts = share_of(real_texts, student, teacher)
     student, teacher = real_tokenizer(student), real_tokenizer(teacher)
     normalizer = teacher.backend_tokenizer.normalizer
-    for alignment in TextAligner(student, teacher)([encode(student, text) for text in real_texts]):
+    for alignment in TextAligner(student, teacher)([encode(student, text) for text in texts]):
         check_spelling(alignment, student, teacher)
         data = alignment.text.encode()
         for stretch in alignment.masked:
