@@ -294,8 +294,14 @@ class CrossTokenizerGKDConfig(GKDConfig):
     teacher_server_url: list[str] | None = field(
         default=None,
         metadata={
-            "help": "http://host:port of a server with the teacher (`vllm serve`), or of several, which share the work. For "
-            "losses on log-probs, at temperature 1."
+            "help": "http://host:port of a server with the teacher (vLLM, SGLang, or completions with `echo` as Fireworks has "
+            "them), or of several, which share the work. For losses on log-probs, at temperature 1."
+        },
+    )
+    teacher_server_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the server calls the model, where that is neither `teacher_model_name_or_path` nor the only one there."
         },
     )
     teacher_server_api_key_env: str = field(

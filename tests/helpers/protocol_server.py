@@ -1,11 +1,19 @@
-"""A small server of vLLM's completions protocol over a transformers model: real sockets, and faults on demand.
+"""A small server over a transformers model that speaks as one of several engines: real sockets, and faults on demand.
 
-It knows what a teacher's client needs of `vllm serve`: `GET /v1/models`, `POST /v1/completions` with `prompt` (text or token
-ids), `prompt_logprobs`, `add_special_tokens`, `return_token_ids`, `n` and an API key. It writes one token.
+It knows what a teacher's client needs of each, by its public definition:
+- `vllm serve`: `POST /v1/completions` with `prompt` (text or token ids), `prompt_logprobs`, `add_special_tokens`,
+  `return_token_ids`, `n`;
+- SGLang: `POST /generate` with `text` or `input_ids`, `sampling_params`, `return_logprob`, `logprob_start_len`
+  (https://docs.sglang.io); its `/v1/completions` knows no `prompt_logprobs`;
+- Fireworks: `POST /v1/completions` with `prompt`, `echo`, `logprobs`, `max_tokens` from 0 on (https://docs.fireworks.ai);
+- "none": an engine that scores only what it writes.
+
+All have `GET /v1/models` and an API key. It writes one token, or none.
 """
 
 import contextlib
 import json
+import math
 import socket
 import threading
 import time
@@ -32,7 +40,7 @@ class ProtocolServer:
     `fault(n, payload)` names what goes wrong with the n-th scoring request (counted from 0), or None: a key of
     `STATUS_FAULTS`, "drop" (the connection, unanswered), "break" (it, half-way through the answer), "truncate" (the JSON),
     "short" (one score too few), "shift" (each id is its neighbour's), "nan", "positive", "zero" (a probability), "delay".
-    A list names those of the first requests. `shift` is added to every log-prob.
+    A list names those of the first requests. `shift` is added to every log-prob. `owner` is what it calls itself.
     """
 
     def __init__(
@@ -41,6 +49,8 @@ class ProtocolServer:
         tokenizer,
         *,
         port: int = 0,
+        protocol: str = "vllm",
+        owner: str = "vllm",
         name: str = "toy",
         root: str | None = None,
         max_model_len: int | None = 256,
@@ -53,6 +63,7 @@ class ProtocolServer:
         delay: float = 0.2,
     ):
         self.model, self.tokenizer = model.eval(), tokenizer
+        self.protocol, self.owner = protocol, owner
         self.name, self.root, self.max_model_len = name, root or name, max_model_len
         self.api_key, self.scores, self.others, self.delay = api_key, scores, tuple(others), delay
         self.shift, self.tells_ids = shift, tells_ids
@@ -117,6 +128,52 @@ class ProtocolServer:
             choice["prompt_token_ids"] = prompt
         return {"object": "text_completion", "model": self.name, "choices": [choice]}
 
+    def understood(self, path: str, payload: dict) -> dict:
+        """What is asked, as vLLM is asked it."""
+        if self.protocol == "vllm":
+            return payload
+        if path == "/generate":
+            sampling = payload["sampling_params"]
+            assert "logprob_start_len" not in payload or payload["return_logprob"]
+            return {
+                "model": self.name,
+                "prompt": payload["input_ids"] if "input_ids" in payload else payload["text"],
+                "prompt_logprobs": 0 if payload.get("logprob_start_len") == 0 else None,
+                "return_token_ids": True,
+                "max_tokens": sampling["max_new_tokens"],
+                "temperature": sampling["temperature"],
+                "n": sampling.get("n", 1),
+            }
+        echoed = self.protocol == "echo" and payload.get("echo")
+        payload = {"n": 1, "temperature": 1.0, **payload}
+        payload.pop("add_special_tokens", None)
+        return {**payload, "prompt_logprobs": 0 if echoed else None, "return_token_ids": True}
+
+    def told(self, path: str, asked: dict, answer: dict) -> dict | list:
+        """The answer, as this engine gives it."""
+        choices = answer["choices"]
+        if self.protocol == "vllm":
+            return answer
+        if path == "/generate":
+            answers = [self._told_by_sglang(choice) for choice in choices]
+            return answers[0] if asked["sampling_params"].get("n", 1) == 1 else answers
+        told = []
+        for choice in choices:
+            ids, values = _ids_and_values(choice)
+            logprobs = {"tokens": list(map(str, ids)), "token_logprobs": values, "text_offset": [0] * len(ids)}
+            own = {"token_ids": ids} if self.tells_ids else {}
+            shown = None if self.protocol != "echo" or not asked.get("logprobs") else {**logprobs, **own}
+            told.append({"index": choice["index"], "text": "", "logprobs": shown})
+        return {**answer, "choices": told}
+
+    def _told_by_sglang(self, choice: dict) -> dict:
+        ids, values = _ids_and_values(choice)
+        # orjson writes what is no number as null
+        triples = [[None if v is None or math.isnan(v) else v, i, None] for i, v in zip(ids, values, strict=True)]
+        scored = "prompt_logprobs" in choice
+        meta = {"prompt_tokens": len(ids), "input_token_logprobs" if scored else "output_token_logprobs": triples}
+        return {"text": "", "meta_info": meta}
+
     def _written(self, logits: torch.Tensor, payload: dict) -> dict:
         draws = torch.Generator().manual_seed(0)
         probabilities = (logits / payload["temperature"]).softmax(-1)
@@ -144,11 +201,19 @@ class ProtocolServer:
 
             def do_GET(self):
                 names = [server.name, *server.others]
-                cards = [{"id": n, "root": server.root, "max_model_len": server.max_model_len} for n in names]
+                if not self.path.endswith("/v1/models"):
+                    return self._send(404, json.dumps({"detail": "Not Found"}))
+                own = {"owned_by": server.owner, "root": server.root, "max_model_len": server.max_model_len}
+                cards = [{"id": n, **own} for n in names]
                 self._send(200, json.dumps({"object": "list", "data": cards})) if self._knows_key() else None
 
             def do_POST(self):
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                known = {"/v1/completions", *(["/generate"] if server.protocol == "sglang" else [])}
+                if self.path not in known:
+                    return self._send(404, json.dumps({"detail": "Not Found"}))
+                asked = payload
+                payload = server.understood(self.path, payload)
                 with server._count:
                     server.requests.append(payload)
                     fault = server._fault(len(server.requests) - 1 - server._numbered, payload)
@@ -156,12 +221,12 @@ class ProtocolServer:
                     server.most_in_flight = max(server.most_in_flight, server._in_flight)
                 try:
                     if self._knows_key():
-                        self._answer(payload, fault)
+                        self._answer(payload, fault, asked)
                 finally:
                     with server._count:
                         server._in_flight -= 1
 
-            def _answer(self, payload, fault):
+            def _answer(self, payload, fault, asked):
                 if payload["model"] not in (server.name, *server.others):
                     self._send(404, json.dumps({"error": f"The model `{payload['model']}` does not exist."}))
                 elif len(payload["prompt"]) + payload["max_tokens"] > (server.max_model_len or 10**9):
@@ -177,7 +242,7 @@ class ProtocolServer:
                     answer = server.answer(payload)
                     if payload["prompt_logprobs"] is not None:
                         _spoil(answer["choices"][0]["prompt_logprobs"], fault)
-                    text = json.dumps(answer)
+                    text = json.dumps(server.told(self.path, asked, answer))
                     if fault == "break":
                         self._send(200, text, cut=True)
                         self._hang_up()
@@ -207,6 +272,15 @@ class ProtocolServer:
                 pass
 
         return Handler
+
+
+def _ids_and_values(choice: dict) -> tuple[list[int], list[float | None]]:
+    """Of a scored prompt, or of the token that was written."""
+    if "prompt_logprobs" not in choice:
+        return choice["token_ids"] or [0], [-1.0]
+    told = [next(iter(entry.items())) for entry in choice["prompt_logprobs"][1:]]
+    first = choice["prompt_token_ids"][:1]
+    return [*first, *(int(token) for token, _ in told)], [None, *(score["logprob"] for _, score in told)]
 
 
 def _cut(connection: socket.socket):

@@ -300,4 +300,4 @@ def _connect(urls: Sequence[str], model: str | None, args: CrossTokenizerGKDConf
         args.teacher_server_concurrency,
         args.teacher_server_patience,
     )
-    return RemoteTeacher(servers, model)
+    return RemoteTeacher(servers, args.teacher_server_model or model, unlisted=args.teacher_server_model is not None)

@@ -1,10 +1,9 @@
-"""A teacher behind a server: token ids go out, log-probs of those tokens come back, by vLLM's `POST /v1/completions` with
-`prompt_logprobs`.
+"""A teacher behind a server: token ids go out, log-probs of those tokens come back, in the way that the server's kind has
+(engines.py).
 
 Decisions
 - One request a completion, many at a time. The server is asked for the log-prob of each token it was sent, for those of no
-  others (vLLM 0.32 ends when it comes to name a row past the tokenizer), and for a single new token, the fewest it writes.
-  Results come in the order of the rows.
+  others, and for a single new token or none. Results come in the order of the rows.
 - Nothing is believed unchecked. At the start: one model, by name; the same token ids as the tokenizer's for a probe text,
   special tokens included, and up to the tokenizer's highest id; log-probs that are at most 0, the same at any sampling
   temperature, and of tokens that are drawn as often as they say. In each answer: the model's name, the length, the ids sent,
@@ -25,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import answers
 from .answers import AnswerError
+from .engines import find_engine
 from .servers import RequestRefusedError, Server, Servers, TeacherServerError, logger
 from .transport import DaemonPool
 
@@ -44,6 +44,7 @@ class RemoteTeacher:
         servers (`Servers`): where it is served.
         model (`str`, *optional*): its name there, or the name or folder it was loaded from; needed where a server has
             several.
+        unlisted (`bool`): it may have that name though the server does not list it.
 
     Attributes: `name` and `root`, what the servers call the model and loaded it from; `context`, the tokens of prompt and
     completion that they take.
@@ -55,37 +56,51 @@ class RemoteTeacher:
 
     signals = ("logprobs",)
 
-    def __init__(self, servers: Servers, model: str | None = None):
+    def __init__(self, servers: Servers, model: str | None = None, unlisted: bool = False):
         self._servers = servers
         self._pool = DaemonPool(servers.concurrency, "teacher")
         self._probe_ids: list[int] = []
         self._probe_scores: torch.Tensor | None = None
         self._unscored = 0  # completions since the last step with one that was scored
+        self._named, self._wanted, self._unlisted = "", model, unlisted
         self.name, self.root, self.context = "", "", None
-        servers.each(lambda server: self._meet(server, model))
+        servers.each(self._meet)
 
     # At the start
 
-    def _meet(self, server: Server, wanted: str | None):
-        """What `server` calls the model and loaded it from, and how long a text it takes."""
-        models = {entry["id"]: entry for entry in self._servers.send(server, "GET", "/v1/models").get("data", [])}
-        same_root = [entry for entry in models.values() if entry.get("root") == wanted]
-        fits = [models[wanted]] if wanted in models else same_root or list(models.values())
-        if len(fits) != 1:
-            raise ValueError(
-                f"The teacher's server {server.url} serves {', '.join(map(repr, models)) or 'no model'}: name one of them "
-                "with `teacher_model_name_or_path`, beside `teacher_server_url`."
-            )
-        [entry] = fits
+    def _meet(self, server: Server):
+        """What `server` calls the model and loaded it from, how long a text it takes, and how it is asked for scores."""
+        entry = self._entry(server)
         if self.name not in ("", entry["id"]):
             raise ValueError(
                 f"The teacher's server {server.url} serves {entry['id']!r}, and another one serves {self.name!r}: several "
                 "addresses are those of one model."
             )
         self.name, self.root = entry["id"], entry.get("root") or entry["id"]
-        if entry.get("max_model_len") is not None:
-            room = entry["max_model_len"] - 1  # the server writes one token
+        length = entry.get("max_model_len") or entry.get("context_length")
+        if isinstance(length, int):
+            room = length - 1  # the server may write one token
             self.context = room if self.context is None else min(room, self.context)
+        server.engine = find_engine(self._servers, server, self.name, entry.get("owned_by"))
+        logger.info(f"The teacher's server {server.url} is asked for scores by {server.engine.name}.")
+
+    def _entry(self, server: Server) -> dict:
+        """What it says of the model."""
+        found, wanted = self._servers.send(server, "GET", "/v1/models").get("data"), self._wanted
+        models = {
+            entry["id"]: entry for entry in found or [] if isinstance(entry, dict) and isinstance(entry.get("id"), str)
+        }
+        same_root = [entry for entry in models.values() if entry.get("root") == wanted]
+        fits = [models[wanted]] if wanted in models else same_root or list(models.values())
+        if self._unlisted and wanted not in models and not same_root:
+            return {"id": wanted}
+        if len(fits) != 1:
+            raise ValueError(
+                f"The teacher's server {server.url} serves {', '.join(map(repr, models)) or 'no model'}: name one of them "
+                "with `teacher_model_name_or_path`, beside `teacher_server_url`, or with `teacher_server_model`, where the "
+                "tokenizer has another name."
+            )
+        return fits[0]
 
     def check(self, tokenizer: PreTrainedTokenizerBase):
         """
@@ -105,7 +120,7 @@ class RemoteTeacher:
 
         def check(server: Server):
             try:
-                self._check_ids(server, tokenizer, text, expected)
+                self._check_ids(server, tokenizer, text)
                 self._check_scores(server)
                 self._check_draws(server, tokenizer.encode(COUNT, add_special_tokens=False))
                 scores = self._probe(server)
@@ -118,13 +133,11 @@ class RemoteTeacher:
         self._servers.each(check)
         self._servers.confirm = self._confirm
 
-    def _check_ids(self, server: Server, tokenizer, text: str, expected: list[int]):
-        answer = self._servers.send(
-            server, "POST", "/v1/completions", self._payload(text, add_special_tokens=False, return_token_ids=True)
-        )
-        found = answers.choice(answer).get("prompt_token_ids")
-        if found is None:  # an older server: the first token has no score, and so no id
-            found = expected[:1] + [int(key) for entry in answers.entries(answer)[1:] for key in entry]
+    def _check_ids(self, server: Server, tokenizer, text: str):
+        engine = server.engine
+        expected = tokenizer.encode(text, add_special_tokens=engine.adds_special_tokens)
+        answer = self._servers.send(server, "POST", engine.path, engine.request(self.name, text))
+        found = engine.ids(answer, expected)
         if found != expected:
             place = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
             place = min(len(found), len(expected)) if place is None else place
@@ -141,7 +154,7 @@ class RemoteTeacher:
         if not answers.distance(one, other) <= _SAME_MODEL:
             raise ValueError(
                 f"The log-probs of the teacher's server {server.url} change with the sampling temperature: start it with "
-                "`--logprobs-mode raw_logprobs`."
+                "`--logprobs-mode raw_logprobs` (vLLM)."
             )
 
     def _check_draws(self, server: Server, prompt: list[int]):
@@ -149,10 +162,9 @@ class RemoteTeacher:
         Of tokens that the server draws after `prompt`, some are scored, and the others are among them as often as the scores
         say: it draws from what it scores with, and this sums to 1.
         """
-        payload = self._payload(prompt, n=sum(_DRAWS), return_token_ids=True, prompt_logprobs=None)
-        # no seed: vLLM 0.32 on a CPU ends when it is given one
-        uncut = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-        ids = answers.drawn(self._servers.send(server, "POST", "/v1/completions", payload | uncut))
+        engine = server.engine
+        payload = engine.drawing(self.name, prompt, sum(_DRAWS))
+        ids = engine.drawn(self._servers.send(server, "POST", engine.path, payload, kind=dict | list))
         if ids is None or len(ids) != sum(_DRAWS):
             logger.warning(
                 f"The teacher's server {server.url} does not tell the ids of tokens that it draws: whether they come as often "
@@ -174,13 +186,18 @@ class RemoteTeacher:
 
     def _read(self, server: Server, ids: list[int], first: int, **settings) -> torch.Tensor:
         """The log-probs of `ids[first:]`, in one try."""
-        return self._scores(
-            self._servers.send(server, "POST", "/v1/completions", self._payload(ids, **settings)), ids, first
-        )
+        answer = self._servers.send(server, "POST", *self._request(server, ids, **settings))
+        return self._scores(server, answer, ids, first)
 
     def _confirm(self, server: Server):
         try:
+            if server.engine is None:
+                self._meet(server)
+            elif not server.engine.names_model:
+                self._entry(server)
             self._compare(server, self._probe(server), TeacherServerError)
+        except ValueError as error:
+            raise TeacherServerError(str(error)) from error
         except (AnswerError, RequestRefusedError) as error:
             raise TeacherServerError(f"The teacher's server {server.url} cannot score a probe text: {error}") from error
 
@@ -204,8 +221,8 @@ class RemoteTeacher:
         if not completion:
             return torch.zeros(0), None
         ids = [*prompt, *completion]
-        answer, server = self._servers.post("/v1/completions", self._payload(ids))
-        return self._scores(answer, ids, len(prompt)), server
+        answer, server = self._servers.post(lambda server: self._request(server, ids))
+        return self._scores(server, answer, ids, len(prompt)), server
 
     def submit(self, task: Callable, *arguments) -> Future:
         """`task` on one of the threads that wait for the servers."""
@@ -230,14 +247,16 @@ class RemoteTeacher:
         for server in servers:
             self._servers.recheck(server)
 
-    def _payload(self, prompt: str | list[int], **settings) -> dict:
-        return {"model": self.name, "prompt": prompt, "prompt_logprobs": 0, "max_tokens": 1, **settings}
+    def _request(self, server: Server, prompt: list[int], **settings) -> tuple[str, dict]:
+        return server.engine.path, server.engine.request(self.name, prompt, **settings)
 
-    def _scores(self, answer: dict, ids: list[int], first: int) -> torch.Tensor:
+    def _scores(self, server: Server, answer: dict, ids: list[int], first: int) -> torch.Tensor:
         """The log-probs of `ids[first:]`. Raises `AnswerError` where `answer` has others, or none."""
-        if answer.get("model", self.name) != self.name:
-            raise AnswerError(f"an answer of the model {answer['model']!r} instead of {self.name!r}")
-        return answers.scores(answer, ids, first)
+        named = answer.get("model", self.name)
+        self._named = self._named or named  # a service may call the model by a longer name than it is asked for by
+        if server.engine.names_model and named != self._named:
+            raise AnswerError(f"an answer of the model {named!r} instead of {self._named!r}")
+        return answers.scores(server.engine.entries(answer), ids, first)
 
 
 class RemoteScores:

@@ -50,12 +50,12 @@ class RequestRefusedError(Exception):
     """The server takes this request for wrong (a 4xx that is no matter of model, key or load): to repeat it is no use."""
 
 
-class _Failure(Exception):
+class FailedTryError(Exception):
     """This server did not answer; `unfit` where time alone won't mend it."""
 
-    def __init__(self, message: str, pause: float | None = None, busy: bool = False, unfit: bool = False):
+    def __init__(self, message: str, pause: float | None = None, status: int | None = None, unfit: bool = False):
         super().__init__(message)
-        self.pause, self.busy, self.unfit = pause, busy, unfit
+        self.pause, self.status, self.unfit = pause, status, unfit
 
 
 @dataclass(eq=False)
@@ -72,6 +72,7 @@ class Server:
     asked: bool = False  # that is being done
     unfit: bool = False  # for a reason that time alone won't mend
     answered: int = 0  # requests
+    engine: object = None  # how it is asked for scores, once that is known
 
 
 class Servers:
@@ -126,7 +127,7 @@ class Servers:
                         continue
                     try:
                         check(server)
-                    except _Failure as failure:
+                    except FailedTryError as failure:
                         failures.append(failure)
                         self._let_rest(server, failure, suspect=True)
                     else:
@@ -155,12 +156,12 @@ class Servers:
             return
         try:
             self.confirm(server)
-        except _Failure as failure:
+        except FailedTryError as failure:
             self._let_rest(server, failure, suspect=True)
 
-    def post(self, path: str, payload: dict) -> tuple[dict, Server]:
+    def post(self, request: Callable[[Server], tuple[str, dict]]) -> tuple[dict, Server]:
         """
-        The JSON answer, and the server that gave it.
+        The JSON answer to `request`, the path and the payload for a server, and the server that gave it.
 
         Raises:
             TeacherServerError: where every server has failed too often in a row, or none answers for too long, or none is
@@ -168,7 +169,7 @@ class Servers:
             RequestRefusedError: where the request itself is at fault.
         """
         with self._requests():
-            return self._post(path, payload)
+            return self._post(request)
 
     @contextmanager
     def _requests(self) -> Iterator[None]:
@@ -183,13 +184,13 @@ class Servers:
             with self._change:
                 self._open -= 1
 
-    def _post(self, path: str, payload: dict) -> tuple[dict, Server]:
+    def _post(self, request: Callable[[Server], tuple[str, dict]]) -> tuple[dict, Server]:
         tries = 0
         while True:
             server = self._take()
             try:
-                answer = self.send(server, "POST", path, payload)
-            except _Failure as failure:
+                answer = self.send(server, "POST", *request(server))
+            except FailedTryError as failure:
                 tries += 1
                 self._let_rest(server, failure)
                 if tries > self._retries and not self._answers:
@@ -208,16 +209,18 @@ class Servers:
             finally:
                 self._give_back(server)
 
-    def send(self, server: Server, method: str, path: str, payload: dict | None = None) -> dict:
-        """One try at one server."""
+    def send(
+        self, server: Server, method: str, path: str, payload: dict | None = None, kind: type = dict
+    ) -> dict | list:
+        """One try at one server, whose answer is a JSON object, or of another `kind`."""
         place = f"{method} {server.url}{path}"
         try:
             status, headers, body = self._request(server, method, path, payload)
         except (httpx2.HTTPError, httpx2.StreamError) as error:
-            raise _Failure(self._told(f"{place}: {type(error).__name__}: {error}", server)) from None
+            raise FailedTryError(self._told(f"{place}: {type(error).__name__}: {error}", server)) from None
         text = body.decode("utf-8", "replace")
         if 300 <= status < 400:
-            raise _Failure(
+            raise FailedTryError(
                 self._told(
                     f"{place}: {status}: it sends on to {headers.get('Location')}: give the address itself", server
                 ),
@@ -225,18 +228,18 @@ class Servers:
             )
         if status < 300:
             answer = _json(body)
-            if not isinstance(answer, dict):
-                raise _Failure(self._told(f"{place}: an answer that is no JSON object: {_cut(text)}", server))
-            error = answer.get("error")
+            if not isinstance(answer, dict | kind):
+                raise FailedTryError(self._told(f"{place}: an answer that is no JSON object: {_cut(text)}", server))
+            error = answer.get("error") if isinstance(answer, dict) else None
             if not error or answer.get("choices"):
                 return answer
             status, text = _status_of(answer, error), json_text(error)
         message = self._told(f"{place}: {status}: {_cut(text)}", server)
         if status in _PASSING or (status >= 500 and status not in _UNFIT):
-            raise _Failure(message, _retry_after(headers), busy=status == 429)
+            raise FailedTryError(message, _retry_after(headers), status)
         if status in _UNFIT:
             hint = f" The API key comes from the environment variable {self._key_env}." if status in (401, 403) else ""
-            raise _Failure(message + hint, unfit=True)
+            raise FailedTryError(message + hint, status=status, unfit=True)
         raise RequestRefusedError(message)
 
     def _request(self, server: Server, method: str, path: str, payload: dict | None):
@@ -261,10 +264,10 @@ class Servers:
     def _ask_who(self, server: Server):
         try:
             self.confirm(server)
-        except _Failure as failure:
+        except FailedTryError as failure:
             self._let_rest(server, failure, suspect=True)
         except Exception as error:
-            self._let_rest(server, _Failure(str(error), unfit=True))
+            self._let_rest(server, FailedTryError(str(error), unfit=True))
         else:
             with self._change:
                 server.suspect, server.unfit, server.failures = False, False, 0
@@ -329,11 +332,11 @@ class Servers:
             server.in_flight -= 1
             self._change.notify_all()
 
-    def _let_rest(self, server: Server, failure: _Failure, suspect: bool = False):
+    def _let_rest(self, server: Server, failure: FailedTryError, suspect: bool = False):
         with self._change:
             now = time.monotonic()
             server.unfit, server.failure = failure.unfit, str(failure)
-            server.suspect |= suspect or not failure.busy
+            server.suspect |= suspect or failure.status != 429
             if server.rests_until > now:
                 return  # with others that were under way
             pause = min(FIRST_PAUSE * 2**server.failures, LONGEST_PAUSE) * random.uniform(0.67, 1.33)
