@@ -19,6 +19,7 @@ with warnings.catch_warnings():  # TRL's version is pinned, and a test watches w
 
 
 EOS_POLICIES = ("bridge", "mask")
+THOUGHT_POLICIES = ("mask", "text")
 GENERATION_BACKENDS = ("transformers", "transformers_continuous")
 _OWNED_BY_TRAINER = {
     "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p", "do_sample", "num_beams", "use_cache",
@@ -146,6 +147,20 @@ class CrossTokenizerGKDConfig(GKDConfig):
         metadata={
             "help": "The end of a turn: bridge (the student's stop token and the teacher's turn end are one chunk, so the "
             "student learns when to stop) or mask (the end is not scored)."
+        },
+    )
+    markup_policy: str = field(
+        default="bridge",
+        metadata={
+            "help": "What stands between a completion's sections (thought, answer, calls): bridge (the student's markup and the "
+            "teacher's for the same place are one chunk) or mask (it is not scored, as under losses on whole distributions)."
+        },
+    )
+    thought_policy: str = field(
+        default="mask",
+        metadata={
+            "help": "A thought for which the teacher's template has no place: mask (the teacher does not read it) or text (the "
+            "teacher reads it as the beginning of the answer)."
         },
     )
 
@@ -365,6 +380,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
         for name, known in (
             ("credit", CREDITS),
             ("eos_policy", EOS_POLICIES),
+            ("markup_policy", EOS_POLICIES),
+            ("thought_policy", THOUGHT_POLICIES),
             ("generation_backend", GENERATION_BACKENDS),
         ):
             if getattr(self, name) not in known:

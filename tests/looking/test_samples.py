@@ -94,6 +94,7 @@ def test_rows_kept_are_no_views_of_a_whole_batch():
         "prompt_lengths": torch.full((5,), 4),
         "lengths": torch.full((5,), 9),
         "teacher_places": torch.zeros(5, dtype=torch.long),
+        "frames": [""] * 5,
     }
     batch = type("Batch", (), {})()
     batch.student_log_probs = batch.teacher_log_probs = -torch.ones(5, 9)

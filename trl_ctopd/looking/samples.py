@@ -35,6 +35,7 @@ class Sample:
             where nothing is scored.
         gap: student minus teacher log-probability, nats a byte of scored text; `None` where none is scored.
         teacher: its place among several teachers.
+        frame: of its prompt, a `Frame` as JSON.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Sample:
     teacher_log_probs: list[float]
     gap: float | None
     teacher: int = 0
+    frame: str = ""
 
 
 class Samples:
@@ -51,9 +53,11 @@ class Samples:
 
     def __init__(self):
         self._kept: list[tuple[torch.Tensor, ...]] = []
+        self._frames: list[str] = []
 
     def clear(self):
         self._kept.clear()
+        self._frames.clear()
 
     def keep(self, inputs: dict, batch: ScoredChunks, rows: int):
         """The first `rows` of a micro-batch."""
@@ -67,24 +71,30 @@ class Samples:
             inputs["teacher_places"],
         )
         self._kept += zip(*(tensor[:rows].clone() for tensor in tensors), strict=True)  # not views of a whole batch
+        self._frames += inputs["frames"][:rows]
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def take(
-        self, step: int, tokenizer: PreTrainedTokenizerBase, read: Callable[[list[list[int]], list[int]], list[Rollout]]
+        self,
+        step: int,
+        tokenizer: PreTrainedTokenizerBase,
+        read: Callable[[list[list[int]], list[int], list[str]], list[Rollout]],
     ) -> list[Sample]:
         """What was kept; `read` sets completions beside their teachers' tokens, as when they were written."""
-        rows = [[tensor.tolist() for tensor in row] for row in self._kept]
+        rows, frames = [[tensor.tolist() for tensor in row] for row in self._kept], list(self._frames)
         self.clear()
         samples = []
         completions, teachers = [ids[start:end] for ids, start, end, *_ in rows], [row[-1] for row in rows]
-        for row, rollout in zip(rows, read(completions, teachers), strict=True):
+        for row, frame, rollout in zip(rows, frames, read(completions, teachers, frames), strict=True):
             ids, start, end, student, teacher, scorable, place = row
             student, teacher = student[start - 1 : end - 1], teacher[: len(rollout.teacher_ids)]
             teacher = teacher if any(scorable) else []
             gap = _per_byte(rollout, student, teacher) if teacher else None
-            samples.append(Sample(step, tokenizer.decode(ids[:start]), ids[start:end], student, teacher, gap, place))
+            samples.append(
+                Sample(step, tokenizer.decode(ids[:start]), ids[start:end], student, teacher, gap, place, frame)
+            )
         return samples
 
 

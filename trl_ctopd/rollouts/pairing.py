@@ -15,6 +15,7 @@ import torch
 
 from ..text.aligner import TextAligner, TextAlignment
 from ..text.chat import Opened
+from ..text.sections import SectionAligner
 
 
 @dataclass(frozen=True)
@@ -43,27 +44,41 @@ class Frame:
     """How the two templates write the turn after a prompt, where it does not begin with the answer on both sides.
 
     Attributes:
-        plain: the teacher's prompt up to a finished turn's answer.
+        plain, stem: the teacher's prompt up to a finished turn's answer, and up to what all its turns begin with.
         reference: the student's prompt up to where its reference begins.
+        student, teacher: how each template writes the turn (`Turn.to_json`); "" where the student's knows an answer only.
     """
 
     plain: Reopened = Reopened()
+    stem: Reopened = Reopened()
     reference: Reopened = Reopened()
+    student: str = ""
+    teacher: str = ""
 
     @classmethod
     def of(cls, student: Opened, teacher: Opened, reference_prompt: list[int]) -> "Frame":
-        return cls(Reopened.of(teacher.ids, teacher.plain), Reopened.of(student.ids, reference_prompt))
+        return cls(
+            Reopened.of(teacher.ids, teacher.plain),
+            Reopened.of(teacher.ids, teacher.stem),
+            Reopened.of(student.ids, reference_prompt),
+            *(("", "") if student.turn.is_simple else (student.turn.to_json(), teacher.turn.to_json())),
+        )
 
     def to_json(self) -> str:
+        """ "" for a frame that says nothing."""
         if self == Frame():
             return ""
-        return json.dumps({name: [part.dropped, part.added] for name, part in vars(self).items()})
+        parts = {name: [part.dropped, part.added] for name, part in vars(self).items() if isinstance(part, Reopened)}
+        return json.dumps({**parts, "student": self.student, "teacher": self.teacher}, ensure_ascii=False)
 
 
 @lru_cache(maxsize=4096)
 def _read_frame(text: str) -> Frame:
     parts = json.loads(text) if text else {}
-    return Frame(**{name: Reopened(dropped, tuple(added)) for name, (dropped, added) in parts.items()})
+    for name in parts.keys() - {"student", "teacher"}:
+        dropped, added = parts[name]
+        parts[name] = Reopened(dropped, tuple(added))
+    return Frame(**parts)
 
 
 @dataclass
@@ -119,6 +134,7 @@ def pair(
     turn_ends: Mapping[int, Sequence[int]],
     eos_policy: str = "bridge",
     teacher_context: int | None = None,
+    sections: SectionAligner | None = None,
 ) -> list[Rollout]:
     """
     Sets each completion beside the teacher's tokenization of its text.
@@ -135,12 +151,42 @@ def pair(
         turn_ends: for each student id that ends a turn, the teacher's ids that do, at least one.
         eos_policy: `"bridge"` or `"mask"`.
         teacher_context: tokens the teacher can read, None for no limit.
+        sections: aligns the completions that have sections by the markup of their prompt's frame; None where the teacher reads
+            the student's own ids, and its turn from the generation prompt on.
     """
     assert all(turn_ends.values()), "a turn end without tokens would cost the teacher nothing"
     ended = [bool(ids) and ids[-1] in turn_ends for ids in completions]
-    contents = [ids[:-1] if end else ids for ids, end in zip(completions, ended, strict=True)]
+    found = [
+        sections.parse(ids, end, prompt.framed.student) if sections and prompt.framed.student else None
+        for prompt, ids, end in zip(prompts, completions, ended, strict=True)
+    ]
+    contents = [
+        [] if parsed else ids[:-1] if end else ids for ids, end, parsed in zip(completions, ended, found, strict=True)
+    ]
     rollouts = []
-    for prompt, ids, end, alignment in zip(prompts, completions, ended, aligner(contents), strict=True):
+    for prompt, ids, end, alignment, parsed in zip(prompts, completions, ended, aligner(contents), found, strict=True):
+        frame = prompt.framed
+        if parsed:
+            whole = sections(ids, end, parsed, frame.teacher)
+            alignment, student_widths = whole.alignment, whole.widths
+            before = prompt.teacher_ids if whole.on_tail else frame.stem(prompt.teacher_ids)
+            before = [*before, *whole.opening]
+            rollouts.append(
+                _rollout(
+                    prompt,
+                    ids,
+                    end,
+                    alignment,
+                    alignment.student.chunks,
+                    student_widths,
+                    alignment.teacher.ids,
+                    alignment.teacher.chunks,
+                    alignment.num_chunks,
+                    before,
+                    teacher_context,
+                )
+            )
+            continue
         student, teacher, num_chunks = alignment.student, alignment.teacher, alignment.num_chunks
         student_chunks, student_widths = student.chunks, student.widths
         teacher_ids, teacher_chunks = teacher.ids, teacher.chunks
@@ -153,27 +199,56 @@ def pair(
                 teacher_ids = [*teacher_ids, *turn_end]
                 teacher_chunks = np.append(teacher_chunks, [num_chunks] * len(turn_end))
                 num_chunks += 1
-        before = prompt.framed.plain(prompt.teacher_ids)
-        unread = teacher_context is not None and len(before) + len(teacher_ids) > teacher_context
-        if unread or prompt.is_padding:
-            student_chunks = np.full_like(student_chunks, -1)
-            teacher_ids, teacher_chunks, num_chunks = [], teacher_chunks[:0], 0
+        before = frame.plain(prompt.teacher_ids) if sections else prompt.teacher_ids
         rollouts.append(
-            Rollout(
+            _rollout(
                 prompt,
                 ids,
+                end,
+                alignment,
                 student_chunks,
                 student_widths,
                 teacher_ids,
                 teacher_chunks,
                 num_chunks,
-                end,
-                unread,
-                alignment,
-                before[:1] if unread else before,
+                before,
+                teacher_context,
             )
         )
     return rollouts
+
+
+def _rollout(
+    prompt: Prompt,
+    ids: list[int],
+    ended: bool,
+    alignment: TextAlignment,
+    student_chunks: np.ndarray,
+    student_widths: np.ndarray,
+    teacher_ids: list[int],
+    teacher_chunks: np.ndarray,
+    num_chunks: int,
+    before: list[int],
+    teacher_context: int | None,
+) -> Rollout:
+    """`before`: what the teacher reads first."""
+    unread = teacher_context is not None and len(before) + len(teacher_ids) > teacher_context
+    if unread or prompt.is_padding:
+        student_chunks = np.full_like(student_chunks, -1)
+        teacher_ids, teacher_chunks, num_chunks = [], teacher_chunks[:0], 0
+    return Rollout(
+        prompt,
+        ids,
+        student_chunks,
+        student_widths,
+        teacher_ids,
+        teacher_chunks,
+        num_chunks,
+        ended,
+        unread,
+        alignment,
+        before[:1] if unread else before,
+    )
 
 
 def grouped_by_length(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -191,7 +266,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
         scored, -100 elsewhere; `scored` (2, n): row of each scored token, and column of the one before it, -1 being a
         row's last; `padding_rows` (B,), True for padding rows; `student_chunks`, `student_widths` (B, S);
         `teacher_chunks`, `teacher_ids` (B, T); `prompt_lengths` (B,), the index of each row's first completion token;
-        `lengths` (B,), of prompt and completion; `num_chunks` (`int`), at least 1.
+        `lengths` (B,), of prompt and completion; `num_chunks` (`int`), at least 1; `frames`, those of the B prompts.
     """
     rows = [[*rollout.prompt.student_ids, *rollout.student_ids] for rollout in rollouts]
     length = max(len(row) for row in rows)
@@ -215,6 +290,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
         "prompt_lengths": torch.tensor(starts),
         "lengths": torch.tensor([len(row) for row in rows]),
         "num_chunks": max(1, *(rollout.num_chunks for rollout in rollouts)),
+        "frames": [rollout.prompt.frame for rollout in rollouts],
     }
 
 

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from ..config import CrossTokenizerGKDConfig
-from ..losses import Metrics
+from ..losses import LOSSES, Metrics
 from ..models.heads import check_head
 from ..models.loading import check_vocabulary, load_tokenizer
 from ..rollouts.pairing import Prompt, Rollout, pad_scores, pair
 from ..text.aligner import TextAligner
 from ..text.chat import Speaker, unshared_markup
 from ..text.one_tokenizer import OneTokenizer, is_one_tokenizer
+from ..text.sections import SectionAligner
 from ..text.vocabulary import CACHE_DIR, VocabularyPair
 from .local import LocalTeacher, load_teacher
 from .remote import RemoteScores, RemoteTeacher
@@ -124,6 +125,32 @@ class Seat:
             cache_dir=CACHE_DIR,
         )
 
+    @property
+    def _markup_is_comparable(self) -> bool:
+        """Losses on whole distributions compare what the next bytes are, and markup has other ones on either side."""
+        chosen = [self._args.distillation_loss, *([self._args.off_policy_loss] if self._args.lmbda < 1 else [])]
+        return all(
+            getattr(LOSSES.get(loss, loss) if isinstance(loss, str) else loss, "signal", "logprobs") == "logprobs"
+            for loss in chosen
+        )
+
+    @cached_property
+    def sections(self) -> SectionAligner | None:
+        """None where both models are of one tokenizer, and the teacher reads the student's own ids."""
+        if isinstance(self.aligner, OneTokenizer):
+            return None
+        controls = {name: self.tokenizer.convert_tokens_to_ids(name) for name in self.side.controls}
+        end = self.tokenizer.convert_ids_to_tokens(self.side.turn_end[-1])
+        args = self._args
+        return SectionAligner(
+            self.aligner,
+            controls,
+            end,
+            markup_policy=args.markup_policy if self._markup_is_comparable else "mask",
+            thought_policy=args.thought_policy,
+            eos_policy=args.eos_policy,
+        )
+
 
 class Panel:
     """
@@ -206,17 +233,24 @@ class Panel:
                 turn_ends=seat.turn_ends,
                 eos_policy=self._eos_policy,
                 teacher_context=seat.context,
+                sections=seat.sections,
             )
             rollouts |= zip(rows, found, strict=True)
         return [rollouts[row] for row in range(len(prompts))]
 
     def align_completions(
-        self, completions: Sequence[list[int]], teachers: Sequence[int] | None = None
+        self,
+        completions: Sequence[list[int]],
+        teachers: Sequence[int] | None = None,
+        frames: Sequence[str] | None = None,
     ) -> list[Rollout]:
-        """Of completions alone, and the places of their teachers among the seats: prompts bear on nothing but the teacher's
-        context."""
-        names = list(self.seats)
-        prompts = [Prompt([], [], teacher=names[place]) for place in teachers or [0] * len(completions)]
+        """Of completions alone, the places of their teachers among the seats, and the frames of their prompts: prompts bear on
+        nothing else but the teacher's context."""
+        names, count = list(self.seats), len(completions)
+        prompts = [
+            Prompt([], [], teacher=names[place], frame=frame)
+            for place, frame in zip(teachers or [0] * count, frames or [""] * count, strict=True)
+        ]
         return self.pair(prompts, completions)
 
     def read(self, rollouts: Sequence[Rollout], with_hidden: bool) -> "Readings":

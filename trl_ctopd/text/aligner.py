@@ -129,6 +129,33 @@ class TextAligner:
         # by id, the last for all past the others; a control token may have an id past all those that spell something
         self._is_control = np.isin(np.arange(max(self._control_ids, default=0) + 2), list(self._control_ids))
 
+    @property
+    def student_table(self) -> TokenTable:
+        return self._student
+
+    @property
+    def teacher_table(self) -> TokenTable:
+        return self._teacher
+
+    def occurrences(self, data: bytes) -> list[MaskedStretch]:
+        """Of the masked strings in a text's bytes."""
+        return _occurrences(self._markup, [data])
+
+    def encode(self, text: str) -> list[int]:
+        """The teacher's ids for a text of its own template, without control tokens."""
+        return [i for tokens in encode_as_text(self._teacher_tokenizer, [text]) for i in tokens.ids]
+
+    def read_run(self, text: str, continues: bool) -> tuple[list[int], np.ndarray, np.ndarray, list[MaskedStretch]]:
+        """The teacher's tokens of one text, where they end in its bytes (T,), how many each covers (T,), and what they do not
+        spell; `continues`: right after a control token, where no dummy prefix is put."""
+        [tokens] = encode_as_text(self._teacher_tokenizer, [text])
+        pieces = self._without_controls(tokens)
+        if continues and self._teacher.prefix_space != "never":
+            pieces = [self._continued(pieces[0]), *pieces[1:]]
+        ids, counts = _flat([piece.ids for piece in pieces])
+        reading = _teacher_reading([pieces], ids, counts, self._teacher)
+        return reading.ids[0], reading.side.ends, reading.side.widths, reading.masked
+
     def __call__(self, completions: Sequence[Sequence[int]]) -> list[TextAlignment]:
         """Completions without padding. Ids past the vocabulary (padding rows of an LM head) stand for no text."""
         if not completions:
@@ -172,10 +199,24 @@ class TextAligner:
         if cuts:
             parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
             encoded = encode_as_text(self._teacher_tokenizer, parts)
+            if self._teacher.prefix_space != "never":
+                encoded = [encoded[0], *map(self._continued, encoded[1:])]
             return [piece for part in encoded for piece in self._without_controls(part)]
         kept = {n: i for n, i in enumerate(tokens.ids) if i not in self._control_ids}
         token_to_chars = tokens.token_to_chars and [tokens.token_to_chars(n) for n in kept].__getitem__
         return [_Tokens(text, list(kept.values()), token_to_chars)]
+
+    def _continued(self, tokens: "_Tokens") -> "_Tokens":
+        """The text encoded as the rest of a longer one, without the space that the tokenizer puts before a text: after a
+        character that stays a token of its own, which is then left out. As it is where no such character is found."""
+        for guard in _GUARDS:
+            [alone], [both] = (encode_as_text(self._teacher_tokenizer, [text]) for text in (guard, guard + tokens.text))
+            rest = both.ids[len(alone.ids) :]
+            if both.ids[: len(alone.ids)] == alone.ids and rest:
+                spelled = b"".join(self._teacher.rows[i] for i in rest)
+                if spelled == tokens.text.encode():
+                    return _Tokens(tokens.text, rest, None)
+        return tokens
 
     def _cuts(self, tokens: "_Tokens", control_id: int) -> set[int]:
         """After the first character of every place where the text spells the token, or where the tokenizer found it."""
@@ -187,6 +228,9 @@ class TextAligner:
             return set()
         spans = (tokens.token_to_chars(n) for n, i in enumerate(tokens.ids) if i == control_id)
         return {start + 1 for start, end in spans if end - start > 1}
+
+
+_GUARDS = ("\n", "x", ".", "0", "é")
 
 
 @dataclass(frozen=True)
@@ -292,16 +336,16 @@ def _student_reading(
         written = _split(joined, np.diff(bases + bounds(spaced)[bounds(counts)]))
         ends += np.cumsum(spaced)
         masked = [MaskedStretch(at - 1, at, "whitespace") for at in (ends - widths)[spaced].tolist()]
-    texts, invalid = _decoded(written)
+    texts, invalid = decoded(written)
     if invalid:
-        starts, ends = _in_text(ends - widths, invalid), _in_text(ends, invalid)
+        starts, ends = in_text(ends - widths, invalid), in_text(ends, invalid)
         written, widths = [text.encode() for text in texts], ends - starts
-        replaced = _in_text(_integers(start for start, _ in invalid), invalid).tolist()
+        replaced = in_text(_integers(start for start, _ in invalid), invalid).tolist()
         masked += [MaskedStretch(start, start + 3, "invalid_utf8") for start in replaced]
     return texts, written, _Reading(_split(ids.tolist(), counts), Side(ends, widths, counts), masked), silent
 
 
-def _decoded(written: Sequence[bytes]) -> tuple[list[str], list[tuple[int, int]]]:
+def decoded(written: Sequence[bytes]) -> tuple[list[str], list[tuple[int, int]]]:
     """`own.decode(errors="replace")` of each text, and the bytes `start:end` of all that each U+FFFD put there stands
     for."""
     texts, invalid, base = [], [], 0
@@ -320,7 +364,7 @@ def _decoded(written: Sequence[bytes]) -> tuple[list[str], list[tuple[int, int]]
     return texts, invalid
 
 
-def _in_text(offsets: np.ndarray, invalid: list[tuple[int, int]]) -> np.ndarray:
+def in_text(offsets: np.ndarray, invalid: list[tuple[int, int]]) -> np.ndarray:
     """Offsets in the written bytes as offsets in the text, where 1 to 3 invalid bytes have become the 3 of U+FFFD.
 
     An offset inside an invalid stretch stays strictly inside it.

@@ -19,7 +19,7 @@ from .chunks import bounds, runs
 from .token_bytes import TokenTable
 
 
-REASONS = ("invalid_utf8", "whitespace", "unknown_token", "normalized", "markup")
+REASONS = ("invalid_utf8", "whitespace", "unknown_token", "normalized", "markup", "thought", "call")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class MaskedStretch:
 
     `reason`: "invalid_utf8" (the student wrote it), "whitespace" (lost by the student's WordPiece), "unknown_token"
     (the teacher's vocabulary has none for it), "normalized" (the teacher's tokens do not spell the text as it stands:
-    its normalizer changed it, or dropped whitespace), "markup".
+    its normalizer changed it, or dropped whitespace), "markup", "thought" and "call" (the teacher's template has no place
+    for one).
     """
 
     start: int

@@ -442,12 +442,27 @@ class Speaker:
 
     def _find_turn(self, conversation: Conversation, messages: list[dict]) -> Turn:
         kinds = [kind for kind in KINDS if CALLS not in kind or (conversation.tools and self._call_style is not None)]
-        return find_turn(
+        turn = find_turn(
             lambda turns, open_ended=False: self._render(turns, conversation, open_ended),
             messages,
             self.controls,
             kinds=kinds,
         )
+        return self._with_prefilled_thought(turn)
+
+    def _with_prefilled_thought(self, turn: Turn) -> Turn:
+        """`turn` with a form for the thought that its generation prompt opens by a tag, where the template writes none: up to
+        the closing tag, if the template or the vocabulary has it."""
+        sections = (THOUGHT, ANSWER)
+        tag = re.search(r"([<\[])(\w+)([>\]])\s*$", turn.tail)
+        if turn.plain is None or tag is None or any(THOUGHT in kind for kind in turn.forms):
+            return turn
+        close = f"{tag[1]}/{tag[2]}{tag[3]}"
+        if close not in self.template and close not in self._plain_added.values() and close not in self.controls:
+            return turn
+        form = Form(sections, (turn.tail, close, turn.plain.end), turn.plain.rest, loose=True)
+        missing = {kind: reason for kind, reason in turn.missing.items() if kind != sections}
+        return Turn(turn.tail, {**turn.forms, sections: form}, missing)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -71,11 +71,13 @@ class Form:
             from the last one's arguments.
         rest: what a finished turn writes after its end; None where it writes no such end itself, and the next turn's header
             is it.
+        loose: whether the whitespace around the literal between thought and answer is not known, and is what a student writes.
     """
 
     sections: tuple[str, ...]
     literals: tuple[str, ...]
     rest: str | None = ""
+    loose: bool = False
 
     @property
     def opening(self) -> str:
@@ -122,7 +124,7 @@ class Turn:
 def read_turn(text: str) -> Turn:
     """`Turn.to_json` read again, without reasons."""
     found = json.loads(text)
-    forms = [Form(tuple(form["sections"]), tuple(form["literals"]), form["rest"]) for form in found["forms"]]
+    forms = [Form(tuple(form.pop("sections")), tuple(form.pop("literals")), **form) for form in found["forms"]]
     return Turn(found["tail"], {form.sections: form for form in forms})
 
 

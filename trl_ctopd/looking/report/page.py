@@ -249,7 +249,9 @@ def _views(trainer, samples: list[dict]) -> list[Markup]:
     by = loss if isinstance(loss, Loss) and loss.signal == "logprobs" else None  # else dpca's credit is shown
     samples = [Sample(**sample) for sample in samples]
     shown = []
-    rollouts = trainer.panel.align_completions([own.ids for own in samples], [own.teacher for own in samples])
+    rollouts = trainer.panel.align_completions(
+        [own.ids for own in samples], [own.teacher for own in samples], [own.frame for own in samples]
+    )
     for sample, rollout in zip(samples, rollouts, strict=True):
         alignment = alignment_of(rollout)
         if sample.teacher_log_probs and all(map(math.isfinite, sample.student_log_probs)):

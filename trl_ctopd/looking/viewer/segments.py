@@ -17,6 +17,8 @@ WHY = {  # a word or two for below the stretch, and the sentence
     "unknown_token": ("unknown", "the teacher's vocabulary has no token for this"),
     "normalized": ("altered", "the teacher's tokenizer alters this text before it reads it"),
     "markup": ("markup", "chat markup without an equivalent on the other side"),
+    "thought": ("thought", "the teacher's template has no place for a thought"),
+    "call": ("call", "the teacher's template has no place for this call of a tool, or writes it otherwise"),
     "teacher_context": ("too long", "prompt and completion are longer than the teacher's context"),
     "no_text": ("no text", "these tokens stand for no text"),
     "no_part": ("no part", "these tokens have no counterpart"),

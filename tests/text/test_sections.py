@@ -1,0 +1,272 @@
+"""A completion with thoughts beside another template's writing of it, for real templates: TRL's own."""
+
+import functools
+import itertools
+import random
+import runpy
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trl
+
+from trl_ctopd import token_bytes
+from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
+from trl_ctopd.text.aligner import TextAligner
+from trl_ctopd.text.chat import Conversation, Speaker, unshared_markup
+from trl_ctopd.text.sections import SectionAligner
+from trl_ctopd.text.turns import ANSWER, THOUGHT, USER
+
+
+census = runpy.run_module("benchmarks.templates.census")
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+THINKERS = ["qwen3", "qwen3_5_think", "gptoss", "glm4moe", "nemotron_3_nano", "lfm2_2_5", "muse_glimmer", "gemma4_v5"]
+ANSWERERS = ["qwen2_5", "llama3_2", "phi3", "gemma3"]
+QWEN = "<think>\nTwo.\n</think>\n\nFour.<|im_end|>"
+OSS = "<|channel|>analysis<|message|>Two.<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>"
+
+
+@functools.cache
+def side(name):
+    return Speaker(census["tokenizer_for"]((FOLDER / f"{name}.jinja").read_text()))
+
+
+@functools.cache
+def aligners(student, teacher, policies=()):
+    ours, theirs = side(student), side(teacher)
+    aligner = TextAligner(
+        ours.tokenizer,
+        theirs.tokenizer,
+        masked_strings=unshared_markup(ours, theirs),
+        teacher_control_ids=theirs.control_ids,
+    )
+    controls = {name: theirs.tokenizer.convert_tokens_to_ids(name) for name in theirs.controls}
+    end = theirs.tokenizer.convert_ids_to_tokens(theirs.turn_end[-1])
+    return aligner, SectionAligner(aligner, controls, end, **dict(policies))
+
+
+def rollout(student, teacher, completion, **policies):
+    """`completion`: text, or ids."""
+    ours, theirs = side(student), side(teacher)
+    aligner, sections = aligners(student, teacher, tuple(policies.items()))
+    opened, read = ours.opened(Conversation([USER])), theirs.opened(Conversation([USER]))
+    frame = Frame.of(opened, read, opened.ids).to_json()
+    ids = completion if isinstance(completion, list) else ours.tokenizer.encode(completion, add_special_tokens=False)
+    ends = dict.fromkeys(ours.stop_ids(), theirs.turn_end)
+    [found] = pair(
+        [Prompt(opened.ids, read.ids, frame=frame)],
+        [ids],
+        aligner,
+        turn_ends=ends,
+        sections=sections,
+        eos_policy=policies.get("eos_policy", "bridge"),
+    )
+    return found
+
+
+def texts(found, student, teacher):
+    """Each chunk as it is spelled on both sides."""
+    sides = (
+        (side(student), found.student_ids, found.student_chunks),
+        (side(teacher), found.teacher_ids, found.teacher_chunks),
+    )
+    return [
+        tuple(
+            speaker.tokenizer.decode([i for i, own in zip(ids, chunks.tolist(), strict=True) if own == chunk])
+            for speaker, ids, chunks in sides
+        )
+        for chunk in range(found.num_chunks)
+    ]
+
+
+def spelled(found, name, chunks, ids):
+    """Each chunk's bytes on one side, control tokens by name."""
+    table, tokenizer = token_bytes(side(name).tokenizer), side(name).tokenizer
+    rows = [
+        [i for i, own in zip(ids, chunks.tolist(), strict=True) if own == chunk] for chunk in range(found.num_chunks)
+    ]
+    return [b"".join(table[i] or tokenizer.convert_ids_to_tokens(i).encode() for i in row) for row in rows]
+
+
+def read(found, teacher):
+    return side(teacher).tokenizer.decode(found.teacher_prompt_ids + found.teacher_ids)
+
+
+def reply(name, thought="Two and two.", answer="It is four."):
+    """A finished turn as the student writes it: ids from its generation prompt on, its turn's end included."""
+    message = {"role": "assistant", "content": answer} | ({"reasoning_content": thought} if thought else {})
+    before, ids = side(name).reference(Conversation([USER], message))
+    return ids if before == side(name).prompt_ids(Conversation([USER])) else None
+
+
+def rendered(name, thought="Two and two.", answer="It is four."):
+    message = {"role": "assistant", "content": answer} | ({"reasoning_content": thought} if thought else {})
+    speaker = side(name)
+    form = speaker.turn(Conversation([USER])).forms[(THOUGHT, ANSWER) if thought else (ANSWER,)]
+    text = speaker._render([USER, message], Conversation([USER]))
+    return text + form.end if form.rest is None else text.removesuffix(form.rest)
+
+
+@pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(THINKERS, 2)))
+def test_the_teacher_reads_its_own_templates_writing_of_thought_and_answer(student, teacher):
+    found = rollout(student, teacher, reply(student))
+    assert read(found, teacher) == rendered(teacher)
+    assert not found.alignment.masked or {own.reason for own in found.alignment.masked} == {"markup"}
+    chunks = texts(found, student, teacher)
+    same = "".join(ours for ours, theirs in chunks if ours == theirs)
+    for section in ("Two and two.", "It is four."):
+        assert section in same
+    for ours, theirs in chunks:
+        assert ours == theirs or not {*"TwoIfr"} & {*ours} or "<" in ours or "to=" in ours
+
+
+@pytest.mark.parametrize("student", THINKERS)
+@pytest.mark.parametrize("teacher", ANSWERERS)
+def test_a_thought_that_the_teacher_cannot_have_is_masked_with_its_reason(student, teacher):
+    found = rollout(student, teacher, reply(student))
+    assert read(found, teacher) == rendered(teacher, thought=None)
+    assert "thought" in {own.reason for own in found.alignment.masked}
+    assert [ours for ours, _ in texts(found, student, teacher)][:-1] == [*"It is four."]
+    assert found.student_widths.sum() == len("It is four.")
+
+
+def test_what_is_masked_as_a_whole_is_said_once():
+    aligners.cache_clear()
+    with pytest.warns(UserWarning, match="no place for one.*thought_policy") as caught:
+        for _ in range(2):
+            rollout("qwen3", "qwen2_5", QWEN)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "completion", "heard"),
+    [
+        ("gptoss", "qwen3", OSS, "assistant\n<think>\nTwo.\n</think>\n\nFour.<|im_end|>"),
+        ("gptoss", "qwen2_5", OSS, "assistant\nFour.<|im_end|>"),
+        ("qwen3", "deepseek_r1_distill", QWEN, "<think>\nTwo.\n</think>\n\nFour.<｜end▁of▁sentence｜>"),
+        (
+            "deepseek_r1_distill",
+            "qwen3",
+            "Two.\n</think>\n\nFour.<｜end▁of▁sentence｜>",
+            "<think>\nTwo.\n</think>\n\nFour.<|im_end|>",
+        ),
+        ("qwen2_5", "gptoss", "Four.<|im_end|>", "assistant<|channel|>final<|message|>Four.<|return|>"),
+        ("qwen2_5", "qwen3", "Four.<|im_end|>", "assistant\n<think>\n\n</think>\n\nFour.<|im_end|>"),
+        ("qwen2_5", "deepseek_r1_distill", "Four.<|im_end|>", "<｜Assistant｜>Four.<｜end▁of▁sentence｜>"),
+        (
+            "qwen3",
+            "gptoss",
+            "<think>\n\n</think>\n\nFour.<|im_end|>",
+            "assistant<|channel|>final<|message|>Four.<|return|>",
+        ),
+        ("qwen3", "gptoss", "Four.<|im_end|>", "assistant<|channel|>final<|message|>Four.<|return|>"),
+        ("qwen3", "gptoss", "<think>\nTwo and", "assistant<|channel|>analysis<|message|>Two and"),
+        (
+            "qwen3",
+            "gptoss",
+            "<think>\nTwo.\n</think>\nFour",
+            "<|message|>Two.<|end|><|start|>assistant<|channel|>final<|message|>Four",
+        ),
+        ("qwen3", "qwen2_5", "<think>\nTwo and", "assistant\n"),
+        ("qwen3", "qwen2_5", "<think>\nTwo<|im_end|>", "assistant\n"),
+    ],
+)
+def test_the_teacher_reads(student, teacher, completion, heard):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = rollout(student, teacher, completion)
+    assert read(found, teacher).endswith(heard)
+
+
+def test_frame_words_are_markup_and_never_answer():
+    found = rollout("gptoss", "qwen3", OSS)
+    assert texts(found, "gptoss", "qwen3") == [
+        ("<|channel|>analysis<|message|>", "<think>\n"),
+        *((letter, letter) for letter in "Two."),
+        ("<|end|><|start|>assistant<|channel|>final<|message|>", "\n</think>\n\n"),
+        *((letter, letter) for letter in "Four."),
+        ("<|return|>", "<|im_end|>"),
+    ]
+    assert found.student_widths.sum() == len("Two.Four.")
+
+
+def test_markup_that_the_teachers_prompt_has_already_is_masked():
+    found = rollout("qwen3", "qwen3_5_think", QWEN)
+    assert read(found, "qwen3_5_think").endswith("<think>\nTwo.\n</think>\n\nFour.<|im_end|>")
+    assert [(own.start, own.end, own.reason) for own in found.alignment.masked] == [(0, len("<think>\n"), "markup")]
+
+
+def test_masked_markup_is_read_by_the_teacher_and_not_scored():
+    found = rollout("qwen3", "gptoss", QWEN, markup_policy="mask")
+    assert read(found, "gptoss") == read(rollout("qwen3", "gptoss", QWEN), "gptoss")
+    assert texts(found, "qwen3", "gptoss") == [
+        *((letter, letter) for letter in "Two.Four."),
+        ("<|im_end|>", "<|return|>"),
+    ]
+
+
+def test_a_masked_end_is_not_read_by_the_teacher():
+    found = rollout("qwen3", "gptoss", QWEN, eos_policy="mask")
+    assert read(found, "gptoss").endswith("Four.")
+    assert found.student_chunks[-1] == -1
+
+
+def test_a_thought_can_be_scored_as_text():
+    found = rollout("qwen3", "qwen2_5", QWEN, thought_policy="text")
+    assert read(found, "qwen2_5").endswith("assistant\nTwo.\n\nFour.<|im_end|>")
+    assert found.student_widths.sum() == len("Two.Four.")
+
+
+def test_a_control_token_typed_as_text_is_text():
+    """The student spells `<|im_end|>` byte by byte, amid its answer."""
+    tokenizer = side("qwen3").tokenizer
+    typed = tokenizer.encode("<|im_end|>", add_special_tokens=False, split_special_tokens=True)
+    head = tokenizer.encode("<think>\nTwo.\n</think>\n\nSay ", add_special_tokens=False)
+    found = rollout("qwen3", "gptoss", [*head, *typed, *tokenizer.encode(" now<|im_end|>", add_special_tokens=False)])
+    assert read(found, "gptoss").endswith("<|message|>Say <|im_end|> now<|return|>")
+    assert "".join(ours for ours, _ in texts(found, "qwen3", "gptoss")).endswith("Say <|im_end|> now<|im_end|>")
+
+
+def test_a_stray_control_token_within_a_section_takes_no_part():
+    tokenizer = side("qwen3").tokenizer
+    ids = tokenizer.encode("<think>\nTwo.\n</think>\n\nFo<|im_start|>ur.<|im_end|>", add_special_tokens=False)
+    found = rollout("qwen3", "gptoss", ids)
+    assert read(found, "gptoss").endswith("<|message|>Four.<|return|>")
+    assert found.student_chunks[ids.index(tokenizer.convert_tokens_to_ids("<|im_start|>"))] == -1
+
+
+def test_invalid_bytes_are_masked_and_the_rest_is_aligned():
+    table = token_bytes(side("qwen3").tokenizer)
+    tokenizer = side("qwen3").tokenizer
+    ids = tokenizer.encode("<think>\nTwo.\n</think>\n\n", add_special_tokens=False)
+    ids += [table.index(b"F"), table.index(b"\xc3"), *map(table.index, (b"u", b"r"))]
+    found = rollout("qwen3", "gptoss", ids)
+    assert read(found, "gptoss").endswith("<|message|>F\N{REPLACEMENT CHARACTER}ur")
+    assert [own.reason for own in found.alignment.masked] == ["invalid_utf8"]
+    assert [ours for ours, _ in texts(found, "qwen3", "gptoss")][-3:] == ["F", "u", "r"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_completions_have_equal_bytes_in_every_chunk_of_text(seed):
+    """Whatever a student writes: each chunk is the same text on both sides or markup on both; the sections' chunks are
+    those of each section alone."""
+    rng = random.Random(seed)
+    student, teacher = rng.sample(THINKERS, 2)
+    thought, answer = (
+        "".join(rng.choice(["é", "two ", "\n", "🐔", "4", ". ", "ü"]) for _ in range(rng.randint(1, 12))) + "x"
+        for _ in range(2)
+    )
+    literals = side(student).turn(Conversation([USER])).forms[(THOUGHT, ANSWER)].literals
+    tail = side(student).turn(Conversation([USER])).tail
+    opening = literals[0].removeprefix(tail)
+    completion = opening + "a" + thought + literals[1] + "b" + answer + literals[2]
+    found = rollout(student, teacher, completion)
+    ours = spelled(found, student, found.student_chunks, found.student_ids)
+    theirs = spelled(found, teacher, found.teacher_chunks, found.teacher_ids)
+    markup = {part.encode() for part in (opening, *literals[1:])}
+    sections = [pair for pair in zip(ours, theirs, strict=True) if pair[0] not in markup]
+    assert all(one == other and len(one) == 1 for one, other in sections)  # each byte is a token on both sides
+    assert b"".join(one for one, _ in sections) == ("a" + thought + "b" + answer).encode()
+    assert found.student_widths.sum() == len(("a" + thought + "b" + answer).encode())
+    assert np.all(np.diff([chunk for chunk in found.student_chunks if chunk >= 0]) >= 0)

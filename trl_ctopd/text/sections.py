@@ -1,0 +1,530 @@
+"""A completion with sections beside its teacher's writing of the same turn: thought against thought, answer against answer.
+
+The student's text is read by the student's own markup, and written again with the teacher's. What both have in common is
+aligned byte for byte; between two sections each side has its own markup, one event with two spellings.
+
+    student   <think>\\n  Two and two.  \\n</think>\\n\\n                                          It is four.  <|im_end|>
+    teacher   <|channel|>analysis<|message|>  Two and two.  <|end|>…final<|message|>  It is four.  <|return|>
+
+- Student ids are never encoded again; control tokens count by their id, so that no text is taken for one.
+- The teacher's sections and the plain text next to them are encoded together, since its own tokens may hold the end of a
+  section and the first of its markup (`.\\n`); chunks then grow by what such a token holds.
+- A student may write another number of blank lines around a tag than its template does: these belong to the tag. Whitespace
+  beyond the template's is text.
+- Nothing is guessed: a section that the teacher's template has no form for is masked, with its reason.
+
+The grid: sections are their bytes; each markup is three places wide, of which a student's token that ends within it takes
+the first border and a teacher's the second, so that no two of them meet there.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .aligner import AlignedTokens, TextAligner, TextAlignment, decoded, in_text
+from .altered_text import MaskedStretch
+from .chunks import Side, bounds, synchronized_chunks
+from .token_bytes import TokenTable
+from .turns import ANSWER, CALLS, THOUGHT, Turn, one_of, read_turn
+
+
+START, END = "start", "end"
+_MARKUP = 3  # places of the grid
+_SPACE = " \t\r\n"
+_SAID = {  # once, of what is masked as a whole section
+    "thought": "the student writes thoughts, and the teacher's template has no place for one: they are masked, and the teacher does "
+    "not read them (masked_bytes/thought counts them). thought_policy='text' lets it read them as the beginning of the answer; "
+    "or give its template the setting that opens a thought (teacher_chat_template_kwargs)",
+    "call": "the student writes calls of tools that the teacher's template has no place for, or that are not as the student's own "
+    "template writes them: they are masked (masked_bytes/call counts them)",
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A stretch of the student's turn and what the teacher reads for it.
+
+    Attributes:
+        start, end: of the student's symbols.
+        teacher: the teacher's text for it.
+        shared: whether it is a section, whose text both have.
+        reason: why it takes no part; None where it does.
+    """
+
+    start: int
+    end: int
+    teacher: str
+    shared: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A completion, read by its own markup: `sections` and the `marks` before, between and, once ended, after them, as
+    symbols `start:end`."""
+
+    sections: tuple[tuple[str, int, int], ...]
+    marks: tuple[tuple[int, int], ...]
+
+
+def symbols(ids: np.ndarray, table: TokenTable) -> tuple[str, np.ndarray]:
+    """What ids (N,) spell, a character a byte, and one past all bytes for a control token; and how many are each one's (N,)."""
+    spelled, widths = table.read(ids)
+    places = np.flatnonzero(np.isin(ids, list(table.special)))
+    if not len(places):
+        return spelled.decode("latin-1"), widths
+    ends, text, at, parts = np.cumsum(widths), spelled.decode("latin-1"), 0, []
+    for place in places.tolist():
+        parts += [text[at : ends[place]], chr(256 + int(ids[place]))]
+        at = ends[place]
+    widths = widths.copy()
+    widths[places] = 1
+    return "".join([*parts, text[at:]]), widths
+
+
+class Grammar:
+    """How to read one side's turns: for each kind of section, what may come next, and by which markup."""
+
+    def __init__(self, turn: Turn, table: TokenTable):
+        self._controls = {name: chr(256 + i) for i, name in table.names.items() if i in table.special}
+        self._pattern = one_of(self._controls)
+        self.tail = self.symbols(turn.tail)
+        self._steps: dict[str, list[tuple[str, re.Pattern]]] = {}
+        loose = {(THOUGHT, form.literals[1]) for form in turn.forms.values() if form.loose}
+        for here, there, literal in sorted(_steps(turn), key=lambda step: -len(step[2])):
+            pattern = self._loosely(literal, (here, literal) in loose)
+            self._steps.setdefault(here, []).append((there, pattern))
+
+    def symbols(self, literal: str) -> str:
+        """A literal as `symbols` has it."""
+        parts, at = [], 0
+        for match in self._pattern.finditer(literal) if self._pattern else ():
+            parts += [literal[at : match.start()].encode().decode("latin-1"), self._controls[match[0]]]
+            at = match.end()
+        return "".join([*parts, literal[at:].encode().decode("latin-1")])
+
+    def _loosely(self, literal: str, loose: bool) -> re.Pattern:
+        """Finds a literal, with no more whitespace around its tags than it has itself; with any where its own is not known."""
+        text = self.symbols(literal)
+        if loose:
+            return re.compile(rf"[{_SPACE}]*{re.escape(text)}[{_SPACE}]*")
+        core = text.strip(_SPACE)
+        if not core:
+            return re.compile(_optional(text))
+        before, after = text[: text.index(core)], text[text.index(core) + len(core) :]
+        return re.compile(_optional(before) + re.escape(core) + _optional(after))
+
+    def parse(self, written: str, ended: bool) -> Parsed:
+        """Sections of a completion, by places in it; `ended`: its last symbol is a stop."""
+        shift = len(self.tail)
+        text, stop = self.tail + written, len(self.tail + written) - ended
+        at, here = 0, START
+        marks, sections = [], []
+        while True:
+            found = self._next(text, here, at, stop)
+            if found is None:
+                break
+            there, begin, end = found
+            if here != START:
+                sections.append((here, at, begin))
+            marks.append((begin, end))
+            here, at = there, end
+        if here == START:
+            here = ANSWER
+            marks.append((0, 0))
+        end = self._ends(text, here, at, stop) if ended else stop
+        sections.append((here, at, end))
+        if ended:
+            marks.append((end, len(text)))
+        move = lambda place: max(place - shift, 0)  # noqa: E731
+        return Parsed(
+            tuple((kind, move(a), move(b)) for kind, a, b in sections), tuple((move(a), move(b)) for a, b in marks)
+        )
+
+    def _next(self, text: str, here: str, at: int, stop: int) -> tuple[str, int, int] | None:
+        ways = [way for way in self._steps.get(here, ()) if way[0] != END]
+        if here == START:
+            for there, pattern in ways:
+                if match := pattern.match(text, at, stop):
+                    return there, at, match.end()
+            return None
+        found = [(match, there) for there, pattern in ways if (match := pattern.search(text, at, stop))]
+        found = [(match, there) for match, there in found if match.end() > match.start()]
+        if not found:
+            return None
+        match, there = min(found, key=lambda way: (way[0].start(), -way[0].end()))
+        return there, match.start(), match.end()
+
+    def _ends(self, text: str, here: str, at: int, stop: int) -> int:
+        """Where the last section ends, before the markup that leads to the stop."""
+        for there, pattern in self._steps.get(here, ()):
+            if there == END:
+                for match in pattern.finditer(text, at):
+                    if match.end() == len(text):
+                        return match.start()
+        return stop
+
+
+def _optional(space: str) -> str:
+    return "".join(f"{re.escape(character)}?" for character in space)
+
+
+def _steps(turn: Turn) -> set[tuple[str, str, str]]:
+    """From which kind of section to which, and by which literal."""
+    return {
+        step
+        for form in turn.forms.values()
+        for step in zip((START, *form.sections), (*form.sections, END), form.literals, strict=True)
+    }
+
+
+# --- what the teacher reads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a teacher reads of a completion.
+
+    Attributes:
+        on_tail: whether it goes on from the teacher's generation prompt, not from its stem.
+        opening: what stands before the first unit, read and not scored.
+        units: the rest, in order; they cover the completion.
+    """
+
+    on_tail: bool
+    opening: str
+    units: tuple[Unit, ...]
+
+
+def plan(
+    parsed: Parsed,
+    written: str,
+    ended: bool,
+    teacher: Turn,
+    eos: str,
+    *,
+    markup_policy: str = "bridge",
+    thought_policy: str = "mask",
+    eos_policy: str = "bridge",
+) -> Plan:
+    """
+    Sets the sections that `Grammar.parse` found beside the teacher's.
+
+    Args:
+        written: the completion's symbols.
+        teacher: how its template writes this turn.
+        eos: its EOS token, which ends a turn whose template writes no end.
+    """
+    sections, marks = list(parsed.sections), list(parsed.marks)
+    if len(sections) > 1 and sections[0][0] == THOUGHT and not written[slice(*sections[0][1:])].strip(_SPACE):
+        sections, marks = sections[1:], [(marks[0][0], marks[1][1]), *marks[2:]]  # an empty thought opens what follows
+    steps = {(here, there): literal for here, there, literal in _steps(teacher)}
+    lost: dict[int, str] = {}
+    kinds = [kind for kind, *_ in sections]
+    if CALLS in kinds:
+        lost[kinds.index(CALLS)] = "call"
+    if THOUGHT in kinds:  # the last one may be unfinished
+        goes_on = (THOUGHT, ANSWER) in teacher.forms if ANSWER in kinds else (START, THOUGHT) in steps
+        if not goes_on:
+            lost[kinds.index(THOUGHT)] = "thought"
+    form = teacher.forms.get(tuple(kind for n, kind in enumerate(kinds) if n not in lost))
+    literals = list(form.literals) if form else [steps.get((START, kinds[0]), "") if 0 not in lost else ""]
+    if not form and all(n in lost for n in range(len(kinds))):
+        literals = [steps.get((START, ANSWER), "")]
+    on_tail = literals[0].startswith(teacher.tail)
+    literals[0] = literals[0].removeprefix(teacher.tail)
+
+    units: list[Unit] = []
+    opening, kept = "", 0
+    for n, ((_, a, b), (begin, end)) in enumerate(zip(sections, marks, strict=False)):
+        reason = lost.get(n)
+        if reason == "thought" and thought_policy == "text":
+            units += [Unit(begin, end, "", False, "markup"), Unit(a, b, "", True)]
+            continue
+        if reason is not None:
+            units += [Unit(begin, end, "", False, reason), Unit(a, b, "", False, reason)]
+            continue
+        literal = _spaced(literals[kept], written[begin:end]) if form and form.loose else literals[kept]
+        if n and n - 1 in lost and thought_policy == "text":
+            literal = literal or "\n\n"
+        after_lost = n > 0 and n - 1 in lost
+        if not kept and begin == end and not after_lost:
+            opening = literal
+        else:
+            why = lost[n - 1] if after_lost else None if markup_policy == "bridge" and literal else "markup"
+            units.append(Unit(begin, end, literal, False, why))
+        units.append(Unit(a, b, "", True))
+        kept += 1
+    if not kept:
+        opening = literals[0]
+    if ended:
+        begin, end = marks[-1]
+        last_lost = lost.get(len(sections) - 1)
+        bridged = eos_policy == "bridge" and form is not None and not last_lost
+        literal = ((form.end or eos) if form else "") if bridged else ""
+        units.append(Unit(begin, end, literal, False, last_lost if last_lost else None))
+    return Plan(on_tail, opening, tuple(unit for unit in units if unit.shared or unit.teacher or unit.end > unit.start))
+
+
+def _spaced(literal: str, mark: str) -> str:
+    """A literal whose own whitespace is not known, with that which the student wrote around its."""
+    core = mark.strip(_SPACE)
+    if not core or not literal or literal != literal.strip(_SPACE):
+        return literal
+    before, _, after = mark.partition(core)
+    return before + literal + after
+
+
+# --- both on one grid
+
+
+@dataclass(frozen=True)
+class Sectioned:
+    """A completion of B, aligned by section.
+
+    Attributes:
+        alignment: of all of it, its markup as the student spelled it; the end of the turn is part of it.
+        widths: (S,) bytes of section text that each student token covers; markup has none.
+        on_tail, opening: of `Plan`; the latter as ids.
+    """
+
+    alignment: TextAlignment
+    widths: np.ndarray
+    on_tail: bool
+    opening: list[int]
+
+
+class SectionAligner:
+    """Aligns completions by section, where they have any but an answer.
+
+    Args:
+        aligner: of the two tokenizers.
+        controls: the strings of the teacher's control tokens.
+        eos: the teacher's EOS token.
+        markup_policy, thought_policy, eos_policy: of `plan`.
+    """
+
+    def __init__(self, aligner: TextAligner, controls: Mapping[str, int], eos: str, **policies: str):
+        self._aligner, self._controls, self._eos, self._policies = aligner, dict(controls), eos, policies
+        self._pattern = one_of(self._controls)
+        self._grammars: dict[str, Grammar] = {}
+        self._said: set[str] = set()
+
+    def parse(self, ids: Sequence[int], ended: bool, student: str) -> tuple[str, np.ndarray, Parsed] | None:
+        """A completion by the markup of the student's turn, given as JSON; None where it is an answer without any."""
+        if student not in self._grammars:
+            self._grammars[student] = Grammar(read_turn(student), self._aligner.student_table)
+        written, widths = symbols(np.array(ids, dtype=np.int64), self._aligner.student_table)
+        parsed = self._grammars[student].parse(written, ended)
+        is_plain = (
+            len(parsed.sections) == 1 and parsed.sections[0][0] == ANSWER and parsed.marks[0][0] == parsed.marks[0][1]
+        )
+        if is_plain and (not ended or parsed.marks[-1][1] - parsed.marks[-1][0] <= 1):
+            return None
+        return written, widths, parsed
+
+    def __call__(
+        self, ids: Sequence[int], ended: bool, found: tuple[str, np.ndarray, Parsed], teacher: str
+    ) -> Sectioned:
+        """One completion; `found` is what `parse` gave for it, `teacher` its teacher's turn as JSON."""
+        written, widths, parsed = found
+        planned = plan(parsed, written, ended, read_turn(teacher), self._eos, **self._policies)
+        self._say({unit.reason for unit in planned.units})
+        grid = _Grid(planned.units, written, self._aligner)
+        teacher_ids, ends, sizes, masked = self._teacher(grid)
+        ours = _side(np.cumsum(widths), widths, *grid.student)
+        theirs = _side(ends, sizes, *grid.teacher)
+        stretches = sorted({*grid.masked, *masked}, key=lambda stretch: (stretch.start, stretch.end))
+        places = np.array([(stretch.start, stretch.end) for stretch in stretches], dtype=np.int64).reshape(-1, 2)
+        chunks = synchronized_chunks(ours, theirs, np.array([grid.size]), places)
+        chunks.student[grid.silent(np.cumsum(widths), widths)] = -1
+        starts, stops = ours.ends - ours.widths, ours.ends
+        shown = [
+            MaskedStretch(int(grid.shown[stretch.start]), int(grid.shown[stretch.end]), stretch.reason)
+            for stretch in stretches
+            if stretch.reason and grid.shown[stretch.start] < grid.shown[stretch.end]
+        ]
+        alignment = TextAlignment(
+            grid.text,
+            AlignedTokens(list(ids), chunks.student, grid.shown[stops] - grid.shown[starts]),
+            AlignedTokens(
+                teacher_ids, chunks.teacher, grid.shown[theirs.ends] - grid.shown[theirs.ends - theirs.widths]
+            ),
+            int(chunks.counts[0]),
+            shown,
+            grid.text.encode(),
+            np.stack([grid.shown[chunks.start], grid.shown[chunks.end]], 1),
+            (self._aligner.student_table, self._aligner.teacher_table),
+        )
+        opening = [i for part in self._fragments(planned.opening) for i in self._literal_ids(part)]
+        return Sectioned(alignment, grid.content[stops] - grid.content[starts], planned.on_tail, opening)
+
+    def _say(self, reasons: set[str | None]) -> None:
+        for reason in sorted(reasons & _SAID.keys() - self._said):
+            self._said.add(reason)
+            warnings.warn(_SAID[reason], stacklevel=2)
+
+    def _fragments(self, literal: str) -> list[str | int]:
+        """A literal cut at its control tokens, which become ids."""
+        parts: list[str | int] = []
+        at = 0
+        for match in self._pattern.finditer(literal) if self._pattern else ():
+            parts += [literal[at : match.start()], self._controls[match[0]]]
+            at = match.end()
+        return [part for part in (*parts, literal[at:]) if part != ""]
+
+    def _literal_ids(self, part: str | int) -> list[int]:
+        return [part] if isinstance(part, int) else self._aligner.encode(part)
+
+    def _teacher(self, grid: "_Grid") -> tuple[list[int], np.ndarray, np.ndarray, list[MaskedStretch]]:
+        """The teacher's tokens, where they end in all that it reads (T,), how much of it each covers (T,), and what the
+        grid masks for its sake."""
+        parts: list[str | int] = []
+        for unit, text in zip(grid.units, grid.teacher_texts, strict=True):
+            for part in [text] if unit.shared else self._fragments(text):
+                if isinstance(part, str) and parts and isinstance(parts[-1], str):
+                    parts[-1] += part
+                else:
+                    parts.append(part)
+        names = {i: name for name, i in self._controls.items()}
+        ids, ends, sizes, masked, at = [], [], [], [], 0
+        for part in parts:
+            if isinstance(part, int):
+                size = len(names[part].encode())
+                ids.append(part)
+                ends.append(np.array([at + size]))
+                sizes.append(np.array([size]))
+            elif part:
+                own, own_ends, own_sizes, own_masked = self._aligner.read_run(part, continues=at > 0)
+                ids += own
+                ends.append(own_ends + at)
+                sizes.append(own_sizes)
+                masked += [
+                    grid.of_teacher(stretch.start + at, stretch.end + at, stretch.reason) for stretch in own_masked
+                ]
+                size = len(part.encode())
+            else:
+                size = 0
+            at += size
+        empty = np.zeros(0, dtype=np.int64)
+        return ids, np.concatenate([empty, *ends]), np.concatenate([empty, *sizes]), masked
+
+
+class _Grid:
+    """Places for the bytes of sections and for markup, and how each side's own places map to them.
+
+    Attributes:
+        size: of the grid.
+        student, teacher: for each place of a side's own text, its place on the grid where something ends there, and where
+            something begins there.
+        shown: (size + 1,) places in `text`, the sections and the student's markup.
+        content: (size + 1,) bytes of section text before each place.
+        masked: what takes no part, on the grid; without a reason where none is counted.
+    """
+
+    def __init__(self, units: Sequence[Unit], written: str, aligner: TextAligner):
+        self.units, self.masked = units, []
+        self._written, names = written, aligner.student_table.names
+        length = len(written)
+        left, right = np.full(length + 1, -1), np.full(length + 1, -1)
+        left[0] = right[0] = 0
+        teacher_left, teacher_right, theirs = [0], [0], 0
+        shown, content, texts, self.teacher_texts = [0], [0], [], []
+        size = 0
+        for unit in units:
+            a, b = unit.start, unit.end
+            if unit.shared:
+                text, offsets, invalid = _section(written[a:b])
+                width = len(text.encode())
+                places = size + offsets
+                self.teacher_texts.append(text)
+                teacher_left += range(size + 1, size + width + 1)
+                teacher_right[-1:] = range(size, size + width + 1)
+                left[a + 1 : b + 1], right[a : b + 1] = places[1:], places
+                left[a] = size if left[a] < 0 else left[a]
+                self.masked += [MaskedStretch(size + at, size + at + 3, "invalid_utf8") for at in invalid]
+                self.masked += [
+                    MaskedStretch(size + stretch.start, size + stretch.end, "markup")
+                    for stretch in aligner.occurrences(text.encode())
+                ]
+                shown += range(shown[-1] + 1, shown[-1] + width + 1)
+                content += range(content[-1] + 1, content[-1] + width + 1)
+                texts.append(text)
+            else:
+                width = _MARKUP
+                literal = "".join(_name(symbol, names) for symbol in _runs(written[a:b]))
+                left[a + 1 : b], right[a + 1 : b] = size + 1, size + 1
+                left[a] = size if left[a] < 0 else left[a]
+                if b > a:
+                    right[a], left[b] = size, size + width
+                right[b] = size + width
+                theirs = len(unit.teacher.encode())
+                if theirs:
+                    teacher_right[-1] = size
+                    teacher_left += [size + 2] * (theirs - 1) + [size + width]
+                    teacher_right += [size + 2] * (theirs - 1) + [size + width]
+                else:
+                    teacher_right[-1] = size + width
+                self.teacher_texts.append(unit.teacher)
+                if unit.reason or a == b or not theirs:
+                    self.masked.append(MaskedStretch(size, size + width, unit.reason or ""))
+                shown += [shown[-1]] * (width - 1) + [shown[-1] + len(literal.encode())]
+                content += [content[-1]] * width
+                texts.append(literal)
+            size += width
+        self.size, self.text = size, "".join(texts)
+        self.student, self.teacher = (left, right), (np.array(teacher_left), np.array(teacher_right))
+        self.shown, self.content = np.array(shown), np.array(content)
+
+    def silent(self, ends: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """(S,) whether a student's token stands for no text: one past the vocabulary, or a control token within a section."""
+        in_section = np.zeros(len(self._written) + 1, dtype=bool)
+        for unit in self.units:
+            if unit.shared:
+                in_section[unit.start : unit.end] = True
+        codes = np.array([ord(symbol) for symbol in self._written] + [0])
+        return (widths == 0) | ((widths == 1) & (codes[ends - widths] > 255) & in_section[ends - widths])
+
+    def of_teacher(self, start: int, end: int, reason: str) -> MaskedStretch:
+        """A stretch of what the teacher reads, on the grid; markup is masked as a whole."""
+        left, right = self.teacher
+        first, last = int(right[start]), int(left[end])
+        at = 0
+        for unit, text in zip(self.units, self.teacher_texts, strict=True):
+            width = len(text.encode()) if unit.shared else _MARKUP
+            if not unit.shared:
+                first = at if at < first < at + width else first
+                last = at + width if at < last < at + width else last
+            at += width
+        return MaskedStretch(first, last, reason)
+
+
+def _side(ends: np.ndarray, widths: np.ndarray, left: np.ndarray, right: np.ndarray) -> Side:
+    """One side's tokens on the grid, given where they end in its own text."""
+    starts = ends - widths
+    stops = left[ends]
+    begins = np.where(widths > 0, np.minimum(right[starts], stops), stops)
+    return Side(stops, stops - begins, np.array([len(ends)]))
+
+
+def _section(written: str) -> tuple[str, np.ndarray, list[int]]:
+    """A section's text, for each of its symbols' borders the offset in it, and where it has a U+FFFD for invalid bytes."""
+    codes = np.array([ord(symbol) for symbol in written], dtype=np.int64)
+    raw = bounds(codes < 256)
+    data = "".join(symbol for symbol in written if ord(symbol) < 256).encode("latin-1")
+    [text], invalid = decoded([data])
+    if not invalid:
+        return text, raw, []
+    return text, in_text(raw, invalid), in_text(np.array([start for start, _ in invalid]), invalid).tolist()
+
+
+def _runs(written: str) -> list[str]:
+    """Symbols as control tokens and runs of bytes."""
+    return re.findall(r"[\x00-\xff]+|[^\x00-\xff]", written)
+
+
+def _name(run: str, names: Mapping[int, str]) -> str:
+    return names[ord(run) - 256] if ord(run[0]) > 255 else run.encode("latin-1").decode(errors="replace")
