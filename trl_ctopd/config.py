@@ -424,6 +424,12 @@ class CrossTokenizerGKDConfig(GKDConfig):
                 "transformers_continuous_batching_config has no effect with "
                 f"generation_backend={self.generation_backend!r}: set it to 'transformers_continuous'."
             )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config has dispatch_batches=True, which would have one process cut up the batches of the others, and "
+                "prompts are no tensors: leave it out."
+            )
+        self.accelerator_config.dispatch_batches = False  # a stream's default is True
         self._check_generation_kwargs()
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             setattr(self, name, _with_dtype(name, getattr(self, name)))

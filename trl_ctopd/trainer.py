@@ -23,8 +23,8 @@ from .looking.run_card import RunCard
 from .looking.samples import Samples
 from .losses import Metrics, ScoredChunks
 from .models.heads import base_model, check_head
-from .models.loading import ensure_pad_token, load_tokenizer
-from .models.sharding import keep_scores_in_float32
+from .models.loading import check_saves, ensure_pad_token, load_tokenizer
+from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
 from .rollouts.prompts import COLUMNS, RepeatedWindows, collate_prompts, render_dataset
@@ -37,17 +37,21 @@ from .text.vocabulary import VocabularyPair
 from .training import checkpoints
 from .training.checks import (
     check_arguments,
+    check_same_data,
     check_signal,
     check_strategy,
+    check_trainable,
     checked,
     context_length,
     losses_by_text,
+    open_adapter,
     signal_of,
 )
 from .training.identity import identity
 from .training.metrics import Meter, chunk_metrics, warn_of_much_masked
 from .training.scoring import Scorer, prepare_student
 from .training.timing import PhaseTimer
+from .training.watch import FiniteWeights, SamplingWatch, sampling_metrics
 
 
 class CrossTokenizerGKDTrainer(GKDTrainer):
@@ -107,6 +111,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         if teacher_model is None:
             teacher_model = args.teacher_server_url or args.teacher_model_name_or_path
         check_arguments(model, teacher_model, args, train_dataset, peft_config)
+        model = open_adapter(model, args, peft_config)
 
         revision = (args.model_init_kwargs or {}).get("revision")
         processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code)
@@ -119,8 +124,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
         self._pending = checkpoints.PendingRollouts(args)
         self._samples, self._card = Samples(), RunCard()
+        self._sampling = SamplingWatch(args)
         self._lineage = checkpoints.Lineage([("", None)])  # until a run begins
 
+        finite = FiniteWeights()
         reports = [DistillationReportCallback()] if args.report else []
         self._init_without_shared_vocabulary(
             model,
@@ -129,11 +136,15 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[self._timers["train"], *reports, *(callbacks or [])],
+            callbacks=[self._timers["train"], finite, *reports, *(callbacks or [])],
             optimizers=optimizers,
             peft_config=peft_config,
         )
         check_strategy(args, self.accelerator)
+        check_same_data(self.accelerator, self.train_dataset, self.eval_dataset)
+        check_trainable(self.model)
+        check_saves(self.model, processing_class, args.output_dir if args.should_save else None)
+        finite.accelerator = self.accelerator
         keep_scores_in_float32(self.accelerator)
         # Trainer counts a step's tokens only for models that take loss kwargs; the loss here always needs the count
         self.model_accepts_loss_kwargs = True
@@ -305,6 +316,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
             self._meters[mode].add(metrics)
             if batch.old_log_probs is None:  # text of the student as it is now
+                if inputs["on_policy"]:
+                    self._meters[mode].add(sampling_metrics(batch, entropy))
                 self._meters[mode].add(chunk_metrics(batch, entropy, inputs["padding_rows"]))
                 if model.training and self.args.rollout_reuse > 1:
                     self._pending.old_log_probs[inputs["index"]] = batch.policy_log_probs
@@ -344,7 +357,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def evaluation_loop(self, *args, **kwargs):
         self._meters["eval"].clear()  # of one before that was interrupted, or that nothing was logged of
-        with self.rollouts.seeded(-1):  # the same draws at every evaluation, so that two of them compare
+        # the same draws at every evaluation, so that two of them compare
+        with left_unprepared(self.model, self.accelerator), self.rollouts.seeded(-1):
             return super().evaluation_loop(*args, **kwargs)
 
     # Logging
@@ -353,6 +367,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         mode = "train" if self.model.training else "eval"
         figures = self._meters[mode].read(self.accelerator)
         warn_of_much_masked(figures)
+        if mode == "train":
+            self._sampling.read(figures)
         prefix = evaluation_prefix(logs) if mode == "eval" else ""
         logs.update({f"{prefix}{name}": value for name, value in figures.items()})
         super().log(logs, start_time)

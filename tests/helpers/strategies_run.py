@@ -31,7 +31,6 @@ FIXED = {
     "nothing": {"batch": 8, "blank": True, **SGD},
     "remote": {"batch": 8, "served": True, **SGD},
     "given": {**THREE, "lmbda": 0.5, "off_policy_loss": "gold", **SGD},
-    "evaluated-first": {"batch": 8, "evaluated_first": True, **CLIPPED},
     "shuffled": {"batch": 8, "train_sampling_strategy": "random", **SGD},
 }
 WRITTEN = {
@@ -65,7 +64,6 @@ def build(
     blank=False,
     fixed=False,
     served=False,
-    evaluated_first=False,
     **settings,
 ):
     torch.manual_seed(0)
@@ -102,9 +100,6 @@ def build(
         trainer.rollouts.write = lambda model, given, step: [
             (text(trainer.processing_class, prompt, blank), None) for prompt in given
         ]
-    if evaluated_first:
-        trainer.evaluate()
-        trainer.predict(prompts(2))
     return trainer
 
 

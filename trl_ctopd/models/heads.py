@@ -139,6 +139,12 @@ def check_head(side: str, model: PreTrainedModel):
     ids = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
     with hidden_states(model) as states:
         logits = model(input_ids=ids, use_cache=False).logits.float()
+    if not torch.isfinite(logits).all():
+        dtype = next(model.parameters()).dtype
+        raise ValueError(
+            f"The {side}'s logits are not finite: weights of its {type(model).__name__} are NaN or infinite, or overflow in {dtype}. "
+            "Load it in bfloat16 or float32, and look at its weights."
+        )
     if states:
         found = lm_head(model, states[0].dtype, 1.0)(states[0]).to(logits)
         if not (found - logits).abs().max() <= 0.02 * logits.abs().max():

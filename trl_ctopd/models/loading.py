@@ -1,7 +1,49 @@
-"""Tokenizers as they come with models, and whether the two fit: vocabulary, pad token, context."""
+"""Models and tokenizers as they come: whole models, adapters on a base; whether a model's tokenizer fits it, and whether what is
+trained can be saved."""
 
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from accelerate.logging import get_logger
+from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, logging
+from transformers.utils.peft_utils import find_adapter_config_file
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
+
+
+logger = get_logger(__name__)
+
+
+def adapter_base(name: str, revision: str | None = None) -> str | None:
+    """The base model's name of an adapter (a folder, or a name on the hub); None for a whole model. Raises `ValueError` for an
+    adapter that does not say."""
+    file = find_adapter_config_file(name, revision=revision)
+    if file is None or (Path(name) / "config.json").exists():
+        return None
+    base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{name} is an adapter, and its adapter_config.json does not say of which model: load the two with "
+            "`PeftModel.from_pretrained(base, folder)`, and pass that."
+        )
+    return base
+
+
+def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedModel | PeftModel:
+    """A whole model, or an adapter on its base; `kwargs` go to `from_pretrained`. An adapter is frozen unless `trainable`."""
+    if adapter_base(name, kwargs.get("revision")) is None:
+        return create_model_from_path(name, **kwargs)
+    dtype = kwargs.get("dtype", "float32")
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trainable, **{**kwargs, "dtype": dtype})
 
 
 def load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrainedTokenizerBase:
@@ -9,6 +51,9 @@ def load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrain
     tokenizer.
     """
     if tokenizer is None:
+        base = adapter_base(model_id, revision)
+        if base is not None and not _has_tokenizer(model_id, revision):
+            model_id, revision = base, None
         return AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
@@ -45,3 +90,88 @@ def check_vocabulary(side: str, model: PreTrainedModel, tokenizer: PreTrainedTok
             f"The {side}'s tokenizer has ids up to {highest}, but its model embeds {rows} tokens: this is not the model's "
             "tokenizer, or `model.resize_token_embeddings(len(tokenizer))` is missing."
         )
+
+
+def _has_tokenizer(name: str, revision: str | None) -> bool:
+    return (
+        cached_file(name, "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        is not None
+    )
+
+
+def disable_dropout(model: nn.Module):
+    """In layers of their own, and where attention and others are only told a probability."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+
+
+def check_saves(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | None):
+    """
+    Saves what a checkpoint is made of, with one small weight for all, where it will be: a run is not to end at its first
+    checkpoint. `folder` is None in processes that save nothing. Sampling settings that a generation config has without `do_sample`, which transformers reads and does not save,
+    are given it, with a warning.
+
+    Raises `ValueError` with the reason where something cannot be saved.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _make_generation_config_whole(base)
+    if not isinstance(model, PeftModel):
+        _forget_gguf(base)
+    parameters = list(model.named_parameters())
+    if folder is None or any(isinstance(part, DTensor) or hasattr(part, "ds_id") for _, part in parameters):
+        return  # shared out: only all processes together can save it
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".dry-save-") as trial:
+        try:
+            tokenizer.save_pretrained(trial)
+            if not isinstance(model, PeftModel):
+                name, weight = min(parameters, key=lambda named: named[1].numel())
+                with _without_progress_bars():
+                    model.save_pretrained(trial, state_dict={name: weight.detach().cpu().clone()})
+        except Exception as error:
+            raise ValueError(
+                f"The student could not be saved once it is trained: {type(error).__name__}: {error} Mend that before it is trained, or "
+                "train an adapter (peft_config)."
+            ) from error
+
+
+@contextmanager
+def _without_progress_bars():
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _make_generation_config_whole(model: PreTrainedModel):
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        if config.do_sample:
+            raise ValueError(
+                f"The student's generation config could not be saved once it is trained: {error}"
+            ) from error
+        logger.warning(
+            "The student's generation config has sampling settings without `do_sample`, which could not be saved: it is set to True."
+        )
+        config.do_sample = True
+        config.validate(strict=True)
+
+
+def _forget_gguf(model: PreTrainedModel):
+    """Weights read from a GGUF file are plain ones once they are read; only their loader is still there, and cannot be saved."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and str(getattr(quantizer.quantization_config, "quant_method", "")).lower().endswith(
+        "gguf"
+    ):
+        del model.hf_quantizer
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config

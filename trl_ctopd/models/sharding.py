@@ -71,6 +71,30 @@ def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:
 
 
 @contextmanager
+def left_unprepared(model: nn.Module, accelerator):
+    """
+    An evaluation within leaves a `model` that has not been trained yet as it was. Trainer has Accelerate prepare it for evaluation
+    alone, and Accelerate would then hand it back for training as it is: unwrapped, with gradients that no process shares.
+
+    Raises `ValueError` for a model that will be sharded, which is prepared together with its optimizer or not at all.
+    """
+    first = not accelerator._models
+    if first and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"Under {accelerator.distributed_type.value} the student is prepared together with its optimizer, when training begins: "
+            "evaluate or predict after `train()`, or set eval_on_start=True for figures from before the first step."
+        )
+    try:
+        yield
+    finally:
+        if first and model in accelerator._models:
+            accelerator._models.remove(model)
+            model._is_accelerate_prepared = False
+            if "_original_forward" in model.__dict__:  # without autocast, which would be put around it twice
+                model.forward = model.__dict__.pop("_original_forward")
+
+
+@contextmanager
 def gathered_under_fsdp(model: nn.Module):
     """Every process has all weights of `model` that FSDP2 has shared out, so that it can run apart from the others."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]

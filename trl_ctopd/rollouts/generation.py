@@ -124,10 +124,27 @@ def write(
     ):
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            for row, ids in zip(rows, generate(unwrapped, [prompts[r] for r in rows], config), strict=True):
+            with _logits_are_finite():
+                written = generate(unwrapped, [prompts[r] for r in rows], config)
+            for row, ids in zip(rows, written, strict=True):
                 end = next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
                 completions[row] = ids[:end]
     return completions
+
+
+@contextmanager
+def _logits_are_finite():
+    """Says so in words where they are not; torch names the probabilities that it cannot draw from."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise FloatingPointError(
+            "The model that writes has logits that are NaN or infinite, though its weights are finite: they overflow in its dtype. "
+            "Load it in bfloat16 or float32, lower learning_rate, or clip gradients (max_grad_norm); resume_from_checkpoint=True "
+            "goes on from the last checkpoint."
+        ) from error
 
 
 @contextmanager

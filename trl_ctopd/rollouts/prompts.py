@@ -17,6 +17,7 @@ from .pairing import Frame, Prompt
 logger = get_logger(__name__)
 
 COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids", "teacher", "frame"]
+RENDERED_FOR = "rendered_for"  # beside them: the fingerprint of the row's two sides
 
 
 def render_dataset(
@@ -29,19 +30,24 @@ def render_dataset(
     dataset_name: str,
 ) -> Dataset | IterableDataset:
     """
-    The rows of `dataset`, rendered and tokenized for both models: `COLUMNS`. A dataset that has these comes back as it is.
+    The rows of `dataset`, rendered and tokenized for both models: `COLUMNS`, and for which two. A dataset that has these comes
+    back as it is.
 
     Args:
         student_context: tokens of prompt and completion, `None` for no limit.
         server_contexts: the same of teachers behind servers, by name, as far as they are known.
         dataset_name: for messages; references are read of "train" alone.
 
-    Raises `ValueError` for a dataset without rows, and what `render_row` and `check_room` raise.
+    Raises `ValueError` for a dataset without rows, one that was rendered for other models, and what `render_row` and `check_room`
+    raise.
     """
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError(f"The {dataset_name} dataset is empty.")
     if dataset.column_names is not None and set(COLUMNS) <= set(dataset.column_names):
+        check_rendered_for(dataset, student, teachers, dataset_name)
         return dataset
+    dataset = dataset.with_format(None)  # rows as Python has them, whatever the user reads them as
+    fingerprints = {name: f"{student.fingerprint}-{teacher.fingerprint}" for name, teacher in teachers.items()}
     options = {}
     if isinstance(dataset, Dataset):
         options = {"num_proc": args.dataset_num_proc, "desc": f"Rendering {dataset_name} dataset for both models"}
@@ -55,6 +61,7 @@ def render_dataset(
                 "longest_prompt": None if student_context is None else student_context - args.max_new_tokens,
                 "needs_reference": args.lmbda < 1 and not args.seq_kd and dataset_name == "train",
                 "dataset_name": dataset_name,
+                "fingerprints": fingerprints,
             },
             remove_columns=dataset.column_names or list(next(iter(dataset))),
             **options,
@@ -72,6 +79,7 @@ def render_row(
     longest_prompt: int | None,
     needs_reference: bool,
     dataset_name: str = "train",
+    fingerprints: Mapping[str, str] | None = None,
 ) -> dict[str, list[int] | str]:
     """
     The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`. Among
@@ -79,7 +87,7 @@ def render_row(
     of how the two templates write the turn, "" where both begin with the answer.
 
     Raises:
-        ValueError: naming the row, where it has no prompt, cannot be rendered, has no reference though one is needed,
+        ValueError: naming the row, whatever is wrong with it: where it has no prompt, cannot be rendered, has no reference though one is needed,
             names none of several teachers, or is longer than `longest_prompt` student tokens.
     """
     try:
@@ -100,13 +108,35 @@ def render_row(
         before, reference_ids = student.reference(conversation) if needs_reference else (prompt_ids, [])
     except ValueError as error:
         raise ValueError(f"Row {index} of the {dataset_name} dataset: {error}.") from error
+    except Exception as error:  # of a template or a tokenizer that meets what it was not made for
+        raise ValueError(f"Row {index} of the {dataset_name} dataset: {type(error).__name__}: {error}.") from error
     if longest_prompt is not None and len(prompt_ids) > longest_prompt:
         raise ValueError(
             f"Row {index} of the {dataset_name} dataset: its prompt has {len(prompt_ids)} student tokens, and context and max_new_tokens "
             f"leave room for {longest_prompt}. Filter such rows out, lower max_new_tokens or raise max_length."
         )
     frame = Frame.of(opened, teacher_opened, before).to_json()
-    return dict(zip(COLUMNS, (prompt_ids, teacher_prompt_ids, reference_ids, name, frame), strict=True))
+    rendered = dict(zip(COLUMNS, (prompt_ids, teacher_prompt_ids, reference_ids, name, frame), strict=True))
+    return rendered if fingerprints is None else {**rendered, RENDERED_FOR: fingerprints[name]}
+
+
+def check_rendered_for(
+    dataset: Dataset | IterableDataset, student: Speaker, teachers: Mapping[str, Speaker], dataset_name: str
+):
+    """Raises `ValueError` for rows that were rendered for other tokenizers or templates than these; of a stream, for the first."""
+    known = {f"{student.fingerprint}-{teacher.fingerprint}" for teacher in teachers.values()}
+    if RENDERED_FOR not in dataset.column_names:
+        found = {"an unknown pair"}
+    elif isinstance(dataset, Dataset):
+        found = set(dataset.unique(RENDERED_FOR))
+    else:
+        found = {next(iter(dataset))[RENDERED_FOR]}
+    if other := sorted(found - known):
+        raise ValueError(
+            f"The {dataset_name} dataset was rendered for other models ({other[0]}) than these ({', '.join(sorted(known))}; "
+            "tokenizer and template of the student, and of the teacher): its ids are of other vocabularies. Give the trainer the "
+            "dataset that it was rendered from."
+        )
 
 
 def check_room(dataset: Dataset, contexts: Mapping[str, int], max_new_tokens: int, dataset_name: str):

@@ -5,9 +5,9 @@ from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedModel
-from trl.trainer.utils import create_model_from_path
 
 from ..models.heads import add_token_scores, base_model, hidden_states
+from ..models.loading import load_model
 from ..models.sharding import is_sharded, place_teacher
 from ..rollouts.pairing import pad_rows
 
@@ -105,4 +105,4 @@ def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, d
     kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if distributed:
         kwargs.setdefault("device_map", None)
-    return create_model_from_path(path, **kwargs)
+    return load_model(path, kwargs)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
@@ -54,7 +55,7 @@ class Seat:
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase | None, args: CrossTokenizerGKDConfig):
         self._model, self._args = model, args
-        self.remote = is_url(model) or not isinstance(model, str | PreTrainedModel)
+        self.remote = is_url(model) or not isinstance(model, str | nn.Module)
         if self.remote:
             named = args.teacher_model_name_or_path if args.teacher_server_url else None
             self.teacher = _connect([model] if is_url(model) else model, named, args)

@@ -11,6 +11,7 @@
 Left out: context lengths, truncation, images, several reference messages in one row.
 """
 
+import hashlib
 import json
 import re
 import warnings
@@ -46,6 +47,8 @@ from .turns import (
 
 
 THINKING = ("<think>", "</think>")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_OF_THE_LAST_CALL = ("truncation", "padding")  # what a tokenizer keeps of how it was called
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that transformers gives one another's value
 
 
@@ -72,6 +75,8 @@ def read_example(example: Mapping) -> Conversation:
     Raises `ValueError` for a row without exactly one of `prompt` and `messages`, and for a malformed one.
     """
     row = {column: value for column, value in example.items() if value is not None}
+    for column in ("prompt", "completion", "messages", "tools"):
+        _refuse_lone_surrogates(row.get(column), column)
     if ("prompt" in row) == ("messages" in row):
         raise ValueError(
             f"a row needs either `prompt` or `messages`, and this one has the columns {sorted(row)}: rename or remove "
@@ -151,6 +156,21 @@ class Speaker:
 
     def __setstate__(self, state):
         self.__init__(**state)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for tokenizers and templates that render every conversation alike."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            made_of = [type(self.tokenizer).__name__, self.tokenizer.get_vocab()]
+        else:
+            made_of = {
+                key: value for key, value in json.loads(backend.to_str()).items() if key not in _OF_THE_LAST_CALL
+            }
+        special = {name: token for name, token in self.tokenizer.special_tokens_map.items() if name != "pad_token"}
+        template = [self.tokenizer.chat_template, self.chat_template_kwargs, self.own_kwargs_win]
+        text = json.dumps([made_of, special, *template], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids after which the completion starts.
@@ -606,11 +626,22 @@ def _message(value, column: str) -> dict:
     message = _without_none(value)
     if isinstance(message.get("content"), list):
         parts = message["content"]
+        if strange := [part for part in parts if not isinstance(part, Mapping)]:
+            raise ValueError(
+                f"`{column}` holds content that is a list with {strange[0]!r} in it: make it one text, or a list of parts "
+                "{'type': 'text', 'text': ...}"
+            )
         if any(part.get("type") != "text" for part in parts):
             raise ValueError(
                 f"`{column}` holds {[part.get('type') for part in parts]} content: only text can be distilled"
             )
+        if strange := [part for part in parts if not isinstance(part.get("text"), str)]:
+            raise ValueError(f"`{column}` holds a text part without `text`: {strange[0]!r}")
         message["content"] = "".join(part["text"] for part in parts)
+    if not isinstance(message.get("content", ""), str):
+        raise ValueError(
+            f"`{column}` holds content of the type {type(message['content']).__name__}, {message['content']!r}: make it text"
+        )
     if "tool_calls" in message:
         message["tool_calls"] = _calls(message["tool_calls"], column)
     if "content" not in message and not message.get("tool_calls"):
@@ -658,6 +689,20 @@ def _tools(value) -> list | None:
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"`tools` must be a list or the JSON text of one, got {value!r}")
     return _without_none(tools) or None  # Llama's template takes [] for tools
+
+
+def _refuse_lone_surrogates(value, column: str):
+    if isinstance(value, Mapping):
+        for item in value.values():
+            _refuse_lone_surrogates(item, column)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_lone_surrogates(item, column)
+    elif isinstance(value, str) and (found := _SURROGATE.search(value)):
+        raise ValueError(
+            f"`{column}` holds a lone surrogate (U+{ord(found[0]):04X} at character {found.start()}), which is half a character "
+            "and has no bytes: decode the text with errors='replace'"
+        )
 
 
 def _without_none(value):

@@ -5,16 +5,23 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from torch import nn
 from transformers import AutoConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
+from ..models.loading import adapter_base, load_model
 from ..redact import redact
 from ..teachers.servers import is_url, is_url_without_scheme
+from .identity import dataset_digest
+
+
+logger = get_logger(__name__)
 
 
 def check_arguments(model, teacher_model, args, train_dataset, peft_config=None):
@@ -26,6 +33,14 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
     teachers = list(teacher_model.values()) if isinstance(teacher_model, Mapping) else [teacher_model]
     if any(teacher is model for teacher in teachers) and not isinstance(model, str):
         raise ValueError("Teacher and student are the same module; load the teacher apart, since it is frozen.")
+    own = {id(parameter) for parameter in model.parameters()} if isinstance(model, nn.Module) else set()
+    for teacher in teachers:
+        shared = own & {id(p) for p in teacher.parameters()} if isinstance(teacher, nn.Module) else ()
+        if shared:
+            raise ValueError(
+                f"Teacher and student share {len(shared)} weights: the {type(teacher).__name__} is within the student, or the "
+                "student within it, and what an adapter adds is added in both. Load the teacher apart, since it is frozen."
+            )
     by_name = [teacher for teacher in teachers if isinstance(teacher, str) and not is_url(teacher)]
     for name in by_name:
         if is_url_without_scheme(name) and not Path(name).exists():
@@ -165,6 +180,60 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
             "student write: set lmbda=0.0."
         )
     return loss
+
+
+def open_adapter(model, args: CrossTokenizerGKDConfig, peft_config):
+    """The student; one that is the name of an adapter, loaded with its base, to be trained on. Raises `ValueError` where it is to get
+    an adapter beside the one it has."""
+    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if not isinstance(model, str) or adapter_base(model, kwargs.get("revision")) is None:
+        return model
+    if peft_config is not None:
+        raise ValueError(
+            f"{model} is an adapter already, and `peft_config` asks for another: leave that out to train it on, or merge it first "
+            "(`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()`)."
+        )
+    if args.world_size > 1:
+        kwargs.setdefault("device_map", None)
+    return load_model(model, kwargs, trainable=True)
+
+
+def check_trainable(model: nn.Module):
+    """Raises `ValueError` for a student with nothing to train."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        adapter = isinstance(model, PeftModel)
+        way = (
+            "load the adapter with `is_trainable=True`, as in `PeftModel.from_pretrained(base, folder, is_trainable=True)`"
+            if adapter
+            else "set `requires_grad_(True)` on what is to be trained, or pass a `peft_config`"
+        )
+        raise ValueError(
+            f"The student has nothing to train: all {sum(1 for _ in model.parameters())} parameters of its {type(model).__name__} "
+            f"are frozen. Before the trainer is built, {way}."
+        )
+
+
+def check_same_data(accelerator, train_dataset, eval_dataset):
+    """
+    Every process must have the same rows, of which each is dealt its own. Raises `ValueError` where datasets have unlike lengths,
+    with which processes would wait for each other for ever; warns where their rows differ.
+    """
+    if accelerator.num_processes == 1:
+        return
+    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
+    for name, dataset in {"train": train_dataset, **evaluated}.items():
+        found = gather_object([(len(dataset) if isinstance(dataset, Dataset) else -1, dataset_digest(dataset))])
+        lengths = [length for length, _ in found]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"The {name} dataset has {', '.join(map(str, lengths))} rows in processes 0 to {len(lengths) - 1}: give every process "
+                "the whole dataset, of which each is dealt its own rows."
+            )
+        if len(set(found)) > 1:
+            logger.warning(
+                f"The {name} dataset has other rows in some processes than in others. Each process is dealt some of the rows of its "
+                "own dataset, so that the others are never read: give every process the whole dataset."
+            )
 
 
 def losses_by_text(args: CrossTokenizerGKDConfig) -> tuple[Callable, Callable]:

@@ -6,12 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import disable_dropout_in_model
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Distributions, Metrics, ScoredChunks
 from ..models.heads import add_token_scores, base_model, hidden_states, lm_head
-from ..models.loading import check_vocabulary
+from ..models.loading import check_vocabulary, disable_dropout
 from ..rollouts.pairing import on_grid
 from ..rollouts.vllm import importance
 from ..teachers.panel import Awaited, Panel
@@ -31,7 +30,7 @@ def prepare_student(model: nn.Module, side: Speaker, args: CrossTokenizerGKDConf
     student, tokenizer = base_model(model), side.tokenizer
     check_vocabulary("student", student, tokenizer)
     if args.disable_dropout:
-        disable_dropout_in_model(model)
+        disable_dropout(model)
     add_token_scores(student, args.temperature, entropy=True)  # what was drawn at it is scored at it
     student.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     student.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,117 @@
+"""Models as they come: adapters by name or as modules, and students that could not be saved."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from toys import step_of, student_model, student_tokenizer, weights
+from transformers import AutoModelForCausalLM
+
+from trl_ctopd.models.loading import adapter_base, check_saves
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def saved(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def student(tmp_path):
+    return saved(student_model(), student_tokenizer(), tmp_path / "student")
+
+
+@pytest.fixture
+def first_run(build, tmp_path, student):
+    """The folder of an adapter that a run has saved."""
+    trainer = build(model=student, peft_config=lora(), max_steps=3, output_dir=str(tmp_path / "first"))
+    trainer.train()
+    trainer.save_model()
+    return tmp_path / "first"
+
+
+def test_an_adapter_that_a_run_has_saved_teaches_the_next_by_name_and_as_a_module(build, first_run, student):
+    settings = {"optim": "sgd", "learning_rate": 1.0, "teacher_processing_class": student_tokenizer()}
+    module = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student, dtype="float32"), first_run)
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student, dtype="float32"), first_run)
+    steps = [
+        step_of(build(model=student_model(3), teacher=teacher, **settings))
+        for teacher in (str(first_run), module, whole.merge_and_unload())
+    ]
+    assert steps[2].abs().max() > 1e-3
+    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=0)
+    torch.testing.assert_close(steps[0], steps[2], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["dpca", "bpm"])
+def test_an_adapter_as_teacher_learns_nothing(build, first_run, loss):
+    tokenizer = {"teacher_processing_class": student_tokenizer()}
+    trainer = build(model=student_model(3), teacher=str(first_run), distillation_loss=loss, **tokenizer)
+    before = {name: value.clone() for name, value in trainer.teacher_model.state_dict().items()}
+    trainer.train()
+    for name, value in trainer.teacher_model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_an_adapter_by_name_is_trained_on_as_the_student(build, first_run, tmp_path):
+    trainer = build(model=str(first_run), processing_class=None)
+    assert isinstance(trainer.model, PeftModel)
+    before = weights(trainer).clone()
+    trainer.train()
+    assert not torch.equal(weights(trainer), before)
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert names and all("lora_" in name for name in names)
+    with pytest.raises(ValueError, match="is an adapter already, and `peft_config` asks for another"):
+        build(model=str(first_run), peft_config=lora())
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(build, tmp_path, student):
+    base = AutoModelForCausalLM.from_pretrained(student)
+    folder = saved(get_peft_model(base, lora()), None, tmp_path / "bare")
+    assert adapter_base(folder) == student
+    trainer = build(model=folder, processing_class=None)
+    assert trainer.processing_class.get_vocab() == student_tokenizer().get_vocab()
+
+
+def test_an_adapter_that_does_not_say_of_which_model_is_refused_in_words(tmp_path):
+    folder = saved(get_peft_model(student_model(), lora()), None, tmp_path / "bare")
+    with pytest.raises(ValueError, match="does not say of which model"):
+        adapter_base(folder)
+
+
+# --- what could not be saved
+
+
+@pytest.mark.parametrize("flag", [{"temperature": 0.6}, {"top_p": 0.9}, {"top_k": 20}])
+def test_sampling_settings_without_do_sample_are_made_such_as_can_be_saved(build, tmp_path, caplog, flag):
+    model = student_model()
+    for name, value in flag.items():
+        setattr(model.generation_config, name, value)
+    trainer = build(model=model, save_strategy="steps", save_steps=1)
+    assert "sampling settings without `do_sample`" in caplog.text
+    trainer.train()
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1").generation_config
+    assert config.do_sample and {name: getattr(config, name) for name in flag} == flag
+
+
+def test_what_could_not_be_saved_is_refused_before_the_first_step(build, tmp_path, monkeypatch):
+    model = student_model()
+    monkeypatch.setattr(model.config, "note", {1, 2}, raising=False)  # JSON has no sets
+    with pytest.raises(
+        ValueError, match="student could not be saved once it is trained: TypeError.*not JSON serializable"
+    ):
+        build(model=model)
+    assert not list((tmp_path / "run").glob(".dry-save-*"))
+
+
+def test_trying_to_save_leaves_model_and_folder_as_they_were(tmp_path):
+    model, tokenizer = student_model(), student_tokenizer()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_saves(model, tokenizer, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)

@@ -1,0 +1,173 @@
+"""What goes wrong without a word is told: weights that are no numbers, text of another distribution, nothing to train."""
+
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from toys import prompts, student_model, student_tokenizer, teacher_model, weights
+from transformers import TrainerCallback
+
+from trl_ctopd.losses import ScoredChunks
+from trl_ctopd.training import checks
+from trl_ctopd.training.watch import DIFFERENCE, SamplingWatch, sampling_metrics
+
+
+class Poison(TrainerCallback):
+    """Makes a gradient NaN in step `step`."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.nan)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lmbda": 0.0}, {"peft_config": LoraConfig(target_modules="all-linear")}])
+def test_a_student_that_turns_nan_ends_the_run_and_the_last_good_checkpoint_is_kept(build, tmp_path, settings):
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 4}
+    trainer = build(**saving, **settings, callbacks=[Poison(3)])
+    with pytest.raises(
+        FloatingPointError, match="NaN or infinite after step 3.*resume_from_checkpoint=True goes on from"
+    ):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = build(**saving, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4 and torch.isfinite(weights(resumed)).all()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_weights_that_are_no_numbers_are_called_that(build, side):
+    model = (student_model if side == "student" else teacher_model)()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=f"The {side}'s logits are not finite: weights of its .* are NaN or infinite"):
+        build(**{"model" if side == "student" else "teacher": model})
+
+
+def test_a_student_whose_logits_overflow_while_it_writes_is_told_so(build):
+    trainer = build()
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: output * math.inf)
+    with pytest.raises(FloatingPointError, match="model that writes has logits that are NaN or infinite"):
+        trainer.train()
+
+
+def test_a_student_with_nothing_to_train_is_refused(build, tmp_path):
+    frozen = student_model().requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train: all .* of its LlamaForCausalLM are frozen.*requires_grad_"):
+        build(model=frozen)
+    get_peft_model(student_model(), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(student_model(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="nothing to train.*`is_trainable=True`"):
+        build(model=loaded)
+    build(model=PeftModel.from_pretrained(student_model(), tmp_path / "adapter", is_trainable=True)).train()
+
+
+def test_a_teacher_that_shares_the_students_weights_is_refused(build):
+    base = student_model()
+    student = get_peft_model(base, LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="share .* weights: the LlamaForCausalLM is within the student"):
+        build(model=student, teacher=base, teacher_processing_class=student_tokenizer())
+
+
+# --- the text is drawn from what is scored
+
+
+def test_the_entropy_difference_is_that_of_plain_sums():
+    generator = torch.Generator().manual_seed(0)
+    chunks = torch.tensor([[0, 1, -1], [0, -1, -1]])
+    log_probs, entropy = -torch.rand(2, 3, generator=generator), torch.rand(2, 3, generator=generator)
+    batch = ScoredChunks(log_probs, log_probs, chunks, chunks, chunks, 2)
+    total = sum(
+        -log_probs[row, column].item() - entropy[row, column].item() for row, column in ((0, 0), (0, 1), (1, 0))
+    )
+    found, weight = sampling_metrics(batch, entropy)[DIFFERENCE]
+    assert found.item() == pytest.approx(total) and weight == 3
+
+
+def watched(values, args=None, masked=0.0) -> list[str]:
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("trl_ctopd.training.watch")
+    logger.addHandler(handler)
+    try:
+        watch = SamplingWatch(args or SimpleNamespace(top_p=1.0, top_k=0, min_p=None, generation_kwargs=None))
+        for value in values:
+            watch.read({DIFFERENCE: value, "alignment/masked_fraction": masked})
+    finally:
+        logger.removeHandler(handler)
+    return said
+
+
+def test_a_lasting_difference_is_warned_of_once_and_chance_never(build):
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(1)).tolist()
+    assert watched([0.05 * value for value in noise]) == []
+    [line] = watched([0.1 + 0.05 * value for value in noise])
+    assert DIFFERENCE in line and "another distribution than the one that is scored" in line
+    assert watched([0.1 + 0.05 * value for value in noise[:9]]) == [], "nine logs are too few to tell"
+    assert watched([0.1 + 0.05 * value for value in noise], masked=0.02) == [], "masked tokens may explain it"
+    cut = SimpleNamespace(top_p=0.9, top_k=0, min_p=None, generation_kwargs=None)
+    assert watched([0.1 + 0.05 * value for value in noise], cut) == [], "the user asked for it"
+
+
+def test_text_drawn_from_another_distribution_shows_in_the_figure(build):
+    settings = {"max_steps": 2, "per_device_train_batch_size": 16, "learning_rate": 0.0, "max_new_tokens": 16}
+    plain, bent = build(**settings), build(**settings)
+    bent.generation_config.top_k = 5  # unknown to what scores
+    for trainer in (plain, bent):
+        trainer.train()
+    found = [
+        sum(entry[DIFFERENCE] for entry in trainer.state.log_history if DIFFERENCE in entry) / 2
+        for trainer in (plain, bent)
+    ]
+    assert abs(found[0]) < 0.2 and found[1] < found[0] - 0.2
+
+
+# --- dropout, and rows in several processes
+
+
+def test_disable_dropout_reaches_the_dropout_of_attention(build):
+    trainer = build(model=student_model(attention_dropout=0.5), disable_dropout=True)
+    attention = trainer.model.model.layers[0].self_attn
+    assert attention.attention_dropout == 0.0
+    ids = torch.arange(8)[None]
+    trainer.model.train()
+    torch.testing.assert_close(trainer.model(input_ids=ids).logits, trainer.model(input_ids=ids).logits, rtol=0, atol=0)
+    assert (
+        build(model=student_model(attention_dropout=0.5), disable_dropout=False)
+        .model.model.layers[0]
+        .self_attn.attention_dropout
+        == 0.5
+    )
+
+
+def in_two_processes(monkeypatch, theirs):
+    monkeypatch.setattr(checks, "gather_object", lambda own: [*own, theirs])
+    return SimpleNamespace(num_processes=2)
+
+
+def test_processes_with_datasets_of_unlike_lengths_are_refused_at_the_start(monkeypatch, caplog):
+    with pytest.raises(
+        ValueError, match="train dataset has 16, 15 rows in processes 0 to 1: give every process the whole"
+    ):
+        checks.check_same_data(in_two_processes(monkeypatch, (15, "15 rows")), prompts(16), None)
+    accelerator = in_two_processes(monkeypatch, (16, "16 other rows"))
+    with pytest.raises(ValueError, match="math dataset has 4, 16 rows"):
+        checks.check_same_data(accelerator, prompts(16), {"math": prompts(4)})
+    assert "train dataset has other rows in some processes than in others" in caplog.text
+
+
+def test_a_stream_can_be_evaluated_on_beside_a_dataset(build):
+    stream = IterableDataset.from_generator(lambda: iter(prompts(6)))
+    trainer = build(eval_dataset=stream)
+    expected = build(eval_dataset=prompts(6)).evaluate()
+    assert trainer.evaluate()["eval_gap/nats_per_byte"] == expected["eval_gap/nats_per_byte"]
+    with pytest.raises(ValueError, match="dispatch_batches=True.*leave it out"):
+        build(accelerator_config={"dispatch_batches": True})

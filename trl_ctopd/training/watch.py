@@ -1,0 +1,98 @@
+"""What goes wrong without a word: weights that are no numbers, and text drawn from another distribution than the one scored."""
+
+import math
+
+import torch
+from accelerate.logging import get_logger
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from ..config import CrossTokenizerGKDConfig
+from ..losses import Metrics, ScoredChunks
+
+
+logger = get_logger(__name__)
+
+DIFFERENCE = "sampling/entropy_difference"
+_LOGS, _DEVIATIONS = (
+    10,
+    8.0,
+)  # at least as many logs; so many standard errors from nought (Student's t: one run in 10⁵ by chance)
+_NATS = 0.02  # below which a difference is one of rounding
+
+
+class FiniteWeights(TrainerCallback):
+    """Ends a run whose student is no longer made of numbers, before a checkpoint of it takes the place of the last good one."""
+
+    def __init__(self):
+        self.accelerator = None  # the run's, which is there once the trainer is built
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._check(model, "before the first step" if state.global_step == 0 else f"at step {state.global_step}")
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._check(model, f"after step {state.global_step}")
+
+    def _check(self, model: nn.Module, when: str):
+        bad = self.accelerator.reduce(torch.tensor(float(not are_finite(model)), device=self.accelerator.device))
+        if bad.item():
+            raise FloatingPointError(
+                f"Weights of the student are NaN or infinite {when}, and nothing can be learned from there. No checkpoint of them was "
+                "saved: resume_from_checkpoint=True goes on from the last good one. Lower learning_rate, clip gradients "
+                "(max_grad_norm), or train in bf16 rather than fp16."
+            )
+
+
+@torch.no_grad()
+def are_finite(model: nn.Module) -> bool:
+    """Whether all trained weights that this process holds are numbers."""
+    held = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            local = (
+                parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
+            )
+            held += [local.detach()] if local.numel() else []
+    return not held or bool(torch.isfinite(nn.utils.get_total_norm(held, norm_type=math.inf)))
+
+
+@torch.no_grad()
+def sampling_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
+    """
+    Of text that the student has just drawn: −log p of its tokens minus the entropy (B, S) of the distributions they were drawn
+    from, in nats a token. Its expectation is 0, by the definition of entropy. Tokens that take no part are in neither.
+    """
+    scored = batch.student_chunks >= 0
+    return {DIFFERENCE: (((-batch.student_log_probs.detach() - entropy) * scored).sum(), scored.sum())}
+
+
+class SamplingWatch:
+    """Warns once where `sampling/entropy_difference` of training stays away from 0 by more than chance and what is masked explain."""
+
+    def __init__(self, args: CrossTokenizerGKDConfig):
+        self._bent = args.top_p < 1 or args.top_k > 0 or args.min_p is not None or args.generation_kwargs
+        self._seen: list[float] = []
+        self._masked: list[float] = []
+        self._said = False
+
+    def read(self, figures: dict[str, float]):
+        """Of one log."""
+        if DIFFERENCE not in figures or self._said or self._bent:  # the user has asked for another distribution
+            return
+        self._seen.append(figures[DIFFERENCE])
+        self._masked.append(figures.get("alignment/masked_fraction", 0.0))
+        count = len(self._seen)
+        if count < _LOGS:
+            return
+        mean = sum(self._seen) / count
+        error = math.sqrt(sum((value - mean) ** 2 for value in self._seen) / (count - 1) / count)
+        by_masking = 10 * sum(self._masked) / count  # which tokens are masked depends on what was drawn
+        if abs(mean) > max(_DEVIATIONS * error, _NATS + by_masking):
+            self._said = True
+            logger.warning(
+                f"{DIFFERENCE} is {mean:+.3f} nats a token over {count} logs (standard error {error:.3f}), and should be 0: the "
+                f"student's text is {'less' if mean > 0 else 'more'} likely to the student than what it should draw. It is drawn from "
+                "another distribution than the one that is scored: look for a penalty in the generation settings, an engine with "
+                "other weights or kernels, an adapter that is switched off or dropout that is on while one of the two is done."
+            )
