@@ -82,7 +82,7 @@ def batches(draw) -> list[Text]:
     return texts
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(batches())
 def test_a_batch_gives_what_two_pointers_give_text_by_text(texts):
     assert vectorised(texts) == [two_pointers(*text) for text in texts]

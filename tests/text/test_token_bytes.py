@@ -89,7 +89,13 @@ def test_single_bytes_have_rows_of_their_own(name, real_tokenizer):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_the_table_covers_every_id_and_costs_a_handful_of_calls_for_each(name, real_tokenizer):
+def test_the_table_covers_every_id(name, real_tokenizer):
+    tokenizer = real_tokenizer(name)
+    assert len(token_bytes(tokenizer)) == max(tokenizer.get_vocab().values()) + 1
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "gpt2", "llama-2", "t5-small"])
+def test_the_table_costs_a_handful_of_calls_for_each_id(name, real_tokenizer):
     tokenizer, calls = PreTrainedTokenizerFast(tokenizer_object=real_tokenizer(name).backend_tokenizer), Counter()
     sys.setprofile(lambda frame, event, argument: calls.update([event]))
     try:
@@ -97,7 +103,6 @@ def test_the_table_covers_every_id_and_costs_a_handful_of_calls_for_each(name, r
     finally:
         sys.setprofile(None)
     assert calls["call"] + calls["c_call"] < 5 * len(rows)
-    assert len(rows) == max(tokenizer.get_vocab().values()) + 1
 
 
 @pytest.mark.parametrize(

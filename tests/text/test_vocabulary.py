@@ -666,13 +666,15 @@ def test_a_kept_file_may_be_read_by_whoever_the_umask_lets(tmp_path):
 # --- real vocabularies
 
 
-@pytest.fixture(scope="module")
-def real(real_tokenizer, tmp_path_factory) -> SimpleNamespace:
-    """Llama-3.2 taught by Qwen2.5: 128,256 and 151,936 rows. `seconds` of each structure, `case` and `folder`."""
-    case = Case(
-        Side(real_tokenizer("llama-3.2"), 128_256, (128_001, 128_009)),
-        Side(real_tokenizer("qwen2.5"), 151_936, (151_643, 151_645)),
-    )
+# (student, rows, stops), (teacher, rows, stops)
+SMALLER = ("smollm2-instruct", 49_152, (2, 0)), ("gpt2", 50_304, (50_256,))
+LARGEST = ("llama-3.2", 128_256, (128_001, 128_009)), ("qwen2.5", 151_936, (151_643, 151_645))
+
+
+@pytest.fixture(scope="module", params=[SMALLER, pytest.param(LARGEST, marks=pytest.mark.slow)], ids=["50k", "150k"])
+def real(request, real_tokenizer, tmp_path_factory) -> SimpleNamespace:
+    """`seconds` of each structure, `case` and `folder`."""
+    case = Case(*(Side(real_tokenizer(name), size, stops) for name, size, stops in request.param))
     folder = tmp_path_factory.mktemp("real")
     seconds = {}
     case.__dict__["pair"] = pair_of(case, cache_dir=folder)
@@ -712,7 +714,7 @@ def check_shared_sample(case: Case):
 def test_real_vocabularies_have_the_prefixes_found_by_trying_every_token(real):
     case = real.case
     longest = sorted(case.teacher.texts, key=lambda token: len(case.teacher.texts[token]))[-3:]
-    check_entries(case, [*sample(case.teacher, 12, 1), *longest, 151_643, 151_935], every_byte=False)
+    check_entries(case, [*sample(case.teacher, 12, 1), *longest, case.teacher.stops[0], case.teacher.size - 1], every_byte=False)
     check_order(case)
 
 
@@ -724,7 +726,8 @@ def test_real_vocabularies_are_projected_as_the_teacher_writes_each_token(real):
         if real.case.student.texts[token] not in real.case.teacher.ids
     ]
     assert len(unshared) > 50
-    check_projection(real.case, [*unshared[:80], *sample(real.case.student, 20, 3), 128_001, 128_255])
+    of_note = real.case.student.stops[0], real.case.student.size - 1
+    check_projection(real.case, [*unshared[:80], *sample(real.case.student, 20, 3), *of_note])
 
 
 def test_real_vocabularies_are_read_from_the_cache_the_second_time(real, builds):
