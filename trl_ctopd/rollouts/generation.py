@@ -15,8 +15,10 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Protocol
 
+import peft
 import torch
-from peft import PeftModel
+import transformers
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     Cache,
@@ -27,7 +29,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import ContinuousBatchingConfig
+from transformers.generation import ContinuousBatchingConfig, GenerateDecoderOnlyOutput
 from trl.models.utils import unwrap_model_for_generation
 
 from ..config import CrossTokenizerGKDConfig
@@ -37,6 +39,8 @@ from .pairing import Prompt, pad_rows
 
 Written = tuple[list[int], list[float] | None]
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+# what `generate` takes and gives back: transformers 5.24 renamed it
+_CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 class Writer(Protocol):
@@ -174,6 +178,8 @@ def _generate(
     written = torch.full((len(prompts), limit), config.pad_token_id, device=device)
     rows = torch.arange(len(prompts), device=device)  # that are still being written
     stop_ids = torch.tensor(config.eos_token_id, device=device)
+    if isinstance(model, PeftModel):
+        check_prompt_learning(model.active_peft_config)
     cache, criteria = None, None
     while True:
         if rows_leave:
@@ -184,9 +190,9 @@ def _generate(
             input_ids=sequences,
             attention_mask=mask,
             generation_config=call,
-            past_key_values=cache,
             stopping_criteria=criteria,
             synced_gpus=together,
+            **{_CACHE: cache},
         )
         own = output.sequences[:, width:]
         written[rows, : own.shape[1]] = own
@@ -195,7 +201,7 @@ def _generate(
             return written.tolist()
         rows, sequences = rows[left], output.sequences[left]
         mask = torch.cat([mask[left], mask.new_ones(len(left), sequences.shape[1] - mask.shape[1])], 1)
-        cache = _cut(model, getattr(output, "past_key_values", None), left)
+        cache = _cut(model, getattr(output, _CACHE, None), left)
 
 
 def _cut(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cache | None:
@@ -246,6 +252,21 @@ def _generate_continuously(
             "paged cache."
         )
     return [output.generated_tokens for output in found.values()]
+
+
+def check_prompt_learning(config: PeftConfig):
+    """
+    Raises `ValueError` for an adapter with virtual tokens that PEFT would write without.
+
+    Where transformers calls its cache `cache`, PEFT's `generate` (0.21.2, the newest that was tried) looks for it under the
+    old name, finds none, and the text is not the one that the adapter's own forward passes would write.
+    """
+    if config.is_prompt_learning and _CACHE == "cache":
+        raise ValueError(
+            f"{config.peft_type.value}: with transformers {transformers.__version__} and PEFT {peft.__version__}, a model with "
+            "virtual tokens writes text that is not its own (transformers 5.24 renamed `past_key_values`, which PEFT still looks "
+            "for). Install transformers<5.24, or train a LoRA adapter."
+        )
 
 
 def _has_virtual_tokens(model: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
 from ..models.loading import adapter_base, load_model
 from ..redact import redact
+from ..rollouts.generation import check_prompt_learning
 from ..teachers.servers import is_url, is_url_without_scheme
 from .identity import dataset_digest
 
@@ -76,6 +77,9 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             "The student is quantized, and its whole weights cannot be trained: train an adapter on it (`peft_config=LoraConfig()`, "
             "`--use_peft`), or load it without `quantization_config`."
         )
+    adapter = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+    if adapter is not None:
+        check_prompt_learning(adapter)
     for name in ("packing", "padding_free", "assistant_only_loss", "label_smoothing_factor"):
         if getattr(args, name):
             raise ValueError(
