@@ -5,20 +5,17 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from distill_command import CONFIGS, distill
 from safetensors.torch import load_file
 from strategies_run import save_models
-from toys import prompts
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-CONFIGS = EXAMPLES / "accelerate_configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 FSDP1 = ("--fsdp_version", "1", "--fsdp_reshard_after_forward", "FULL_SHARD")
 FSDP1 += ("--fsdp_cpu_ram_efficient_loading", "false", "--fsdp_sync_module_states", "false")
@@ -43,20 +40,6 @@ def test_accelerate_reads_it_whole(name):
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     for key, value in yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()).items():
         assert getattr(config, key) == value, key
-
-
-def distill(folder: Path, name: str, *options: object) -> list[object]:
-    """The command line that trains the models of `folder`; its output goes to `folder / "output"`."""
-    data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in prompts(8)))
-    return [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "cpu" / f"{name}.yaml"),
-        *(*options, CONFIGS / "cpu" / "on_cpu.py", EXAMPLES / "distill.py"),
-        *("--model_name_or_path", folder / "student", "--teacher_model_name_or_path", folder / "teacher"),
-        *("--dataset_name", data, "--use_cpu", "--bf16", "false", "--max_new_tokens", "8", "--max_steps", "2"),
-        *("--per_device_train_batch_size", "2", "--logging_steps", "1", "--learning_rate", "1e-2"),
-        *("--report_to", "none", "--output_dir", folder / "output"),
-    ]
 
 
 def trained_weights(folder: Path) -> dict[str, torch.Tensor]:

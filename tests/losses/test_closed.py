@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_credit import as_tensors, by_chunk, random_rows, reference_shares
+from chunk_rows import as_tensors, by_chunk, random_rows, reference_shares
 
 from trl_ctopd.losses import DPCA, ScoredChunks
 from trl_ctopd.losses.credit import CREDITS

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from test_credit import BAD, as_tensors, by_chunk, padded, random_rows, reference_budgets, reference_shares
+from chunk_rows import BAD, as_tensors, by_chunk, padded, random_rows, reference_budgets, reference_shares
 
 from trl_ctopd.losses import ALM, DPCA, LOSSES, SFT, ScoredChunks, StrictSampled, build_loss
 from trl_ctopd.losses.credit import CREDITS

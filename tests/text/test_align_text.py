@@ -8,7 +8,6 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_alignment import two_pointers
 from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers_for_tests import (
     ANY_TEXT,
@@ -25,6 +24,7 @@ from tokenizers_for_tests import (
 )
 from transformers import PreTrainedTokenizerFast
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+from two_pointers import two_pointers
 
 from trl_ctopd import TextAligner, align_text, token_bytes
 from trl_ctopd.text.aligner import MaskedStretch

@@ -714,7 +714,9 @@ def check_shared_sample(case: Case):
 def test_real_vocabularies_have_the_prefixes_found_by_trying_every_token(real):
     case = real.case
     longest = sorted(case.teacher.texts, key=lambda token: len(case.teacher.texts[token]))[-3:]
-    check_entries(case, [*sample(case.teacher, 12, 1), *longest, case.teacher.stops[0], case.teacher.size - 1], every_byte=False)
+    check_entries(
+        case, [*sample(case.teacher, 12, 1), *longest, case.teacher.stops[0], case.teacher.size - 1], every_byte=False
+    )
     check_order(case)
 
 

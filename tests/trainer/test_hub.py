@@ -286,8 +286,8 @@ def test_the_card_has_the_command_that_trained(hub, repository):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_of_two_processes_one_pushes(tmp_path):
-    from strategies_run import save_models  # the scripts above do without the trainer, or set its hub before
-    from test_accelerate_configs import distill
+    from distill_command import distill  # the scripts above do without the trainer, or set its hub before
+    from strategies_run import save_models
 
     save_models(tmp_path)
     command = distill(tmp_path, "ddp", "--main_process_port", "0")

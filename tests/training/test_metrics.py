@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_credit import BAD, as_tensors, by_chunk, random_rows, reference_budgets
+from chunk_rows import BAD, as_tensors, by_chunk, random_rows, reference_budgets
 from toys import prompts
 from transformers import TrainerCallback
 
