@@ -43,14 +43,17 @@ def aligners(student, teacher, policies=()):
     )
     controls = {name: theirs.tokenizer.convert_tokens_to_ids(name) for name in theirs.controls}
     end = theirs.tokenizer.convert_ids_to_tokens(theirs.turn_end[-1])
-    return aligner, SectionAligner(aligner, controls, end, **dict(policies))
+    return aligner, SectionAligner(aligner, controls, end, (ours, theirs), **dict(policies))
 
 
-def rollout(student, teacher, completion, **policies):
-    """`completion`: text, or ids."""
+def rollout(student, teacher, completion, tools=None, fresh=False, **policies):
+    """`completion`: text, or ids; `fresh`: nothing has been said yet."""
     ours, theirs = side(student), side(teacher)
+    if fresh:
+        aligners.cache_clear()
     aligner, sections = aligners(student, teacher, tuple(policies.items()))
-    opened, read = ours.opened(Conversation([USER])), theirs.opened(Conversation([USER]))
+    asked = Conversation([USER], tools=tools)
+    opened, read = ours.opened(asked), theirs.opened(asked)
     frame = Frame.of(opened, read, opened.ids).to_json()
     ids = completion if isinstance(completion, list) else ours.tokenizer.encode(completion, add_special_tokens=False)
     ends = dict.fromkeys(ours.stop_ids(), theirs.turn_end)
@@ -102,10 +105,15 @@ def reply(name, thought="Two and two.", answer="It is four."):
 
 def rendered(name, thought="Two and two.", answer="It is four."):
     message = {"role": "assistant", "content": answer} | ({"reasoning_content": thought} if thought else {})
-    speaker = side(name)
-    form = speaker.turn(Conversation([USER])).forms[(THOUGHT, ANSWER) if thought else (ANSWER,)]
-    text = speaker._render([USER, message], Conversation([USER]))
-    return text + form.end if form.rest is None else text.removesuffix(form.rest)
+    return rendered_text(name, message, (THOUGHT, ANSWER) if thought else (ANSWER,))
+
+
+def rendered_text(name, message, sections, tools=None):
+    """A finished turn as the template itself writes it, up to its stop."""
+    speaker, asked = side(name), Conversation([USER], tools=tools)
+    form = speaker.turn(asked).forms[sections]
+    text = speaker._render([USER, message], asked)
+    return text + form.unwritten if form.rest is None else text.removesuffix(form.rest)
 
 
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(THINKERS, 2)))
@@ -132,10 +140,9 @@ def test_a_thought_that_the_teacher_cannot_have_is_masked_with_its_reason(studen
 
 
 def test_what_is_masked_as_a_whole_is_said_once():
-    aligners.cache_clear()
     with pytest.warns(UserWarning, match="no place for one.*thought_policy") as caught:
-        for _ in range(2):
-            rollout("qwen3", "qwen2_5", QWEN)
+        for first in (True, False):
+            rollout("qwen3", "qwen2_5", QWEN, fresh=first)
     assert len(caught) == 1
 
 

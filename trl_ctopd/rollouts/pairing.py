@@ -167,7 +167,7 @@ def pair(
     for prompt, ids, end, alignment, parsed in zip(prompts, completions, ended, aligner(contents), found, strict=True):
         frame = prompt.framed
         if parsed:
-            whole = sections(ids, end, parsed, frame.teacher)
+            whole = sections(ids, end, parsed, frame.student, frame.teacher)
             alignment, student_widths = whole.alignment, whole.widths
             before = prompt.teacher_ids if whole.on_tail else frame.stem(prompt.teacher_ids)
             before = [*before, *whole.opening]

@@ -147,6 +147,7 @@ class Seat:
             self.aligner,
             controls,
             end,
+            (self.student, self.side),
             markup_policy=args.markup_policy if self._markup_is_comparable else "mask",
             thought_policy=args.thought_policy,
             eos_policy=args.eos_policy,

@@ -15,13 +15,14 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .calls import CallReader, find_reader
 from .token_bytes import token_table
 from .turns import (
     ANSWER,
@@ -429,6 +430,35 @@ class Speaker:
 
     # Turns
 
+    def write_calls(self, kinds: tuple[str, ...], calls: Sequence[Mapping]) -> str:
+        """What the template writes for `calls` in a turn of these sections, the last of which they are: from where the section
+        before them ends, or the turn's stem, up to the turn's end.
+
+        Raises `Unrenderable` where it writes none.
+        """
+        asked = Conversation([USER], None, TOOLS)
+        turn = self._turn_after(asked)
+        if kinds not in turn.forms:
+            raise Unrenderable(turn.missing.get(kinds, "leaves out calls of tools"))
+        form = turn.forms[kinds]
+        text = self._render([USER, {**probe_message(kinds, CALL), "tool_calls": list(calls)}], asked)
+        before = {THOUGHT: THOUGHT_PROBE, ANSWER: ANSWER_PROBE}.get(kinds[-2]) if len(kinds) > 1 else None
+        if before is None:
+            prompt = self._render([USER], asked, open_ended=True)
+            start = len(prompt) - len(turn.tail)
+        else:
+            start = text.rindex(before) + len(before)
+        end = form.unwritten if form.end else self.tokenizer.eos_token or ""
+        return text[start : len(text) - len(form.rest or "")] + end
+
+    @cached_property
+    def call_reader(self) -> CallReader | None:
+        """Reads calls out of what this model writes, where they are the turn's only section; None where it writes none, or
+        none that are understood."""
+        if self._call_style is None:
+            return None
+        return find_reader(lambda calls: self.write_calls((CALLS,), calls))
+
     @cached_property
     def _known_turn(self) -> Turn:
         """Without tools, or with some where the template has to have them."""
@@ -480,7 +510,7 @@ class Speaker:
         close = f"{tag[1]}/{tag[2]}{tag[3]}"
         if close not in self.template and close not in self._plain_added.values() and close not in self.controls:
             return turn
-        form = Form(sections, (turn.tail, close, turn.plain.end), turn.plain.rest, loose=True)
+        form = Form(sections, (turn.tail, close, turn.plain.end), turn.plain.rest, turn.plain.unwritten, loose=True)
         missing = {kind: reason for kind, reason in turn.missing.items() if kind != sections}
         return Turn(turn.tail, {**turn.forms, sections: form}, missing)
 
@@ -577,8 +607,8 @@ class Speaker:
             end = self.end_ids(form) if form.end else self.turn_end
         elif not form.end:
             end = self.turn_end
-        elif form.rest is None:
-            end = self.end_ids(form)
+        else:
+            end = self._encode_after(ANSWER_PROBE, form.unwritten)
         tail, before = opened.turn.tail, opened.ids
         if text.startswith(tail):
             text = text.removeprefix(tail)

@@ -26,14 +26,17 @@ import numpy as np
 
 from .aligner import AlignedTokens, TextAligner, TextAlignment, decoded, in_text
 from .altered_text import MaskedStretch
+from .calls import MARKUP, beside, pieces
+from .chat import Speaker
 from .chunks import Side, bounds, synchronized_chunks
 from .token_bytes import TokenTable
-from .turns import ANSWER, CALLS, THOUGHT, Turn, one_of, read_turn
+from .turns import ANSWER, CALLS, THOUGHT, Turn, Unrenderable, one_of, read_turn
 
 
 START, END = "start", "end"
 _MARKUP = 3  # places of the grid
 _SPACE = " \t\r\n"
+_REASON = {THOUGHT: "thought", CALLS: "call"}
 _SAID = {  # once, of what is masked as a whole section
     "thought": "the student writes thoughts, and the teacher's template has no place for one: they are masked, and the teacher does "
     "not read them (masked_bytes/thought counts them). thought_policy='text' lets it read them as the beginning of the answer; "
@@ -68,6 +71,21 @@ class Parsed:
 
     sections: tuple[tuple[str, int, int], ...]
     marks: tuple[tuple[int, int], ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(kind for kind, *_ in self.sections)
+
+    def without_empty_thought(self, written: str) -> "Parsed":
+        """A thought of whitespace alone is markup, which opens what follows."""
+        if (
+            len(self.sections) < 2
+            or self.sections[0][0] != THOUGHT
+            or written[slice(*self.sections[0][1:])].strip(_SPACE)
+        ):
+            return self
+        (begin, _), (_, end), *rest = self.marks
+        return Parsed(self.sections[1:], ((begin, end), *rest))
 
 
 def symbols(ids: np.ndarray, table: TokenTable) -> tuple[str, np.ndarray]:
@@ -209,6 +227,7 @@ def plan(
     markup_policy: str = "bridge",
     thought_policy: str = "mask",
     eos_policy: str = "bridge",
+    calls: Sequence[Unit] | None = None,
 ) -> Plan:
     """
     Sets the sections that `Grammar.parse` found beside the teacher's.
@@ -217,19 +236,11 @@ def plan(
         written: the completion's symbols.
         teacher: how its template writes this turn.
         eos: its EOS token, which ends a turn whose template writes no end.
+        calls: of the calls, from the first one's name to the end of the turn; None where the teacher cannot read them.
     """
-    sections, marks = list(parsed.sections), list(parsed.marks)
-    if len(sections) > 1 and sections[0][0] == THOUGHT and not written[slice(*sections[0][1:])].strip(_SPACE):
-        sections, marks = sections[1:], [(marks[0][0], marks[1][1]), *marks[2:]]  # an empty thought opens what follows
+    sections, marks, kinds = parsed.sections, parsed.marks, list(parsed.kinds)
     steps = {(here, there): literal for here, there, literal in _steps(teacher)}
-    lost: dict[int, str] = {}
-    kinds = [kind for kind, *_ in sections]
-    if CALLS in kinds:
-        lost[kinds.index(CALLS)] = "call"
-    if THOUGHT in kinds:  # the last one may be unfinished
-        goes_on = (THOUGHT, ANSWER) in teacher.forms if ANSWER in kinds else (START, THOUGHT) in steps
-        if not goes_on:
-            lost[kinds.index(THOUGHT)] = "thought"
+    lost = {kinds.index(kind): _REASON[kind] for kind in lost_kinds(parsed.kinds, teacher, calls is None)}
     form = teacher.forms.get(tuple(kind for n, kind in enumerate(kinds) if n not in lost))
     literals = list(form.literals) if form else [steps.get((START, kinds[0]), "") if 0 not in lost else ""]
     if not form and all(n in lost for n in range(len(kinds))):
@@ -239,7 +250,7 @@ def plan(
 
     units: list[Unit] = []
     opening, kept = "", 0
-    for n, ((_, a, b), (begin, end)) in enumerate(zip(sections, marks, strict=False)):
+    for n, ((kind, a, b), (begin, end)) in enumerate(zip(sections, marks, strict=False)):
         reason = lost.get(n)
         if reason == "thought" and thought_policy == "text":
             units += [Unit(begin, end, "", False, "markup"), Unit(a, b, "", True)]
@@ -256,17 +267,27 @@ def plan(
         else:
             why = lost[n - 1] if after_lost else None if markup_policy == "bridge" and literal else "markup"
             units.append(Unit(begin, end, literal, False, why))
-        units.append(Unit(a, b, "", True))
+        units += calls if kind == CALLS and calls is not None else [Unit(a, b, "", True)]
         kept += 1
     if not kept:
         opening = literals[0]
-    if ended:
+    if ended and (calls is None or CALLS not in kinds):
         begin, end = marks[-1]
         last_lost = lost.get(len(sections) - 1)
         bridged = eos_policy == "bridge" and form is not None and not last_lost
         literal = ((form.end or eos) if form else "") if bridged else ""
         units.append(Unit(begin, end, literal, False, last_lost if last_lost else None))
     return Plan(on_tail, opening, tuple(unit for unit in units if unit.shared or unit.teacher or unit.end > unit.start))
+
+
+def lost_kinds(kinds: tuple[str, ...], teacher: Turn, without_calls: bool) -> set[str]:
+    """Those of a student's sections that the teacher's template has no place for."""
+    lost = {CALLS} & {*kinds} if without_calls else set()
+    kept = tuple(kind for kind in kinds if kind not in lost)
+    opens = any(form.sections[0] == THOUGHT for form in teacher.forms.values())
+    if THOUGHT in kept and not (opens if len(kept) == 1 else kept in teacher.forms):  # one alone is unfinished
+        lost = lost | {THOUGHT}
+    return lost
 
 
 def _spaced(literal: str, mark: str) -> str:
@@ -304,11 +325,20 @@ class SectionAligner:
         aligner: of the two tokenizers.
         controls: the strings of the teacher's control tokens.
         eos: the teacher's EOS token.
+        speakers: student and teacher, to read and write calls; without them, calls are masked.
         markup_policy, thought_policy, eos_policy: of `plan`.
     """
 
-    def __init__(self, aligner: TextAligner, controls: Mapping[str, int], eos: str, **policies: str):
+    def __init__(
+        self,
+        aligner: TextAligner,
+        controls: Mapping[str, int],
+        eos: str,
+        speakers: tuple[Speaker, Speaker] | None = None,
+        **policies: str,
+    ):
         self._aligner, self._controls, self._eos, self._policies = aligner, dict(controls), eos, policies
+        self._speakers = speakers
         self._pattern = one_of(self._controls)
         self._grammars: dict[str, Grammar] = {}
         self._said: set[str] = set()
@@ -318,7 +348,7 @@ class SectionAligner:
         if student not in self._grammars:
             self._grammars[student] = Grammar(read_turn(student), self._aligner.student_table)
         written, widths = symbols(np.array(ids, dtype=np.int64), self._aligner.student_table)
-        parsed = self._grammars[student].parse(written, ended)
+        parsed = self._grammars[student].parse(written, ended).without_empty_thought(written)
         is_plain = (
             len(parsed.sections) == 1 and parsed.sections[0][0] == ANSWER and parsed.marks[0][0] == parsed.marks[0][1]
         )
@@ -327,11 +357,12 @@ class SectionAligner:
         return written, widths, parsed
 
     def __call__(
-        self, ids: Sequence[int], ended: bool, found: tuple[str, np.ndarray, Parsed], teacher: str
+        self, ids: Sequence[int], ended: bool, found: tuple[str, np.ndarray, Parsed], student: str, teacher: str
     ) -> Sectioned:
-        """One completion; `found` is what `parse` gave for it, `teacher` its teacher's turn as JSON."""
+        """One completion; `found` is what `parse` gave for it, `student` and `teacher` are both turns as JSON."""
         written, widths, parsed = found
-        planned = plan(parsed, written, ended, read_turn(teacher), self._eos, **self._policies)
+        calls = self._calls(written, parsed, student, read_turn(teacher)) if ended and CALLS in parsed.kinds else None
+        planned = plan(parsed, written, ended, read_turn(teacher), self._eos, calls=calls, **self._policies)
         self._say({unit.reason for unit in planned.units})
         grid = _Grid(planned.units, written, self._aligner)
         teacher_ids, ends, sizes, masked = self._teacher(grid)
@@ -361,6 +392,54 @@ class SectionAligner:
         )
         opening = [i for part in self._fragments(planned.opening) for i in self._literal_ids(part)]
         return Sectioned(alignment, grid.content[stops] - grid.content[starts], planned.on_tail, opening)
+
+    def _calls(self, written: str, parsed: Parsed, student: str, turn: Turn) -> list[Unit] | None:
+        """From the first call's name to the end of the turn; None where one of the templates does not write it so."""
+        if self._speakers is None:
+            return None
+        ours, theirs = self._speakers
+        lost = lost_kinds(parsed.kinds, turn, False)
+        kinds = tuple(kind for kind in parsed.kinds if kind not in lost)
+        start = parsed.sections[-1][1]
+        names = self._aligner.student_table.names
+        text = "".join(_name(run, names) for run in _runs(written[start:]))
+        calls = ours.call_reader and ours.call_reader.read(text)
+        if not calls or kinds not in turn.forms:
+            return None
+        try:
+            sides = [
+                pieces(calls, lambda own, side=side, sections=sections: side.write_calls(sections, own))
+                for side, sections in ((ours, parsed.kinds), (theirs, kinds))
+            ]
+        except Unrenderable:
+            return None
+        if None in sides:
+            return None
+        grammar = self._grammars[student]
+        if grammar.symbols("".join(piece.text for piece in sides[0][1:])) != written[start:]:
+            return None
+        units = []
+        for mine, other, kind in beside(*(side[1:] for side in sides)):
+            size, plain = len(grammar.symbols(mine)), not self._pattern or not self._pattern.search(other)
+            shared = mine == other and plain and all(ord(symbol) < 256 for symbol in grammar.symbols(mine))
+            masked = "markup" if self._policies.get("markup_policy") == "mask" else None
+            reason = masked if kind == MARKUP else "call"
+            units.append(Unit(start, start + size, "" if shared else other, shared, None if shared else reason))
+            start += size
+        return [*units[:-1], *self._ended(units[-1])]
+
+    def _ended(self, last: Unit) -> list[Unit]:
+        """The last unit of a turn, with its stop apart."""
+        controls = list(self._pattern.finditer(last.teacher)) if self._pattern else []
+        if last.shared or not controls or controls[-1].end() != len(last.teacher):
+            return [last]
+        head, stop = last.teacher[: controls[-1].start()], controls[-1][0]
+        bridged = self._policies.get("eos_policy", "bridge") == "bridge"
+        units = [
+            Unit(last.start, last.end - 1, head, False, last.reason),
+            Unit(last.end - 1, last.end, stop if bridged else "", False),
+        ]
+        return [unit for unit in units if unit.teacher or unit.end > unit.start]
 
     def _say(self, reasons: set[str | None]) -> None:
         for reason in sorted(reasons & _SAID.keys() - self._said):

@@ -71,12 +71,14 @@ class Form:
             from the last one's arguments.
         rest: what a finished turn writes after its end; None where it writes no such end itself, and the next turn's header
             is it.
+        unwritten: what of the end a finished turn leaves to that header.
         loose: whether the whitespace around the literal between thought and answer is not known, and is what a student writes.
     """
 
     sections: tuple[str, ...]
     literals: tuple[str, ...]
     rest: str | None = ""
+    unwritten: str = ""
     loose: bool = False
 
     @property
@@ -160,7 +162,7 @@ def find_turn(
     prompt = render(before, open_ended=True)
     pattern = one_of(controls)
     base = _base(render, before, prompt, pattern)
-    written: dict[tuple[str, ...], tuple[str, list[tuple[int, int]], str, str | None]] = {}
+    written: dict[tuple[str, ...], tuple[str, list[tuple[int, int]], str, str | None, str]] = {}
     missing = {}
     for sections in kinds:
         message = probe_message(sections, call)
@@ -172,13 +174,13 @@ def find_turn(
             after = text[places[-1][1] :]
             end = _end(after, _followed(render, [*before, message]), pattern)
             rest = after.removeprefix(end) if after.startswith(end) else None
-            written[sections] = text, places, end, rest
+            written[sections] = text, places, end, rest, "" if rest is not None else end.removeprefix(after)
     stem = clean_stem(prompt, [text[: places[0][0]] for text, places, *_ in written.values()], pattern)
     forms = {}
-    for sections, (text, places, end, rest) in written.items():
+    for sections, (text, places, end, *after) in written.items():
         starts, stops = zip(*places, strict=True)
         between = [text[a:b] for a, b in zip(stops, starts[1:], strict=False)]
-        forms[sections] = Form(sections, (text[stem : starts[0]], *between, end), rest)
+        forms[sections] = Form(sections, (text[stem : starts[0]], *between, end), *after)
     return Turn(prompt[stem:], forms, missing)
 
 

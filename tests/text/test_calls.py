@@ -1,0 +1,148 @@
+"""Calls of tools in one template's writing beside another's, for real templates: TRL's own."""
+
+import itertools
+import random
+import warnings
+
+import pytest
+from test_sections import FOLDER, rendered_text, rollout, side, texts
+
+from trl_ctopd.text.calls import Piece, a_call, beside, pieces
+from trl_ctopd.text.chat import Conversation
+from trl_ctopd.text.turns import CALLS, TOOLS, USER
+
+
+CALL = a_call("get_room", {"count": 2, "floor": "third floor"})  # in an order that sorting keeps
+CALLERS = [
+    "qwen3",
+    "qwen3_5_think",
+    "gptoss",
+    "glm4moe",
+    "lfm2_2_5",
+    "llama3_2",
+    "muse_glimmer",
+    "gemma4_v5",
+    "deepseekv3",
+]
+
+
+def called(*calls, **beside_them):
+    return {"role": "assistant", "content": "", **beside_them, "tool_calls": list(calls)}
+
+
+def conversation(reference=None):
+    return Conversation([USER], reference, TOOLS)
+
+
+def reply(name, message):
+    speaker = side(name)
+    before, ids = speaker.reference(conversation(message))
+    return ids if before == speaker.prompt_ids(conversation()) else None
+
+
+def heard(found, name):
+    return side(name).tokenizer.decode(found.teacher_prompt_ids + found.teacher_ids)
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(FOLDER.glob("*.jinja")) if "_training" not in file.stem])
+def test_what_a_template_writes_for_calls_is_read_again(name):
+    speaker = side(name)
+    if speaker._call_style is None:
+        pytest.skip("this template leaves calls out")
+    for calls in ([CALL], [a_call("now", {})], [a_call("f", {"flag": True, "many": [1, 2], "text": "é, so"})]):
+        text = speaker.write_calls((CALLS,), calls)
+        cut = pieces(calls, lambda own: speaker.write_calls((CALLS,), own))
+        assert "".join(piece.text for piece in cut) == text
+        assert [piece.text for piece in cut if piece.label == (0,)][0] == calls[0]["function"]["name"]
+        read = speaker.call_reader.read(text[len(speaker.call_reader.opening) :])
+        assert [call["function"]["name"] for call in read] == [call["function"]["name"] for call in calls]
+        assert read[0]["function"]["arguments"] == calls[0]["function"]["arguments"]
+
+
+@pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(CALLERS, 2)))
+def test_the_teacher_reads_its_own_templates_writing_of_a_call(student, teacher):
+    ids = reply(student, called(CALL))
+    if ids is None:  # a turn without a thought takes back what the student's prompt has opened
+        pytest.skip("this student's prompt opens a thought, which a call alone has not")
+    found = rollout(student, teacher, ids, tools=TOOLS)
+    assert heard(found, teacher) == rendered_text(teacher, called(CALL), (CALLS,), TOOLS)
+    assert {own.reason for own in found.alignment.masked} <= {"markup"}
+    shared = "".join(ours for ours, theirs in texts(found, student, teacher) if ours == theirs)
+    for atom in ("get_room", "floor", "third floor", "count", "2"):
+        assert atom in shared
+
+
+@pytest.mark.parametrize("teacher", ["qwen3", "glm4moe", "lfm2_2_5"])
+def test_several_calls_are_several_calls(teacher):
+    calls = [CALL, a_call("leave", {"why": "done"})]
+    found = rollout("qwen2_5", teacher, reply("qwen2_5", called(*calls)), tools=TOOLS)
+    assert heard(found, teacher) == rendered_text(teacher, called(*calls), (CALLS,), TOOLS)
+
+
+@pytest.mark.parametrize("teacher", ["gptoss", "glm4moe", "qwen3_5_think"])
+def test_a_thought_and_a_call_each_find_their_own(teacher):
+    message = called(CALL, reasoning_content="A room.")
+    found = rollout("qwen3", teacher, reply("qwen3", message), tools=TOOLS)
+    assert heard(found, teacher) == rendered_text(teacher, message, ("thought", CALLS), TOOLS)
+
+
+def test_what_two_templates_serialise_differently_is_masked():
+    call = a_call("note", {"text": 'say "no"'})
+    found = rollout("qwen2_5", "glm4moe", reply("qwen2_5", called(call)), tools=TOOLS)
+    assert heard(found, "glm4moe").endswith('<arg_value>say "no"</arg_value>\n</tool_call><|observation|>')
+    assert "call" in {own.reason for own in found.alignment.masked}
+    chunks = [ours for ours, _ in texts(found, "qwen2_5", "glm4moe")]
+    assert "note" in "".join(chunks)
+    assert "say" not in "".join(chunks)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        '<tool_call>\n{"name": "get_room", "arguments": {"floor":"third"}}\n</tool_call><|im_end|>',  # not its own spacing
+        '<tool_call>\n{"name": "get_room", "arguments": {"floor": \n</tool_call><|im_end|>',
+        '<tool_call>\n{"name": "get_room", "argum',
+    ],
+)
+def test_a_call_that_is_not_as_the_students_template_writes_it_is_masked(written):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = rollout("qwen2_5", "gptoss", written, tools=TOOLS)
+    assert "call" in {own.reason for own in found.alignment.masked}
+    assert found.num_chunks == 0
+
+
+def test_a_call_whose_teacher_knows_none_is_masked():
+    with pytest.warns(UserWarning, match="calls of tools"):
+        found = rollout("qwen2_5", "gemma3", reply("qwen2_5", called(CALL)), tools=TOOLS, fresh=True)
+    assert {own.reason for own in found.alignment.masked} == {"call"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stretches_beside_each_other_make_up_both_sides(seed):
+    """Against the definition: in order, nothing left out, and the same atom on both sides where it says so."""
+    rng = random.Random(seed)
+    labels = [(0,), (0, 0, 0), (0, 0, 1), (1,)]
+    sides = []
+    for _ in range(2):
+        own = [label for label in labels if rng.random() < 0.8]
+        side = [Piece(rng.choice(["", "<", '", "']))]
+        for label in own:
+            side += [Piece(f"atom{label}", label), Piece(rng.choice(["", "<", '", "']))]
+        sides.append(side)
+    rows = beside(*sides)
+    for column in (0, 1):
+        assert "".join(row[column] for row in rows) == "".join(piece.text for piece in sides[column])
+    common = [piece.text for piece in sides[0] if piece.label in {piece.label for piece in sides[1]} - {None}]
+    assert [row[0] for row in rows if row[2] == "atom"] == common
+    assert all(row[0] == row[1] for row in rows if row[2] == "atom")
+    assert all(("atom" in row[0] + row[1]) == (row[2] == "unlike") for row in rows if row[2] != "atom")
+
+
+def test_keys_that_a_template_sorts_are_masked_where_they_stand_elsewhere():
+    call = a_call("get_room", {"zone": "north", "area": "east"})
+    found = rollout("qwen2_5", "gemma4_v5", reply("qwen2_5", called(call)), tools=TOOLS)
+    assert heard(found, "gemma4_v5").endswith('{area:<|"|>east<|"|>,zone:<|"|>north<|"|>}<tool_call|><|tool_response>')
+    assert "call" in {own.reason for own in found.alignment.masked}
+    chunks = texts(found, "qwen2_5", "gemma4_v5")
+    assert not [ours for ours, theirs in chunks if ("zone" in ours) != ("zone" in theirs)]
