@@ -23,6 +23,7 @@ ORDER = (
     "training",
     "looking",
     "trainer",
+    "preference",
     "cli",
     "align",
 )

@@ -13,12 +13,15 @@ from .text.token_bytes import UnsupportedTokenizerError, token_bytes
 if TYPE_CHECKING:
     from .config import CrossTokenizerGKDConfig
     from .looking.report import DistillationReportCallback
+    from .preference import CrossTokenizerDPOConfig, CrossTokenizerDPOTrainer
     from .text.aligner import TextAligner, TextAlignment, align_text
     from .trainer import CrossTokenizerGKDTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrossTokenizerDPOConfig",
+    "CrossTokenizerDPOTrainer",
     "CrossTokenizerGKDConfig",
     "CrossTokenizerGKDTrainer",
     "DistillationReportCallback",
@@ -30,6 +33,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CrossTokenizerDPOConfig": "preference",
+    "CrossTokenizerDPOTrainer": "preference",
     "CrossTokenizerGKDConfig": "config",
     "CrossTokenizerGKDTrainer": "trainer",
     "DistillationReportCallback": "looking.report",

@@ -1,0 +1,203 @@
+"""Preference pairs across tokenizers (CTPD): DPO by chunks, with the teacher as the reference."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from toys import student_model, student_tokenizer, teacher_model, teacher_tokenizer
+from trl import DPOConfig, DPOTrainer
+
+from trl_ctopd.losses.ctpd import chunk_sums, chunk_weights, columns
+from trl_ctopd.preference import CrossTokenizerDPOConfig, CrossTokenizerDPOTrainer
+from trl_ctopd.rollouts.pairing import Prompt
+
+
+QUIET = {
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 2,
+    "max_steps": 3,
+}
+
+
+def pairs(rows=4):
+    def said(text):
+        return [{"role": "assistant", "content": text}]
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"What is {n} plus {n + 40}?"}],
+                "chosen": said(f"{2 * n + 40} is the sum"),
+                "rejected": said(f"{2 * n + 41} is what"),
+            }
+            for n in range(10, 10 + rows)
+        ]
+    )
+
+
+def build(folder, dataset=None, model=None, teacher=None, teacher_tokens=None, weighers=(None, None), **settings):
+    settings = {**QUIET, **settings}
+    peft_config = settings.pop("peft_config", None)
+    return CrossTokenizerDPOTrainer(
+        model or student_model(),
+        teacher or teacher_model(),
+        CrossTokenizerDPOConfig(str(folder), **settings),
+        pairs() if dataset is None else dataset,
+        positive_teacher=weighers[0],
+        negative_teacher=weighers[1],
+        processing_class=student_tokenizer(),
+        teacher_processing_class=teacher_tokens or teacher_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def losses(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_chunks_weight_is_the_papers_formula():
+    generator = np.random.default_rng(0)
+    positive, negative = generator.normal(size=(2, 40)) * 2
+    for mu in (1.0, -1.0):
+        found = chunk_weights(torch.tensor(positive), torch.tensor(negative), mu, -0.5, 1.5, 1.3)
+        wanted = [1.3 * math.exp(mu * min(max(p - n, -0.5), 1.5)) for p, n in zip(positive, negative, strict=True)]
+        assert found.tolist() == pytest.approx(wanted, abs=1e-12)
+
+
+def test_columns_equal_a_loop_over_chunks_and_leave_out_what_cannot_be_compared():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        chunks = int(torch.randint(1, 6, (), generator=generator))
+        student = torch.randint(-1, chunks, (9,), generator=generator)
+        teacher = torch.randint(-1, chunks, (7,), generator=generator)
+        log_probs = -torch.rand(7, generator=generator, dtype=torch.float64) * 5
+        log_probs[0] = -math.inf
+        weights = torch.rand(chunks, generator=generator, dtype=torch.float64) + 0.2
+        of_tokens, reference = columns(student.tolist(), log_probs, teacher.tolist(), weights)
+        wanted, total = [0.0] * 9, 0.0
+        for chunk in range(chunks):
+            inside = [i for i in range(9) if student[i] == chunk]
+            nats = sum(log_probs[j].item() for j in range(7) if teacher[j] == chunk)
+            if inside and any(teacher == chunk) and math.isfinite(nats):
+                total += weights[chunk].item() * nats
+                for i in inside:
+                    wanted[i] = weights[chunk].item()
+        assert of_tokens == pytest.approx(wanted) and reference == pytest.approx(total)
+
+
+def test_with_one_tokenizer_and_no_weights_it_is_trls_dpo(tmp_path):
+    """Whose reference log-probs are the teacher's."""
+    tokenizer = student_tokenizer()
+    reference = student_model(seed=1)
+    model = student_model()
+    ours = build(
+        tmp_path / "ours", model=copy.deepcopy(model), teacher=copy.deepcopy(reference), teacher_tokens=tokenizer
+    )
+    theirs = DPOTrainer(
+        copy.deepcopy(model),
+        ref_model=reference,
+        args=DPOConfig(str(tmp_path / "theirs"), precompute_ref_log_probs=True, **QUIET),
+        train_dataset=pairs(),
+        processing_class=student_tokenizer(),
+    )
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert ours.train_dataset[column][:] == theirs.train_dataset[column][:]
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-6)
+
+
+def test_a_reference_that_is_the_student_costs_log_two_at_the_first_step(tmp_path):
+    model = student_model()
+    trainer = build(
+        tmp_path, model=copy.deepcopy(model), teacher=model, teacher_tokens=student_tokenizer(), max_steps=1
+    )
+    assert losses(trainer) == pytest.approx([math.log(2)], abs=1e-5)
+
+
+def test_swapping_a_pair_and_the_sign_of_mu_turns_the_margin_round(tmp_path):
+    weighers = teacher_model(), teacher_model()
+    with torch.no_grad():
+        for weight in weighers[0].parameters():
+            weight.mul_(1.1)
+    swapped = pairs().rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    margins = []
+    for dataset, mu in ((pairs(), 1.0), (swapped, -1.0)):
+        trainer = build(tmp_path / str(mu), dataset, weighers=copy.deepcopy(weighers), weight_mu=mu, max_steps=1)
+        trainer.train()
+        margins.append(trainer.state.log_history[0]["rewards/margins"])
+    assert margins[0] == pytest.approx(-margins[1], abs=1e-5) and abs(margins[0]) > 1e-3
+
+
+def test_chunks_get_the_weights_that_the_two_teachers_give_them(tmp_path):
+    weighers = teacher_model(), teacher_model()
+    with torch.no_grad():
+        for weight in weighers[0].parameters():
+            weight.mul_(1.2)
+    trainer = build(tmp_path, weighers=weighers)
+    row = trainer.train_dataset[0]
+    weights = np.array(row["chosen_weights"])
+    assert len(weights) == len(row["chosen_ids"])
+    assert np.exp(-0.5) - 1e-6 <= weights[weights > 0].min() < weights.max() <= np.exp(1.5) + 1e-6
+    [rollout] = trainer._panel.pair(
+        [Prompt(row["prompt_ids"], row["teacher_prompt_ids"], frame=row["frame"])], [row["chosen_ids"]]
+    )
+    chunks = torch.as_tensor(rollout.teacher_chunks)
+    sums = [
+        chunk_sums(
+            own.log_probs([rollout.teacher_prompt_ids], [rollout.teacher_ids])[0].double(), chunks, rollout.num_chunks
+        )
+        for own in trainer._weighers
+    ]
+    wanted = np.exp(np.clip((sums[0] - sums[1]).numpy(), -0.5, 1.5))
+    inside = rollout.student_chunks >= 0
+    assert weights[inside] == pytest.approx(wanted[rollout.student_chunks[inside]], abs=1e-5)
+
+
+def test_it_trains_an_adapter_across_tokenizers_and_the_margin_grows(tmp_path):
+    trainer = build(
+        tmp_path, peft_config=LoraConfig(target_modules="all-linear"), max_steps=8, learning_rate=1e-2, beta=0.5
+    )
+    trainer.train()
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert margins[-1] > margins[0] + 0.1
+
+
+def test_the_teachers_columns_are_computed_once(tmp_path, monkeypatch):
+    folder = tmp_path / "pairs"
+    pairs().save_to_disk(folder)
+    dataset = Dataset.load_from_disk(str(folder))
+    first = build(tmp_path / "run", dataset)
+    monkeypatch.setattr(CrossTokenizerDPOTrainer, "_columns", lambda *_: pytest.fail("the teacher read again"))
+    second = build(tmp_path / "run", dataset)
+    assert second.train_dataset["chosen_weights"][:] == first.train_dataset["chosen_weights"][:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precompute_ref_log_probs": False}, "Leave it True"),
+        ({"loss_type": ["sft"]}, "counts tokens"),
+        ({"weight_low": 2.0}, "is above weight_high"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        CrossTokenizerDPOConfig(str(tmp_path), **QUIET, **settings)
+
+
+def test_one_weighing_teacher_alone_and_a_row_that_is_too_long_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="both, or none"):
+        build(tmp_path, weighers=(teacher_model(), None))
+    with pytest.raises(ValueError, match="max_length is 10"):
+        build(tmp_path, max_length=10)

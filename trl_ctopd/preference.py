@@ -1,0 +1,381 @@
+"""`CrossTokenizerDPOTrainer`: preference pairs, a student, and a teacher with another tokenizer as DPO's reference."""
+
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+from trl.data_utils import extract_prompt
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import get_config_model_id
+
+from .config import CrossTokenizerGKDConfig
+from .losses.ctpd import chunk_sums, chunk_weights, columns
+from .models.heads import base_model
+from .models.loading import check_vocabulary, load_tokenizer
+from .rollouts.pairing import Prompt, Rollout
+from .rollouts.prompts import COLUMNS, render_row
+from .teachers.local import LocalTeacher, load_teacher
+from .teachers.panel import Awaited, Panel
+from .text.chat import Speaker
+
+
+_SIDES = ("chosen", "rejected")
+_LOSSES_OF_TOKENS = {"sft", "sigmoid_norm", "ipo"}
+
+
+@dataclass
+class CrossTokenizerDPOConfig(DPOConfig):
+    r"""
+    Configuration of [`CrossTokenizerDPOTrainer`]: only what is new or has another default than in [`~trl.DPOConfig`].
+
+    The teacher's settings are those of [`CrossTokenizerGKDConfig`], by the same names.
+    """
+
+    _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + [
+        "chat_template_kwargs",
+        "teacher_chat_template_kwargs",
+        "teacher_model_init_kwargs",
+    ]
+
+    # Other defaults
+    precompute_ref_log_probs: bool = field(
+        default=True,
+        metadata={
+            "help": "The teacher's columns are computed once, before training, and kept in the cache: always True."
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt plus completion in student tokens. A longer row is an error: a completion that is cut has no "
+            "reference."
+        },
+    )
+
+    # The weights
+    weight_mu: float = field(
+        default=1.0, metadata={"help": "Sharpness of the chunks' weights: mu in chosen, -mu in rejected completions."}
+    )
+    weight_low: float = field(default=-0.5, metadata={"help": "Lower bound of a chunk's log-ratio, in nats."})
+    weight_high: float = field(default=1.5, metadata={"help": "Upper bound of a chunk's log-ratio, in nats."})
+    weight_scale: float = field(default=1.0, metadata={"help": "Factor of all weights (k in the paper)."})
+
+    # The two conversations
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Variables for the student's chat template. A row's own column wins."}
+    )
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Variables for the teacher's chat template. None: the student's."}
+    )
+    eos_policy: str = field(
+        default="bridge", metadata={"help": "The end of a turn: bridge (one chunk) or mask (takes no part)."}
+    )
+
+    # The teacher
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of `from_pretrained` for teachers given by name."}
+    )
+    teacher_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions in one teacher forward pass. None: two for each pair of a batch."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs=False: the reference is the teacher, whose columns are computed once. Leave it True."
+            )
+        if unfit := sorted(
+            _LOSSES_OF_TOKENS & {*([self.loss_type] if isinstance(self.loss_type, str) else self.loss_type)}
+        ):
+            raise ValueError(
+                f"loss_type {', '.join(unfit)} counts tokens, and chunks have weights: choose another, such as 'sigmoid'."
+            )
+        for name in ("ld_alpha", "use_weighting"):
+            if getattr(self, name):
+                raise ValueError(f"{name} weighs tokens, and so do the chunks: leave it at its default.")
+        if self.weight_low > self.weight_high:
+            raise ValueError(f"weight_low={self.weight_low} is above weight_high={self.weight_high}.")
+
+
+class CrossTokenizerDPOTrainer(DPOTrainer):
+    """
+    CTPD (arXiv 2601.11865): DPO whose reference is a teacher with another tokenizer and chat template, chunk by chunk.
+
+    Rows have `prompt`, `chosen` and `rejected`, as TRL's `DPOTrainer` takes them. Both completions are cut into the chunks that
+    both tokenizers share; the teacher's log-prob of a chunk stands in the place of the reference's. With two further teachers,
+    one that has learned the preference and one that has learned the opposite, a chunk counts by how far these two part.
+
+    Overrides of `DPOTrainer`: `_prepare_dataset` (two conversations), `_precompute_ref_logps` (the teacher's columns) and
+    `_compute_loss` (a weight a token). All else is inherited.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): the student.
+        teacher_model (`str` or `PreTrainedModel`): the reference: in the paper a teacher after SFT.
+        args ([`CrossTokenizerDPOConfig`], *optional*): the settings.
+        positive_teacher, negative_teacher (`str` or `PreTrainedModel`, *optional*): T⁺ and T⁻, with the tokenizer of
+            `teacher_model`; both or none. Without them every chunk counts alike, times `weight_scale`.
+        processing_class, teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the two tokenizers.
+        kwargs: as in `DPOTrainer`; `ref_model` is taken by the teacher.
+    """
+
+    _tag_names = ["trl", "ctopd", "preference-distillation"]
+    _name = "CTPD"
+    _paper = {
+        "title": "CTPD: Cross Tokenizer Preference Distillation",
+        "id": "2601.11865",
+        "citation": textwrap.dedent("""\
+            @article{arxiv260111865,
+                title   = {{CTPD: Cross Tokenizer Preference Distillation}},
+                author  = {Truong Nguyen and Phi Van Dat and Ngan Nguyen and Linh Ngo Van and Trung Le and Thanh Hong Nguyen},
+                year    = 2026,
+                journal = {arXiv preprint arXiv:2601.11865},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model,
+        teacher_model: str | PreTrainedModel,
+        args: CrossTokenizerDPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        *,
+        positive_teacher: str | PreTrainedModel | None = None,
+        negative_teacher: str | PreTrainedModel | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs,
+    ):
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = CrossTokenizerDPOConfig(f"{os.path.basename(model_id)}-ctpd") if args is None else args
+        if not isinstance(args, CrossTokenizerDPOConfig):
+            raise TypeError(f"`args` must be a CrossTokenizerDPOConfig, got {type(args).__name__}.")
+        if (positive_teacher is None) != (negative_teacher is None):
+            raise ValueError("A chunk's weight needs both positive_teacher and negative_teacher: pass both, or none.")
+        if kwargs.get("ref_model") is not None:
+            raise ValueError("`ref_model` is taken by the teacher: leave it out.")
+        if isinstance(train_dataset, IterableDataset):
+            raise ValueError("The teacher's columns are computed once: pass a map-style Dataset, not a stream.")
+        revision = (args.model_init_kwargs or {}).get("revision")
+        processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code)
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+        self._panel = Panel(teacher_model, teacher_processing_class, _teacher_settings(args))
+        self._weighing = (positive_teacher, negative_teacher) if positive_teacher is not None else ()
+        self._weighers: list[LocalTeacher] = []
+        self._side = Speaker(processing_class, args.chat_template_kwargs)
+        self._teachers_sit = False
+        super().__init__(
+            model,
+            args=args,
+            data_collator=_Collator(
+                pad_token_id=processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
+            ),
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+
+    # Data
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """Renders and tokenizes every pair for both models, once."""
+        if "teacher_prompt_ids" in dataset.column_names:
+            return dataset
+        rows = dataset if "prompt" in dataset.column_names else dataset.map(extract_prompt)
+        rendered = rows.map(
+            _render_pair,
+            with_indices=True,
+            fn_kwargs={"student": self._side, "teachers": self._panel.sides, "dataset_name": dataset_name},
+            remove_columns=rows.column_names,
+            num_proc=args.dataset_num_proc,
+            desc=f"Rendering {dataset_name} pairs for both models",
+        )
+        if args.max_length is not None:
+            for index, row in enumerate(rendered):
+                length = len(row["prompt_ids"]) + max(len(row[f"{side}_ids"]) for side in _SIDES)
+                if length > args.max_length:
+                    raise ValueError(
+                        f"Row {index} of the {dataset_name} dataset has {length} student tokens, and max_length is "
+                        f"{args.max_length}. Filter such rows out, or raise max_length."
+                    )
+        return rendered
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*self._signature_columns, "chosen_weights", "rejected_weights"]
+
+    # The teacher's columns
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """`dataset` with `ref_*_logps`, one number a completion, and `*_weights`, one a student token; from the cache where it
+        has them. Each process reads a share of the rows."""
+        if set(dataset.column_names) >= {"ref_chosen_logps", "chosen_weights"}:
+            return dataset
+        self._seat_teachers()
+        fingerprint = [Hasher.hash((dataset._fingerprint, self._fingerprint()))]
+        broadcast_object_list(fingerprint, from_process=0)
+        file = dataset._get_cache_file_path(fingerprint[0])
+        if not os.path.exists(file):
+            process, processes = self.accelerator.process_index, self.accelerator.num_processes
+            share = -(-len(dataset) // processes)  # the same number everywhere, so that sharded teachers run alike
+            rows = [(start * processes + process) % len(dataset) for start in range(share)]
+            found = []
+            for start in range(0, share, batch_size):
+                chosen = rows[start : start + batch_size]
+                found += zip(chosen, self._columns([dataset[row] for row in chosen]), strict=True)
+            found = dict(gather_object(found))
+            if self.accelerator.is_main_process:
+                own = Dataset.from_list([found[row] for row in range(len(dataset))])
+                own.map(
+                    lambda row: row, new_fingerprint=fingerprint[0], cache_file_name=file, load_from_cache_file=False
+                )
+            self.accelerator.wait_for_everyone()
+        return concatenate_datasets([dataset, Dataset.from_file(file)], axis=1)
+
+    def _seat_teachers(self) -> None:
+        if self._teachers_sit:
+            return
+        stop_ids = self._side.stop_ids(base_model(self.model).generation_config)
+        self._panel.sit(self.accelerator, self._side, stop_ids)
+        args, seat = self.args, self._panel.only
+        for model in self._weighing:
+            if isinstance(model, str):
+                distributed = self.accelerator.num_processes > 1
+                model = load_teacher(model, args.teacher_model_init_kwargs, args.trust_remote_code, distributed)
+            check_vocabulary("teacher", model, seat.tokenizer)
+            rows = args.teacher_batch_size or 2 * args.per_device_train_batch_size
+            self._weighers.append(LocalTeacher(model, self.accelerator, batch_size=rows))
+        self._teachers_sit = True
+
+    def _fingerprint(self) -> tuple:
+        """Of whatever the columns depend on beside the rendered rows."""
+        args, seat = self.args, self._panel.only
+        models = [] if seat.remote else [seat.teacher.base_model]
+        models += [teacher.base_model for teacher in self._weighers]
+        weights = [
+            Hasher.hash([(key, value.float().sum().item()) for key, value in m.state_dict().items()]) for m in models
+        ]
+        knobs = [args.weight_mu, args.weight_low, args.weight_high, args.weight_scale, args.eos_policy]
+        return seat.name, weights, knobs, self.processing_class.get_vocab(), seat.tokenizer.get_vocab()
+
+    def _columns(self, pairs: Sequence[dict]) -> list[dict]:
+        prompts = [_prompt(pair) for pair in pairs for _ in _SIDES]
+        completions = [pair[f"{side}_ids"] for pair in pairs for side in _SIDES]
+        rollouts = self._panel.pair(prompts, completions)
+        readings = self._panel.read(rollouts, with_hidden=False)
+        scores = [readings.log_probs([row], len(rollout.teacher_ids)) for row, rollout in enumerate(rollouts)]
+        scores = [(own.log_probs if isinstance(own, Awaited) else own)[0].cpu() for own in scores]
+        weights = self._weights(rollouts)
+        found = [
+            columns(rollout.student_chunks, own, rollout.teacher_chunks, weight)
+            for rollout, own, weight in zip(rollouts, scores, weights, strict=True)
+        ]
+        return [
+            {
+                "ref_chosen_logps": chosen[1],
+                "ref_rejected_logps": rejected[1],
+                "chosen_weights": chosen[0],
+                "rejected_weights": rejected[0],
+            }
+            for chosen, rejected in zip(found[::2], found[1::2], strict=True)
+        ]
+
+    def _weights(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+        """(C,) of each rollout; those of chosen and rejected completions take turns."""
+        args = self.args
+        if not self._weighers:
+            return [torch.full((rollout.num_chunks,), args.weight_scale) for rollout in rollouts]
+        texts = [r.teacher_prompt_ids for r in rollouts], [r.teacher_ids for r in rollouts]
+        positive, negative = (teacher.log_probs(*texts) for teacher in self._weighers)
+        weights = []
+        for row, rollout in enumerate(rollouts):
+            sums = (
+                chunk_sums(own[row].double().cpu(), torch.as_tensor(rollout.teacher_chunks), rollout.num_chunks)
+                for own in (positive, negative)
+            )
+            mu = args.weight_mu if row % 2 == 0 else -args.weight_mu
+            weights.append(chunk_weights(*sums, mu, args.weight_low, args.weight_high, args.weight_scale))
+        return weights
+
+    # Loss
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        weights = inputs.pop("completion_weights")
+        return super()._compute_loss(_Weighted(model, weights[:, 1:]), inputs, return_outputs)
+
+
+class _Weighted:
+    """A student whose log-probs (B, L) come times `weights` (B, L); virtual tokens of an adapter stand before them."""
+
+    def __init__(self, model, weights: torch.Tensor):
+        self._model, self._weights = model, weights
+
+    def __call__(self, **inputs):
+        outputs = self._model(**inputs)
+        if inputs.get("fused_lm_head"):
+            own = outputs.log_probs[:, -self._weights.shape[1] :]
+            outputs.log_probs = own * self._weights.to(own.dtype)
+        return outputs
+
+
+class _Collator(DataCollatorForPreference):
+    """TRL's, and `completion_weights` (2B, L), 0 on prompts and padding."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        if "chosen_weights" in examples[0]:
+            weights = torch.zeros(batch["input_ids"].shape)
+            for place, row in enumerate(example[f"{side}_weights"] for side in _SIDES for example in examples):
+                start = len(examples[place % len(examples)]["prompt_ids"])
+                weights[place, start : start + len(row)] = torch.tensor(row)
+            batch["completion_weights"] = weights
+        return batch
+
+
+def _render_pair(example: dict, index: int, student: Speaker, teachers: dict[str, Speaker], dataset_name: str) -> dict:
+    """`prompt_ids`, `chosen_ids`, `rejected_ids` of the student, and what pairing needs of the teacher's prompt."""
+    beside = {name: example[name] for name in ("tools", "chat_template_kwargs") if example.get(name) is not None}
+    found = {}
+    for side in _SIDES:
+        row = {"prompt": example["prompt"], "completion": example[side], **beside}
+        found[side] = Prompt(
+            *(
+                render_row(row, index, student, teachers, None, True, f"{dataset_name} ({side})")[column]
+                for column in COLUMNS
+            )
+        )
+    before = [prompt.before_reference().student_ids for prompt in found.values()]
+    if before[0] != before[1]:
+        raise ValueError(
+            f"Row {index} of the {dataset_name} dataset: the student's template writes another prompt before the chosen answer than "
+            "before the rejected one, and a pair has one prompt. Give both the same kind of answer."
+        )
+    return {
+        "prompt_ids": before[0],
+        **{f"{side}_ids": prompt.reference_ids for side, prompt in found.items()},
+        "teacher_prompt_ids": found["chosen"].teacher_ids,
+        "frame": found["chosen"].frame,
+    }
+
+
+def _prompt(pair: dict) -> Prompt:
+    return Prompt(pair["prompt_ids"], pair["teacher_prompt_ids"], frame=pair["frame"])
+
+
+def _teacher_settings(args: CrossTokenizerDPOConfig) -> SimpleNamespace:
+    """What a [`Panel`] reads of a `CrossTokenizerGKDConfig`: the same fields, by default where this trainer has none."""
+    found = {}
+    for setting in fields(CrossTokenizerGKDConfig):
+        default = setting.default if setting.default is not MISSING else None
+        found[setting.name] = getattr(args, setting.name, default)
+    return SimpleNamespace(**{**found, "temperature": 1.0, "num_generations": len(_SIDES)})
