@@ -22,8 +22,8 @@ from .looking.report import DistillationReportCallback
 from .looking.run_card import RunCard
 from .looking.samples import Samples
 from .losses import Metrics, ScoredChunks
-from .models.heads import base_model, check_head
-from .models.loading import check_saves, ensure_pad_token, load_tokenizer
+from .models.heads import base_model
+from .models.loading import ensure_pad_token, load_tokenizer
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
@@ -37,10 +37,8 @@ from .text.vocabulary import VocabularyPair
 from .training import checkpoints
 from .training.checks import (
     check_arguments,
-    check_same_data,
-    check_signal,
-    check_strategy,
-    check_trainable,
+    check_losses,
+    check_run,
     checked,
     context_length,
     losses_by_text,
@@ -140,10 +138,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        check_strategy(args, self.accelerator)
-        check_same_data(self.accelerator, self.train_dataset, self.eval_dataset)
-        check_trainable(self.model)
-        check_saves(self.model, processing_class, args.output_dir if args.should_save else None)
+        check_run(args, self.accelerator, self.model, processing_class, self.train_dataset, self.eval_dataset)
         finite.accelerator = self.accelerator
         keep_scores_in_float32(self.accelerator)
         # Trainer counts a step's tokens only for models that take loss kwargs; the loss here always needs the count
@@ -156,7 +151,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             args, self.accelerator, self.student_side, self.panel, write, self._reads_distributions
         )
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary)
-        self._finish_losses()
+        losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
+        check_losses(losses, self.model, self.panel, lambda: self.vocabulary)
         # What GKDTrainer's own methods and callers read
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         set_seed(args.seed, device_specific=True)
@@ -169,16 +165,6 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         """`GKDTrainer.__init__` refuses two vocabularies, and what else it sets up is replaced here; so its own parent,
         `SFTTrainer`, is built instead."""
         super(GKDTrainer, self).__init__(model, **kwargs)
-
-    def _finish_losses(self):
-        """What the losses read of the two vocabularies, built before any training time is spent."""
-        losses = [self.distillation_loss, *([self.off_policy_loss] if self.args.lmbda < 1 else [])]
-        for loss in losses:
-            check_signal(loss, self.panel.signals)
-            for structure in getattr(loss, "structures", ()):
-                getattr(self.vocabulary, structure)
-        check_head("student", base_model(self.model))
-        self.panel.check_heads()
 
     # The two conversations
 

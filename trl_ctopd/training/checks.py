@@ -10,15 +10,18 @@ from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
-from ..models.loading import adapter_base, load_model
+from ..models.heads import base_model, check_head
+from ..models.loading import adapter_base, check_saves, load_model
 from ..redact import redact
 from ..rollouts.generation import check_prompt_learning
+from ..teachers.panel import Panel
 from ..teachers.servers import is_url, is_url_without_scheme
+from ..text.vocabulary import VocabularyPair
 from .identity import dataset_digest
 
 
@@ -103,6 +106,21 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
                 f"rollout_reuse={args.rollout_reuse} repeats the prompts of an optimizer step, {window} of them, and the "
                 f"train dataset has {'no length' if rows is None else rows}: set it to 1, or give it a dataset with as many."
             )
+
+
+def check_run(
+    args: CrossTokenizerGKDConfig,
+    accelerator,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Dataset | IterableDataset,
+    eval_dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None,
+):
+    """Raises `ValueError` for what is known to fail once the run's processes, its student and its data are there."""
+    check_strategy(args, accelerator)
+    check_same_data(accelerator, train_dataset, eval_dataset)
+    check_trainable(model)
+    check_saves(model, tokenizer, args.output_dir if args.should_save else None)
 
 
 def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
@@ -283,6 +301,19 @@ def check_signal(loss: Callable, signals: Sequence[str]):
             f"{loss_name(loss)} needs the teacher's {wanted}, and a teacher behind a server, or one of several, gives "
             f"{', '.join(signals)} only. Choose one of {', '.join(able)}, or a single teacher in this process."
         )
+
+
+def check_losses(losses: Sequence[Callable], model: nn.Module, panel: Panel, vocabulary: Callable[[], VocabularyPair]):
+    """
+    Builds what `losses` read of the two vocabularies, before any training time is spent. Raises `ValueError` where a teacher
+    does not give what they need, or an LM head cannot be read apart from its model.
+    """
+    for loss in losses:
+        check_signal(loss, panel.signals)
+        for structure in getattr(loss, "structures", ()):
+            getattr(vocabulary(), structure)
+    check_head("student", base_model(model))
+    panel.check_heads()
 
 
 def context_length(model, args: CrossTokenizerGKDConfig) -> int | None:
