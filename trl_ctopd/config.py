@@ -117,7 +117,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     advantage_clip: float | None = field(
         default=10.0,
         metadata={
-            "help": "Bound in nats on each token's advantage in dpca and strict_sampled; lower is steadier and slower. "
+            "help": "Bound in nats on each token's advantage in dpca, reverse_kl and strict_sampled; lower is steadier and slower. "
             "None: no bound."
         },
     )

@@ -54,6 +54,7 @@ class Vocabularies:
     student: Vocabulary
     teacher: Vocabulary
     encode: Callable[[str], list[int]]
+    going_on: Callable[[int], set[int]] = lambda w: set()  # the student ids with which a teacher's token is no end
 
     @functools.cached_property
     def bridged(self) -> bool:
@@ -363,11 +364,12 @@ def uld(row: Row, pair: Vocabularies, uld_pairing: str = "position") -> Tensor:
 class ByteRow:
     """A student token and what the teacher expects where it starts.
 
-    `written`: what of the teacher's token the student has written already; `expected`: the teacher ids that go on from
-    there, with their probabilities.
+    `written`: what of the teacher's token, at position j, the student has written already; `expected`: the teacher ids that
+    go on from there, with their probabilities.
     """
 
     i: int
+    j: int
     written: bytes
     expected: dict[int, float]
 
@@ -393,9 +395,9 @@ def byte_rows(row: Row, pair: Vocabularies, mask_whitespace: bool) -> list[ByteR
             if written:
                 going_on = [w for w in pair.teacher.beginning[written] if pair.teacher.texts[w] != written]
                 total = math.fsum(q[w] for w in going_on)
-                rows.append(ByteRow(i, written, {w: q[w] / total for w in going_on}))
+                rows.append(ByteRow(i, j, written, {w: q[w] / total for w in going_on}))
             else:
-                rows.append(ByteRow(i, written, dict(enumerate(q))))
+                rows.append(ByteRow(i, j, written, dict(enumerate(q))))
     return rows
 
 
@@ -435,6 +437,130 @@ def escd(row: Row, pair: Vocabularies, mask_whitespace: bool = True) -> Tensor:
             if completing:
                 total = total - mass * p[completing].sum().clamp(min=1e-12).log()
     return total
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Log-prob of what was chosen; what is exact of it; and log t - log p of it, as it is and within bounds."""
+
+    log_p: Tensor
+    exact: Tensor
+    sharp: float
+    guess: float
+
+
+def decided(p: Tensor, t: Tensor, chosen: int, log_p: Tensor, bound: float) -> Decision:
+    """Between outcomes of probabilities p and t, NaN where it is not known; `log_p` of the chosen one."""
+    sharp = t.log().clamp(min=-80) - p.detach().log().clamp(min=-80)
+    sharp[t.isnan() | (p.detach() == 0)] = 0
+    guess = sharp.clamp(-bound, bound)
+    own = chosen if t[chosen] != 0 else None
+    return Decision(log_p, (p * guess).sum(), (guess if own is None else sharp)[chosen].item(), guess[chosen].item())
+
+
+def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0, top_k: int | None = None) -> Tensor:
+    bound = math.inf if advantage_clip is None else advantage_clip
+    standing = {found.i: found for found in byte_rows(row, pair, False)}
+    chunks = row.scorable()
+    closing = [row.log_p.new_zeros(()) for _ in chunks]  # log-prob of leaving the chunk's last token as it is
+    opening = [row.log_p.new_zeros(()) for _ in chunks]  # the same of the chunk before
+    decisions: list[list[Decision]] = [[] for _ in chunks]
+    ends: dict[int, Decision] = {}
+
+    def known(j: int) -> tuple[dict[int, float], float | None]:
+        q = row.log_q[j].exp()
+        if top_k is None:
+            return dict(enumerate(q.tolist())), None
+        kept = top(q, top_k)
+        return {w: q[w].item() for w in kept}, max(0.0, 1 - q[kept].sum().item())
+
+    def leaving(j: int, head: int) -> tuple[float, float]:
+        q, rest = known(j)
+        text = pair.teacher.texts.get(head)
+        own = sum(q.get(w, 0.0) for w in (pair.teacher.ids[text] if text else [head]))
+        longer = (
+            sum(q.get(w, 0.0) for w in pair.teacher.beginning.get(text, []) if pair.teacher.texts[w] != text)
+            if text
+            else 0.0
+        )
+        if rest is not None:
+            if own == 0 and longer == 0:
+                return math.nan, math.nan
+            own, longer = own or rest, longer or rest
+        return own / (own + longer), longer / (own + longer)
+
+    last = {chunk.student[-1]: n for n, chunk in enumerate(chunks)}
+    for n, chunk in enumerate(chunks):
+        for place, i in enumerate(chunk.student):
+            here, p = standing.get(i), row.log_p[i].exp()
+            v, everything = row.student_ids[i], set(range(len(pair.student.rows)))
+            ended = last.get(i - 1) if place == 0 else None
+            head = None
+            if ended is not None:
+                head = row.teacher_ids[chunks[ended].teacher[-1]]
+            elif place and here is not None and here.written:
+                head = pair.teacher.ids.get(here.written, [None])[0]
+            on = set() if head is None else pair.going_on(head)
+            if not on or (v in on) == (ended is not None):
+                head, ended, on = None, None, set()
+            among = everything
+            if head is not None:
+                opened = p[sorted(on)].sum()
+                closed = p[sorted(everything - on)].sum()
+                among = on if ended is None else everything - on
+                j = here.j if ended is None else chunks[ended].teacher[-1]
+                before = standing.get(i - 1)
+                readable = (
+                    on
+                    and before is not None
+                    and i - 1 in chunks[n if ended is None else ended].student
+                    and before.j == j
+                )
+                t = leaving(j, head) if readable else (math.nan, math.nan)
+                score = opened.log() if ended is None else closed.log()
+                left = decided(torch.stack([closed, opened]), closed.new_tensor(t), int(ended is None), score, bound)
+                if ended is None:
+                    decisions[n].append(left)
+                else:
+                    ends[ended] = left
+                    opening[n] = closing[ended] = score
+            given = row.log_p[i, sorted(among)].logsumexp(0) if len(among) < len(everything) else p.sum().log() * 0
+            chosen_among = torch.zeros_like(p, dtype=torch.bool)
+            chosen_among[sorted(among)] = True
+            conditional = (row.log_p[i] - given).exp() * chosen_among
+            ours = masses(conditional, pair.student_outcome, pair.outcomes)
+            theirs = torch.full_like(ours, torch.nan).detach()
+            if here is not None:
+                theirs, rest = told(row, pair, here, *known(here.j))
+                if rest is not None:  # one outcome: what each of its parts has is its share of the whole
+                    untold = theirs == 0
+                    theirs = torch.where(untold, rest * (ours / ours[untold].sum()).detach(), theirs)
+            chosen = pair.outcomes.index(pair.student_outcome[v])
+            decisions[n].append(decided(ours, theirs, chosen, row.log_p[i, v] - given, bound))
+
+    total = row.log_p.new_zeros(())
+    for n, chunk in enumerate(chunks):
+        gap = row.teacher_budget(chunk) - row.student_budget(chunk) + opening[n] - closing[n]
+        rest = gap.item()
+        for decision in decisions[n] + ([ends[n]] if n in ends else []):
+            rest -= decision.sharp
+            correction = max(-bound, min(bound, rest))
+            total = total - decision.exact - correction * (decision.log_p - decision.log_p.detach()).exp()
+    return total
+
+
+def told(
+    row: Row, pair: Vocabularies, here: ByteRow, q: dict[int, float], rest: float | None
+) -> tuple[Tensor, float | None]:
+    """The teacher's probabilities of the student's outcomes, and of what is not known of it."""
+    size = len(here.written)
+    fitting = here.expected if rest is None else {w: q[w] for w in here.expected if w in q}
+    mass = sum(fitting.values()) + (rest or 0.0)
+    found = dict.fromkeys(pair.outcomes, 0.0)
+    for w, share in fitting.items():
+        outcome = pair.phi(pair.teacher.texts[w][size:]) if size else pair.teacher_outcome[w]
+        found[outcome] += share / mass
+    return row.log_q.new_tensor([*found.values()]), None if rest is None else rest / mass
 
 
 def sinkhorn_cost(x: Tensor, y: Tensor, epsilon: float, iterations: int) -> Tensor:

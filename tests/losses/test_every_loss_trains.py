@@ -32,6 +32,7 @@ STEPS, ROWS, HELD_OUT = 20, 64, 200
 DEMO, PIECES = "the demo's student", "a student of pieces"
 CASES = {
     "dpca": (DEMO, {}),
+    "reverse_kl": (DEMO, {}),
     "strict_sampled": (DEMO, {}),
     "strict_topk": (PIECES, {}),
     "simct": (DEMO, {}),

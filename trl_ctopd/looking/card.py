@@ -46,6 +46,12 @@ PAPERS = {
         "Niu, Yifan and Xiao, Han and Liu, Dongyi and Wang, Zelong and Gong, Dihong and Wang, Yasheng and Li, Jia",
         "2606.09456",
     ),
+    "reverse_kl": Paper(  # whose reverse KL it is, told across tokenizers
+        "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+        "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and Ramos, Sabela and Geist, Matthieu and "
+        "Bachem, Olivier",
+        "2306.13649",
+    ),
     "alm": Paper(
         "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching",
         "Minixhofer, Benjamin and Vuli{\\'c}, Ivan and Ponti, Edoardo Maria",
@@ -120,7 +126,7 @@ SETTINGS_IF_CHANGED = (
 )
 PICTURE = "learning_curve.png"
 OURS = re.compile(
-    r"(gap|student|teacher|alignment|masked_bytes|advantage|ratio|completions|loss|gold|escd|xtoken|cdm)/.+|entropy|loss"
+    r"(gap|student|teacher|alignment|masked_bytes|advantage|ratio|completions|loss|closing|reverse_kl|gold|escd|xtoken|cdm)/.+|entropy|loss"
 )
 METRICS = {
     "loss": "what was minimised",

@@ -12,6 +12,7 @@ from .dpca import DPCA
 from .escd import ESCD
 from .gold import GOLD
 from .multi_level_ot import MultiLevelOT
+from .reverse_kl import ReverseKL
 from .sft import SFT
 from .simct import SimCT
 from .strict_sampled import StrictSampled
@@ -22,6 +23,7 @@ from .xtoken import XToken
 
 LOSSES: dict[str, type[Loss]] = {
     "dpca": DPCA,
+    "reverse_kl": ReverseKL,
     "strict_sampled": StrictSampled,
     "strict_topk": StrictTopK,
     "simct": SimCT,

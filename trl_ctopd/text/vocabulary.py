@@ -29,6 +29,8 @@ import numpy as np
 import torch
 
 from .aligner import encode_as_text
+from .continuations import Continuations
+from .one_tokenizer import is_one_tokenizer
 from .token_bytes import token_bytes
 
 
@@ -101,6 +103,9 @@ class Prefixes(_Structure):
         outcome (E,): the longest student token that `w[k:]` begins with.
         place (V_T,): each teacher token's place in the order of their bytes; tokens without text come last.
         low, high (E,): the places `low:high` are those of the teacher tokens that go on after `w[:k]`.
+        head (E,): the least teacher token that spells `w[:k]`, -1 for none.
+        longer_low, longer_high (V_T,): the places of the teacher tokens that begin with all of a token and go on.
+        alike (V_T, M): the teacher tokens that spell what a token does, itself among them, -1 where there are fewer.
         order (W_S,): the student's text tokens in the order of their bytes.
         completing_low, completing_high (E,): the slice of `order` whose tokens begin with `w[k:]`.
     """
@@ -116,6 +121,10 @@ class Prefixes(_Structure):
     order: torch.Tensor
     completing_low: torch.Tensor
     completing_high: torch.Tensor
+    head: torch.Tensor
+    longer_low: torch.Tensor
+    longer_high: torch.Tensor
+    alike: torch.Tensor
 
     def going_on(self, teacher_ids: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
         """(n, V_T) True for the teacher tokens that the n positions leave possible, of whose token `teacher_ids` (n,)
@@ -124,6 +133,11 @@ class Prefixes(_Structure):
         first = written == 0
         low = self.low[entry].masked_fill(first, 0)[:, None]
         high = self.high[entry].masked_fill(first, len(self.place))[:, None]
+        return (self.place >= low) & (self.place < high)
+
+    def longer(self, teacher_ids: torch.Tensor) -> torch.Tensor:
+        """(n, V_T) True for the teacher tokens that begin with all of `teacher_ids` (n,) and go on."""
+        low, high = self.longer_low[teacher_ids][:, None], self.longer_high[teacher_ids][:, None]
         return (self.place >= low) & (self.place < high)
 
     def entries(self, written: torch.Tensor) -> torch.Tensor:
@@ -223,6 +237,16 @@ class VocabularyPair:
     def spellings(self) -> Spellings:
         (student, student_length), (teacher, teacher_length) = _spelled(self._student), _spelled(self._teacher)
         return Spellings(student, teacher, student_length, teacher_length).to(self._device)
+
+    @cached_property
+    def continuations(self) -> Continuations:
+        """With which student tokens a teacher's token would go on."""
+        return Continuations(*self._tokenizers, self._student.stops)
+
+    @cached_property
+    def is_one_tokenizer(self) -> bool:
+        """Whether the teacher reads the student's very tokens, so that none of them goes on with another."""
+        return is_one_tokenizer(*self._tokenizers)
 
     @cached_property
     def student_widths(self) -> torch.Tensor:
@@ -341,6 +365,15 @@ def _prefixes(student: _Side, teacher: _Side) -> Prefixes:
     completing_low = np.array([bisect_left(texts, tail) for tail in rest])[after]
     completing_high = np.array([_end_of_prefix(texts, tail) for tail in rest])[after]
     start = list(accumulate(lengths, initial=0))[:-1]
+    heads = np.array([teacher.by_bytes.get(head, [-1])[0] for head in written])[before]
+    longer = [
+        (bisect_right(teacher_texts, row), _end_of_prefix(teacher_texts, row)) if row else (0, 0)
+        for row in teacher.rows
+    ]
+    alike = np.full((len(teacher.rows), max(map(len, teacher.by_bytes.values()), default=1)), -1)
+    alike[:, 0] = np.arange(len(teacher.rows))
+    for ids in teacher.by_bytes.values():
+        alike[ids, : len(ids)] = ids
 
     student_outcome, first_outcome = np.full(nothing, nothing), np.full(len(teacher.rows), nothing)
     student_outcome[order] = [first_id[text] for text in texts]
@@ -351,7 +384,8 @@ def _prefixes(student: _Side, teacher: _Side) -> Prefixes:
     place = np.full(len(teacher.rows), len(teacher_order))
     place[teacher_order] = np.arange(len(teacher_order))
     arrays = (student_outcome, first_outcome, start, lengths, outcome, place, low, high, order)
-    return Prefixes(*(torch.as_tensor(np.asarray(array)) for array in (*arrays, completing_low, completing_high)))
+    arrays += (completing_low, completing_high, heads, *zip(*longer, strict=True), alike)
+    return Prefixes(*(torch.as_tensor(np.asarray(array)) for array in arrays))
 
 
 def _in_order(side: _Side) -> tuple[list[int], list[bytes]]:

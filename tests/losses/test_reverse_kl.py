@@ -1,0 +1,230 @@
+"""The reverse KL across tokenizers: where a student that equals its teacher stays, and what the expectation is."""
+
+import functools
+import math
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from test_logit_losses import (
+    TOYS,
+    Completion,
+    Pair,
+    batch_of,
+    completion,
+    padded,
+    toy_scene,
+    value_and_gradient,
+)
+from test_logit_losses import Scene as MicroBatch
+
+from trl_ctopd.losses import DPCA, ReverseKL, build_loss
+
+
+DIGITS = "byte-level to byte-level"  # one a token on the student's side, up to three on the teacher's
+NOTHING = -1e4  # the logit of what is never written
+
+
+# --- two models of one law
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """Every text that is written, with its probability, and both models' log-probs of all their tokens after each beginning of
+    a text."""
+
+    pair: Pair
+    rows: list[Completion]
+    weights: torch.Tensor  # (Y,)
+
+    @functools.cached_property
+    def micro_batch(self) -> MicroBatch:
+        sides = []
+        for ids, size in (("student_ids", self.pair.sizes[0]), ("teacher_ids", self.pair.sizes[1])):
+            written = [tuple(getattr(row, ids)) for row in self.rows]
+            mass = defaultdict(float)
+            for tokens, weight in zip(written, self.weights.tolist(), strict=True):
+                for end in range(len(tokens) + 1):
+                    mass[tokens[:end]] += weight
+            table = torch.full((len(self.rows), max(map(len, written)), size), NOTHING, dtype=torch.float64)
+            after = defaultdict(list)
+            for tokens in mass:
+                if tokens:
+                    after[tokens[:-1]].append(tokens[-1])
+            for row, tokens in enumerate(written):
+                for place in range(len(tokens)):
+                    for token in after[tokens[:place]]:
+                        share = mass[(*tokens[:place], token)] / mass[tokens[:place]]
+                        table[row, place, token] = math.log(share)
+            sides.append(table)
+        return MicroBatch(
+            self.pair,
+            *(padded([getattr(row, ids) for row in self.rows], 0) for ids in ("student_ids", "teacher_ids")),
+            *(
+                padded([getattr(row, chunks) for row in self.rows], -1)
+                for chunks in ("student_chunks", "teacher_chunks")
+            ),
+            padded([row.widths for row in self.rows], 0),
+            *sides,
+        )
+
+    @functools.cached_property
+    def prefixes(self) -> torch.Tensor:
+        """(Y, S) which beginning of a text each position stands after."""
+        names: dict[tuple[int, ...], int] = {}
+        rows = [
+            [names.setdefault(tuple(row.student_ids[:i]), len(names)) for i in range(len(row.student_ids))]
+            for row in self.rows
+        ]
+        return padded(rows, 0)
+
+    def expected_gradient(self, loss, student_logits: torch.Tensor | None = None) -> torch.Tensor:
+        """(prefixes, V_S) of the loss, over all texts as the student writes them."""
+        micro_batch = (
+            self.micro_batch if student_logits is None else replace(self.micro_batch, student_logits=student_logits)
+        )
+        _, gradient = value_and_gradient(loss, micro_batch, 1)
+        own = batch_of(micro_batch).student_log_probs.sum(1).exp()
+        gradient = gradient * own[:, None, None]
+        size = int(self.prefixes.max()) + 1
+        return gradient.new_zeros(size, gradient.shape[2]).index_add(0, self.prefixes.flatten(), gradient.flatten(0, 1))
+
+
+def written_by_both(pair: Pair, texts: list[str], seed: int = 0) -> World:
+    """Each text as both tokenizers write it, with random probabilities."""
+    rows = [completion(pair, pair.student.encode(text, add_special_tokens=False), ended=True) for text in texts]
+    weights = torch.rand(len(texts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    return World(pair, rows, weights / weights.sum())
+
+
+NUMBERS = [f"{n}." for n in (*range(60), 123, 124, 130, 456, 457)]
+
+
+@functools.cache
+def numbers(name: str) -> World:
+    return written_by_both(TOYS[name](), NUMBERS)
+
+
+def moved(world: World, seed: int = 0, by: float = 1.0) -> torch.Tensor:
+    """(Y, S, V_S) the student's log-probs after a random step: the same after the same beginning of a text, and nothing else is
+    written."""
+    start = world.micro_batch.student_logits
+    step = by * torch.randn(
+        int(world.prefixes.max()) + 1, start.shape[2], generator=torch.Generator().manual_seed(seed), dtype=start.dtype
+    )
+    return (start + step[world.prefixes]).log_softmax(-1)
+
+
+def noise(world: World, loss, student_logits: torch.Tensor) -> float:
+    """The variance of the gradient of one text over the squared mean, with respect to log-probs."""
+    micro_batch = replace(world.micro_batch, student_logits=student_logits)
+    _, each = value_and_gradient(loss, micro_batch, 1)
+    own = batch_of(micro_batch).student_log_probs.sum(1).exp()
+    mean = world.expected_gradient(loss, student_logits)
+    return ((own * each.square().sum((1, 2))).sum() / mean.square().sum()).item() - 1
+
+
+KNOWN = [None, 0, 1, 4, 20]
+
+
+@pytest.mark.parametrize("top_k", KNOWN)
+def test_a_student_of_the_teachers_own_law_is_left_where_it_is(top_k):
+    """A digit a token, of a teacher with up to three: the published gradient is not nought there."""
+    world = numbers(DIGITS)
+    chunks = {
+        (row.student_chunks.count(c), row.teacher_chunks.count(c)) for row in world.rows for c in row.student_chunks
+    }
+    assert chunks == {(1, 1), (2, 1), (3, 1)}
+    assert world.expected_gradient(DPCA("macro", event="open")).abs().max() > 0.01
+    assert world.expected_gradient(ReverseKL(top_k=top_k)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("top_k", KNOWN)
+def test_what_the_teacher_tells_changes_the_noise_and_not_the_expectation(top_k):
+    world = numbers(DIGITS)
+    student = moved(world)
+    expected = world.expected_gradient(ReverseKL(top_k=0, advantage_clip=None), student)
+    assert expected.abs().max() > 0.01
+    found = world.expected_gradient(ReverseKL(top_k=top_k, advantage_clip=None), student)
+    assert (found - expected).abs().max() < 1e-10
+
+
+def test_the_more_is_told_the_less_noise():
+    world = numbers(DIGITS)
+    student = moved(world)
+    found = [noise(world, ReverseKL(top_k=top_k), student) for top_k in (0, 4, None)]
+    assert found[0] > found[1] > found[2]
+    assert found[0] > 2 * found[2], found
+
+
+def test_nothing_told_is_dpca_with_closed_chunks():
+    world = numbers(DIGITS)
+    student = moved(world).requires_grad_()
+    micro_batch = replace(world.micro_batch, student_logits=student)
+    batch = batch_of(micro_batch)
+    going_on = torch.zeros_like(student, dtype=torch.bool)
+    for row, chunks in enumerate(micro_batch.student_chunks.tolist()):
+        for place in range(1, len(chunks)):
+            if chunks[place] != chunks[place - 1] >= 0 and chunks[place] >= 0:
+                last = max(j for j, c in enumerate(micro_batch.teacher_chunks[row].tolist()) if c == chunks[place - 1])
+                going_on[
+                    row, place, world.pair.vocabulary.continuations.of(int(micro_batch.teacher_ids[row, last]))
+                ] = True
+    closed = student.log_softmax(-1).exp().masked_fill(going_on, 0).sum(-1).log() * going_on.any(-1)
+    assert closed.min() < -0.1
+    value, _ = DPCA(event="closed", credit="macro", advantage_clip=None)(replace(batch, close_log_probs=closed), 1)
+    (expected,) = torch.autograd.grad(value, student)
+    _, found = value_and_gradient(
+        ReverseKL(top_k=0, advantage_clip=None), replace(micro_batch, student_logits=student.detach()), 1
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_chunk_of_one_token_on_either_side_gives_the_reverse_kl_over_the_vocabulary():
+    """The student has the teacher's tokenizer, and nothing goes on."""
+    tokenizer = TOYS[DIGITS]().student
+    pair = Pair(tokenizer, tokenizer, [0], [0], [0], extra=(5, 5))
+    world = written_by_both(pair, NUMBERS[:8])
+    student = moved(world).requires_grad_()
+    teacher = world.micro_batch.teacher_logits.log_softmax(-1)
+    log_p = student.log_softmax(-1)
+    scored = (world.micro_batch.student_chunks >= 0)[..., None]
+    kl = (log_p.exp() * (log_p - teacher).clamp(-10, 10) * scored).sum()
+    (expected,) = torch.autograd.grad((log_p.exp() * (log_p - teacher).detach().clamp(-10, 10) * scored).sum(), student)
+    _, found = value_and_gradient(ReverseKL(), replace(world.micro_batch, student_logits=student.detach()), 1)
+    assert kl > 0.1
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_token_that_goes_on_where_the_teacher_cut_after_all_closes_nothing_and_is_counted():
+    """Later text can part again what a token had joined. Divided by the small chance of a cut it would drown all else."""
+    micro_batch = toy_scene(DIGITS)
+    batch = batch_of(micro_batch)
+    _, metrics = ReverseKL()(batch, 1)
+    count = metrics["closing/contradicted_fraction"][0]
+    first = [
+        (row, place)
+        for row, chunks in enumerate(micro_batch.student_chunks.tolist())
+        for place in range(1, len(chunks))
+        if chunks[place] > chunks[place - 1] >= 0
+    ]
+    row, place = first[0]
+    pair = replace(micro_batch.pair)  # its own vocabulary
+    head = micro_batch.teacher_ids[row][micro_batch.teacher_chunks[row] == micro_batch.student_chunks[row, place - 1]][
+        -1
+    ].item()
+    token = micro_batch.student_ids[row, place].item()
+    known = pair.vocabulary.continuations.of(head)
+    pair.vocabulary.continuations._known[head] = torch.tensor(sorted({*known.tolist(), token})).numpy()
+    _, metrics = ReverseKL()(batch_of(replace(micro_batch, pair=pair)), 1)
+    assert metrics["closing/contradicted_fraction"][0] > count
+    assert value_and_gradient(ReverseKL(), replace(micro_batch, pair=pair))[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"), [({"top_k": -1}, "top_k .*-1"), ({"advantage_clip": 0.0}, "advantage_clip .*0.0")]
+)
+def test_knobs_out_of_range_are_refused(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        build_loss("reverse_kl", **knobs)

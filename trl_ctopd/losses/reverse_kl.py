@@ -1,0 +1,306 @@
+"""The exact reverse KL across tokenizers: what the teacher's distributions tell is summed over the vocabulary, what they do
+not tell is sampled, and the expected gradient is that of DPCA with closed chunks whatever they tell.
+
+A chunk is written by decisions. After each student token the teacher's last token, or its beginning, lies there: it is left as
+it is, or the next student token goes on inside it (`open`). Where it is left, the next student token begins a new one; where
+not, it is one of those that go on. The probability of the chunk, as closed DPCA counts it, is the product of these, so its
+policy gradient is Σ_d A ∇log p(o_d) over decisions d and their outcomes o_d, with one advantage A. Each decision has a guess
+g_d(o) of A that rests on the text before it alone: log t_d(o) − log p_d(o), t_d the teacher's distribution told in student
+tokens (as in BPM). The gradient of Σ_o p_d(o) g_d(o), exact, takes the place of the sampled g_d(o_d) ∇log p_d(o_d), and
+A − g_d(o_d) stays sampled (a control variate: Greensmith, Bartlett & Baxter 2004; for one tokenizer, where it vanishes, the
+full-vocabulary reverse KL). Decisions before d are past and their guesses a baseline, so they are taken off A too.
+
+Decisions.
+- What BPM compares is conditional: on going on inside a teacher token, on having left it. Held against the student's
+  *un*conditional distribution it depends on the token that was drawn, and the expectation would not be kept.
+- A student token that no teacher token stands for (one that spans two of the teacher's) has the guess −`advantage_clip`, and
+  the sample corrects it.
+- Guesses, and what is left to the sample, are each clipped: a guess that is far off is not repeated by its correction.
+- With `top_k`, the teacher is known by its likeliest tokens, and all that none of them stands for is one outcome. `top_k=0` is
+  closed DPCA with credit "macro".
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from .base import Loss, Metrics, ScoredChunks
+from .bpm import possible, standing_rows
+from .credit import gaps
+from .distributions import over_tiles
+from .policy_gradient import check_clip
+
+
+_FLOOR = -80.0  # of log-probs that are compared, in nats
+
+
+class Places(NamedTuple):
+    """
+    Where each scored student token stands, all of shape (n,), in the order of the text.
+
+    `student`, `teacher`: its position and that of the teacher token that covers its first byte, counted through the rows of the
+    batch one after the other; `teacher_ids`, `written`: that teacher token and how many of its bytes are there already; `told`:
+    whether it is known; `chunk`: its chunk, as a row of `ScoredChunks.chunks`; `first`: whether it is the first of it; `before`:
+    the chunk that ends right before it, -1 for none; `head`: the teacher token that lies there before it, -1 for none.
+    """
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    teacher_ids: torch.Tensor
+    written: torch.Tensor
+    told: torch.Tensor
+    chunk: torch.Tensor
+    first: torch.Tensor
+    before: torch.Tensor
+    head: torch.Tensor
+
+
+def places(batch: ScoredChunks) -> Places:
+    """The scored student tokens of scorable chunks."""
+    chunks, shape = batch.chunks, batch.student_ids.shape
+    of_chunk = torch.full_like(batch.scorable, -1, dtype=torch.long)
+    of_chunk[chunks.row, chunks.chunk] = torch.arange(len(chunks.row), device=of_chunk.device)
+    row, position = (batch.student_chunks >= 0).nonzero(as_tuple=True)
+    chunk = of_chunk[row, batch.student_chunks[row, position]]
+    row, position, chunk = (column[chunk >= 0] for column in (row, position, chunk))
+    student = row * shape[1] + position
+    first = student == chunks.student_first[chunk]
+
+    index = student.new_full((shape.numel(),), -1)
+    index[student] = torch.arange(len(student), device=student.device)
+    standing = standing_rows(batch, mask_whitespace=False)
+    told = torch.zeros_like(first).index_fill(0, index[standing.student], True)
+    teacher, teacher_ids, written = (
+        torch.zeros_like(student).index_put((index[standing.student],), column)
+        for column in (standing.teacher, standing.teacher_ids, standing.written)
+    )
+    ends = student.new_full((shape.numel(),), -1)
+    ends[chunks.student_last] = torch.arange(len(chunks.row), device=student.device)
+    before = torch.where(first & (position > 0), ends[(student - 1).clamp(min=0)], -1)
+
+    head = _heads(batch, teacher_ids, written, told & ~first, before)
+    return Places(student, teacher, teacher_ids, written, told, chunk, first, before, head)
+
+
+def _heads(batch: ScoredChunks, teacher_ids, written, inside, before) -> torch.Tensor:
+    """(n,) the teacher token that lies there: of the chunk that ends, or begun and not left."""
+    if batch.vocabulary.is_one_tokenizer:
+        return torch.full_like(before, -1)
+    prefixes = batch.vocabulary.prefixes
+    entry = (prefixes.start[teacher_ids] + written).clamp(max=len(prefixes.head) - 1)
+    begun = prefixes.head[entry].masked_fill(~inside | (written == 0), -1)
+    return torch.where(before >= 0, batch.teacher_ids.flatten()[batch.chunks.teacher_last[before]], begun)
+
+
+def log_ratio(log_t: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """log t − log p, each at least e^-80; 0 where the student has nothing."""
+    return (log_t.clamp(min=_FLOOR) - log_p.clamp(min=_FLOOR)).masked_fill(log_p == -torch.inf, 0)
+
+
+@dataclass
+class ReverseKL(Loss):
+    """
+    loss = −Σ_d [Σ_o p_d(o) sg(g_d(o)) + sg(R_d) · log p_d(o_d)] / N over the decisions d, with
+
+        g_d(o) = clip(log t_d(o) − log p_d(o), ±advantage_clip),
+        R_d = clip(G_c − Σ_{d' of c up to d} (log t_d'(o_d') − log p_d'(o_d')), ±advantage_clip),
+
+    and G_c the gap of d's chunk, as in [`DPCA`] with `event="closed"`.
+
+    Args:
+        advantage_clip (`float` or `None`, defaults to `10.0`): bound on guesses and corrections in nats; `None` for none but
+            that of probabilities at e^-80.
+        top_k (`int`, *optional*): how many of the teacher's likeliest tokens are known at each position. `None`: all.
+    """
+
+    signal: ClassVar[str] = "logits"
+    copies: ClassVar[int] = 16
+    policy: ClassVar[str] = "on"
+    structures: ClassVar[tuple[str, ...]] = ("prefixes", "continuations")
+
+    advantage_clip: float | None = 10.0
+    top_k: int | None = None
+
+    def __post_init__(self):
+        check_clip(self.advantage_clip)
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"reverse_kl's top_k must not be negative, got {self.top_k}.")
+
+    def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
+        at = places(batch)
+        ids = batch.student_ids.flatten()[at.student]
+        student, teacher = (batch.student, at.student), (batch.teacher, at.teacher)
+        per_row = (at.teacher_ids, at.written, at.told, at.head, at.before >= 0, ids)
+
+        def decisions(*rows):
+            return self._decisions(batch, *rows)
+
+        closed, opened, tokens, guess, sharp, close_told, open_told, own_close, own_open, contradicted = over_tiles(
+            decisions, self.tile(batch), student, teacher, *per_row
+        )
+        closes = (at.before >= 0) & torch.isfinite(opened)
+        inside = (at.before < 0) & torch.isfinite(opened)
+
+        # whether the last teacher token is left, where its distribution was read before: at a chunk's end, or inside it
+        previous = (torch.arange(len(ids), device=ids.device) - 1).clamp(min=0)
+        of, token = at.chunk.clone(), at.teacher.clone()
+        of[closes] = at.before[closes]
+        token[closes] = batch.chunks.teacher_last[at.before[closes]]
+        known = at.told[previous] & (at.chunk[previous] == of) & (at.teacher[previous] == token)
+        log_t = torch.where(closes, own_close[previous], close_told), torch.where(closes, own_open[previous], open_told)
+        known &= torch.isfinite(opened) & ~torch.isnan(log_t[0])
+        close_guess, close_sharp = self._guess(log_t[0], closed.detach(), known)
+        open_guess, open_sharp = self._guess(log_t[1], opened.detach(), known)
+        leaving = (closed.exp() * close_guess + opened.exp().masked_fill(~known, 0) * open_guess)[known]
+
+        gap = self._gaps(batch, at, closed.detach(), closes)
+        # each chunk's decisions in the order of the text: to go on (inside), which token; at its end, to leave it
+        open_sharp, open_guess = open_sharp * inside, open_guess * inside
+        by_row = (open_sharp + sharp).double()
+        upto = by_row.cumsum(0)
+        begin = (upto - by_row)[at.first][torch.unique_consecutive(at.chunk, return_inverse=True)[1]]
+        past = (upto - begin).to(gap.dtype)
+        total = gap.new_zeros(len(gap)).index_add(0, at.chunk, by_row.to(gap.dtype))
+        left = gap[at.chunk]
+        where = at.before[closes]
+        corrections = (
+            (left - past, self._scores(batch, at, closed, opened, closes, inside)),
+            ((left - past + sharp)[inside], opened[inside]),
+            (gap[where] - total[where] - close_sharp[closes], closed[closes]),
+        )
+        value = tokens.sum() + leaving.sum()
+        cut, size = 0, 0
+        weights = (at.student, at.student[inside], at.student[closes])
+        for (rest, score), positions in zip(corrections, weights, strict=True):
+            bounded = self._bounded(rest.detach())
+            cut, size = cut + (bounded != rest).sum(), size + bounded.abs().sum()
+            if batch.importance is not None:
+                bounded = bounded * batch.importance.flatten()[positions]
+            value = value + (bounded * (score - score.detach()).exp()).sum()
+        metrics = {
+            "advantage/clipped_fraction": (cut, batch.scored_tokens),
+            "loss/compared_fraction": (at.told.sum(), batch.scored_tokens),
+            "reverse_kl/sampled_nats_per_token": (size, batch.scored_tokens),
+            "closing/nats_per_chunk": (-closed.detach()[closes].sum(), torch.tensor(len(gap))),
+            "closing/contradicted_fraction": (contradicted.sum(), batch.scored_tokens),
+        }
+        return -value / num_items, metrics
+
+    def _scores(self, batch, at, closed, opened, closes, inside):
+        """(n,) log-prob of each student token given that it goes on, or that what lay there is left."""
+        scores = batch.student_log_probs.flatten()[at.student]
+        given = torch.where(closes, closed, torch.zeros_like(closed))
+        return scores - torch.where(inside, opened.masked_fill(~inside, 0), given)
+
+    def _gaps(self, batch: ScoredChunks, at: Places, closed: torch.Tensor, closes: torch.Tensor) -> torch.Tensor:
+        """(K,) of closed chunks, without gradient."""
+        log_probs, chunks = batch.student_log_probs.detach(), batch.chunks
+        gap, _ = gaps(log_probs, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
+        gap = gap[chunks.row, chunks.chunk]
+        moved = closed[closes].to(gap.dtype)
+        return gap.index_add(0, at.chunk[closes], moved).index_add(0, at.before[closes], -moved)
+
+    def _bounded(self, values: torch.Tensor) -> torch.Tensor:
+        bound = float("inf") if self.advantage_clip is None else self.advantage_clip
+        return values.clamp(-bound, bound)
+
+    def _guess(
+        self, log_t: torch.Tensor, log_p: torch.Tensor, known: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log t − log p within bounds, and not; the bound too where the teacher has nothing. 0 where it is not known."""
+        sharp = log_ratio(log_t, log_p).masked_fill(~known, 0)
+        bounded = self._bounded(sharp)
+        return bounded, torch.where(log_t == -torch.inf, bounded, sharp)
+
+    def _decisions(self, batch, log_p, log_q, teacher_ids, written, told, head, closes, ids):
+        """
+        A tile's rows (n,): log-probs of leaving what lies there and of going on, Σ_o p(o) g(o) over the next token, g of the
+        sampled one and the same without bounds; the teacher's log-probs of leaving and going on, of `head` and of its whole
+        token; and whether the sampled token contradicts the table of continuations.
+        """
+        prefixes = batch.vocabulary.prefixes
+        goes_on = _going_on(batch, head, log_p.shape[1])
+        contradicted = (head >= 0) & (goes_on.gather(1, ids[:, None])[:, 0] == closes)
+        goes_on = goes_on & ~contradicted[:, None]
+        opened = _logsumexp(log_p, goes_on)
+        closed = _logsumexp(log_p, ~goes_on).masked_fill(~goes_on.any(1), 0)
+        inside = (head >= 0) & ~closes & ~contradicted
+        given = torch.where(inside, opened.masked_fill(~inside, 0), closed)
+        among = goes_on == inside[:, None]
+        p = (log_p - given[:, None]).exp() * among
+        p = p.new_zeros(len(p), p.shape[1] + 1).index_add(1, prefixes.student_outcome, p)
+
+        with torch.no_grad():
+            known_q, rest = self._known(log_q)
+            t, unknown = _told(prefixes, known_q, rest, teacher_ids, written)
+            log_p_outcome = p.log()
+            if unknown is not None:  # what no known token stands for is one outcome
+                untold = t == 0
+                together = (p * untold).sum(1, keepdim=True).log()
+                log_t = torch.where(untold, unknown.log()[:, None], t.log())
+                log_p_outcome = torch.where(untold, together, log_p_outcome)
+                log_p_outcome = log_p_outcome.masked_fill(p == 0, -torch.inf)
+            else:
+                log_t = t.log()
+            guesses, sharp = self._guess(log_t, log_p_outcome, told[:, None])
+            outcome = prefixes.student_outcome[ids][:, None]
+            guess, sharp = guesses.gather(1, outcome)[:, 0], sharp.gather(1, outcome)[:, 0]
+            of_head = _leaving(prefixes, known_q, rest, head.clamp(min=0))
+            of_token = _leaving(prefixes, known_q, rest, teacher_ids)
+        return closed, opened, (p * guesses).sum(1), guess, sharp, *of_head, *of_token, contradicted
+
+    def _known(self, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The teacher's log-probs (n, V_T), -inf where they are not known, and the probability (n,) of what is not."""
+        if self.top_k is None or self.top_k >= log_q.shape[1]:
+            return log_q, None
+        top = log_q.topk(self.top_k, dim=1)
+        known = torch.full_like(log_q, -torch.inf).scatter(1, top.indices, top.values)
+        return known, (1 - known.exp().sum(1)).clamp(min=0)
+
+
+def _going_on(batch: ScoredChunks, head: torch.Tensor, size: int) -> torch.Tensor:
+    """(n, V_S) True for the student tokens with which the teacher's tokens `head` (n,) go on."""
+    [some] = (head >= 0).nonzero(as_tuple=True)
+    row, token = (
+        torch.from_numpy(found).to(head.device) for found in batch.vocabulary.continuations.rows(head[some].tolist())
+    )
+    return torch.zeros(len(head), size, dtype=torch.bool, device=head.device).index_put(
+        (some[row], token), torch.ones_like(token, dtype=torch.bool)
+    )
+
+
+def _logsumexp(log_p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(n,) over what `mask` (n, V) holds, -inf where that is nothing, with a gradient of 0."""
+    some = mask.any(1)
+    found = log_p.masked_fill(~mask & some[:, None], -torch.inf).logsumexp(1)
+    return found.masked_fill(~some, -torch.inf)
+
+
+def _told(prefixes, log_q, rest, teacher_ids, written):
+    """The teacher's probabilities (n, V_S + 1) of the student's outcomes, given the bytes already written; and, where some of
+    its tokens are not known, that of all of those."""
+    if rest is None:
+        q, unknown = possible(prefixes, log_q, teacher_ids, written), None
+    else:
+        q = log_q.exp() * prefixes.going_on(teacher_ids, written)
+        total = (q.sum(1) + rest).clamp(min=torch.finfo(q.dtype).tiny)
+        q, unknown = q / total[:, None], rest / total
+    outcome = prefixes.outcome[prefixes.entries(written)]
+    outcome = torch.where(written[:, None] == 0, prefixes.first_outcome, outcome)
+    size = len(prefixes.student_outcome) + 1
+    return q.new_zeros(len(q), size).scatter_add(1, outcome, q), unknown
+
+
+def _leaving(prefixes, log_q, rest, teacher_ids):
+    """(n,) log-probs, of tokens that begin with all of `teacher_ids`, that it is them and that they go on; NaN where neither is
+    known."""
+    alike = prefixes.alike[teacher_ids]
+    own = log_q.gather(1, alike.clamp(min=0)).masked_fill(alike < 0, -torch.inf).logsumexp(1)
+    longer = log_q.masked_fill(~prefixes.longer(teacher_ids), -torch.inf).logsumexp(1)
+    if rest is not None:
+        nothing = (own == -torch.inf) & (longer == -torch.inf)
+        own, longer = (torch.where(mass == -torch.inf, rest.log(), mass) for mass in (own, longer))
+        own = own.masked_fill(nothing, torch.nan)
+    both = torch.logaddexp(own, longer)
+    return own - both, longer - both
