@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ...text.aligner import TextAligner, TextAlignment, encode_as_text
+from ...text.aligner import TextAligner, encode_as_text
 from ...text.token_bytes import UnsupportedTokenizerError
 from .segments import WHY, figures, segments
+from .shown import TextAlignment
 
 
 _BATCH = 256  # texts
