@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig
 from toys import student_model, teacher_model
 
+from trl_ctopd.looking import compare
 from trl_ctopd.looking.compare import NO_BEFORE
 from trl_ctopd.rollouts.generation import write
 from trl_ctopd.text.chat import read_example
@@ -51,7 +52,7 @@ def test_an_adapters_student_is_shown_before_and_now_beside_its_teacher(build, c
     assert rows == [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     assert columns["student_before"] != columns["student_now"]
     printed = capsys.readouterr().out
-    assert "Student before (adapter off)" in printed and "Teacher" in printed and NO_BEFORE not in printed
+    assert "Student before" in printed and "(adapter off)" in printed and "Teacher" in printed and NO_BEFORE not in printed
 
 
 def test_a_student_trained_whole_has_no_before_and_the_table_says_so(build, capsys):
@@ -92,3 +93,16 @@ def test_rows_of_a_dataset_are_prompts_too_and_one_text_alone_is_refused(build):
     assert row["prompt"] == CHAT[0]
     with pytest.raises(TypeError, match="list of prompts, got the text 'What'"):
         trainer.compare("What")
+
+
+def test_long_words_and_chinese_are_folded_and_control_characters_are_named(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    word, chinese = "compute_the_sum_of_" * 6, "".join(chr(code) for code in range(0x4E00, 0x4E00 + 60))
+    columns = {"student_now": [(f"{word} {chinese}", True)], "teacher": [("\x1b[31mred\u202e", True)]}
+    compare._print([read_example({"prompt": "What\x07?"})], columns, 8)
+    printed = capsys.readouterr().out
+    assert "…" not in printed and "\x1b[31m" not in printed and "\u202e" not in printed and "\x07" not in printed
+    assert "⟨ESC⟩[31mred" in printed
+    assert "".join(character for character in printed if "\u4e00" <= character < "\u4e40") == chinese
+    compare._print([read_example({"prompt": "What?"})], {"student_now": [("a", False)], "teacher": [("b", True)]}, 8)
+    assert "…: cut off after 8 tokens." in capsys.readouterr().out

@@ -104,3 +104,17 @@ def test_rows_kept_are_no_views_of_a_whole_batch():
     assert len(samples) == 2
     assert all(tensor.untyped_storage().nbytes() <= 2 * 10 * 8 for row in samples._kept for tensor in row)
     assert math.prod(samples._kept[0][0].shape) == 10
+
+
+def test_what_is_printed_hides_and_cuts_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    tokenizer = student_tokenizer()
+    word, chinese = "compute_the_sum_of_" * 6, "".join(chr(code) for code in range(0x4E00, 0x4E00 + 60))
+    ids = tokenizer.encode(f"\x1b[31mred \u202e{word} {chinese}\tend")
+    show([Sample(3, "What\x07?\nTwo.", ids, [], [], 0.5)], tokenizer, [], 1)
+    printed = capsys.readouterr().out
+    assert "\x1b[31m" not in printed and "\u202e" not in printed and "\x07" not in printed and "…" not in printed
+    assert "⟨ESC⟩[31mred" in "".join(printed.split()).replace("│", "")
+    letters = [character for character in printed if "\u4e00" <= character < "\u4e40"]
+    assert "".join(letters) == chinese, "every one of them, in their order"
+    assert printed.count("compute") + printed.count("comput\n") >= 1 and "⇥end" in printed.replace("\n", "")

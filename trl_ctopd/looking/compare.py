@@ -14,6 +14,8 @@ from transformers import GenerationConfig
 
 from ..rollouts.generation import write
 from ..text.chat import Conversation, Speaker, read_example
+from .ornaments import ornament
+from .viewer.visible import legible
 
 
 HEADINGS = {
@@ -22,6 +24,7 @@ HEADINGS = {
     "student_now": "Student now",
     "teacher": "Teacher",
 }
+CUT_OFF = "…"
 NO_BEFORE = "No student before: the whole student is trained, and its first weights are gone. LoRA keeps them."
 
 
@@ -62,7 +65,8 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
                 seat.teacher.model, seat.side, seat.stop_ids, seat.context
             )
     if trainer.is_world_process_zero():
-        _print(conversations, columns, limit)
+        with ornament("The table of answers"):
+            _print(conversations, columns, limit)
     asked = [conversation.prompt for conversation in conversations]
     texts = {name: [text for text, _ in own] for name, own in columns.items()}
     return [dict(zip(["prompt", *texts], values, strict=True)) for values in zip(asked, *texts.values(), strict=True)]
@@ -70,13 +74,14 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
 
 def _print(conversations: list[Conversation], columns: dict[str, list[tuple[str, bool]]], limit: int):
     cut = any(not ended for own in columns.values() for _, ended in own)
-    notes = [f"…: cut off after {limit} tokens."] * cut + [NO_BEFORE] * ("student_before" not in columns)
+    notes = [f"{CUT_OFF}: cut off after {limit} tokens."] * cut + [NO_BEFORE] * ("student_before" not in columns)
     table = Table(title="Greedy answers", title_justify="left", caption="\n".join(notes), caption_justify="left")
     table.show_lines = True
     for name in ("prompt", *columns):
-        table.add_column(HEADINGS.get(name, name))
+        table.add_column(HEADINGS.get(name, name), overflow="fold")
     for conversation, *answers in zip(conversations, *columns.values(), strict=True):
-        table.add_row(Text(_asked(conversation.prompt)), *(Text(text + "…" * (not ended)) for text, ended in answers))
+        shown = (legible(text) + CUT_OFF * (not ended) for text, ended in answers)
+        table.add_row(Text(legible(_asked(conversation.prompt))), *map(Text, shown))
     Console().print(table)
 
 

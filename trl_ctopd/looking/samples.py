@@ -12,13 +12,16 @@ from html import escape
 
 import pandas as pd
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
-from trl.trainer.utils import print_prompt_completions_sample
 
 from ..losses import ScoredChunks
 from ..losses.credit import chunk_sum, gaps
 from ..rollouts.pairing import Rollout
+from .viewer.visible import legible
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,7 @@ def show(
         "completion": [tokenizer.decode(sample.ids) for sample in samples],
         "gap, nats/byte": [float("nan") if sample.gap is None else sample.gap for sample in samples],
     }
-    prompts, completions, gap = columns.values()
-    print_prompt_completions_sample(prompts, completions, {"gap, nats/byte": gap}, None, step, num_samples)
+    _print(columns, step, num_samples)
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_text(name, _markdown(columns), step)
@@ -134,6 +136,16 @@ def show(
             backend = importlib.import_module("wandb" if isinstance(callback, WandbCallback) else "trackio")
             table = pd.DataFrame({"step": step, **columns})
             backend.log({name: backend.Table(dataframe=table)})
+
+
+def _print(columns: dict[str, list], step: int, num_samples: int):
+    table = Table(title=f"Step {step}", title_justify="left", show_lines=True, expand=True)
+    for name in list(columns)[:2]:
+        table.add_column(name.capitalize(), overflow="fold")  # nothing is left out, and no ellipsis stands for it
+    table.add_column("Gap, nats/byte", justify="right")
+    for prompt, completion, gap in list(zip(*columns.values(), strict=True))[:num_samples]:
+        table.add_row(Text(legible(prompt)), Text(legible(completion)), f"{gap:.3f}")
+    Console().print(table)
 
 
 def _markdown(columns: dict[str, list]) -> str:

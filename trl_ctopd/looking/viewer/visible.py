@@ -34,6 +34,7 @@ _BLANK = {"\u034f", "\u115f", "\u1160", "\u17b4", "\u17b5", "\u2800", "\u3164", 
 _SELECTOR = regex.compile(r"\p{Variation_Selector}")
 # an emoji and all that shapes it, a keycap, a flag; a joiner at the end joins nothing
 _EMOJI = regex.compile(r"[0-9#*]\ufe0f?\u20e3|(?=\p{Extended_Pictographic}).(?:.*[^\u200c\u200d])?", regex.DOTALL)
+_BYTES = regex.compile(r"[\udc80-\udcff]")  # as Python has bytes that are no characters
 _JOINED = {"text": "", "hex": " "}
 
 
@@ -51,6 +52,15 @@ def pieces(data: bytes) -> list[Piece]:
 def plain(data: bytes) -> str:
     """`pieces` as one string, names and hexadecimal in angle brackets."""
     return "".join(piece.text if piece.kind in ("text", "sign") else f"⟨{piece.text}⟩" for piece in pieces(data))
+
+
+def legible(text: str) -> str:
+    """`text` for a terminal: its spaces and line breaks as they are, all else as `plain` has it."""
+    kept = {("sign", "␣"): " ", ("sign", "⏎"): "\n"}
+    found = pieces(text.encode("utf-8", "surrogateescape" if _BYTES.search(text) else "surrogatepass"))
+    return "".join(
+        kept.get(piece) or (piece.text if piece.kind in ("text", "sign") else f"⟨{piece.text}⟩") for piece in found
+    )
 
 
 def graphemes(data: bytes) -> list[str]:
