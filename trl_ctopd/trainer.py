@@ -150,7 +150,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self.rollouts = RolloutSource(
             args, self.accelerator, self.student_side, self.panel, write, self._reads_distributions
         )
-        self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary)
+        self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
         check_losses(losses, self.model, self.panel, lambda: self.vocabulary)
         # What GKDTrainer's own methods and callers read
@@ -300,6 +300,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # N counts every process, and DDP averages over them
 
+            if batch.imbalance is not None:
+                self._meters[mode].add({"aux_loss": (batch.imbalance.detach(), 1)})
+                if model.training:  # a mean over micro-batches, as the loss of SFTTrainer has it
+                    loss = loss + self.router_aux_loss_coef * batch.imbalance / self.current_gradient_accumulation_steps
             self._meters[mode].add(metrics)
             if batch.old_log_probs is None:  # text of the student as it is now
                 if inputs["on_policy"]:

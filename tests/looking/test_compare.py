@@ -52,7 +52,9 @@ def test_an_adapters_student_is_shown_before_and_now_beside_its_teacher(build, c
     assert rows == [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     assert columns["student_before"] != columns["student_now"]
     printed = capsys.readouterr().out
-    assert "Student before" in printed and "(adapter off)" in printed and "Teacher" in printed and NO_BEFORE not in printed
+    assert (
+        "Student before" in printed and "(adapter off)" in printed and "Teacher" in printed and NO_BEFORE not in printed
+    )
 
 
 def test_a_student_trained_whole_has_no_before_and_the_table_says_so(build, capsys):

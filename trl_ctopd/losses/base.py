@@ -65,6 +65,9 @@ class ScoredChunks:
             token was drawn from; 0 elsewhere. For a loss with `event = "closed"`.
         old_close_log_probs (`torch.Tensor` of shape (B, S), *optional*): `close_log_probs` as `old_log_probs` are.
 
+        imbalance (scalar `torch.Tensor`, *optional*): of a student that is a mixture of experts, how unevenly its routers share out
+            the tokens; the trainer adds it to the loss.
+
     And where the loss asks for distributions (`signal = "logits"`):
         student, teacher (`Distributions`): of the two models, over (B, S) and (B, T).
         vocabulary (`VocabularyPair`): what their vocabularies have in common.
@@ -83,6 +86,7 @@ class ScoredChunks:
     importance: torch.Tensor | None = None
     close_log_probs: torch.Tensor | None = None
     old_close_log_probs: torch.Tensor | None = None
+    imbalance: torch.Tensor | None = None
     student: Distributions | None = None
     teacher: Distributions | None = None
     vocabulary: VocabularyPair | None = None

@@ -10,6 +10,7 @@ it; under ZeRO-3 and FSDP2 its weight is brought together once for a micro-batch
 """
 
 import functools
+import sys
 import types
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -29,10 +30,12 @@ _SMALL_TILE_COLUMNS = 1024
 
 
 class TokenScores(NamedTuple):
-    """Of n tokens, in nats: (n,) float32 log-probs, with gradient; (n,) entropies of the distributions they are from."""
+    """Of n tokens, in nats: (n,) float32 log-probs, with gradient; (n,) entropies of the distributions they are from. And of a
+    mixture of experts, where it was asked for, how unevenly its routers share out the tokens (a scalar, with gradient)."""
 
     log_probs: torch.Tensor
     entropy: torch.Tensor | None
+    imbalance: torch.Tensor | None = None
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -55,13 +58,14 @@ def hidden_states(model: PreTrainedModel):
 
 def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: bool = False):
     """
-    From now on `model(input_ids=..., scored=positions, targets=ids)` returns the [`TokenScores`] of `ids` (n,) after the
+    From now on `model(input_ids=..., scored=positions, targets=ids, routed=None)` returns the [`TokenScores`] of `ids` (n,) after the
     tokens at `positions` (2, n): row, and column counted from the end of the row (-1 is the last), since prompt-learning
     adapters put virtual tokens in front. The naive equivalent:
 
         (model(...).logits[rows, columns] / temperature).log_softmax(-1).gather(-1, ids[:, None])
 
-    Any other call is what it was. Call it before the model is wrapped.
+    With `routed` (B, L), True for the tokens that count, a mixture of experts also gives the auxiliary loss by which its own class
+    balances the load (Switch Transformers, arXiv 2101.03961, equations 4 to 6). Any other call is what it was. Call it before the model is wrapped.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
@@ -72,11 +76,16 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
     outputs = ("entropy",) if entropy else ()
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
-    def forward(self, *args, scored=None, targets=None, **kwargs):
+    def forward(self, *args, scored=None, targets=None, routed=None, **kwargs):
         if scored is None:
             return original(*args, **kwargs)
         kwargs["use_cache"] = False
-        states = self.base_model(*args, **kwargs).last_hidden_state
+        if routed is not None:
+            kwargs["output_router_logits"] = True
+        output = self.base_model(*args, **kwargs)
+        states, imbalance = output.last_hidden_state, None
+        if routed is not None:
+            imbalance = _imbalance(self, output.router_logits, routed)
         hidden = states[tuple(scored.to(states.device))]  # the layers may be on several devices
         head, (softcap, scale) = self.get_output_embeddings(), _softcap_and_scale(self)
         weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
@@ -93,10 +102,19 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
                     softcap,
                     scale,
                     outputs,
-                )[:2]
+                )[:2],
+                imbalance,
             )
 
     model.forward = types.MethodType(forward, model)
+
+
+def _imbalance(model: PreTrainedModel, router_logits: tuple[torch.Tensor, ...], routed: torch.Tensor) -> torch.Tensor:
+    """By the function that the model's own class has for it."""
+    balance = sys.modules[type(model).__module__].load_balancing_loss_func
+    virtual = router_logits[0].numel() // router_logits[0].shape[-1] // len(routed) - routed.shape[1]
+    mask = nn.functional.pad(routed.long(), (virtual, 0), value=1)  # virtual tokens of an adapter are in front
+    return balance(router_logits, model.num_experts, model.num_experts_per_tok, mask)
 
 
 def lm_head(

@@ -108,6 +108,29 @@ def disable_dropout(model: nn.Module):
                 setattr(module, name, 0.0)
 
 
+def switch_router_logits_off(model: PreTrainedModel):
+    """What SFTTrainer switches on for the loss of a mixture of experts: while it writes, one token at a time would meet the mask of a
+    whole text. Scoring asks for them itself."""
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+
+
+def warn_of_experts(model: nn.Module):
+    """Says so where an adapter leaves the experts of a mixture out."""
+    if not isinstance(model, PeftModel):
+        return
+    experts = {
+        name.rpartition(".")[2] for name, part in model.named_parameters() if ".experts." in name and part.ndim == 3
+    }
+    if experts and not any(part.requires_grad for name, part in model.named_parameters() if ".experts." in name):
+        names = ", ".join(f"'mlp.experts.{name}'" for name in sorted(experts) if "lora_" not in name)
+        logger.warning(
+            f"The adapter leaves the experts of this {type(model.get_base_model()).__name__} as they are, and trains what is around "
+            f"them alone. To train them too, add target_parameters=[{names}] to its config."
+        )
+
+
 def check_saves(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | None):
     """
     Saves what a checkpoint is made of, with one small weight for all, where it will be: a run is not to end at its first

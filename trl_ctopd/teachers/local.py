@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..models.heads import add_token_scores, base_model, hidden_states
-from ..models.loading import load_model
+from ..models.loading import load_model, switch_router_logits_off
 from ..models.sharding import is_sharded, place_teacher
 from ..rollouts.pairing import pad_rows
 
@@ -29,6 +29,7 @@ class LocalTeacher:
         model.requires_grad_(False)
         model.eval()
         self.base_model = base_model(model)
+        switch_router_logits_off(self.base_model)
         add_token_scores(self.base_model, temperature)
         self.config = model.config
         self.generation_config = model.generation_config

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
 from ..models.heads import base_model, check_head
-from ..models.loading import adapter_base, check_saves, load_model
+from ..models.loading import adapter_base, check_saves, load_model, warn_of_experts
 from ..redact import redact
 from ..rollouts.generation import check_prompt_learning
 from ..teachers.panel import Panel
@@ -120,6 +120,7 @@ def check_run(
     check_strategy(args, accelerator)
     check_same_data(accelerator, train_dataset, eval_dataset)
     check_trainable(model)
+    warn_of_experts(model)
     check_saves(model, tokenizer, args.output_dir if args.should_save else None)
 
 

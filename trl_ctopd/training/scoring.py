@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Distributions, Metrics, ScoredChunks
 from ..models.heads import add_token_scores, base_model, hidden_states, lm_head
-from ..models.loading import check_vocabulary, disable_dropout
+from ..models.loading import check_vocabulary, disable_dropout, switch_router_logits_off
 from ..rollouts.pairing import on_grid
 from ..rollouts.vllm import importance
 from ..teachers.panel import Awaited, Panel
@@ -32,6 +32,7 @@ def prepare_student(model: nn.Module, side: Speaker, args: CrossTokenizerGKDConf
     if args.disable_dropout:
         disable_dropout(model)
     add_token_scores(student, args.temperature, entropy=True)  # what was drawn at it is scored at it
+    switch_router_logits_off(student)
     student.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     student.generation_config.pad_token_id = tokenizer.pad_token_id
     stop_ids = side.stop_ids(student.generation_config)
@@ -51,11 +52,18 @@ class Scorer:
         accelerator: the run's processes.
         panel: the teachers.
         vocabulary: what the two vocabularies have in common; called where a loss reads distributions.
+        balances: whether the student is a mixture of experts whose load is balanced.
     """
 
     def __init__(
-        self, args: CrossTokenizerGKDConfig, accelerator, panel: Panel, vocabulary: Callable[[], VocabularyPair]
+        self,
+        args: CrossTokenizerGKDConfig,
+        accelerator,
+        panel: Panel,
+        vocabulary: Callable[[], VocabularyPair],
+        balances: bool = False,
     ):
+        self._balances = balances
         self._args, self._accelerator, self._panel, self._vocabulary = args, accelerator, panel, vocabulary
 
     def __call__(
@@ -84,8 +92,9 @@ class Scorer:
                 input_ids=inputs["input_ids"],
                 scored=scored,
                 targets=inputs["input_ids"][scored[0], scored[1] + 1],
+                **self._routed(inputs),
             )
-        log_probs, entropy = (on_grid(values, scored, inputs["input_ids"]) for values in scores)
+        log_probs, entropy = (on_grid(values, scored, inputs["input_ids"]) for values in scores[:2])
         teacher_log_probs, metrics = self._settled(inputs["teacher_log_probs"], phase)
         batch = ScoredChunks(
             student_log_probs=log_probs,
@@ -97,6 +106,7 @@ class Scorer:
             student_ids=inputs["input_ids"][:, 1:],
             teacher_ids=inputs["teacher_ids"],
             old_log_probs=None if old_log_probs is None else old_log_probs.to(log_probs.device),
+            imbalance=scores[2],
         )
         if "sampled_log_probs" in inputs:
             sampled = inputs["sampled_log_probs"].to(log_probs.device)
@@ -108,6 +118,13 @@ class Scorer:
             batch.teacher = self._distributions(self._panel.only.teacher.base_model, inputs["teacher_hidden"])
             batch.vocabulary, batch.tile_tokens = self._vocabulary(), self._args.logit_tile_tokens
         return batch, entropy.detach(), metrics
+
+    def _routed(self, inputs: dict) -> dict[str, torch.Tensor]:
+        """Where the load of a mixture of experts is to be balanced, (B, L) True for tokens that are no padding."""
+        if not self._balances:
+            return {}
+        columns = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)
+        return {"routed": columns < inputs["lengths"].to(columns.device)[:, None]}
 
     def _settled(
         self, scores: torch.Tensor | Awaited, phase: Callable[[str], AbstractContextManager]
