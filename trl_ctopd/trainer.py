@@ -42,7 +42,7 @@ from .training.checks import (
     checked,
     context_length,
     losses_by_text,
-    open_adapter,
+    open_student,
     signal_of,
 )
 from .training.identity import identity
@@ -109,10 +109,11 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         if teacher_model is None:
             teacher_model = args.teacher_server_url or args.teacher_model_name_or_path
         check_arguments(model, teacher_model, args, train_dataset, peft_config)
-        model = open_adapter(model, args, peft_config)
+        model = open_student(model, args, peft_config)
 
-        revision = (args.model_init_kwargs or {}).get("revision")
-        processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code)
+        given = args.model_init_kwargs or {}
+        revision, gguf_file = given.get("revision"), given.get("gguf_file")
+        processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code, gguf_file)
         ensure_pad_token(processing_class, args.pad_token)
         self.panel = Panel(teacher_model, teacher_processing_class, args)
         self.args = args  # the dataset is rendered before Trainer sets it

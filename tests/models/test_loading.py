@@ -1,12 +1,15 @@
 """Models as they come: adapters by name or as modules, and students that could not be saved."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from toys import step_of, student_model, student_tokenizer, weights
-from transformers import AutoModelForCausalLM
+from toys import SHAPE, step_of, student_model, student_tokenizer, weights
+from transformers import AutoModelForCausalLM, Qwen2Config
 
-from trl_ctopd.models.loading import adapter_base, check_saves
+from trl_ctopd.models.loading import adapter_base, check_saves, load_tokenizer
 
 
 def lora() -> LoraConfig:
@@ -115,3 +118,81 @@ def test_trying_to_save_leaves_model_and_folder_as_they_were(tmp_path):
     assert not list(tmp_path.iterdir())
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+# --- GGUF
+
+
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory):
+    """A folder with `toy.gguf` alone: a Qwen2 shape with the student's tokenizer."""
+    gguf = pytest.importorskip("gguf", reason="needs the writer of GGUF files: pip install gguf")
+    folder, tokenizer = tmp_path_factory.mktemp("gguf"), student_tokenizer()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**{**SHAPE, "vocab_size": len(tokenizer)}))
+    writer = gguf.GGUFWriter(str(folder / "toy.gguf"), "qwen2")
+    writer.add_context_length(SHAPE["max_position_embeddings"])
+    writer.add_embedding_length(SHAPE["hidden_size"])
+    writer.add_block_count(SHAPE["num_hidden_layers"])
+    writer.add_feed_forward_length(SHAPE["intermediate_size"])
+    writer.add_head_count(SHAPE["num_attention_heads"])
+    writer.add_head_count_kv(SHAPE["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])  # 3: control
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, SHAPE["num_hidden_layers"])
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])
+@pytest.mark.parametrize("by", ["name", "module"])
+def test_a_student_in_a_gguf_file_is_trained_and_saved(build, tmp_path, gguf_folder, by, adapter):
+    saving = {"save_strategy": "steps", "save_steps": 1, "peft_config": lora() if adapter else None}
+    if by == "name":
+        settings = {"model": str(gguf_folder), "model_init_kwargs": {"gguf_file": "toy.gguf"}, "processing_class": None}
+    else:
+        settings = {"model": AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file="toy.gguf")}
+    build(**settings, **saving).train()
+    folder = tmp_path / "run" / "checkpoint-1"
+    if adapter:
+        assert (folder / "adapter_model.safetensors").exists()
+    else:
+        assert not hasattr(AutoModelForCausalLM.from_pretrained(folder).config, "quantization_config")
+
+
+@pytest.mark.parametrize("loss", ["dpca", "bpm"])
+def test_a_teacher_in_a_gguf_file_teaches_as_the_same_one_in_a_folder(build, tmp_path, gguf_folder, loss):
+    plain = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file="toy.gguf")
+    settings = {"optim": "sgd", "learning_rate": 1.0, "distillation_loss": loss, "model": student_model(3)}
+    tokenizer = {"teacher_processing_class": student_tokenizer()}
+    expected = step_of(build(**{**settings, "model": student_model(3)}, teacher=plain, **tokenizer))
+    gguf = {"teacher": str(gguf_folder), "teacher_model_init_kwargs": {"gguf_file": "toy.gguf"}}
+    found = step_of(build(**{**settings, "model": student_model(3)}, **gguf, **tokenizer))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_tokenizer_beside_a_gguf_file_is_preferred_and_the_one_within_is_warned_of(gguf_folder, tmp_path, caplog):
+    found = load_tokenizer(None, str(gguf_folder), None, False, "toy.gguf")
+    assert found.encode("What is 3?") == student_tokenizer().encode("What is 3?")
+    assert "is read from toy.gguf, which keeps no normalizer" in caplog.text
+    caplog.clear()
+    shutil.copy(gguf_folder / "toy.gguf", tmp_path)
+    student_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(None, str(tmp_path), None, False, "toy.gguf").get_vocab() == student_tokenizer().get_vocab()
+    assert not caplog.text

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
@@ -37,7 +37,14 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
 
 
 def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedModel | PeftModel:
-    """A whole model, or an adapter on its base; `kwargs` go to `from_pretrained`. An adapter is frozen unless `trainable`."""
+    """A whole model, also one in a GGUF file, or an adapter on its base; `kwargs` go to `from_pretrained`. An adapter is frozen unless
+    `trainable`."""
+    if "gguf_file" in kwargs:
+        if kwargs.get("dtype") == "auto":  # it is none that weights in GGUF's blocks have
+            kwargs = {**kwargs, "dtype": "float32"}
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        forget_gguf(model)
+        return model
     if adapter_base(name, kwargs.get("revision")) is None:
         return create_model_from_path(name, **kwargs)
     dtype = kwargs.get("dtype", "float32")
@@ -46,10 +53,12 @@ def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedMo
     return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trainable, **{**kwargs, "dtype": dtype})
 
 
-def load_tokenizer(tokenizer, model_id, revision, trust_remote_code) -> PreTrainedTokenizerBase:
+def load_tokenizer(tokenizer, model_id, revision, trust_remote_code, gguf_file=None) -> PreTrainedTokenizerBase:
     """`tokenizer`, or the one saved with the model where it is None. Raises `TypeError` for anything but a
     tokenizer.
     """
+    if tokenizer is None and gguf_file is not None:
+        return _tokenizer_beside(gguf_file, model_id, revision, trust_remote_code)
     if tokenizer is None:
         base = adapter_base(model_id, revision)
         if base is not None and not _has_tokenizer(model_id, revision):
@@ -90,6 +99,20 @@ def check_vocabulary(side: str, model: PreTrainedModel, tokenizer: PreTrainedTok
             f"The {side}'s tokenizer has ids up to {highest}, but its model embeds {rows} tokens: this is not the model's "
             "tokenizer, or `model.resize_token_embeddings(len(tokenizer))` is missing."
         )
+
+
+def _tokenizer_beside(
+    gguf_file: str, name: str, revision: str | None, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The repository's own where it has one; else what the GGUF file says of it, which is not all."""
+    kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False) is not None:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    logger.warning(
+        f"The tokenizer of {name} is read from {gguf_file}, which keeps no normalizer: texts in other than composed characters (NFC) "
+        "may be encoded otherwise than in the model's own training. Pass the original model's tokenizer as processing class."
+    )
+    return AutoTokenizer.from_pretrained(name, gguf_file=gguf_file, **kwargs)
 
 
 def _has_tokenizer(name: str, revision: str | None) -> bool:
@@ -142,7 +165,7 @@ def check_saves(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: st
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _make_generation_config_whole(base)
     if not isinstance(model, PeftModel):
-        _forget_gguf(base)
+        forget_gguf(base)
     parameters = list(model.named_parameters())
     if folder is None or any(isinstance(part, DTensor) or hasattr(part, "ds_id") for _, part in parameters):
         return  # shared out: only all processes together can save it
@@ -188,13 +211,15 @@ def _make_generation_config_whole(model: PreTrainedModel):
         config.validate(strict=True)
 
 
-def _forget_gguf(model: PreTrainedModel):
-    """Weights read from a GGUF file are plain ones once they are read; only their loader is still there, and cannot be saved."""
+def forget_gguf(model: nn.Module):
+    """Weights read from a GGUF file are plain ones once they are read; only their loader is still there, with which nothing can be
+    trained or saved."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and str(getattr(quantizer.quantization_config, "quant_method", "")).lower().endswith(
-        "gguf"
-    ):
-        del model.hf_quantizer
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+    if type(quantizer).__name__ != "GgufHfQuantizer":
+        return
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in vars(model):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

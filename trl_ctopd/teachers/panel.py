@@ -64,8 +64,9 @@ class Seat:
             self.teacher.check(self.tokenizer)
         else:
             self.name = model if isinstance(model, str) else get_config_model_id(model.config)
-            revision = (args.teacher_model_init_kwargs or {}).get("revision")
-            self.tokenizer = load_tokenizer(tokenizer, self.name, revision, args.trust_remote_code)
+            given = args.teacher_model_init_kwargs or {}
+            revision, gguf_file = given.get("revision"), given.get("gguf_file")
+            self.tokenizer = load_tokenizer(tokenizer, self.name, revision, args.trust_remote_code, gguf_file)
         own = args.teacher_chat_template_kwargs
         kwargs = args.chat_template_kwargs if own is None else own
         self.side = Speaker(self.tokenizer, kwargs, own_kwargs_win=own is not None)

@@ -38,6 +38,7 @@ from .token_bytes import token_table
 _RANK_BITS = 22  # of a merge's rank
 _SIGNS = re.compile(rb"[!-/:-@\[-`{-~]+")
 
+
 @dataclass(frozen=True)
 class Merges:
     """
@@ -390,7 +391,11 @@ def _last_merges(
     for token in sorted(ways, key=lengths.__getitem__):  # after what it is made of
         numbers = ways[token]
         number = numbers[0] if len(numbers) == 1 else next(filter(undisturbed, numbers), numbers[0])
-        when[token], first[token], second[token] = time(number, left[number], right[number]), left[number], right[number]
+        when[token], first[token], second[token] = (
+            time(number, left[number], right[number]),
+            left[number],
+            right[number],
+        )
     return np.array(when), np.array(first), np.array(second)
 
 

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
 from ..models.heads import base_model, check_head
-from ..models.loading import adapter_base, check_saves, load_model, warn_of_experts
+from ..models.loading import adapter_base, check_saves, forget_gguf, load_model, warn_of_experts
 from ..redact import redact
 from ..rollouts.generation import check_prompt_learning
 from ..teachers.panel import Panel
@@ -71,14 +71,22 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
         raise ValueError(f"`train_dataset` is {'missing' if train_dataset is None else 'empty'}: it gives the prompts.")
     if isinstance(train_dataset, IterableDataset) and next(iter(train_dataset), None) is None:
         raise ValueError("`train_dataset` is empty: it gives the prompts.")
+    if isinstance(model, nn.Module):
+        forget_gguf(model)
     if isinstance(model, str):
         quantized = (args.model_init_kwargs or {}).get("quantization_config") is not None
     else:
         quantized = getattr(model, "is_quantized", False) and not isinstance(model, PeftModel)
     if quantized and peft_config is None:
         raise ValueError(
-            "The student is quantized, and its whole weights cannot be trained: train an adapter on it (`peft_config=LoraConfig()`, "
-            "`--use_peft`), or load it without `quantization_config`."
+            "The student is quantized, and its whole weights cannot be trained: train an adapter on it (`--use_peft`, "
+            '`peft_config=LoraConfig(target_modules="all-linear")`), or load it without `quantization_config`.'
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        raise ValueError(
+            f"The student is quantized with {type(quantizer).__name__}, which no adapter can be trained on: load its plain weights, or "
+            "a quantization that bitsandbytes makes."
         )
     adapter = model.active_peft_config if isinstance(model, PeftModel) else peft_config
     if adapter is not None:
@@ -205,13 +213,15 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
     return loss
 
 
-def open_adapter(model, args: CrossTokenizerGKDConfig, peft_config):
-    """The student; one that is the name of an adapter, loaded with its base, to be trained on. Raises `ValueError` where it is to get
-    an adapter beside the one it has."""
+def open_student(model, args: CrossTokenizerGKDConfig, peft_config):
+    """The student; loaded where it is the name of an adapter, with its base and to be trained on, or of a GGUF file (`gguf_file` in
+    `model_init_kwargs`). Raises `ValueError` where it is to get an adapter beside the one it has."""
     kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    if not isinstance(model, str) or adapter_base(model, kwargs.get("revision")) is None:
+    if not isinstance(model, str):
         return model
-    if peft_config is not None:
+    if "gguf_file" not in kwargs and adapter_base(model, kwargs.get("revision")) is None:
+        return model
+    if "gguf_file" not in kwargs and peft_config is not None:
         raise ValueError(
             f"{model} is an adapter already, and `peft_config` asks for another: leave that out to train it on, or merge it first "
             "(`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()`)."
