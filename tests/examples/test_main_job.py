@@ -24,7 +24,7 @@ def run(*command, timeout: int) -> str:
 
 
 def test_the_demo_recovers_the_gap_without_being_shown_an_answer(tmp_path):
-    run(EXAMPLES / "demo" / "run.py", "--seed", 0, "--no-control", "--output", tmp_path, timeout=900)
+    run(EXAMPLES / "demo" / "run.py", "--seed", 0, "--no-control", "--output", tmp_path, timeout=3600)
     figures = json.loads((tmp_path / "metrics.json").read_text())
     assert figures["teacher_accuracy"] >= 0.95
     assert figures["student_accuracy_before"] < 0.6
@@ -35,7 +35,7 @@ def test_the_demo_recovers_the_gap_without_being_shown_an_answer(tmp_path):
 
 
 def test_the_loop_without_a_trainer_closes_the_gap():
-    printed = run(EXAMPLES / "minimal_loop.py", timeout=600)
+    printed = run(EXAMPLES / "minimal_loop.py", timeout=3600)
     gaps = [float(gap) for gap in re.findall(r"gap (\S+) nats/byte", printed)]
     right = [float(share) for share in re.findall(r"([\d.]+)% right; gap", printed)]
     assert gaps[-1] < 0.75 * gaps[0]

@@ -1,9 +1,14 @@
-"""Toy tokenizers of every family, trained here on a few lines in many scripts; each function returns a cached one."""
+"""Toy tokenizers of every family, trained here on a few lines in many scripts; each function returns a cached one.
+
+They are the same in every process. Of the trainers of `tokenizers` only BPE's is, without `limit_alphabet`: the others count
+in a hash map whose order is drawn anew in each process.
+"""
 
 import functools
 import json
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -66,8 +71,13 @@ def metaspace_bpe(vocab_size: int = 900, prepend_scheme: str = "first") -> PreTr
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>"]
+    counts = Counter("".join(CORPUS).replace(" ", "▁"))
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[*special, *BYTE_PIECES], limit_alphabet=80, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[*special, *BYTE_PIECES],
+        initial_alphabet=sorted(counts, key=lambda letter: (-counts[letter], letter))[:80],
+        limit_alphabet=80,
+        show_progress=False,
     )
     trained.train_from_iterator(CORPUS, trainer)
     return _wrapped(_bpe_with_bytes(trained, prepend_scheme), unk_token="<unk>", bos_token="<s>", eos_token="</s>")
@@ -114,12 +124,8 @@ def gemma_like() -> PreTrainedTokenizerFast:
 @functools.cache
 def unigram(byte_fallback: bool = True, nfkc: bool = False) -> PreTrainedTokenizerFast:
     """T5's family: Metaspace with a dummy prefix; with `nfkc`, its normalizer too."""
-    trained = Tokenizer(models.Unigram())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<unk>", "</s>"]
-    trainer = trainers.UnigramTrainer(vocab_size=500, special_tokens=special, unk_token="<unk>", show_progress=False)
-    trained.train_from_iterator(CORPUS, trainer)
-    pieces = [(piece, -20.0 if piece in special else score) for piece, score in _unigram_pieces(trained)]
+    pieces = [(piece, -20.0) for piece in ("<unk>", "</s>")]
+    pieces += [(piece, -2.0 - 4 / len(piece)) for piece in _pieces(500, pre_tokenizers.Metaspace())]
     pieces += [(piece, -30.0) for piece in BYTE_PIECES] if byte_fallback else []
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=byte_fallback))
     backend.normalizer = normalizers.NFKC() if nfkc else None
@@ -128,19 +134,25 @@ def unigram(byte_fallback: bool = True, nfkc: bool = False) -> PreTrainedTokeniz
     return _wrapped(backend, unk_token="<unk>", eos_token="</s>")
 
 
-def _unigram_pieces(trained: Tokenizer) -> list[tuple[str, float]]:
-    return [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"]]
+def _pieces(vocab_size: int, pre_tokenizer, normalizer=None) -> list[str]:
+    """Letters and what BPE makes of them, in its order."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizer
+    trained.normalizer = normalizer
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False))
+    return sorted(trained.get_vocab(), key=trained.get_vocab().get)
 
 
 @functools.cache
 def word_piece() -> PreTrainedTokenizerFast:
     """BERT's family: lower case, no accents, whitespace lost."""
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    pieces = [spelled for piece in _pieces(350, pre_tokenizer, normalizer) for spelled in (piece, f"##{piece}")]
+    vocabulary = {piece: n for n, piece in enumerate(["[UNK]", "[SEP]", *pieces])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizer
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    trainer = trainers.WordPieceTrainer(vocab_size=700, special_tokens=["[UNK]", "[SEP]"], show_progress=False)
-    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_special_tokens(["[UNK]", "[SEP]"])
     return _wrapped(backend, unk_token="[UNK]", sep_token="[SEP]")
 
 

@@ -31,8 +31,7 @@ def aligned(text: str, student=byte_level, teacher=metaspace_bpe):
 
 
 def scored(alignment, **settings) -> ScoredRollout:
-    """Figures of every size and sign. The toy tokenizers learn other merges in another process, so chunks differ too: where
-    both cut the first word alike, its gap is nought."""
+    """Figures of every size and sign."""
     sizes = [0.01, 0.3, 9, 2, 0.7, 30, 5]
     student, teacher = (
         [-sizes[(n * step) % 7] - n / 1000 for n in range(len(ids))]
