@@ -38,7 +38,7 @@ models.pretrain(teacher, teacher_tokenizer, draw, task.answer, 250, "training th
 models.pretrain(student, student_tokenizer, draw, childish_answer, 350, "training the weak student")
 
 aligner = TextAligner(student_tokenizer, teacher_tokenizer)
-loss_function = DPCA(credit="semantic", advantage_clip=10.0)
+loss_function = DPCA(credit="semantic", advantage_clip=10.0, event="open")
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0)
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
 

@@ -10,6 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from .losses import LOSSES, loaded_loss, loss_name, saved_loss
 from .losses.credit import CREDITS
+from .losses.dpca import EVENTS
 from .redact import HIDDEN, redacted
 
 
@@ -106,12 +107,22 @@ class CrossTokenizerGKDConfig(GKDConfig):
             "metrics)`."
         },
     )
-    credit: str = field(
-        default="semantic",
+    event: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a chunk's score is about in dpca, and no other loss: closed (its tokens, and that the teacher's last one "
+            "ends there: a student that equals its teacher stays), or open (its tokens, as in the paper). None: closed, but "
+            "open with credit previous."
+        },
+    )
+    credit: str | None = field(
+        default=None,
         metadata={
             "help": "How dpca, and no other loss, shares a chunk's gap among its student tokens: semantic (by log-prob, "
-            "the paper's), uniform, byte_length, last, or macro (each token gets the whole gap: the chunk as one action; "
-            "without a clip, the unbiased gradient of each chunk's reverse KL given the text before it)."
+            "the paper's), uniform, byte_length, last, macro (each token gets the whole gap: the chunk as one action; "
+            "without a clip, the unbiased gradient of each chunk's reverse KL given the text before it), or previous (macro, "
+            "and a chunk's first token gets the gap of the chunk before too: open chunks that keep the fixed point, from "
+            "log-probs alone). None: macro with closed chunks, semantic with open ones."
         },
     )
     advantage_clip: float | None = field(
@@ -379,12 +390,13 @@ class CrossTokenizerGKDConfig(GKDConfig):
         super().__post_init__()
         for name, known in (
             ("credit", CREDITS),
+            ("event", EVENTS),
             ("eos_policy", EOS_POLICIES),
             ("markup_policy", EOS_POLICIES),
             ("thought_policy", THOUGHT_POLICIES),
             ("generation_backend", GENERATION_BACKENDS),
         ):
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in known and not (name in ("credit", "event") and getattr(self, name) is None):
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
         optional = ("teacher_batch_size", "generation_batch_size")
         counts = (

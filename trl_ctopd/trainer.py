@@ -33,6 +33,7 @@ from .teachers.local import LocalTeacher
 from .teachers.panel import Model, Panel
 from .teachers.remote import RemoteTeacher
 from .text.chat import Speaker
+from .text.continuations import Continuations
 from .text.vocabulary import VocabularyPair
 from .training import checkpoints
 from .training.checks import (
@@ -149,11 +150,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         write = student_writer(self.model, self.accelerator, self.student_side, self.generation_config, args)
         self.panel.sit(self.accelerator, self.student_side, self.stop_ids)
         self.rollouts = RolloutSource(
-            args, self.accelerator, self.student_side, self.panel, write, self._reads_distributions
+            args, self.accelerator, self.student_side, self.panel, write, self._reads_distributions, self._tables_for
         )
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
         check_losses(losses, self.model, self.panel, lambda: self.vocabulary)
+        for on_policy in (True, False):
+            self._tables_for(on_policy)  # built before any training time is spent
         # What GKDTrainer's own methods and callers read
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         set_seed(args.seed, device_specific=True)
@@ -311,7 +314,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
                     self._meters[mode].add(sampling_metrics(batch, entropy))
                 self._meters[mode].add(chunk_metrics(batch, entropy, inputs["padding_rows"]))
                 if model.training and self.args.rollout_reuse > 1:
-                    self._pending.old_log_probs[inputs["index"]] = batch.policy_log_probs
+                    self._pending.old_scores[inputs["index"]] = batch.policy_scores
                 if self.args.log_completions or reports_of(self):
                     micro_batches = self.current_gradient_accumulation_steps if model.training else 1
                     self._samples.keep(inputs, batch, -(-self.args.num_completions_to_print // micro_batches))
@@ -320,7 +323,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def _score(self, model: nn.Module, inputs: dict) -> tuple[ScoredChunks, torch.Tensor, Metrics]:
         """The student's forward pass over a micro-batch: see [`Scorer`]."""
         mode = "train" if model.training else "eval"
-        old = self._pending.old_log_probs.get(inputs["index"]) if model.training else None
+        old = self._pending.old_scores.get(inputs["index"]) if model.training else None
         return self._scorer(model, inputs, self._reads_distributions(inputs["on_policy"]), old, self._timers[mode])
 
     def _loss_for(self, on_policy: bool) -> Callable:
@@ -329,6 +332,14 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def _reads_distributions(self, on_policy: bool) -> bool:
         return signal_of(self._loss_for(on_policy)) == "logits"
 
+    def _tables_for(self, on_policy: bool) -> dict[str, Continuations | None]:
+        return self._continuations if getattr(self._loss_for(on_policy), "event", "open") == "closed" else {}
+
+    @cached_property
+    def _continuations(self) -> dict[str, Continuations | None]:
+        student_size = base_model(self.model).get_output_embeddings().out_features
+        return {name: seat.continuations(student_size) for name, seat in self.panel.seats.items()}
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """On-policy evaluation: the student answers the prompts and the teacher scores the answers."""
         timer = self._timers["eval"]
@@ -336,7 +347,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         [batch] = self._roll_out(model, [self.rollouts.mark_padding_rows(inputs["prompts"])], "eval")
         with timer("student"), torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(batch))
-        tokens = batch["scored"].shape[1]
+        tokens = (batch["student_chunks"] >= 0).sum().item()
         self._meters["eval"].add({"loss": (loss * tokens, torch.tensor(tokens))})  # Trainer's own mean is one over rows
         timer.end()
         return loss.detach(), None, None

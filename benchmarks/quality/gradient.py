@@ -34,7 +34,7 @@ TOKENS = ("a", "b", "ab", "ba", "aab")
 TEACHER_TOKENS = ("a", "b", "aa", "ab", "ba", "bb")
 LENGTH = 3
 DEVIATIONS = {"far": 2.0, "near": 0.5}
-LOSSES = {credit: DPCA(credit=credit) for credit in CREDITS} | {"strict mask": StrictSampled()}
+LOSSES = {credit: DPCA(credit=credit, event="open") for credit in CREDITS} | {"strict mask": StrictSampled()}
 
 
 class Tables:

@@ -181,7 +181,7 @@ def distil(world: World, loss: str | Callable, curve: Curve, seed: int, folder: 
 
 
 def dpca_with_shuffled_gaps(batch: ScoredChunks, num_items: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
-    """DPCA, told of each chunk the gap of another one, drawn from the whole batch."""
+    """DPCA of open chunks, told of each chunk the gap of another one, drawn from the whole batch."""
     log_probs = batch.student_log_probs.detach()
     gap, _ = gaps(log_probs, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
     is_chunk = batch.student_sum(torch.ones_like(log_probs)) > 0  # (B, C), False past a row's last chunk
@@ -193,7 +193,7 @@ def dpca_with_shuffled_gaps(batch: ScoredChunks, num_items: torch.Tensor) -> tup
         teacher_log_probs=batch.student_sum(log_probs) + gap,
         teacher_chunks=chunk_numbers.masked_fill(~is_chunk, -1),
     )
-    return DPCA()(shuffled, num_items)
+    return DPCA("macro", event="open")(shuffled, num_items)
 
 
 def show_judgement(world: World, answers: list[str]) -> None:

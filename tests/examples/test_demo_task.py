@@ -161,7 +161,7 @@ def test_the_control_hands_the_same_gaps_to_other_chunks():
     torch.manual_seed(0)
     batch = scored(torch.Generator().manual_seed(0))
     is_chunk = torch.tensor([[True, True, True], [True, True, False]])
-    own = batch.student_sum(advantages(DPCA(), batch))
+    own = batch.student_sum(advantages(DPCA("macro", event="open"), batch))
     shuffled = batch.student_sum(advantages(run.dpca_with_shuffled_gaps, batch))
     assert not torch.allclose(shuffled, own, atol=1e-3)
     torch.testing.assert_close(shuffled[is_chunk].sort().values, own[is_chunk].sort().values)
@@ -176,5 +176,7 @@ def test_the_control_is_dpca_where_there_is_one_chunk_to_shuffle():
     gap, _ = gaps(
         batch.student_log_probs.detach(), batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, 3
     )
-    torch.testing.assert_close(advantages(run.dpca_with_shuffled_gaps, batch), advantages(DPCA(), batch))
-    torch.testing.assert_close(advantages(DPCA(), batch)[0].sum(), gap[0, 0])
+    torch.testing.assert_close(
+        advantages(run.dpca_with_shuffled_gaps, batch), advantages(DPCA("macro", event="open"), batch)
+    )
+    torch.testing.assert_close(advantages(DPCA("macro", event="open"), batch)[0].sum(), gap[0, 0])

@@ -408,7 +408,7 @@ def test_a_row_of_a_scored_batch_gives_the_rollout_that_was_scored(eos_policy):
         teacher_log_probs=pad_scores(teachers, tensors["teacher_chunks"].shape[1]),
         **{name: tensors[name] for name in ("student_chunks", "teacher_chunks", "student_widths", "num_chunks")},
     )
-    loss = build_loss("dpca", credit="byte_length")
+    loss = build_loss("dpca", credit="byte_length", event="open")
     credit = -torch.autograd.grad(loss(batch, 1)[0], batch.student_log_probs)[0]
     for row, rollout in enumerate(rollouts):
         shown = ScoredRollout.from_batch(rollout, batch, row, loss=loss)

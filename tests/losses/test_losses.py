@@ -547,7 +547,7 @@ def test_no_advantage_exceeds_the_clip_and_the_metric_counts_those_cut(credit):
     student = [(-1.0, 0, 1), (-3.0, 0, 1), (-2.0, 1, 1), (-5.0, -1, 1), (-1.0, 2, 1)]
     rows = [(student, [(-90.0, 0), (-2.5, 1), (-0.1, 2)])]
     _, gradient = value_and_gradient(DPCA(credit, 2.0, event="open"), scored(rows), 1)
-    _, free = value_and_gradient(DPCA(credit, None), scored(rows), 1)
+    _, free = value_and_gradient(DPCA(credit, None, event="open"), scored(rows), 1)
     assert free.max() > 20
     assert torch.equal(gradient, free.clamp(-2, 2))
     _, metrics = DPCA(credit, 2.0, event="open")(scored(rows), 1)
@@ -558,8 +558,8 @@ def test_no_advantage_exceeds_the_clip_and_the_metric_counts_those_cut(credit):
 
 def test_the_clip_holds_on_both_sides_and_leaves_what_is_on_the_bound():
     rows = [([(-30.0, 0, 1), (-1.0, 1, 1), (-12.0, 2, 1)], [(-1.0, 0), (-30.0, 1), (-2.0, 2)])]
-    assert value_and_gradient(DPCA(), scored(rows), 1)[1].tolist() == [[-10.0, 10.0, -10.0]]
-    assert DPCA()(scored(rows), 1)[1]["advantage/clipped_fraction"][0] == 2
+    assert value_and_gradient(DPCA(event="open"), scored(rows), 1)[1].tolist() == [[-10.0, 10.0, -10.0]]
+    assert DPCA(event="open")(scored(rows), 1)[1]["advantage/clipped_fraction"][0] == 2
 
 
 @pytest.mark.parametrize("loss", DPCAS)

@@ -91,16 +91,32 @@ def test_the_first_use_is_the_step_without_reuse(build):
     torch.testing.assert_close(again, once, rtol=1e-5, atol=1e-7)
 
 
+class Kept:
+    """The loss, which keeps what it is given."""
+
+    event = "closed"
+
+    def __init__(self, loss, batches):
+        self.loss, self.batches = loss, batches
+
+    def __call__(self, batch, num_items):
+        self.batches.append(batch)
+        return self.loss(batch, num_items)
+
+
 def test_later_uses_keep_the_advantages_and_weigh_by_the_ratio(build):
     trainer = fix_rollouts(build(rollout_reuse=3, gradient_accumulation_steps=2, max_steps=3, learning_rate=3e-2))
     batches = []
     loss = trainer.distillation_loss
-    trainer.distillation_loss = trainer.off_policy_loss = lambda batch, n: batches.append(batch) or loss(batch, n)
+    kept = Kept(loss, batches)
+    trainer.distillation_loss = trainer.off_policy_loss = kept
     trainer.train()
     assert [batch.old_log_probs is None for batch in batches] == [True] * 2 + [False] * 4
     for use in (batches[2:4], batches[4:6]):
         for first, later in zip(batches[:2], use, strict=True):
             assert torch.equal(later.old_log_probs, first.student_log_probs.detach())
+            assert torch.equal(later.old_close_log_probs, first.close_log_probs.detach())
+            assert (first.close_log_probs < 0).any()
             assert torch.equal(later.teacher_log_probs, first.teacher_log_probs)
             assert not torch.allclose(later.student_log_probs, first.student_log_probs, atol=1e-3)
             torch.testing.assert_close(loss.advantages(later)[0], loss.advantages(first)[0])
@@ -200,7 +216,9 @@ def random_batch(seed: int) -> ScoredChunks:
 
 
 @pytest.mark.parametrize("seed", [0, 2, 3, 5, 6])  # of which each has a ratio out of bounds
-@pytest.mark.parametrize("loss", [DPCA(clip_ratio_low=0.3, clip_ratio_high=0.5), DPCA("macro", 0.7), StrictSampled()])
+@pytest.mark.parametrize(
+    "loss", [DPCA(clip_ratio_low=0.3, clip_ratio_high=0.5, event="open"), DPCA("macro", 0.7, "open"), StrictSampled()]
+)
 def test_value_and_gradient_are_ppos_by_cases(loss, seed):
     batch = random_batch(seed)
     value, metrics = loss(batch, 7)

@@ -306,7 +306,7 @@ def test_labels_are_the_completion_ids_that_take_part_and_nothing_of_the_prompt_
 def gradients(batch, made):
     tiny = model("student")
     tiny.zero_grad()
-    loss, _ = DPCA()(scored(batch, made), 50)
+    loss, _ = DPCA(event="open")(scored(batch, made), 50)
     loss.backward()
     return torch.cat([parameter.grad.flatten() for parameter in tiny.parameters()])
 

@@ -262,7 +262,8 @@ def test_args_default_to_the_papers_settings(tmp_path, monkeypatch):
     args = trainer.args
     assert args.output_dir == "student-ctopd"
     assert (args.learning_rate, args.temperature, args.lmbda, args.top_p) == (1e-6, 1.0, 1.0, 1.0)
-    assert (args.distillation_loss, args.credit, args.advantage_clip) == ("dpca", "semantic", 10.0)
+    loss = trainer.distillation_loss
+    assert (args.distillation_loss, loss.event, loss.credit, loss.advantage_clip) == ("dpca", "closed", "macro", 10.0)
 
 
 @pytest.mark.parametrize(

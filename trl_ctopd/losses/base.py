@@ -103,6 +103,12 @@ class ScoredChunks:
         old = self.old_close_log_probs
         return self.close_log_probs.detach() if old is None and self.close_log_probs is not None else old
 
+    @property
+    def policy_scores(self) -> torch.Tensor:
+        """(1 or 2, B, S) `policy_log_probs`, and `policy_close_log_probs` where there are any."""
+        close = self.policy_close_log_probs
+        return torch.stack([self.policy_log_probs, *([] if close is None else [close])])
+
     def student_sum(self, values: torch.Tensor) -> torch.Tensor:
         """(B, S) in, sums over each chunk (B, C) out."""
         return chunk_sum(values, self.student_chunks, self.num_chunks)

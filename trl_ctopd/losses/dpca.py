@@ -57,7 +57,7 @@ class DPCA(PolicyGradient):
     def __post_init__(self):
         super().__post_init__()
         if self.event is None:
-            self.event = "open"  # until the trainer gives `close_log_probs`
+            self.event = "open" if self.credit == "previous" else "closed"
         if self.event not in EVENTS:
             raise ValueError(f"Unknown event {self.event!r}: choose one of {', '.join(EVENTS)}.")
         if self.credit is None:

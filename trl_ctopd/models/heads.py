@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from .closing import ClosingLogProbFunction
+
 
 _TILE_COLUMNS = {"cuda": 8192, "xpu": 8192}  # of the vocabulary; elsewhere a tile takes some 36 bytes an element
 _SMALL_TILE_COLUMNS = 1024
@@ -31,11 +33,13 @@ _SMALL_TILE_COLUMNS = 1024
 
 class TokenScores(NamedTuple):
     """Of n tokens, in nats: (n,) float32 log-probs, with gradient; (n,) entropies of the distributions they are from. And of a
-    mixture of experts, where it was asked for, how unevenly its routers share out the tokens (a scalar, with gradient)."""
+    mixture of experts, where it was asked for, how unevenly its routers share out the tokens (a scalar, with gradient). And,
+    where it was asked for, (n,) log-probs that none of the tokens is drawn that go on, with gradient."""
 
     log_probs: torch.Tensor
     entropy: torch.Tensor | None
     imbalance: torch.Tensor | None = None
+    close_log_probs: torch.Tensor | None = None
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -65,7 +69,9 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
         (model(...).logits[rows, columns] / temperature).log_softmax(-1).gather(-1, ids[:, None])
 
     With `routed` (B, L), True for the tokens that count, a mixture of experts also gives the auxiliary loss by which its own class
-    balances the load (Switch Transformers, arXiv 2101.03961, equations 4 to 6). Any other call is what it was. Call it before the model is wrapped.
+    balances the load (Switch Transformers, arXiv 2101.03961, equations 4 to 6). With `going_on=(rows, ids)` (2, K), the scores
+    tell too how likely it is that none of `ids` is drawn at its place among the n (see [`ClosingLogProbFunction`]). Any other
+    call is what it was. Call it before the model is wrapped.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
@@ -76,7 +82,7 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
     outputs = ("entropy",) if entropy else ()
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
-    def forward(self, *args, scored=None, targets=None, routed=None, **kwargs):
+    def forward(self, *args, scored=None, targets=None, routed=None, going_on=None, **kwargs):
         if scored is None:
             return original(*args, **kwargs)
         kwargs["use_cache"] = False
@@ -91,6 +97,14 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
         weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
         shared_out = [part for part in (weight, bias) if hasattr(part, "ds_id")]  # a quantized teacher's are not
         with maybe_gather_lm_head_ctx(*shared_out):
+            if going_on is not None:
+                rows, ids = going_on.to(weight.device)
+                columns = _TILE_COLUMNS.get(weight.device.type, _SMALL_TILE_COLUMNS)
+                tokens = hidden.to(weight.device), weight, bias, targets.to(weight.device), rows, ids
+                log_probs, own_entropy, close = ClosingLogProbFunction.apply(
+                    *tokens, temperature, columns, softcap, scale
+                )
+                return TokenScores(log_probs, own_entropy, imbalance, close)
             return TokenScores(
                 *ChunkedLogProbFunction.apply(
                     hidden.to(weight.device),

@@ -23,6 +23,8 @@ from ..config import CrossTokenizerGKDConfig
 from ..models.sharding import own_rows
 from ..text.aligner import align_text
 from ..text.chat import Speaker
+from ..text.continuations import Continuations
+from .closing import add_going_on, without_unclosed
 from .generation import TransformersWriter, Writer, Written, sampling_config, write
 from .metrics import rollout_metrics
 from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns, pad_scores
@@ -90,6 +92,8 @@ class RolloutSource:
         write: writes as the student.
         reads_distributions: whether the loss on text of the student (True) or on other text (False) needs the teacher's
             hidden states.
+        continuations: by a teacher's name, with what its tokens go on, where the loss on text of the student (True) or on
+            other text (False) reads how chunks close; else nothing.
     """
 
     def __init__(
@@ -100,10 +104,12 @@ class RolloutSource:
         teachers: Teachers,
         write: Writer,
         reads_distributions: Callable[[bool], bool],
+        continuations: Callable[[bool], Mapping[str, Continuations | None]] = lambda on_policy: {},
     ):
         self._args, self._accelerator = args, accelerator
         self._student, self._teachers = student, teachers
         self.write, self._reads_distributions = write, reads_distributions
+        self._continuations = continuations
 
     def roll_out(
         self,
@@ -126,7 +132,8 @@ class RolloutSource:
         Returns:
             For each micro-batch what `collate` makes of its rollouts, with `teacher_log_probs` (B, T), or what waits for
             them; `teacher_places` (B,), each row's teacher by its place among the seats; `on_policy`, whether the student
-            wrote it; `index`, its place in the step; `teacher_hidden` (B, T, H) where its loss needs it; and
+            wrote it; `index`, its place in the step; `teacher_hidden` (B, T, H) where its loss needs it; `going_on` (2, K)
+            where its loss reads how chunks close (see `add_going_on`); and
             `sampled_log_probs` (B, S) where the writer told them. And the figures of the completions.
         """
         args, repeats = self._args, self._args.num_generations if mode == "train" else 1
@@ -144,10 +151,16 @@ class RolloutSource:
         with phase("teacher"):
             readings = self._teachers.read(rollouts, any(map(self._reads_distributions, on_policy)))
 
-        batches, names = [], list(self._teachers.seats)
+        batches, names, unclosed = [], list(self._teachers.seats), 0
         for index, (rows, on) in enumerate(zip(self._rows(rollouts, window, on_policy), on_policy, strict=True)):
-            own = [rollouts[row] for row in rows]
+            own, tables = [rollouts[row] for row in rows], self._continuations(on)
+            if tables:
+                of_row = [tables[rollout.prompt.teacher] for rollout in own]
+                whole, own = own, [without_unclosed(*pair) for pair in zip(own, of_row, strict=True)]
+                unclosed += sum(left is not before for left, before in zip(own, whole, strict=True))
             batch = collate(own, self._student.tokenizer.pad_token_id, args.pad_to_multiple_of)
+            if tables:
+                add_going_on(batch, own, of_row)
             batch["teacher_places"] = torch.tensor([names.index(rollout.prompt.teacher) for rollout in own])
             teacher_length = batch["teacher_chunks"].shape[1]
             batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)
@@ -159,6 +172,7 @@ class RolloutSource:
         return batches, {
             **rollout_metrics(rollouts),
             "off_policy_fraction": (on_policy.count(False), len(on_policy)),
+            "closing/unclosed_fraction": (unclosed, len(rollouts)),
         }
 
     # Draws

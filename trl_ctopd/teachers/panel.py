@@ -21,8 +21,10 @@ from ..models.loading import check_vocabulary, load_tokenizer
 from ..rollouts.pairing import Prompt, Rollout, pad_scores, pair
 from ..text.aligner import TextAligner
 from ..text.chat import Speaker, unshared_markup
+from ..text.continuations import Continuations
 from ..text.one_tokenizer import OneTokenizer, is_one_tokenizer
 from ..text.sections import SectionAligner
+from ..text.token_bytes import token_bytes
 from ..text.vocabulary import CACHE_DIR, VocabularyPair
 from .local import LocalTeacher, load_teacher
 from .remote import RemoteScores, RemoteTeacher
@@ -116,11 +118,15 @@ class Seat:
     def vocabulary(self, student_size: int, device: torch.device) -> VocabularyPair:
         """What the student's vocabulary, `student_size` rows of its LM head, and this teacher's have in common."""
         turn_end_is_one_token = all(len(ids) == 1 for ids in self.turn_ends.values())
+        if self.remote:
+            teacher_size = len(token_bytes(self.tokenizer))
+        else:
+            teacher_size = self.teacher.base_model.get_output_embeddings().out_features
         return VocabularyPair(
             self.student.tokenizer,
             self.tokenizer,
             student_size=student_size,
-            teacher_size=self.teacher.base_model.get_output_embeddings().out_features,
+            teacher_size=teacher_size,
             student_stops=list(self.turn_ends),
             teacher_stops=self.stop_ids if turn_end_is_one_token else (),
             device=device,
@@ -153,6 +159,12 @@ class Seat:
             thought_policy=args.thought_policy,
             eos_policy=args.eos_policy,
         )
+
+    def continuations(self, student_size: int) -> Continuations | None:
+        """With what this teacher's tokens go on; None where it has the student's tokenizer, and reads its very tokens."""
+        if isinstance(self.aligner, OneTokenizer):
+            return None
+        return self.vocabulary(student_size, torch.device("cpu")).continuations
 
 
 class Panel:

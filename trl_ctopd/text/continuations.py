@@ -36,7 +36,8 @@ from .token_bytes import token_table
 
 
 _RANK_BITS = 22  # of a merge's rank
-_SIGNS = re.compile(rb"[!-/:-@\[-`{-~]+")
+_SIGNS = re.compile(rb"[!-/:-@\[-`{-~]+(?=[A-Za-z])")
+
 
 
 @dataclass(frozen=True)

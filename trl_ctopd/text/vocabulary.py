@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from .aligner import encode_as_text
-from .continuations import Continuations
+from .continuations import Continuations, Merges
 from .one_tokenizer import is_one_tokenizer
 from .token_bytes import token_bytes
 
@@ -234,14 +234,21 @@ class VocabularyPair:
         return self._structure(Projection, lambda student, teacher: _projection(student, teacher, self._tokenizers[1]))
 
     @cached_property
+    def continuations(self) -> Continuations:
+        """The student tokens with which each teacher token would go on. It lives on the CPU."""
+        path = None if self._cache_dir is None else Path(self._cache_dir) / f"{self._hash}-{Merges.__name__}.npz"
+        kept = None if path is None else _load(Merges, path)
+        if kept is not None:
+            kept = Merges(*(getattr(kept, field.name).numpy() for field in fields(Merges)))
+        found = Continuations(*self._tokenizers, self._student.stops, kept)
+        if path is not None and kept is None and found.merges is not None:
+            _save(found.merges, path)
+        return found
+
+    @cached_property
     def spellings(self) -> Spellings:
         (student, student_length), (teacher, teacher_length) = _spelled(self._student), _spelled(self._teacher)
         return Spellings(student, teacher, student_length, teacher_length).to(self._device)
-
-    @cached_property
-    def continuations(self) -> Continuations:
-        """With which student tokens a teacher's token would go on."""
-        return Continuations(*self._tokenizers, self._student.stops)
 
     @cached_property
     def is_one_tokenizer(self) -> bool:
@@ -468,7 +475,7 @@ def _spelled(side: _Side) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, SPELLED_BYTES), torch.tensor(lengths)
 
 
-def _load(kind: type[_Structure], path: Path) -> _Structure | None:
+def _load(kind: type, path: Path) -> Any | None:
     """What is kept there; None where there is nothing, or something unreadable that will be written anew."""
     try:
         with np.load(path) as kept:
@@ -477,10 +484,10 @@ def _load(kind: type[_Structure], path: Path) -> _Structure | None:
         return None
 
 
-def _save(structure: _Structure, path: Path):
+def _save(structure: Any, path: Path):
     """In one move, so that processes that build at the same time never read half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
-        np.savez(file, **{field.name: getattr(structure, field.name).numpy() for field in fields(structure)})
+        np.savez(file, **{field.name: np.asarray(getattr(structure, field.name)) for field in fields(structure)})
         os.replace(file, path)

@@ -273,32 +273,33 @@ class PendingRollouts:
 
     Attributes:
         batches: the micro-batches, as `RolloutSource` makes them.
-        old_log_probs: by a micro-batch's `index`, the (B, S) log-probs of the student as it was when it wrote them; there
-            once the first step has used them.
+        old_scores: by a micro-batch's `index`, the `ScoredChunks.policy_scores` of the student as it was when it wrote
+            them; there once the first step has used them.
     """
 
     def __init__(self, args: CrossTokenizerGKDConfig):
         self._args = args
         self.batches: list[dict] = []
-        self.old_log_probs: dict[int, torch.Tensor] = {}
+        self.old_scores: dict[int, torch.Tensor] = {}
 
     def clear(self):
-        self.batches, self.old_log_probs = [], {}
+        self.batches, self.old_scores = [], {}
 
     def save(self, checkpoint: str):
         """Writes this process's own; waits for scores that a server still works on."""
         batches = [settled(batch) for batch in self.batches]
-        torch.save((self._layout(), batches, self.old_log_probs), self._file(checkpoint))
+        torch.save((self._layout(), batches, self.old_scores), self._file(checkpoint))
 
     def load(self, checkpoint: str):
         """What this process has saved there, if there is any and its settings are those of this run."""
         file = self._file(checkpoint)
         if not file.exists():
             return
-        layout, batches, old_log_probs = torch.load(file, "cpu")
+        layout, batches, old_scores = torch.load(file, "cpu")
         if layout == self._layout():
             self.batches = [{_RENAMED.get(name, name): value for name, value in own.items()} for own in batches]
-            self.old_log_probs = old_log_probs
+            # (B, S) in checkpoints from before chunks closed
+            self.old_scores = {index: own if own.dim() == 3 else own[None] for index, own in old_scores.items()}
         else:
             logger.warning(
                 f"{checkpoint} keeps completions of other settings than these (then {layout}, now "

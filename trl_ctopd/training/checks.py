@@ -166,7 +166,7 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
     """
     name, kwargs = args.distillation_loss, dict(args.distillation_loss_kwargs or {})
     knobs = set() if callable(name) else {field.name for field in fields(LOSSES[name])}
-    for knob in ("credit", "advantage_clip", "clip_ratio_low", "clip_ratio_high"):
+    for knob in ("event", "credit", "advantage_clip", "clip_ratio_low", "clip_ratio_high"):
         value, default = getattr(args, knob), type(args).__dataclass_fields__[knob].default
         if value != default and knob not in knobs:
             able = [other for other, known in LOSSES.items() if knob in {field.name for field in fields(known)}]

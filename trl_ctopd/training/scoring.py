@@ -71,7 +71,7 @@ class Scorer:
         model: nn.Module,
         inputs: dict,
         on_distributions: bool,
-        old_log_probs: torch.Tensor | None,
+        old_scores: torch.Tensor | None,
         phase: Callable[[str], AbstractContextManager],
     ) -> tuple[ScoredChunks, torch.Tensor, Metrics]:
         """
@@ -79,7 +79,8 @@ class Scorer:
             model: the student as it is wrapped for training, with `add_token_scores`.
             inputs: a micro-batch of `RolloutSource`, on the student's device.
             on_distributions: whether the loss reads whole distributions.
-            old_log_probs: (B, S) of the student that wrote it, where it has been updated since.
+            old_scores: (1 or 2, B, S) `ScoredChunks.policy_scores` of the student that wrote it, where it has been updated
+                since.
             phase: called with the name of what begins, and times the `with` block.
 
         Returns:
@@ -93,8 +94,11 @@ class Scorer:
                 scored=scored,
                 targets=inputs["input_ids"][scored[0], scored[1] + 1],
                 **self._routed(inputs),
+                **({"going_on": inputs["going_on"]} if "going_on" in inputs else {}),
             )
         log_probs, entropy = (on_grid(values, scored, inputs["input_ids"]) for values in scores[:2])
+        close = None if scores[3] is None else on_grid(scores[3], scored, inputs["input_ids"])
+        old, old_close = (None, None) if old_scores is None else (*old_scores.to(log_probs.device), None)[:2]
         teacher_log_probs, metrics = self._settled(inputs["teacher_log_probs"], phase)
         batch = ScoredChunks(
             student_log_probs=log_probs,
@@ -105,8 +109,10 @@ class Scorer:
             num_chunks=inputs["num_chunks"],
             student_ids=inputs["input_ids"][:, 1:],
             teacher_ids=inputs["teacher_ids"],
-            old_log_probs=None if old_log_probs is None else old_log_probs.to(log_probs.device),
+            old_log_probs=old,
             imbalance=scores[2],
+            close_log_probs=close,
+            old_close_log_probs=old_close,
         )
         if "sampled_log_probs" in inputs:
             sampled = inputs["sampled_log_probs"].to(log_probs.device)

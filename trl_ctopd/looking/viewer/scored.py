@@ -58,6 +58,7 @@ class ScoredRollout(Shown):
         advantage_clip: float | None = None,
         prompt: str | None = None,
         loss: Callable | None = None,
+        close_log_probs: Sequence[float] | None = None,
     ) -> "ScoredRollout":
         """
         Args:
@@ -67,12 +68,17 @@ class ScoredRollout(Shown):
             credit, advantage_clip: of [`~trl_ctopd.losses.DPCA`], where `loss` is None.
             prompt: shown above the completion.
             loss: one of [`~trl_ctopd.losses.build_loss`] that reads log-probs, or a function of your own.
+            close_log_probs: one for each of `alignment.student_ids`, as in `ScoredChunks`. Without them, a loss of closed
+                chunks is shown as that of open ones, and `method` says so.
 
         Raises:
             ValueError: where the numbers of tokens and log-probs differ, where a scored student log-prob is not finite,
                 and for a loss that does not depend on the student's log-probs.
         """
-        loss = DPCA(credit=credit, advantage_clip=advantage_clip) if loss is None else loss
+        loss = DPCA(credit=credit, advantage_clip=advantage_clip, event="open") if loss is None else loss
+        method = _method(loss)
+        if isinstance(loss, DPCA) and loss.event == "closed" and close_log_probs is None:
+            loss, method = replace(loss, event="open"), f"{method} of open chunks"
         for side, given, tokens in (
             ("student", student_log_probs, alignment.student_ids),
             ("teacher", teacher_log_probs, alignment.teacher_ids),
@@ -95,6 +101,7 @@ class ScoredRollout(Shown):
             num_chunks=max(1, alignment.num_chunks),
             student_ids=_row(alignment.student_ids, torch.long),
             teacher_ids=_row(alignment.teacher_ids, torch.long),
+            close_log_probs=None if close_log_probs is None else _row(close_log_probs, torch.double),
         )
         log_probs = batch.student_log_probs.detach()
         gap, neutral = gaps(
@@ -116,7 +123,7 @@ class ScoredRollout(Shown):
             advantages=_credit(loss, batch)[0].numpy(),
             shares=None if own_shares is None else own_shares[0].numpy(),
             nats_per_byte=-gap.sum().item() / num_bytes if num_bytes else None,
-            method=_method(loss),
+            method=method,
             prompt=prompt,
         )
 
@@ -139,12 +146,14 @@ class ScoredRollout(Shown):
             loss, prompt: of `from_log_probs`.
         """
         first = len(rollout.prompt.student_ids) - 1
+        own, close = slice(first, first + len(rollout.student_ids)), batch.close_log_probs
         return cls.from_log_probs(
             alignment_of(rollout),
-            batch.student_log_probs[row, first : first + len(rollout.student_ids)].tolist(),
+            batch.student_log_probs[row, own].tolist(),
             batch.teacher_log_probs[row, : len(rollout.teacher_ids)].tolist(),
             prompt=prompt,
             loss=loss,
+            close_log_probs=None if close is None else close[row, own].tolist(),
         )
 
 
