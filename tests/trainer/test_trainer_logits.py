@@ -85,12 +85,11 @@ def test_gradient_accumulation_windows_give_the_same_step(build, loss):
 
 @pytest.mark.parametrize("loss", ON_LOGITS)
 def test_the_tile_changes_no_result(build, loss):
-    steps = [
-        step_of(fix_rollouts(build(distillation_loss=loss, logit_tile_tokens=tile, **SGD))) for tile in (1, 30, 10**6)
-    ]
-    assert steps[0].abs().max() > 1e-5
-    for step in steps[1:]:
-        torch.testing.assert_close(step, steps[0], rtol=1e-4, atol=1e-6)
+    cut, whole = (
+        step_of(fix_rollouts(build(distillation_loss=loss, logit_tile_tokens=tile, **SGD))) for tile in (7, 10**6)
+    )
+    assert whole.abs().max() > 1e-5
+    torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", [*ON_LOGITS, "strict_sampled"])
