@@ -69,7 +69,7 @@ def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
 def judged(side: Speaker, message: dict, kwargs: dict) -> str:
     """ "right", or what is wrong, or why it is refused."""
     reference = {"role": "assistant", **message}
-    tools = TOOLS if "tool_calls" in message or side._needs_tools else None
+    tools = TOOLS if "tool_calls" in message or side.needs_tools else None
     conversation = Conversation([USER], reference, tools, kwargs)
     try:
         before, ids = side.reference(conversation)

@@ -1,10 +1,13 @@
 """`python -m trl_ctopd.align`: what it prints, writes and refuses."""
 
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import trl
 from tokenizers_for_tests import byte_level, metaspace_bpe
 from transformers import PreTrainedTokenizerFast
 
@@ -142,3 +145,18 @@ def test_of_real_tokenizers_by_folder(assets, capsys):
     assert [segment["text"] for segment in found["segments"]] == [" costs", " ", "123", "4"]
     assert found["one_to_one_fraction"] == 0.75
     assert found["coverage"] == 1.0
+
+
+def test_a_template_is_explained_by_what_it_was_seen_to_write(tmp_path, capsys):
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    runpy.run_module("benchmarks.templates.census")["tokenizer_for"](template).save_pretrained(tmp_path)
+    main(["--explain-template", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert r'"<think>\n" THOUGHT "\n</think>\n\n" ANSWER "<|im_end|>"' in printed
+    assert "reasoning of earlier turns: no" in printed
+    assert "stops at  <EOS>, <|im_end|>" in printed
+
+
+def test_a_tokenizer_without_a_template_says_so(folders, refusal):
+    assert "no chat template" in refusal("--explain-template", folders[1])
+    assert "nothing else (student given)" in refusal("--explain-template", "a", "--student", "b")

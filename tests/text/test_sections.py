@@ -40,6 +40,7 @@ def aligners(student, teacher, policies=()):
         theirs.tokenizer,
         masked_strings=unshared_markup(ours, theirs),
         teacher_control_ids=theirs.control_ids,
+        teacher_continues=theirs.continues,
     )
     controls = {name: theirs.tokenizer.convert_tokens_to_ids(name) for name in theirs.controls}
     end = theirs.tokenizer.convert_ids_to_tokens(theirs.turn_end[-1])

@@ -113,6 +113,7 @@ class Seat:
             self.tokenizer,
             masked_strings=unshared_markup(self.student, self.side),
             teacher_control_ids=self.side.control_ids,
+            teacher_continues=self.side.continues,
         )
 
     def vocabulary(self, student_size: int, device: torch.device) -> VocabularyPair:

@@ -109,6 +109,7 @@ class TextAligner:
         student_tokenizer, teacher_tokenizer: read when this is built; tokens added later are not seen.
         masked_strings: every occurrence in a text is masked, for the reason "markup".
         teacher_control_ids: tokens, besides the special ones, that no text may become.
+        teacher_continues: whether the teacher's tokenizer puts no space of its own before a text, as within a longer one.
     """
 
     def __init__(
@@ -118,12 +119,14 @@ class TextAligner:
         *,
         masked_strings: Sequence[str] = (),
         teacher_control_ids: Collection[int] = (),
+        teacher_continues: bool = False,
     ):
         if "" in masked_strings:
             raise ValueError("masked_strings holds an empty string, which occurs everywhere")
         self._student = token_table(student_tokenizer)
         self._teacher = token_table(teacher_tokenizer)
         self._teacher_tokenizer = teacher_tokenizer
+        self._continues = teacher_continues and self._teacher.prefix_space != "never"
         self._markup = [string.encode() for string in masked_strings]
         self._control_ids = self._teacher.special | frozenset(teacher_control_ids)
         # by id, the last for all past the others; a control token may have an id past all those that spell something
@@ -141,17 +144,13 @@ class TextAligner:
         """Of the masked strings in a text's bytes."""
         return _occurrences(self._markup, [data])
 
-    def encode(self, text: str) -> list[int]:
-        """The teacher's ids for a text of its own template, without control tokens."""
-        return [i for tokens in encode_as_text(self._teacher_tokenizer, [text]) for i in tokens.ids]
-
     def read_run(self, text: str, continues: bool) -> tuple[list[int], np.ndarray, np.ndarray, list[MaskedStretch]]:
         """The teacher's tokens of one text, where they end in its bytes (T,), how many each covers (T,), and what they do not
-        spell; `continues`: right after a control token, where no dummy prefix is put."""
+        spell; `continues`: within a longer text, where no space is put before it."""
         [tokens] = encode_as_text(self._teacher_tokenizer, [text])
+        if continues:
+            [tokens] = self._continued([tokens])
         pieces = self._without_controls(tokens)
-        if continues and self._teacher.prefix_space != "never":
-            pieces = [self._continued(pieces[0]), *pieces[1:]]
         ids, counts = _flat([piece.ids for piece in pieces])
         reading = _teacher_reading([pieces], ids, counts, self._teacher)
         return reading.ids[0], reading.side.ends, reading.side.widths, reading.masked
@@ -181,7 +180,8 @@ class TextAligner:
         ]
 
     def _teacher_reading(self, texts: Sequence[str]) -> "_Reading":
-        pieces = [[tokens] for tokens in encode_as_text(self._teacher_tokenizer, texts)]
+        encoded = encode_as_text(self._teacher_tokenizer, texts)
+        pieces = [[tokens] for tokens in (self._continued(encoded) if self._continues else encoded)]
         ids, counts = _flat([tokens.ids for [tokens] in pieces])
         is_control = self._is_control[np.minimum(ids, len(self._is_control) - 1)]
         if is_control.any():
@@ -199,24 +199,21 @@ class TextAligner:
         if cuts:
             parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
             encoded = encode_as_text(self._teacher_tokenizer, parts)
-            if self._teacher.prefix_space != "never":
-                encoded = [encoded[0], *map(self._continued, encoded[1:])]
+            encoded = [encoded[0], *self._continued(encoded[1:])]
             return [piece for part in encoded for piece in self._without_controls(part)]
         kept = {n: i for n, i in enumerate(tokens.ids) if i not in self._control_ids}
         token_to_chars = tokens.token_to_chars and [tokens.token_to_chars(n) for n in kept].__getitem__
         return [_Tokens(text, list(kept.values()), token_to_chars)]
 
-    def _continued(self, tokens: "_Tokens") -> "_Tokens":
-        """The text encoded as the rest of a longer one, without the space that the tokenizer puts before a text: after a
-        character that stays a token of its own, which is then left out. As it is where no such character is found."""
-        for guard in _GUARDS:
-            [alone], [both] = (encode_as_text(self._teacher_tokenizer, [text]) for text in (guard, guard + tokens.text))
-            rest = both.ids[len(alone.ids) :]
-            if both.ids[: len(alone.ids)] == alone.ids and rest:
-                spelled = b"".join(self._teacher.rows[i] for i in rest)
-                if spelled == tokens.text.encode():
-                    return _Tokens(tokens.text, rest, None)
-        return tokens
+    def _continued(self, encoded: Sequence["_Tokens"]) -> list["_Tokens"]:
+        """Texts encoded as the rests of longer ones, without the space that the tokenizer puts before a text: after a character
+        that stays a token of its own, which is then left out. As they are where no such character is found."""
+        return [
+            _Tokens(tokens.text, rest, None) if rest else tokens
+            for tokens, rest in zip(
+                encoded, continuations(self._teacher_tokenizer, [tokens.text for tokens in encoded]), strict=True
+            )
+        ]
 
     def _cuts(self, tokens: "_Tokens", control_id: int) -> set[int]:
         """After the first character of every place where the text spells the token, or where the tokenizer found it."""
@@ -399,6 +396,22 @@ def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
         own = next(encoded[offsets])
         tokens.append(_Tokens(text, own.ids, own.token_to_chars if offsets else _asked_later(backend, text)))
     return tokens
+
+
+def continuations(tokenizer: Any, texts: Sequence[str]) -> list[list[int] | None]:
+    """The ids of texts that go on from another one, control strings spelled out: without the space that a tokenizer may put
+    before a text. None where they cannot be told, or the tokenizer puts none."""
+    table, found = token_table(tokenizer), [None] * len(texts)
+    if table.prefix_space == "never":
+        return found
+    for guard in _GUARDS:
+        left = [n for n, text in enumerate(texts) if text and found[n] is None]
+        alone, *both = encode_as_text(tokenizer, [guard, *(guard + texts[n] for n in left)])
+        for n, tokens in zip(left, both, strict=True):
+            rest = tokens.ids[len(alone.ids) :]
+            if tokens.ids[: len(alone.ids)] == alone.ids and b"".join(table.rows[i] for i in rest) == texts[n].encode():
+                found[n] = rest
+    return found
 
 
 def _encode(backend: Any, texts: list[str], offsets: bool) -> list[Any]:

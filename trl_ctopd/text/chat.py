@@ -22,6 +22,7 @@ from functools import cached_property
 import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .aligner import continuations
 from .calls import CallReader, find_reader
 from .token_bytes import token_table
 from .turns import (
@@ -200,9 +201,9 @@ class Speaker:
         prompt = self._render(conversation.prompt, conversation, open_ended=True)
         stem = prompt[: len(prompt) - len(turn.tail)]
         plain = stem + (turn.plain.opening if turn.plain else turn.tail)
-        if token_table(self.tokenizer).prefix_space != "never":
-            plain = plain.removesuffix(" ")  # the answer's own first token brings it
-        return Opened(ids, turn, self._encode(stem), self._encode(plain))
+        if turn.plain and self._space_is_the_answers(turn.plain):
+            plain = plain.removesuffix(" ")
+        return Opened(ids, turn, self._encode(stem), self._before_text(plain))
 
     def turn(self, conversation: Conversation) -> Turn:
         """How the template writes a turn after the conversation's prompt."""
@@ -287,7 +288,7 @@ class Speaker:
         if self.template:
             for turns in (("system", "user", "assistant", "user"), ("user", "assistant", "user")):
                 messages = self._styled([{"role": role, "content": ANSWER_PROBE} for role in turns])
-                tools = TOOLS if self._needs_tools else None
+                tools = TOOLS if self.needs_tools else None
                 if text := self._tried(messages, tools=tools, add_generation_prompt=True):
                     ids |= set(self._encode(text)) & self._plain_added.keys()
                     break
@@ -332,7 +333,7 @@ class Speaker:
     @cached_property
     def _takes_system(self) -> bool:
         messages = self._styled([{"role": "system", "content": ANSWER_PROBE}, USER])
-        tools = TOOLS if self._needs_tools else None
+        tools = TOOLS if self.needs_tools else None
         try:
             if ANSWER_PROBE in self._apply(messages, tools=tools, add_generation_prompt=True):
                 return True
@@ -353,7 +354,7 @@ class Speaker:
         return ANSWER_PROBE not in plain and ANSWER_PROBE in listed
 
     @cached_property
-    def _needs_tools(self) -> bool:
+    def needs_tools(self) -> bool:
         return not self._tried([USER]) and bool(self._tried([USER], tools=TOOLS))
 
     @cached_property
@@ -399,6 +400,19 @@ class Speaker:
             stacklevel=2,
         )
         return False
+
+    def takes(self) -> dict[str, bool]:
+        """What the template writes of what a row may have, by name."""
+        turn = self._turn_after(Conversation([USER], tools=TOOLS))
+        return {
+            "system text": self._takes_system,
+            "tools": self._takes_tools,
+            "calls of tools": self._call_style is not None,
+            "an answer and calls in one turn": (ANSWER, CALLS) in turn.forms,
+            "results of tools": self._takes_results,
+            "reasoning of earlier turns": self._keeps_thoughts,
+            "calls, read again from what it writes": self.call_reader is not None,
+        }
 
     def _refuse_what_is_left_out(self, conversation: Conversation) -> None:
         messages = conversation.prompt
@@ -483,7 +497,7 @@ class Speaker:
 
     def _turn_after(self, conversation: Conversation) -> Turn:
         """What the template writes after a user's turn, with the conversation's kwargs and, if it has any, with tools."""
-        tools = bool(conversation.tools) or self._needs_tools
+        tools = bool(conversation.tools) or self.needs_tools
         key = json.dumps(conversation.chat_template_kwargs, sort_keys=True, default=repr), tools
         if key not in self._turns:
             asked = Conversation([USER], None, TOOLS if tools else None, conversation.chat_template_kwargs)
@@ -520,6 +534,13 @@ class Speaker:
     def _encode_text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
+    def _before_text(self, head: str) -> list[int]:
+        """The ids of `head` where a word follows it, which may cut the whitespace at its end otherwise."""
+        [word] = continuations(self.tokenizer, [ANSWER_PROBE])
+        word = word or self._encode(ANSWER_PROBE)
+        ids = self._encode(head + ANSWER_PROBE)
+        return ids[: -len(word)] if ids[-len(word) :] == word else self._encode(head)
+
     def _encode_after(self, head: str, text: str) -> list[int]:
         """The ids of `text` where it follows `head`."""
         before, ids = self._encode(head), self._encode(head + text)
@@ -540,7 +561,7 @@ class Speaker:
         if conversation:
             own = self.chat_template_kwargs if self.own_kwargs_win else {}
             kwargs |= {"tools": conversation.tools, **conversation.chat_template_kwargs, **own}
-        elif self._needs_tools:
+        elif self.needs_tools:
             kwargs["tools"] = TOOLS
         try:
             return self._apply(self._styled(messages), **kwargs)
@@ -601,20 +622,44 @@ class Speaker:
         end, ids = [], []
         if sections == [ANSWER]:  # whose text may hold control strings
             answer = text.removeprefix(form.opening).removesuffix(form.end if form.rest is not None else "")
-            text, ids = form.opening, self._encode_text(answer.removesuffix(self.tokenizer.eos_token or ""))
-            if token_table(self.tokenizer).prefix_space != "never":
-                text = text.removesuffix(" ")  # the answer's own first token brings it
+            answer = answer.removesuffix(self.tokenizer.eos_token or "")
+            text, ids = form.opening, self._answer_ids(form, answer)
+            if self._space_is_the_answers(form):
+                text = text.removesuffix(" ")
             end = self.end_ids(form) if form.end else self.turn_end
         elif not form.end:
             end = self.turn_end
         else:
             end = self._encode_after(ANSWER_PROBE, form.unwritten)
         tail, before = opened.turn.tail, opened.ids
+        if sections == [ANSWER] and form.opening.startswith(tail):
+            whole = self._encode_after(prompt, form.opening.removeprefix(tail) + answer)
+            written = self._encode_after(prompt, form.opening.removeprefix(tail))
+            if sum(i in self.control_ids for i in whole) == sum(i in self.control_ids for i in written):
+                return before, whole + end
         if text.startswith(tail):
             text = text.removeprefix(tail)
         else:
             prompt, before = stem, opened.stem
         return before, self._encode_after(prompt, text) + ids + end
+
+    def _space_is_the_answers(self, form: Form) -> bool:
+        """Whether the last space of a form's opening is the one that the tokenizer puts before a text."""
+        return form.opening.endswith(" ") and token_table(self.tokenizer).prefix_space != "never"
+
+    def _answer_ids(self, form: Form, answer: str) -> list[int]:
+        if self._space_is_the_answers(form):
+            return self._encode_text(answer)
+        [ids] = continuations(self.tokenizer, [answer])
+        return self._encode_text(answer) if ids is None else ids
+
+    @cached_property
+    def continues(self) -> bool:
+        """Whether an answer is encoded as the rest of a longer text: after this template's opening, and not after a space
+        that the tokenizer brings."""
+        return bool(self.template) and not (
+            self._known_turn.plain and self._space_is_the_answers(self._known_turn.plain)
+        )
 
     def _form(self, conversation: Conversation, turn: Turn, sections: tuple[str, ...], columns: list[str]) -> Form:
         if CALLS in sections and not conversation.tools:

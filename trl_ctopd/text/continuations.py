@@ -39,7 +39,6 @@ _RANK_BITS = 22  # of a merge's rank
 _SIGNS = re.compile(rb"[!-/:-@\[-`{-~]+(?=[A-Za-z])")
 
 
-
 @dataclass(frozen=True)
 class Merges:
     """

@@ -365,7 +365,9 @@ class SectionAligner:
         planned = plan(parsed, written, ended, read_turn(teacher), self._eos, calls=calls, **self._policies)
         self._say({unit.reason for unit in planned.units})
         grid = _Grid(planned.units, written, self._aligner)
-        teacher_ids, ends, sizes, masked = self._teacher(grid)
+        # a tokenizer that puts a space before a text writes that of the opening itself
+        spaced = planned.opening.endswith(" ") and self._aligner.teacher_table.prefix_space != "never"
+        teacher_ids, ends, sizes, masked = self._teacher(grid, spaced)
         ours = _side(np.cumsum(widths), widths, *grid.student)
         theirs = _side(ends, sizes, *grid.teacher)
         stretches = sorted({*grid.masked, *masked}, key=lambda stretch: (stretch.start, stretch.end))
@@ -390,7 +392,8 @@ class SectionAligner:
             np.stack([grid.shown[chunks.start], grid.shown[chunks.end]], 1),
             (self._aligner.student_table, self._aligner.teacher_table),
         )
-        opening = [i for part in self._fragments(planned.opening) for i in self._literal_ids(part)]
+        literal = planned.opening.removesuffix(" ") if spaced else planned.opening
+        opening = [i for part in self._fragments(literal) for i in self._literal_ids(part)]
         return Sectioned(alignment, grid.content[stops] - grid.content[starts], planned.on_tail, opening)
 
     def _calls(self, written: str, parsed: Parsed, student: str, turn: Turn) -> list[Unit] | None:
@@ -456,11 +459,11 @@ class SectionAligner:
         return [part for part in (*parts, literal[at:]) if part != ""]
 
     def _literal_ids(self, part: str | int) -> list[int]:
-        return [part] if isinstance(part, int) else self._aligner.encode(part)
+        return [part] if isinstance(part, int) else self._aligner.read_run(part, continues=True)[0]
 
-    def _teacher(self, grid: "_Grid") -> tuple[list[int], np.ndarray, np.ndarray, list[MaskedStretch]]:
+    def _teacher(self, grid: "_Grid", spaced: bool) -> tuple[list[int], np.ndarray, np.ndarray, list[MaskedStretch]]:
         """The teacher's tokens, where they end in all that it reads (T,), how much of it each covers (T,), and what the
-        grid masks for its sake."""
+        grid masks for its sake. `spaced`: the first text's own first token brings a space."""
         parts: list[str | int] = []
         for unit, text in zip(grid.units, grid.teacher_texts, strict=True):
             for part in [text] if unit.shared else self._fragments(text):
@@ -477,7 +480,7 @@ class SectionAligner:
                 ends.append(np.array([at + size]))
                 sizes.append(np.array([size]))
             elif part:
-                own, own_ends, own_sizes, own_masked = self._aligner.read_run(part, continues=at > 0)
+                own, own_ends, own_sizes, own_masked = self._aligner.read_run(part, continues=not spaced or at > 0)
                 ids += own
                 ends.append(own_ends + at)
                 sizes.append(own_sizes)

@@ -172,7 +172,11 @@ def find_turn(
             missing[sections] = str(refusal)
         else:
             after = text[places[-1][1] :]
-            end = _end(after, _followed(render, [*before, message]), pattern)
+            followed = _followed(render, [*before, message])
+            if sections[-1] == CALLS and not (pattern and pattern.search(after + (followed or ""))):
+                missing[sections] = "ends calls without a control token"
+                continue
+            end = _end(after, followed, pattern)
             rest = after.removeprefix(end) if after.startswith(end) else None
             written[sections] = text, places, end, rest, "" if rest is not None else end.removeprefix(after)
     stem = clean_stem(prompt, [text[: places[0][0]] for text, places, *_ in written.values()], pattern)

@@ -2,6 +2,7 @@
 
 ctopd align --student Qwen/Qwen2.5-0.5B --teacher meta-llama/Llama-3.2-1B "twenty-three" [--html out.html]
 ctopd align --student path/to/one --teacher path/to/other --file data.jsonl --column text [--json]
+ctopd align --explain-template path/to/one
 """
 
 import argparse
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ...text.aligner import TextAligner, encode_as_text
+from ...text.chat import Speaker
 from ...text.token_bytes import UnsupportedTokenizerError
+from ..templates import explain
 from .segments import WHY, figures, segments
 from .shown import TextAlignment
 
@@ -27,6 +30,10 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m trl_ctopd.align") -> None:
     parser = _parser(prog)
     args = parser.parse_args(arguments)
+    if args.explain_template is not None:
+        return _explain(parser, args)
+    if missing := [f"--{name}" for name in ("student", "teacher") if getattr(args, name) is None]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     if args.text is not None and args.file:
         parser.error("give a text or --file, not both")
     if args.text is None and not args.file:
@@ -53,14 +60,29 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trl_ctop
 def _parser(prog: str) -> _Parser:
     parser = _Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="?", help="what to align; the student's tokenizer encodes it")
-    parser.add_argument("--student", required=True, help="tokenizer: a folder or a name on the hub")
-    parser.add_argument("--teacher", required=True, help="the same of the teacher")
+    parser.add_argument("--student", help="tokenizer: a folder or a name on the hub")
+    parser.add_argument("--teacher", help="the same of the teacher")
     parser.add_argument("--file", type=Path, help="a text a line, or with --column a JSON object a line")
     parser.add_argument("--column", help="which of the object's strings is the text")
     parser.add_argument("--html", type=Path, metavar="OUT", help="write the picture as a page of its own")
+    parser.add_argument(
+        "--explain-template",
+        metavar="TOKENIZER",
+        help="print what is found of a tokenizer's chat template: its turns' openings, sections and ends, and what it leaves out",
+    )
     parser.add_argument("--json", action="store_true", help="figures, and for one text its chunks, as JSON")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with a tokenizer")
     return parser
+
+
+def _explain(parser: _Parser, args: argparse.Namespace) -> None:
+    given = [name for name in ("text", "student", "teacher", "file", "column", "html", "json") if getattr(args, name)]
+    if given:
+        parser.error(f"--explain-template takes one tokenizer, and nothing else ({', '.join(given)} given)")
+    try:
+        print(explain(Speaker(_tokenizer(args.explain_template, args.trust_remote_code))))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 class _InputError(ValueError):
