@@ -344,7 +344,8 @@ class _Collator(DataCollatorForPreference):
 
 def _render_pair(example: dict, index: int, student: Speaker, teachers: dict[str, Speaker], dataset_name: str) -> dict:
     """`prompt_ids`, `chosen_ids`, `rejected_ids` of the student, and what pairing needs of the teacher's prompt."""
-    beside = {name: example[name] for name in ("tools", "chat_template_kwargs") if example.get(name) is not None}
+    others = ("tools", "chat_template_kwargs", "teacher_prompt")
+    beside = {name: example[name] for name in others if example.get(name) is not None}
     found = {}
     for side in _SIDES:
         row = {"prompt": example["prompt"], "completion": example[side], **beside}

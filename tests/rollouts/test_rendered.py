@@ -2,9 +2,11 @@
 
 import pytest
 from datasets import Dataset, IterableDataset
-from toys import prompts, student_tokenizer, teacher_model, teacher_tokenizer
+from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
-from trl_ctopd.rollouts.prompts import COLUMNS, RENDERED_FOR
+from trl_ctopd.rollouts.pairing import Prompt
+from trl_ctopd.rollouts.prompts import COLUMNS, RENDERED_FOR, render_row
+from trl_ctopd.text.chat import Speaker
 
 
 def retemplated(tokenizer, old: str, new: str):
@@ -57,6 +59,63 @@ def test_rows_are_rendered_alike_whatever_format_they_are_read_in(build, read_as
     assert [row["prompt_ids"] for row in found] == [row["prompt_ids"] for row in expected]
 
 
+USER = {"role": "user", "content": "What is 2+2?"}
+REFERENCE = {"role": "assistant", "content": "It is four."}
+SECRET = "Sphinx of black quartz, judge my vow: 4."
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2.5", "llama-3.2", "phi-3-mini", "deepseek-v3", "mistral-v3", "smollm2-instruct"]
+)
+@pytest.mark.parametrize("place", ["system", "before the question", "a turn of its own"])
+def test_the_student_reads_nothing_of_what_only_the_teacher_reads(real_tokenizer, name, place):
+    side = Speaker(real_tokenizer(name), {"date_string": "26 Jul 2024"})  # Llama's template prints the day otherwise
+    hinted = {
+        "system": [{"role": "system", "content": SECRET}, USER],
+        "before the question": [{"role": "user", "content": f"{SECRET}\n\n{USER['content']}"}],
+        "a turn of its own": [{"role": "user", "content": SECRET}, {"role": "assistant", "content": "Yes."}, USER],
+    }[place]
+    row = {"prompt": [USER], "completion": [REFERENCE]}
+    plain, told = (render_row(one, 0, side, {"": side}, None, True) for one in (row, {**row, "teacher_prompt": hinted}))
+    assert told["prompt_ids"] == plain["prompt_ids"] and told["reference_ids"] == plain["reference_ids"]
+    prompts = [Prompt(*(found[column] for column in COLUMNS)) for found in (plain, told)]
+    assert prompts[0].before_reference().student_ids == prompts[1].before_reference().student_ids
+    assert prompts[0].framed.student == prompts[1].framed.student
+    assert SECRET in side.tokenizer.decode(told["teacher_prompt_ids"])
+    alone = render_row({"prompt": hinted}, 0, side, {"": side}, None, False)
+    assert told["teacher_prompt_ids"] == alone["teacher_prompt_ids"]
+    teachers = [prompt.framed.plain(prompt.teacher_ids) for prompt in (prompts[1], Prompt(*map(alone.get, COLUMNS)))]
+    assert teachers[0] == teachers[1]
+
+
+def test_a_teacher_prompt_changes_what_the_teacher_reads_and_nothing_of_the_students(build):
+    rows = prompts().to_list()
+    hint = {"role": "system", "content": "one two three"}
+    told = [{**row, "teacher_prompt": [hint, *row["prompt"]]} for row in rows]
+    plain, found = (build(dataset=Dataset.from_list(given)) for given in (rows, told))
+    student = [name for name in COLUMNS if name not in ("teacher_prompt_ids", "frame")]
+    for before, after in zip(plain.train_dataset, found.train_dataset, strict=True):
+        assert {name: before[name] for name in student} == {name: after[name] for name in student}
+        assert len(after["teacher_prompt_ids"]) > len(before["teacher_prompt_ids"])
+    hinted = build(dataset=Dataset.from_list([{"prompt": row["teacher_prompt"]} for row in told])).train_dataset
+    assert found.train_dataset["teacher_prompt_ids"] == hinted["teacher_prompt_ids"]
+    found.train()
+    assert found.state.log_history[0]["alignment/masked_fraction"] < 1
+
+
+def test_a_model_is_its_own_teacher_by_what_only_the_teacher_reads(build):
+    """Self-distillation: with the same prompt there is no gap, with a hint there is."""
+    hint = {"role": "system", "content": "one two three"}
+    rows = [{**row, "teacher_prompt": [hint, *row["prompt"]]} for row in prompts().to_list()]
+    same = {"teacher": student_model(), "teacher_processing_class": student_tokenizer()}
+    gaps = []
+    for given in (prompts(), Dataset.from_list(rows)):
+        trainer = build(dataset=given, **same)
+        trainer.train()
+        gaps.append(abs(trainer.state.log_history[0]["gap/nats_per_byte"]))
+    assert gaps[0] < 1e-5 < 1e-3 < gaps[1]
+
+
 PARTS = [{"type": "text", "text": "What is 3 plus 4?"}]
 
 
@@ -64,8 +123,8 @@ PARTS = [{"type": "text", "text": "What is 3 plus 4?"}]
     ("row", "said"),
     [
         (
-            {"prompt": [{"role": "user", "content": ["What", "is"]}]},
-            "`prompt` holds content that is a list with 'What' in it",
+            {"prompt": [{"role": "user", "content": [["What"], ["is"]]}]},
+            r"`prompt` holds content that is a list with \['What'\] in it",
         ),
         (
             {"prompt": [{"role": "user", "content": [*PARTS, {"type": "text"}]}]},

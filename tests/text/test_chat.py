@@ -1,5 +1,6 @@
 """Two renderings of one conversation: what each prompt holds, where each turn ends, and what neither side may read."""
 
+import copy
 import functools
 import itertools
 import json
@@ -8,6 +9,7 @@ import needs
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from trl import maybe_convert_to_chatml
 
 from trl_ctopd.text.chat import Conversation, Speaker, read_example, unshared_markup
 
@@ -37,6 +39,7 @@ GLM = (
 DROPS = "{% for m in messages if m.role != 'system' %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 
 USER = {"role": "user", "content": "What is 2+2?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 REFERENCE = {"role": "assistant", "content": "It is four, zweifellos."}
 LONG = [
     {"role": "system", "content": "Be brief."},
@@ -134,6 +137,47 @@ def test_text_parts_become_text():
     assert read_example({"prompt": [{"role": "user", "content": parts}]}).prompt == [USER]
 
 
+def test_a_list_of_texts_is_read_as_its_texts_one_after_the_other():
+    for parts in (["What is ", "2+2?"], ["What is ", {"type": "text", "text": "2+2?"}]):
+        assert read_example({"prompt": [{"role": "user", "content": parts}]}).prompt == [USER]
+
+
+def as_sharegpt(messages):
+    return [{"from": message["role"], "value": message["content"]} for message in messages]
+
+
+@pytest.mark.parametrize("names", [{}, {"user": "human", "assistant": "gpt"}], ids=["roles", "human and gpt"])
+def test_sharegpt_conversations_are_read_as_trl_converts_them(names):
+    row = {"conversations": as_sharegpt([SYSTEM, USER, REFERENCE]), "id": 3}
+    expected = maybe_convert_to_chatml(copy.deepcopy(row))
+    for message in row["conversations"]:
+        message["from"] = names.get(message["from"], message["from"])
+    before = copy.deepcopy(row)
+    assert read_example(row) == read_example(expected) == Conversation([SYSTEM, USER], REFERENCE)
+    assert row == before
+
+
+def test_from_and_value_are_read_in_every_column_of_messages():
+    row = {"prompt": as_sharegpt([USER]), "completion": as_sharegpt([REFERENCE])}
+    row["teacher_prompt"] = as_sharegpt([SYSTEM, USER])
+    assert read_example(row) == Conversation([USER], REFERENCE, teacher_prompt=[SYSTEM, USER])
+
+
+def test_the_teachers_prompt_takes_the_place_of_the_prompt_for_the_teacher_alone():
+    row = {"prompt": [USER], "completion": [REFERENCE], "tools": [TOOL], "teacher_prompt": [SYSTEM, USER]}
+    conversation = read_example(row)
+    assert conversation.for_teacher == Conversation([SYSTEM, USER], REFERENCE, [TOOL])
+    assert conversation.for_student == Conversation([USER], REFERENCE, [TOOL])
+    assert read_example({"messages": [USER, REFERENCE], "teacher_prompt": [SYSTEM, USER]}) == Conversation(
+        [USER], REFERENCE, teacher_prompt=[SYSTEM, USER]
+    )
+    assert read_example({"prompt": "2+2=", "teacher_prompt": "It is 4. 2+2="}).for_teacher.prompt == "It is 4. 2+2="
+    begun = [USER, {"role": "assistant", "content": "It"}]
+    assert read_example({"prompt": begun, "teacher_prompt": [SYSTEM, *begun]}).for_teacher.prompt == [SYSTEM, *begun]
+    for same in ({"prompt": [USER]}, {"prompt": [USER], "teacher_prompt": None}):
+        assert read_example(same).for_teacher == read_example(same).for_student == Conversation([USER])
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -152,6 +196,19 @@ def test_text_parts_become_text():
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "only text"),
         ({"prompt": [USER], "tools": "not json"}, "`tools` is text that is not JSON"),
         ({"prompt": [USER], "tools": "{}"}, "`tools` must be a list"),
+        ({"prompt": [USER], "teacher_prompt": "hi"}, "the prompt is messages and `teacher_prompt` is text: make both"),
+        ({"prompt": "hi", "teacher_prompt": [USER]}, "the prompt is text and `teacher_prompt` is messages: make both"),
+        ({"prompt": [USER], "teacher_prompt": []}, "`teacher_prompt` must be a list of at least one message"),
+        (
+            {"prompt": [USER], "teacher_prompt": [USER, REFERENCE]},
+            "ends with no begun answer and `teacher_prompt` with the begun answer 'It is four, zweifellos.'",
+        ),
+        (
+            {"conversations": [{"from": "bot", "value": "hi"}]},
+            "`conversations` holds a message `from` 'bot': make it one",
+        ),
+        ({"conversations": [{"from": "user"}]}, "user message with neither"),
+        ({"conversations": [USER], "prompt": [USER]}, "this one has prompt beside `conversations`"),
     ],
 )
 def test_a_malformed_row_says_what_is_wrong(row, message):

@@ -36,9 +36,11 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
     conversations = [read_example(row) for row in rows]
     limit = trainer.args.max_new_tokens if max_new_tokens is None else max_new_tokens
 
-    def answers(model, side: Speaker, stop_ids: list[int], context: int | None) -> list[tuple[str, bool]]:
+    def answers(
+        model, side: Speaker, stop_ids: list[int], context: int | None, read: Sequence[Conversation]
+    ) -> list[tuple[str, bool]]:
         """Each with whether it has ended."""
-        ids = [side.prompt_ids(conversation) for conversation in conversations]
+        ids = [side.prompt_ids(conversation) for conversation in read]
         longest = max(map(len, ids), default=0)
         if context is not None and longest >= context:
             raise ValueError(f"A prompt of {longest} tokens leaves no room to answer in a context of {context}.")
@@ -52,7 +54,8 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
         texts = side.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [(text, own[-1] in stop_ids) for text, own in zip(texts, written, strict=True)]
 
-    student = trainer.model_wrapped, trainer.student_side, trainer.stop_ids, trainer.student_context
+    asked = [conversation.for_student for conversation in conversations]
+    student = trainer.model_wrapped, trainer.student_side, trainer.stop_ids, trainer.student_context, asked
     columns = {}
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(unwrapped, PeftModel):
@@ -62,14 +65,18 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
     for name, seat in trainer.panel.seats.items():
         if not seat.remote:  # a server reads, and writes nothing
             columns[f"teacher_{name}" if name else "teacher"] = answers(
-                seat.teacher.model, seat.side, seat.stop_ids, seat.context
+                seat.teacher.model,
+                seat.side,
+                seat.stop_ids,
+                seat.context,
+                [conversation.for_teacher for conversation in conversations],
             )
     if trainer.is_world_process_zero():
         with ornament("The table of answers"):
             _print(conversations, columns, limit)
-    asked = [conversation.prompt for conversation in conversations]
+    prompts = [conversation.prompt for conversation in conversations]
     texts = {name: [text for text, _ in own] for name, own in columns.items()}
-    return [dict(zip(["prompt", *texts], values, strict=True)) for values in zip(asked, *texts.values(), strict=True)]
+    return [dict(zip(["prompt", *texts], values, strict=True)) for values in zip(prompts, *texts.values(), strict=True)]
 
 
 def _print(conversations: list[Conversation], columns: dict[str, list[tuple[str, bool]]], limit: int):

@@ -98,14 +98,15 @@ def render_row(
                 f"its column `teacher` is {name!r}, and the teachers are {', '.join(map(repr, teachers))}: give every row one "
                 "of these"
             )
-        opened, teacher_opened = student.opened(conversation), teachers[name].opened(conversation)
+        opened = student.opened(conversation.for_student)
+        teacher_opened = teachers[name].opened(conversation.for_teacher)
         prompt_ids, teacher_prompt_ids = opened.ids, teacher_opened.ids
         if needs_reference and conversation.reference is None:
             raise ValueError(
                 "no completion and no final assistant message, which `lmbda` < 1 learns from: add one, or set lmbda=1.0, "
                 "or seq_kd=True to let the teacher write it"
             )
-        before, reference_ids = student.reference(conversation) if needs_reference else (prompt_ids, [])
+        before, reference_ids = student.reference(conversation.for_student) if needs_reference else (prompt_ids, [])
     except ValueError as error:
         raise ValueError(f"Row {index} of the {dataset_name} dataset: {error}.") from error
     except Exception as error:  # of a template or a tokenizer that meets what it was not made for

@@ -49,6 +49,8 @@ from .turns import (
 
 
 THINKING = ("<think>", "</think>")
+_MESSAGES = ("prompt", "completion", "messages", "conversations", "teacher_prompt")  # columns that may hold messages
+_SPEAKERS = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _OF_THE_LAST_CALL = ("truncation", "padding")  # what a tokenizer keeps of how it was called
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that transformers gives one another's value
@@ -59,26 +61,51 @@ class Conversation:
     """One dataset row: what is asked and, off-policy, what to answer.
 
     `prompt` is text (standard) or messages (conversational). `reference` is text for the former, one assistant message
-    for the latter, None for a prompt-only row.
+    for the latter, None for a prompt-only row. `teacher_prompt`, of the same kind as `prompt`, is what the teacher reads in its
+    place, None where it reads the same.
     """
 
     prompt: str | list[dict]
     reference: str | dict | None = None
     tools: list[dict] | None = None
     chat_template_kwargs: dict = field(default_factory=dict)
+    teacher_prompt: str | list[dict] | None = None
+
+    @property
+    def for_teacher(self) -> "Conversation":
+        """As the teacher reads it."""
+        if self.teacher_prompt is None:
+            return self
+        return replace(self, prompt=self.teacher_prompt, teacher_prompt=None)
+
+    @property
+    def for_student(self) -> "Conversation":
+        """As the student reads it: nothing that is the teacher's alone."""
+        return replace(self, teacher_prompt=None)
 
 
 def read_example(example: Mapping) -> Conversation:
-    """Reads a row of any TRL shape: `prompt`, `prompt` + `completion`, or `messages`; `tools`, `chat_template_kwargs`.
+    """Reads a row of any TRL shape: `prompt`, `prompt` + `completion`, or `messages`; `tools`, `chat_template_kwargs`; and
+    `teacher_prompt`, which the teacher reads in place of the prompt.
 
     The last message of `messages` is the reference if the assistant wrote it; a `prompt` that ends in an assistant
-    message is continued. None is the same as absent, inside messages and tools too, where Arrow puts it.
+    message is continued. ShareGPT's `conversations`, and `from` and `value` in any column of messages, are read as TRL's
+    `maybe_convert_to_chatml` converts them, with human for user and gpt for assistant. None is the same as absent, inside messages and tools too, where Arrow puts it.
 
-    Raises `ValueError` for a row without exactly one of `prompt` and `messages`, and for a malformed one.
+    Raises `ValueError` for a row without exactly one of `prompt` and `messages`, for a malformed one, and for a `teacher_prompt`
+    of another kind than the prompt.
     """
     row = {column: value for column, value in example.items() if value is not None}
-    for column in ("prompt", "completion", "messages", "tools"):
+    row = _as_messages(row)
+    for column in ("prompt", "completion", "messages", "tools", "teacher_prompt"):
         _refuse_lone_surrogates(row.get(column), column)
+    conversation = _read(row)
+    if (teacher_prompt := row.get("teacher_prompt")) is None:
+        return conversation
+    return replace(conversation, teacher_prompt=_teacher_prompt(teacher_prompt, conversation.prompt))
+
+
+def _read(row: dict) -> Conversation:
     if ("prompt" in row) == ("messages" in row):
         raise ValueError(
             f"a row needs either `prompt` or `messages`, and this one has the columns {sorted(row)}: rename or remove "
@@ -689,6 +716,57 @@ def unshared_markup(student: Speaker, teacher: Speaker) -> list[str]:
     return sorted(texts)
 
 
+def _as_messages(row: dict) -> dict:
+    """The row with ShareGPT's names of things replaced by OpenAI's."""
+    lists = {column: value for column, value in row.items() if column in _MESSAGES and isinstance(value, list)}
+    names = {name for value in lists.values() for message in value if isinstance(message, Mapping) for name in message}
+    if "conversations" not in row and not names & {"from", "value"}:
+        return row
+    if others := sorted(row.keys() & {"conversations", "messages", "prompt"} if "conversations" in row else {})[1:]:
+        raise ValueError(
+            f"a row needs one of `conversations`, `messages` and `prompt`, and this one has {', '.join(others)} beside "
+            "`conversations`: remove columns of the dataset (`dataset.remove_columns`)"
+        )
+    from trl.data_utils import maybe_convert_to_chatml  # a conversation in OpenAI's form needs no TRL
+
+    # it changes messages in place, and knows TRL's columns alone
+    copies = {column: [_with_known_speaker(message, column) for message in value] for column, value in lists.items()}
+    converted = maybe_convert_to_chatml({**row, **copies})
+    if "teacher_prompt" in copies:
+        converted["teacher_prompt"] = maybe_convert_to_chatml({"prompt": copies["teacher_prompt"]})["prompt"]
+    return converted
+
+
+def _with_known_speaker(message, column: str):
+    """A copy. TRL leaves the names of speakers to the template, which writes any, and then no answer is known as one."""
+    if not isinstance(message, Mapping) or message.get("from") is None:
+        return _without_none(message)
+    speaker = message["from"]
+    if speaker not in _SPEAKERS:
+        raise ValueError(f"`{column}` holds a message `from` {speaker!r}: make it one of {', '.join(_SPEAKERS)}")
+    return {**_without_none(message), "from": _SPEAKERS[speaker]}
+
+
+def _teacher_prompt(value, prompt: str | list[dict]) -> str | list[dict]:
+    if isinstance(value, str) != isinstance(prompt, str):
+        kinds = ["text" if isinstance(one, str) else "messages" for one in (prompt, value)]
+        raise ValueError(
+            f"the prompt is {kinds[0]} and `teacher_prompt` is {kinds[1]}: make both the same kind. `teacher_prompt` is the whole "
+            "of what the teacher reads before the answer, the question included"
+        )
+    if isinstance(value, str):
+        return value
+    messages = _messages(value, "teacher_prompt")
+    begun = [own[-1].get("content", "") if own[-1]["role"] == "assistant" else None for own in (prompt, messages)]
+    if begun[0] != begun[1]:
+        said = ["no begun answer" if answer is None else f"the begun answer {answer!r}" for answer in begun]
+        raise ValueError(
+            f"the prompt ends with {said[0]} and `teacher_prompt` with {said[1]}: what the student writes has to go on from the "
+            "same on both sides"
+        )
+    return messages
+
+
 def _messages(value, column: str) -> list[dict]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"`{column}` must be a list of at least one message, got {value!r}")
@@ -701,10 +779,11 @@ def _message(value, column: str) -> dict:
     message = _without_none(value)
     if isinstance(message.get("content"), list):
         parts = message["content"]
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
         if strange := [part for part in parts if not isinstance(part, Mapping)]:
             raise ValueError(
-                f"`{column}` holds content that is a list with {strange[0]!r} in it: make it one text, or a list of parts "
-                "{'type': 'text', 'text': ...}"
+                f"`{column}` holds content that is a list with {strange[0]!r} in it: make it one text, or a list of texts or of "
+                "parts {'type': 'text', 'text': ...}"
             )
         if any(part.get("type") != "text" for part in parts):
             raise ValueError(
