@@ -110,6 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         wrong = None
         if not self.server.misbehaves and isinstance(ids, list):
             self.server.probes.add(tuple(ids))
+            self.server.last = self.server.answer({"prompt": ids, "prompt_logprobs": 0})
         if self.server.misbehaves and self.server.habit is not None and isinstance(ids, list):
             wrong = self.server.habit(self, ids)
         if wrong is True:
@@ -291,7 +292,7 @@ def answers_the_text_before(request, ids):
     """As a server that mixes its requests up."""
     server = request.server
     before, server.last = server.last, server.answer({"prompt": ids, "prompt_logprobs": 0})
-    if request.chosen(ids) and before:
+    if request.chosen(ids):
         return lambda answer: before
 
 
