@@ -17,6 +17,7 @@ ORDER = (
     "text",
     "losses",
     "models",
+    "gkd",
     "config",
     "rollouts",
     "teachers",

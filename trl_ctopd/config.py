@@ -8,15 +8,11 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import is_torch_bf16_gpu_available
 
+from .gkd import GKDConfig
 from .losses import LOSSES, loaded_loss, loss_name, saved_loss
 from .losses.credit import CREDITS
 from .losses.dpca import EVENTS
 from .redact import HIDDEN, redacted
-
-
-with warnings.catch_warnings():  # TRL's version is pinned, and a test watches what is used of it
-    warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
-    from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: F401  trainer.py imports it from here
 
 
 EOS_POLICIES = ("bridge", "mask")

@@ -5,6 +5,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import trl
+from accelerate.logging import get_logger
 from accelerate.utils import send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
@@ -13,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.utils import is_in_notebook
 from trl.trainer.utils import get_config_model_id
 
-from .config import CrossTokenizerGKDConfig, GKDTrainer
+from .config import CrossTokenizerGKDConfig
+from .gkd import STANDS_ON, GKDTrainer
 from .looking import card
 from .looking.compare import compare
 from .looking.history import evaluation_prefix
@@ -51,6 +54,9 @@ from .training.metrics import Meter, chunk_metrics, warn_of_much_masked
 from .training.scoring import Scorer, prepare_student
 from .training.timing import PhaseTimer
 from .training.watch import FiniteWeights, SamplingWatch, sampling_metrics
+
+
+logger = get_logger(__name__)
 
 
 class CrossTokenizerGKDTrainer(GKDTrainer):
@@ -116,6 +122,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         revision, gguf_file = given.get("revision"), given.get("gguf_file")
         processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code, gguf_file)
         ensure_pad_token(processing_class, args.pad_token)
+        logger.info(f"TRL {trl.__version__}: the trainer stands on {STANDS_ON}.")
         self.panel = Panel(teacher_model, teacher_processing_class, args)
         self.args = args  # the dataset is rendered before Trainer sets it
         self.distillation_loss, self.off_policy_loss = losses_by_text(args)

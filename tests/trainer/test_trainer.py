@@ -24,7 +24,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.models.utils import unwrap_model_for_generation
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
-from trl_ctopd.config import GKDTrainer
+from trl_ctopd.gkd import GKDTrainer
 
 
 @pytest.mark.parametrize(("batch", "window"), [(4, 2), (2, 4)])
