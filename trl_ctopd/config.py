@@ -69,7 +69,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=None,
         metadata={
             "help": "Longest prompt plus completion in student tokens. None: the student's context. A prompt that leaves "
-            "no room for `max_new_tokens` is an error; prompts are never truncated."
+            "no room for `max_new_tokens` is an error (or see `overlong_prompts`); prompts are never truncated."
         },
     )
 
@@ -294,6 +294,13 @@ class CrossTokenizerGKDConfig(GKDConfig):
     )
 
     # The two conversations
+    overlong_prompts: str = field(
+        default="error",
+        metadata={
+            "help": "Rows whose prompts leave no room for a completion (`max_length` with `max_new_tokens`; the context of the "
+            "teacher's server): error, or drop, with a line in the log that counts and names them."
+        },
+    )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Variables for the student's chat template, e.g. enable_thinking. A row's own column wins."},
@@ -389,6 +396,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
             ("event", EVENTS),
             ("eos_policy", EOS_POLICIES),
             ("markup_policy", EOS_POLICIES),
+            ("overlong_prompts", ("error", "drop")),
             ("thought_policy", THOUGHT_POLICIES),
             ("generation_backend", GENERATION_BACKENDS),
         ):

@@ -116,6 +116,63 @@ def test_a_model_is_its_own_teacher_by_what_only_the_teacher_reads(build):
     assert gaps[0] < 1e-5 < 1e-3 < gaps[1]
 
 
+def long_in(*places: int, rows: int = 12) -> list[dict]:
+    found = prompts(rows).to_list()
+    for n in places:
+        found[n]["prompt"][0]["content"] += " and two" * 60
+    return found
+
+
+def room(build, rows: list[dict]) -> int:
+    """`max_length` for prompts as long as the longest that is not meant to be too long."""
+    short = [row for row in rows if " and two" not in row["prompt"][0]["content"]]
+    return max(map(len, build(dataset=Dataset.from_list(short)).train_dataset["prompt_ids"])) + 8
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error_by_default(build):
+    rows = long_in(3)
+    build(dataset=Dataset.from_list(rows[:3]), max_length=room(build, rows))
+    with pytest.raises(
+        ValueError,
+        match=r"Row 3 of the train dataset: its prompt has \d+ student tokens, and context and max_new_tokens leave room for",
+    ):
+        build(dataset=Dataset.from_list(rows), max_length=room(build, rows))
+
+
+def test_rows_whose_prompts_leave_no_room_are_dropped_counted_and_named(build, caplog):
+    overlong = [1, 2, 4, 5, 7, 8, 10]
+    rows = long_in(*overlong)
+    longest = room(build, rows)
+    settings = {"overlong_prompts": "drop", "max_length": longest}
+    found = build(dataset=Dataset.from_list(rows), **settings).train_dataset
+    kept = Dataset.from_list([row for n, row in enumerate(rows) if n not in overlong])
+    assert found[:] == build(dataset=kept, max_length=longest).train_dataset[:] and len(found) == 5
+    [said] = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+    assert "7 of 12 rows of the train dataset are dropped" in said and said.endswith("rows 1, 2, 4, 5, 7, ....")
+    assert f"leave room for {longest - 8} student tokens" in said
+    caplog.clear()
+    build(dataset=kept, **settings).train()
+    assert "dropped" not in caplog.text
+
+
+def test_a_dataset_of_which_no_row_is_left_is_an_error(build):
+    with pytest.raises(ValueError, match="All 12 rows of the train dataset have prompts that leave no room"):
+        build(dataset=prompts(12), overlong_prompts="drop", max_length=10)
+
+
+def test_a_streams_rows_whose_prompts_leave_no_room_are_dropped_and_named_once(build, caplog):
+    rows = long_in(0, 3)
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    found = build(dataset=stream, overlong_prompts="drop", max_length=room(build, rows)).train_dataset
+    for _ in range(2):
+        assert len(list(found)) == 10
+    said = [record.getMessage() for record in caplog.records if "is dropped" in record.getMessage()]
+    assert [text[:40] for text in said] == [
+        "Row 0 of the train dataset is dropped, t",
+        "Row 3 of the train dataset is dropped, t",
+    ]
+
+
 PARTS = [{"type": "text", "text": "What is 3 plus 4?"}]
 
 

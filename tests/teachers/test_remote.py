@@ -498,6 +498,13 @@ def test_a_prompt_that_leaves_no_room_for_a_completion_is_refused_with_its_row(b
         build(teacher=serve(max_model_len=longest + 1).url, dataset=one_long_prompt())
 
 
+def test_a_prompt_that_leaves_no_room_at_the_teachers_server_is_dropped_and_named(build, serve, caplog):
+    longest = longest_prompt(build(dataset=one_long_prompt()))
+    trainer = build(teacher=serve(max_model_len=longest + 1).url, dataset=one_long_prompt(), overlong_prompts="drop")
+    assert len(trainer.train_dataset) == 7 and longest_prompt(trainer) < longest
+    assert f"the teacher's server takes {longest} tokens with the completion): row 2." in caplog.text
+
+
 def test_a_completion_beyond_the_servers_context_is_warned_of_left_out_and_counted(build, serve, caplog):
     longest = longest_prompt(build(dataset=one_long_prompt()))
     trainer = fix_rollouts(

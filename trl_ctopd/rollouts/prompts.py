@@ -1,5 +1,6 @@
 """The dataset, rendered and tokenized once for both models."""
 
+import logging
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -15,9 +16,11 @@ from .pairing import Frame, Prompt
 
 
 logger = get_logger(__name__)
+_stream_logger = logging.getLogger(__name__)
 
 COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids", "teacher", "frame"]
 RENDERED_FOR = "rendered_for"  # beside them: the fingerprint of the row's two sides
+_NAMED = 5  # rows that are dropped are named up to this many
 
 
 def render_dataset(
@@ -38,8 +41,10 @@ def render_dataset(
         server_contexts: the same of teachers behind servers, by name, as far as they are known.
         dataset_name: for messages; references are read of "train" alone.
 
-    Raises `ValueError` for a dataset without rows, one that was rendered for other models, and what `render_row` and `check_room`
-    raise.
+    Prompts that leave no room for a completion are an error, or dropped (`args.overlong_prompts`), which is logged.
+
+    Raises `ValueError` for a dataset without rows, one that was rendered for other models, one of which no row is left, and what
+    `render_row` and `check_room` raise.
     """
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError(f"The {dataset_name} dataset is empty.")
@@ -47,6 +52,8 @@ def render_dataset(
         check_rendered_for(dataset, student, teachers, dataset_name)
         return dataset
     dataset = dataset.with_format(None)  # rows as Python has them, whatever the user reads them as
+    longest_prompt = None if student_context is None else student_context - args.max_new_tokens
+    drops = args.overlong_prompts == "drop"
     fingerprints = {name: f"{student.fingerprint}-{teacher.fingerprint}" for name, teacher in teachers.items()}
     options = {}
     if isinstance(dataset, Dataset):
@@ -58,7 +65,7 @@ def render_dataset(
             fn_kwargs={
                 "student": student,
                 "teachers": teachers,
-                "longest_prompt": None if student_context is None else student_context - args.max_new_tokens,
+                "longest_prompt": None if drops else longest_prompt,
                 "needs_reference": args.lmbda < 1 and not args.seq_kd and dataset_name == "train",
                 "dataset_name": dataset_name,
                 "fingerprints": fingerprints,
@@ -66,6 +73,8 @@ def render_dataset(
             remove_columns=dataset.column_names or list(next(iter(dataset))),
             **options,
         )
+    if drops:
+        rendered = _without_overlong(rendered, longest_prompt, server_contexts, dataset_name)
     if isinstance(rendered, Dataset):
         check_room(rendered, server_contexts, args.max_new_tokens, dataset_name)
     return rendered
@@ -166,6 +175,70 @@ def check_room(dataset: Dataset, contexts: Mapping[str, int], max_new_tokens: in
                 "too long, and would take no part (alignment/teacher_context_exceeded_fraction counts them). Start the server "
                 "with a larger `--max-model-len`, or lower max_new_tokens."
             )
+
+
+def _without_overlong(
+    dataset: Dataset | IterableDataset, longest_prompt: int | None, contexts: Mapping[str, int], dataset_name: str
+) -> Dataset | IterableDataset:
+    """The rows of a rendered `dataset` whose prompts leave room for a completion, in `longest_prompt` student tokens and in their
+    teacher's context. Of a stream, rows are dropped as they come."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(_Roomy(longest_prompt, dict(contexts), dataset_name), with_indices=True)
+    columns = dataset.select_columns(["prompt_ids", "teacher_prompt_ids", "teacher"]).with_format("arrow")[:]
+    ours, theirs = (pc.list_value_length(columns[name]).to_numpy() for name in ("prompt_ids", "teacher_prompt_ids"))
+    names = columns["teacher"].to_numpy()
+    long = np.full(len(dataset), False) if longest_prompt is None else ours > longest_prompt
+    for name, context in contexts.items():
+        long |= (names == name) & (theirs >= context)
+    dropped = np.flatnonzero(long)
+    if not len(dropped):
+        return dataset
+    said = _no_room(longest_prompt, contexts)
+    if len(dropped) == len(dataset):
+        raise ValueError(
+            f"All {len(dataset)} rows of the {dataset_name} dataset have prompts that leave no room for a completion ({said}): lower "
+            "max_new_tokens or raise max_length."
+        )
+    named = ", ".join(map(str, dropped[:_NAMED])) + (", ..." if len(dropped) > _NAMED else "")
+    logger.warning(
+        f"{len(dropped)} of {len(dataset)} rows of the {dataset_name} dataset are dropped, whose prompts leave no room for a completion "
+        f"({said}): row{'s' * (len(dropped) > 1)} {named}."
+    )
+    return dataset.select(np.flatnonzero(~long))
+
+
+def _no_room(longest_prompt: int | None, contexts: Mapping[str, int]) -> str:
+    """What there is room for, in words."""
+    rooms = (
+        [] if longest_prompt is None else [f"context and max_new_tokens leave room for {longest_prompt} student tokens"]
+    )
+    for name, context in contexts.items():
+        whose = f"the server of the teacher {name!r}" if name else "the teacher's server"
+        rooms.append(f"{whose} takes {context} tokens with the completion")
+    return "; ".join(rooms)
+
+
+class _Roomy:
+    """Whether a row of a stream is kept; the first that are not, and then the number of them at every power of ten, are logged."""
+
+    def __init__(self, longest_prompt: int | None, contexts: dict[str, int], dataset_name: str):
+        self._longest_prompt, self._contexts, self._dataset_name = longest_prompt, contexts, dataset_name
+        self._dropped: set[int] = set()
+
+    def __call__(self, row: Mapping, index: int) -> bool:
+        context = self._contexts.get(row["teacher"])
+        long = self._longest_prompt is not None and len(row["prompt_ids"]) > self._longest_prompt
+        if not long and (context is None or len(row["teacher_prompt_ids"]) < context):
+            return True
+        if index not in self._dropped:  # another epoch brings it again
+            self._dropped.add(index)
+            count = len(self._dropped)
+            if count <= _NAMED or set(str(count)[1:]) == {"0"}:
+                _stream_logger.warning(  # a data loader's own process may read the stream, which Accelerate does not know
+                    f"Row {index} of the {self._dataset_name} dataset is dropped, the {count}. so far: its prompt leaves no room for a "
+                    f"completion ({_no_room(self._longest_prompt, self._contexts)})."
+                )
+        return False
 
 
 def collate_prompts(rows: list[dict]) -> dict:
