@@ -5,10 +5,14 @@ SEED ?= 0
 DEMO_ARGS ?=
 TEST_WORKERS ?= 2
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo demo-real test test-all lint clean
 
 demo: $(VENV)/.installed-bench
 	$(VENV)/bin/python examples/demo/run.py --seed $(SEED) $(DEMO_ARGS)
+
+# Two pretrained models, from the hub or (MODELS=folder, DATA=mbpp.jsonl) from disk
+demo-real: $(VENV)/.installed-bench
+	$(VENV)/bin/python examples/demo_real/run.py $(if $(MODELS),--models $(MODELS)) $(if $(DATA),--data $(DATA)) $(DEMO_ARGS)
 
 # One thread a process: the models are tiny, and more threads only wait for each other. A file stays with one worker, since
 # its tests share what they train.

@@ -1,0 +1,168 @@
+"""`make demo-real`: SmolLM2-135M-Instruct learns to program from Qwen2.5-Coder-0.5B-Instruct, on two CPU cores.
+
+    python examples/demo_real/run.py [--models FOLDER] [--data mbpp.jsonl] [--output demo_real_output]
+
+- The two have different families, tokenizers (49,152 and 151,936 rows) and chat templates. Neither is trained from nothing:
+  both are as published, and only a LoRA adapter of the student learns.
+- The student sees task descriptions alone, no code. What is right it learns from the teacher's log-probs of what it wrote.
+- Before and after, on tasks that no step has seen: the gap in nats a byte on sampled answers (the same draws every time), and
+  how many tasks the greedy answer solves, run against the tests in a process without network, with little time and memory.
+- Stopped at any time, the same command goes on where it was; what has been measured is kept in the output folder.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])  # so that `demo_real` and `benchmarks` are packages
+
+from datasets import Dataset
+from demo_real import problems, show
+from demo_real.answering import answers
+from demo_real.measuring import measure
+from peft import LoraConfig
+
+from benchmarks.report import header
+from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+
+
+STUDENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TEACHER = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+HELD_OUT, GAP_PROMPTS, ANSWER_TOKENS = 60, 32, 160
+STEPS, PROMPTS_PER_STEP, TOKENS, LEARNING_RATE = 18, 8, 96, 3e-4
+STEPS_BETWEEN_CHECKPOINTS = 4
+
+
+class Notes:
+    """What has been measured, in a file, so that nothing is measured twice."""
+
+    def __init__(self, path: Path, settings: dict):
+        self._path = path
+        self.values = json.loads(path.read_text()) if path.exists() else {"settings": settings}
+        if self.values["settings"] != settings:
+            raise SystemExit(
+                f"{path} is of another run: {self.values['settings']}, and now {settings}. Choose another --output."
+            )
+
+    def once(self, name: str, measured: Callable[[], Any]) -> Any:
+        if name not in self.values:
+            began = time.perf_counter()
+            self.keep(name, measured())
+            self.spend(name, time.perf_counter() - began)
+        return self.values[name]
+
+    def keep(self, name: str, value: Any) -> None:
+        self.values[name] = value
+        draft = self._path.with_suffix(".draft")
+        draft.write_text(json.dumps(self.values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(self._path)
+
+    def spend(self, name: str, seconds: float) -> None:
+        spent = self.values.get("seconds", {})
+        self.keep("seconds", {**spent, name: round(spent.get(name, 0) + seconds, 1)})
+
+
+def main(student: str, teacher: str, data: str, output: Path, steps: int, seed: int) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    settings = {"student": student, "teacher": teacher, "data": data, "steps": steps, "seed": seed}
+    notes = Notes(output / "measured.json", settings)
+    tasks = problems.load_problems(data)
+    held_out, training = tasks[:HELD_OUT], tasks[HELD_OUT:]
+    trainer = build(student, teacher, training, held_out, output / "student", steps, seed)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+
+    def solving(own_model, tokenizer) -> dict:
+        texts = [text for text, _, _ in answers(own_model, tokenizer, [t.messages for t in held_out], ANSWER_TOKENS)]
+        return {
+            "solved": sum(problems.solved(held_out, texts)),
+            "parsable": sum(map(problems.is_python, texts)),
+            "answers": texts,
+        }
+
+    say(f"{len(held_out)} held-out tasks, {len(training)} to learn from. Measuring student and teacher as they come.")
+    with model.disable_adapter():
+        before = notes.once("before", lambda: solving(model, trainer.processing_class))
+    taught = notes.once("teacher", lambda: solving(trainer.teacher_model, trainer.teacher_processing_class))
+    say(f"Solved: the student {before['solved']}, the teacher {taught['solved']}.")
+    notes.once("gap_before", lambda: asdict(measure(trainer)))
+    say(f"The gap is {notes.values['gap_before']['nats_per_byte']:.3f} nats a byte. {steps} steps.")
+
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=any((output / "student").glob("checkpoint-*")))
+    notes.spend("training", time.perf_counter() - began)
+    trainer.save_model()
+    notes.once("gap_after", lambda: asdict(measure(trainer)))
+    after = notes.once("after", lambda: solving(model, trainer.processing_class))
+
+    show.answers_side_by_side(held_out[:6], before["answers"], after["answers"], taught["answers"])
+    show.figures(notes.values, len(held_out))
+    history = [entry for entry in trainer.state.log_history if "gap/nats_per_byte" in entry]
+    show.learning_curve(history, notes.values, len(held_out), output / "learning_curve.png")
+    notes.keep("curve", [{name: entry[name] for name in ("step", "gap/nats_per_byte", "entropy")} for entry in history])
+    notes.keep("made_with", {**header(), "peak_memory_gigabytes": peak_memory()})
+    spent = sum(notes.values["seconds"].values())
+    say(f"{spent / 60:.0f} minutes. In {output}: measured.json, learning_curve.png and student, with its report.html.")
+
+
+def build(student, teacher, training, held_out, folder: Path, steps: int, seed: int) -> CrossTokenizerGKDTrainer:
+    return CrossTokenizerGKDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=CrossTokenizerGKDConfig(
+            output_dir=str(folder),
+            model_init_kwargs={"dtype": "float32"},
+            teacher_model_init_kwargs={"dtype": "float32"},
+            per_device_train_batch_size=PROMPTS_PER_STEP,
+            per_device_eval_batch_size=PROMPTS_PER_STEP,
+            max_steps=steps,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            max_new_tokens=TOKENS,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            logging_steps=1,
+            save_steps=STEPS_BETWEEN_CHECKPOINTS,
+            save_total_limit=1,
+            report=True,
+            report_to="none",
+            seed=seed,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": task.messages} for task in training]),
+        eval_dataset=Dataset.from_list([{"prompt": task.messages} for task in held_out[:GAP_PROMPTS]]),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+def peak_memory() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default=STUDENT, help="hub name or folder")
+    parser.add_argument("--teacher", default=TEACHER, help="hub name or folder")
+    parser.add_argument(
+        "--models", type=Path, help="folder that has both, as smollm2-135m-instruct and qwen2.5-coder-0.5b-instruct"
+    )
+    parser.add_argument("--data", default=problems.HUB_NAME, help="hub name, or a .jsonl file with MBPP's columns")
+    parser.add_argument("--output", type=Path, default=Path("demo_real_output"))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.models:
+        options.student, options.teacher = (
+            str(options.models / name.split("/")[1].lower()) for name in (STUDENT, TEACHER)
+        )
+    main(options.student, options.teacher, options.data, options.output, options.steps, options.seed)
