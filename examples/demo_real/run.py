@@ -145,6 +145,11 @@ def peak_memory() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)
 
 
+def named(model: str, folder: Path | None) -> str:
+    """A model's name on the hub; or, in a folder that holds models by the lower-case ends of their names, its own folder."""
+    return model if folder is None else str(folder / model.split("/")[-1].lower())
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -161,8 +166,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if options.models:
-        options.student, options.teacher = (
-            str(options.models / name.split("/")[1].lower()) for name in (STUDENT, TEACHER)
-        )
-    main(options.student, options.teacher, options.data, options.output, options.steps, options.seed)
+    own_student, own_teacher = (named(name, options.models) for name in (options.student, options.teacher))
+    main(own_student, own_teacher, options.data, options.output, options.steps, options.seed)

@@ -1,0 +1,124 @@
+"""How noisy each loss's gradient is on two pretrained models: variance over its squared mean.
+
+    python -m benchmarks.real_models.noise [--models FOLDER] [--data mbpp.jsonl] [--losses dpca hybrid bpm]
+
+Decisions:
+- The same prompts every time; a draw is a completion for each of them, from the student as it is published with a fresh LoRA
+  adapter on all linear layers. All losses see the same draws, so that their figures are of one run, side by side.
+- Of n draws' gradients g_k over the adapter's weights, with mean m: variance V = Σ|g_k − m|² / (n − 1), squared mean
+  |m|² − V / n, since |m|² alone counts a part of the noise as signal. The figure is V over that; below n it is well measured.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+import torch
+from datasets import Dataset
+from demo_real import problems
+from demo_real.run import STUDENT, TEACHER, named
+from peft import LoraConfig
+
+from benchmarks import report
+from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+from trl_ctopd.losses import LOSSES, build_loss
+
+
+RESULTS = Path(__file__).parents[1] / "results" / "real_models"
+PROMPTS, TOKENS, DRAWS = 8, 64, 16
+
+
+class Noise:
+    """Sums over draws of a gradient, with the figure they give."""
+
+    def __init__(self):
+        self.draws, self.total, self.squares = 0, None, 0.0
+
+    def add(self, gradient: torch.Tensor) -> None:
+        self.draws += 1
+        self.total = gradient.double() if self.total is None else self.total + gradient
+        self.squares += gradient.double().square().sum().item()
+
+    def figures(self) -> dict[str, float]:
+        """`noise` is None where the draws are too few to tell the mean from nothing."""
+        mean = (self.total / self.draws).square().sum().item()
+        variance = (self.squares - self.draws * mean) / (self.draws - 1)
+        squared_mean = mean - variance / self.draws
+        noise = variance / squared_mean if squared_mean > 0 else None
+        return {"variance": variance, "squared_mean": squared_mean, "noise": noise}
+
+
+def configured(spec: str):
+    """`dpca:event=open,credit=semantic` is that loss with these settings."""
+    name, _, settings = spec.partition(":")
+    pairs = (setting.split("=") for setting in settings.split(",") if setting)
+    return build_loss(
+        name, **{key: float(value) if value.replace(".", "").isdigit() else value for key, value in pairs}
+    )
+
+
+def measured(student: str, teacher: str, data: str, specs: list[str], draws: int) -> dict:
+    tasks = problems.load_problems(data)[:PROMPTS]
+    losses = {spec: configured(spec) for spec in specs}
+    reading = next((loss for loss in losses.values() if loss.signal == "logits"), next(iter(losses.values())))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = CrossTokenizerGKDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=CrossTokenizerGKDConfig(
+                output_dir=folder,
+                model_init_kwargs={"dtype": "float32"},
+                teacher_model_init_kwargs={"dtype": "float32"},
+                distillation_loss=reading,
+                per_device_train_batch_size=PROMPTS,
+                max_new_tokens=TOKENS,
+                gradient_checkpointing=False,
+                bf16=False,
+                use_cpu=True,
+                report_to="none",
+            ),
+            train_dataset=Dataset.from_list([{"prompt": task.messages} for task in tasks]),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+    model = trainer.model.train()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    [prompts] = [batch["prompts"] for batch in trainer.get_train_dataloader()]
+    noise = {spec: Noise() for spec in specs}
+    for draw in range(draws):
+        with trainer.rollouts.seeded(draw):
+            [batch] = trainer._roll_out(model, [prompts], "train")
+        batch = trainer._prepare_inputs(batch)
+        for spec, loss in losses.items():
+            trainer.distillation_loss = loss
+            trainer.compute_loss(model, batch).backward()
+            noise[spec].add(torch.cat([weight.grad.flatten() for weight in weights]))
+            model.zero_grad(set_to_none=True)
+        print(f"draw {draw + 1} of {draws}", flush=True)
+    return {spec: own.figures() for spec, own in noise.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, help="folder with both models; else they come from the hub")
+    parser.add_argument("--data", default=problems.HUB_NAME, help="hub name, or a .jsonl file with MBPP's columns")
+    parser.add_argument(
+        "--losses", nargs="+", default=[*LOSSES], help="names, with settings as name:key=value,key=value"
+    )
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "noise.json")
+    options = parser.parse_args()
+    made_with = report.header()
+    student, teacher = named(STUDENT, options.models), named(TEACHER, options.models)
+    found = measured(student, teacher, options.data, options.losses, options.draws)
+    settings = {"prompts": PROMPTS, "tokens": TOKENS, "draws": options.draws, "student": STUDENT, "teacher": TEACHER}
+    report.save(options.output, {**made_with, **settings, "losses": found})
+    for spec, figures in found.items():
+        print(f"{spec:40} {'unknown' if figures['noise'] is None else round(figures['noise'], 2)}")
+
+
+if __name__ == "__main__":
+    main()
