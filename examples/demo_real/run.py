@@ -35,8 +35,9 @@ from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 
 STUDENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEACHER = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
-HELD_OUT, GAP_PROMPTS, ANSWER_TOKENS = 60, 32, 160
-STEPS, PROMPTS_PER_STEP, TOKENS, LEARNING_RATE = 18, 8, 96, 3e-4
+HELD_OUT, GAP_PROMPTS, ANSWER_TOKENS = 40, 32, 160
+STEPS, PROMPTS_PER_STEP, TOKENS, LEARNING_RATE = 12, 8, 96, 3e-4
+LOSS = "reverse_kl"  # the teacher is in this process, so its distributions are at hand
 STEPS_BETWEEN_CHECKPOINTS = 4
 
 
@@ -69,13 +70,13 @@ class Notes:
         self.keep("seconds", {**spent, name: round(spent.get(name, 0) + seconds, 1)})
 
 
-def main(student: str, teacher: str, data: str, output: Path, steps: int, seed: int) -> None:
+def main(student: str, teacher: str, data: str, output: Path, loss: str, steps: int, seed: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    settings = {"student": student, "teacher": teacher, "data": data, "steps": steps, "seed": seed}
+    settings = {"student": student, "teacher": teacher, "data": data, "loss": loss, "steps": steps, "seed": seed}
     notes = Notes(output / "measured.json", settings)
     tasks = problems.load_problems(data)
     held_out, training = tasks[:HELD_OUT], tasks[HELD_OUT:]
-    trainer = build(student, teacher, training, held_out, output / "student", steps, seed)
+    trainer = build(student, teacher, training, held_out, output / "student", loss, steps, seed)
     model = trainer.accelerator.unwrap_model(trainer.model)
 
     def solving(own_model, tokenizer) -> dict:
@@ -111,7 +112,9 @@ def main(student: str, teacher: str, data: str, output: Path, steps: int, seed: 
     say(f"{spent / 60:.0f} minutes. In {output}: measured.json, learning_curve.png and student, with its report.html.")
 
 
-def build(student, teacher, training, held_out, folder: Path, steps: int, seed: int) -> CrossTokenizerGKDTrainer:
+def build(
+    student, teacher, training, held_out, folder: Path, loss: str, steps: int, seed: int
+) -> CrossTokenizerGKDTrainer:
     return CrossTokenizerGKDTrainer(
         model=student,
         teacher_model=teacher,
@@ -119,6 +122,7 @@ def build(student, teacher, training, held_out, folder: Path, steps: int, seed: 
             output_dir=str(folder),
             model_init_kwargs={"dtype": "float32"},
             teacher_model_init_kwargs={"dtype": "float32"},
+            distillation_loss=loss,
             per_device_train_batch_size=PROMPTS_PER_STEP,
             per_device_eval_batch_size=PROMPTS_PER_STEP,
             max_steps=steps,
@@ -163,8 +167,9 @@ if __name__ == "__main__":
     )
     parser.add_argument("--data", default=problems.HUB_NAME, help="hub name, or a .jsonl file with MBPP's columns")
     parser.add_argument("--output", type=Path, default=Path("demo_real_output"))
+    parser.add_argument("--loss", default=LOSS, help="any `distillation_loss`")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     own_student, own_teacher = (named(name, options.models) for name in (options.student, options.teacher))
-    main(own_student, own_teacher, options.data, options.output, options.steps, options.seed)
+    main(own_student, own_teacher, options.data, options.output, options.loss, options.steps, options.seed)
