@@ -152,7 +152,7 @@ def test_an_adapter_on_the_head_whose_weight_is_read_by_itself_is_refused(build,
 
 def test_a_quantized_student_without_an_adapter_is_refused_before_it_is_loaded(build):
     settings = {"model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
-    with pytest.raises(ValueError, match="quantized.*train an adapter on it .`peft_config=LoraConfig"):
+    with pytest.raises(ValueError, match="quantized.*train an adapter on it .`--use_peft`, `peft_config=LoraConfig"):
         build(settings, model="no/such-model")
 
 
