@@ -5,7 +5,7 @@ SEED ?= 0
 DEMO_ARGS ?=
 TEST_WORKERS ?= 2
 
-.PHONY: demo demo-real test test-all lint clean
+.PHONY: demo demo-real test test-all test-lowest test-newest lint clean
 
 demo: $(VENV)/.installed-bench
 	$(VENV)/bin/python examples/demo/run.py --seed $(SEED) $(DEMO_ARGS)
@@ -23,6 +23,25 @@ test: $(VENV)/.installed-test
 test-all: $(VENV)/.installed-test $(VENV)/.installed-quantized
 	$(PYTEST) $(TEST_ARGS)
 
+# The lowest versions that setup.cfg allows of what it names, and the newest of everything, each in an environment of its own.
+# torch comes first, so that another build can be asked for: TORCH_LOWEST="--index-url ... torch==2.9.0".
+EDGE_TESTS ?= tests/text tests/losses tests/trainer/test_trainer.py
+TORCH_LOWEST ?= torch==2.9.0
+TORCH_NEWEST ?= torch
+TEST_TOOLS = pytest pytest-xdist hypothesis sentencepiece protobuf tiktoken matplotlib
+test-lowest: RESOLUTION = lowest-direct
+test-lowest: TORCH = $(TORCH_LOWEST)
+test-newest: RESOLUTION = highest
+test-newest: TORCH = $(TORCH_NEWEST)
+test-lowest test-newest: test-%:
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet uv
+	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python $(TORCH)
+	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --resolution $(RESOLUTION) .
+	$(VENV)-$*/bin/uv pip freeze --quiet --python $(VENV)-$*/bin/python --exclude trl_ctopd > $(VENV)-$*/versions.txt
+	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --constraint $(VENV)-$*/versions.txt $(TEST_TOOLS)
+	$(subst $(VENV)/bin,$(VENV)-$*/bin,$(PYTEST)) -m "not slow" $(EDGE_TESTS)
+
 RUFF_FLAGS = --isolated --line-length 120
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check $(RUFF_FLAGS) --select E,F,W,I,B,UP,SIM --ignore E402,E501 --config 'lint.isort.lines-after-imports = 2' .
@@ -39,4 +58,4 @@ $(VENV)/.installed-%: setup.cfg setup.py pyproject.toml constraints.txt | $(VENV
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest demo_output build *.egg-info

@@ -31,6 +31,8 @@ def side(name, **kwargs):
 
 
 def finished(speaker, reference, tools=None):
+    if "reasoning_content" in reference:  # transformers gives it both names itself, from 5.21 on
+        reference = {"thinking": reference["reasoning_content"], **reference}
     return speaker.tokenizer.apply_chat_template([USER, reference], tools=tools, tokenize=False)
 
 

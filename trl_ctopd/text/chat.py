@@ -56,6 +56,14 @@ _OF_THE_LAST_CALL = ("truncation", "padding")  # what a tokenizer keeps of how i
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that transformers gives one another's value
 
 
+def _with_thought(message: dict) -> dict:
+    """Under the two names that templates read it by, as transformers does from 5.21 on."""
+    thought = next(
+        (message[name] for name in ("reasoning_content", "thinking", "reasoning") if message.get(name)), None
+    )
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
 @dataclass(frozen=True)
 class Conversation:
     """One dataset row: what is asked and, off-policy, what to answer.
@@ -627,6 +635,7 @@ class Speaker:
             return ""
 
     def _apply(self, messages: list[dict], **kwargs) -> str:
+        messages = [_with_thought(message) for message in messages]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **{**self.chat_template_kwargs, **kwargs})
 
     def _rendered_reference(self, conversation: Conversation) -> tuple[list[int], list[int]]:
