@@ -29,6 +29,7 @@ from trl.experimental.gold import GOLDConfig, GOLDTrainer, gold_trainer
 from benchmarks.clock import Clock, stopwatch
 from benchmarks.speed.alignment import LARGE_CHUNK, next_match
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer, TextAligner, TextAlignment
+from trl_ctopd.losses.policy_gradient import PolicyGradient
 from trl_ctopd.text.aligner import AlignedTokens
 
 from . import models
@@ -66,6 +67,15 @@ LOGGED = (
 )
 
 
+@dataclass
+class Constant(PolicyGradient):
+    """A control without a teacher's judgement: every token has the advantage -1 (arXiv 2608.31046)."""
+
+    def __call__(self, batch, num_items):
+        advantages = -(batch.student_chunks >= 0).to(batch.student_log_probs.dtype)
+        return self.surrogate(batch, advantages, torch.zeros_like(advantages), num_items)
+
+
 def _ours(loss: str, **config) -> Method:
     return Method({"distillation_loss": loss, **config})
 
@@ -79,20 +89,22 @@ ON_POLICY |= {"uld_skip_student_eos": False, "uld_skip_teacher_eos": False}
 HYBRID = {"uld_use_hybrid_loss": True}
 
 METHODS: dict[str, Method] = {
-    "dpca": _ours("dpca"),
-    "dpca_macro": _ours("dpca", credit="macro"),
+    "dpca": _ours("dpca", event="open"),
+    "dpca_macro": _ours("dpca", event="open", credit="macro"),
+    "dpca_closed": _ours("dpca", event="closed"),
     "strict_sampled": _ours("strict_sampled"),
+    "reverse_kl": _ours("reverse_kl"),
     "seq_kd": Method({"distillation_loss": "sft", "lmbda": 0.0, "seq_kd": True}),
     "bpm": _ours("bpm"),
     "strict_topk": _ours("strict_topk"),
     "simct": _ours("simct"),
-    "dpca_uniform": _ours("dpca", credit="uniform"),
-    "dpca_last": _ours("dpca", credit="last"),
+    "dpca_uniform": _ours("dpca", event="open", credit="uniform"),
+    "dpca_last": _ours("dpca", event="open", credit="last"),
     "sft": Method({"distillation_loss": "sft", "lmbda": 0.0}, teacher_flops=False),
     "escd": _ours("escd"),
     "gold": _ours("gold"),
     "alm": _ours("alm"),
-    "dpca_byte_length": _ours("dpca", credit="byte_length"),
+    "dpca_byte_length": _ours("dpca", event="open", credit="byte_length"),
     "xtoken": _ours("xtoken"),
     "uld": _ours("uld"),
     "cdm": _ours("cdm"),
@@ -102,7 +114,8 @@ METHODS: dict[str, Method] = {
     "trl_gold_template_on": Method(ON_POLICY, gold=True, own_template=True),
     "trl_gold_template_hybrid": Method({**ON_POLICY, **HYBRID}, gold=True, own_template=True),
     "trl_gold_template_off": Method({**ON_POLICY, "lmbda": 0.0}, gold=True, own_template=True),
-    "dpca_decode_and_compare": Method({"distillation_loss": "dpca"}, decode_and_compare=True),
+    "dpca_decode_and_compare": Method({"distillation_loss": "dpca", "event": "open"}, decode_and_compare=True),
+    "constant": Method({"distillation_loss": Constant()}, teacher_flops=False),
     "alm_off": _off_policy("alm"),
     "gold_off": _off_policy("gold"),
     "uld_off": _off_policy("uld", cross_entropy_weight=1.0),

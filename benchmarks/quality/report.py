@@ -28,6 +28,7 @@ from .run import (
     RESULTS,
     SCALES,
     STAGES,
+    STEPS,
     Lines,
     Plan,
     key,
@@ -238,6 +239,39 @@ def coverage(lines: Lines) -> str:
     return table(["coverage", "task", "sampled token", "distribution", "n"], rows)
 
 
+def steps(lines: Lines) -> str:
+    """Shares on the way, at one learning rate for all."""
+    rows = []
+    for method in STEPS:
+        groups = [select(lines, "steps", method=method, task=task) for task in HOME]
+        if any(groups):
+            rows.append([f"`{method}`", *map(_on_the_way, groups), seeds(groups)])
+    return table(["method", *HOME, "n"], rows)
+
+
+def _on_the_way(lines: Lines) -> str:
+    if not lines:
+        return "–"
+    updates = [*lines[0]["accuracy_curve"]]
+    curve = [
+        median(lines, lambda line, at=at: share({**line, "accuracy": line["accuracy_curve"][at]})) for at in updates
+    ]
+    return " / ".join(f"{value:.2f}" for value in [*curve, median(lines, share)])
+
+
+def noise(figures: dict) -> str:
+    rows = []
+    for loss in next(iter(figures["tasks"].values())):
+        found = [task[loss] for task in figures["tasks"].values()]
+        rows.append([f"`{loss}`", *("–" if own["noise"] is None else f"{own['noise']:.2f}" for own in found)])
+    return table(["loss", *figures["tasks"]], rows)
+
+
+def _kept(name: str, make: Callable[[dict], str]) -> str:
+    path = RESULTS / name
+    return make(json.loads(path.read_text())) if path.exists() else "Not measured yet."
+
+
 def off_policy(lines: Lines) -> str:
     rows = []
     for method in OFF_POLICY:
@@ -384,6 +418,8 @@ def blocks(lines: Lines, gradient: dict, plan: Plan, found: dict[str, dict]) -> 
         "again": again(lines),
         "rates": rates(plan, found),
         "refused": refused(lines),
+        "steps": steps(lines),
+        "noise": _kept("noise.json", noise),
     }
 
 

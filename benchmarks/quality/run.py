@@ -46,9 +46,21 @@ from .worlds import CACHE, Size, locked, world
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
 HOME = {"sums": "digits", "plurals": "families", "stories": "sizes"}  # the pair of each task in the headline
 MORE_PAIRS = (("plurals", "lengths"), ("sums", "coarse"))
-LEADING = ["dpca", "dpca_macro", "strict_sampled", "seq_kd", "bpm", "strict_topk", "simct", "sft"]
+LEADING = [
+    "dpca",
+    "dpca_macro",
+    "strict_sampled",
+    "seq_kd",
+    "bpm",
+    "strict_topk",
+    "simct",
+    "sft",
+    "reverse_kl",
+    "dpca_closed",
+]
 OTHERS = [name for name in METHODS if name not in LEADING and not name.endswith(("_off", "decode_and_compare"))]
 OTHERS += ["trl_gold_template_off"]
+STEPS = ["reverse_kl", "dpca_closed", "dpca"]  # how far after 10, 20 and 40 updates, at the likeliest rate for all
 OFF_POLICY = ["alm_off", "gold_off", "uld_off", "cdm_off"]
 
 
@@ -112,7 +124,7 @@ SCALES = {
         curve=(10, 25, 50, 100, 200, 400, 800),
     ),
 }
-STAGES = ("tuning", "headline", "others", "alignment", "same", "curve", "again", "off_policy", "pairs")
+STAGES = ("tuning", "headline", "others", "alignment", "same", "curve", "again", "off_policy", "pairs", "steps")
 
 
 Lines = list[dict]
@@ -137,12 +149,12 @@ class Plan:
             for stage in stages:
                 purpose = "headline" if stage == "others" else stage
                 for method, task, pair, teacher in self._cases(stage, seed):
-                    rate = self.chosen(method, task, found)
+                    rate = self.scale.learning_rates[0] if stage == "steps" else self.chosen(method, task, found)
                     yield None if rate is None else self._run(method, task, pair, teacher, seed, rate, purpose)
 
     def _cases(self, stage: str, seed: int) -> Iterator[tuple[str, str, str, str]]:
         """Method, task, pair and teacher."""
-        if stage == "tuning" or (stage not in ("headline", "again") and seed > self.scale.other_seeds):
+        if stage == "tuning" or (stage not in ("headline", "again", "steps") and seed > self.scale.other_seeds):
             return
         more = [(task, pair, "cross") for task, pair in MORE_PAIRS]
         home = [(task, pair, "cross") for task, pair in HOME.items()]
@@ -154,6 +166,7 @@ class Plan:
             "curve": (["seq_kd"], home),
             "again": (["dpca"], home),
             "off_policy": (OFF_POLICY, home),
+            "steps": (STEPS, home),
             "pairs": (["dpca", "dpca_decode_and_compare", "dpca_macro", "strict_sampled", "bpm"], more),
         }[stage]
         for method, one in product(methods, worlds):

@@ -117,6 +117,7 @@ class ReverseKL(Loss):
     signal: ClassVar[str] = "logits"
     copies: ClassVar[int] = 16
     policy: ClassVar[str] = "on"
+    event: ClassVar[str] = "closed"  # so that the last chunk of a text that was cut off takes no part
     structures: ClassVar[tuple[str, ...]] = ("prefixes", "continuations")
 
     advantage_clip: float | None = 10.0
