@@ -2,7 +2,8 @@
 
 Right on any text, since it compares likelihoods and samples nothing. The paper's binary KL shrinks with 1/τ; here it is
 multiplied by τ, so that τ → ∞ is the paper's limit form and the scale is that of a KL in nats, next to which another
-loss can stand in one optimizer step.
+loss can stand in one optimizer step. A perfect student stays only where all chunks are one token on each side
+(docs/fixed-point.md).
 """
 
 from dataclasses import dataclass

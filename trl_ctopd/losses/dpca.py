@@ -35,15 +35,16 @@ class DPCA(PolicyGradient):
 
         loss = −Σ_c clip(G_c, ±advantage_clip) · [Σ_{i∈c} w_i log p_i − log p_close(c − 1) + log p_close(c)] / N,
 
-    G_c = L_T(c) − L_S(c) + log p_close(c − 1) − log p_close(c): the same gap for the whole text, and at equal laws of
-    text 0 for every chunk.
+    G_c = L_T(c) − L_S(c) + log p_close(c − 1) − log p_close(c): the same gap for the whole text.
+
+    A perfect student stays with closed chunks, whatever the credit, for G_c is then 0, where no token of its own holds
+    several of the teacher's; with open ones only where all chunks are one token on each side.
 
     Args:
         credit (`str`, *optional*): how a chunk's gap is shared among its student tokens, see
             [`~trl_ctopd.losses.credit.shares`]. `None`: `"macro"` for closed chunks, `"semantic"`, the paper's, for open
             ones. `"previous"`, for open ones alone: `"macro"`, and a chunk's first token, which is what closed the chunk
-            before, answers for the gap of that one too. It keeps the fixed point in expectation, with log-probs alone
-            and more noise.
+            before, answers for the gap of that one too: with log-probs alone, more noise, and less of the open chunks' drift.
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on |A_i| or |G_c| in nats; `None` for no bound.
         event (`str`, *optional*): `"closed"`, which reads `ScoredChunks.close_log_probs`, or `"open"`, the paper's. `None`:
             `"closed"`, but `"open"` with credit `"previous"`.

@@ -4,7 +4,8 @@ cut the same token, and nothing elsewhere.
 Decisions: a text's first token counts where only one side puts a dummy prefix space before it: it is one event on both
 sides. N stays the count of all scored student tokens, not of the matched ones, so that the figure is comparable with
 the other losses and a micro-batch needs to know nothing of the others; the share that is matched is logged. A teacher's
-log-prob of -inf counts as -100 nats, so that the clip decides.
+log-prob of -inf counts as -100 nats, so that the clip decides. A perfect student stays only where all chunks are one token on each
+side (docs/fixed-point.md).
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,171 @@
+"""What training does to a student that equals its teacher, by exact expected gradients (no sampling, no model).
+
+    python -m benchmarks.fixed_point.run --assets FOLDER --out benchmarks/results/fixed_point.json
+
+A text is a whole number from 0 to 999, all alike, a full stop and the end of the turn. The student has the same law of texts
+as the teacher, each in its own published tokenizer, so that their KL is 0. Then 400 steps of Adam (rate .02) on the exact
+expectation of each loss's gradient over all thousand texts: the student's free parameters are the logits at every prefix.
+Chunks, and what may go on at their ends, are those that the package finds.
+"""
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from trl_ctopd.losses import ALM, DPCA, ScoredChunks, StrictSampled
+from trl_ctopd.rollouts.closing import add_going_on
+from trl_ctopd.rollouts.pairing import Prompt, collate, on_grid, pair
+from trl_ctopd.text.aligner import TextAligner
+from trl_ctopd.text.continuations import Continuations
+
+
+PAIRS = (
+    ("smollm2-instruct", "llama-3.2"),
+    ("qwen2.5", "deepseek-v3"),
+    ("mistral-v3", "llama-3.2"),
+    ("smollm2-instruct", "gpt2"),
+    ("phi-3-mini", "deepseek-v3"),
+)
+METHODS = {
+    "dpca (closed, macro: the default)": DPCA(),
+    "dpca, credit previous": DPCA("previous"),
+    "dpca, open, semantic (the paper's)": DPCA(event="open"),
+    "dpca, open, macro": DPCA("macro", event="open"),
+    "strict_sampled": StrictSampled(),
+    "alm": ALM(),
+}
+STEPS, RATE = 400, 0.02
+
+
+class Numbers:
+    """
+    The thousand texts in two tokenizers, and the student as a table of logits.
+
+    Attributes:
+        start (P, V): the student's log-probs at its P prefixes of its V tokens, of the same law of texts as the teacher's.
+    """
+
+    def __init__(self, student, teacher):
+        stop, end = student.eos_token_id, teacher.eos_token_id
+        completions = [[*student.encode(f"{n}.", add_special_tokens=False), stop] for n in range(1000)]
+        rollouts = pair(
+            [Prompt([stop], [end])] * 1000, completions, TextAligner(student, teacher), turn_ends={stop: [end]}
+        )
+        self.batch = collate(rollouts, stop)
+        add_going_on(self.batch, rollouts, [Continuations(student, teacher, [stop])] * 1000)
+        tokens = sorted({token for ids in completions for token in ids})
+        column = {token: number for number, token in enumerate(tokens)}
+        counts = Counter(tuple(ids[:i]) for ids in completions for i in range(len(ids) + 1))
+        prefixes = sorted({tuple(ids[:i]) for ids in completions for i in range(len(ids))})
+        row = {prefix: number for number, prefix in enumerate(prefixes)}
+        self.start = torch.full((len(prefixes), len(tokens)), -1e9, dtype=torch.float64)
+        for prefix in prefixes:
+            for token in tokens:
+                if share := counts[*prefix, token] / counts[prefix]:
+                    self.start[row[prefix], column[token]] = math.log(share)
+        texts, columns = self.batch["scored"][0].tolist(), (self.batch["scored"][1] + self.batch["input_ids"].shape[1])
+        places = [(text, at) for text, at in zip(texts, columns.tolist(), strict=True)]  # the prompt is one token
+        self.rows = torch.tensor([row[tuple(completions[text][:at])] for text, at in places])
+        self.columns = torch.tensor([column[completions[text][at]] for text, at in places])
+        going_on = [(n, column[i]) for n, i in self.batch["going_on"].T.tolist() if i in column]
+        self.places, self.ids = torch.tensor(going_on, dtype=torch.long).view(-1, 2).T
+        self.teacher = self._teacher_log_probs([rollout.teacher_ids for rollout in rollouts])
+        self.chunks = sum(rollout.num_chunks for rollout in rollouts) / 1000
+
+    def _teacher_log_probs(self, texts: list[list[int]]) -> torch.Tensor:
+        counts = Counter(tuple(ids[:i]) for ids in texts for i in range(len(ids) + 1))
+        scores = [
+            [math.log(counts[tuple(ids[: i + 1])] / counts[tuple(ids[:i])]) for i in range(len(ids))] for ids in texts
+        ]
+        padded = torch.zeros(self.batch["teacher_ids"].shape, dtype=torch.float64)
+        for text, own in enumerate(scores):
+            padded[text, : len(own)] = torch.tensor(own, dtype=torch.float64)
+        return padded
+
+    def scored(self, logits: torch.Tensor) -> ScoredChunks:
+        """All texts as a loss is given them, of the student with these logits (P, V)."""
+        log_probs = logits.log_softmax(-1)
+        going_on = torch.zeros(len(self.rows), dtype=torch.float64).index_add(
+            0, self.places, log_probs.exp()[self.rows[self.places], self.ids]
+        )
+        scored, input_ids = self.batch["scored"], self.batch["input_ids"]
+        names = "student_chunks", "teacher_chunks", "student_widths", "num_chunks"
+        return ScoredChunks(
+            student_log_probs=on_grid(log_probs[self.rows, self.columns], scored, input_ids),
+            teacher_log_probs=self.teacher,
+            close_log_probs=on_grid(torch.log1p(-going_on), scored, input_ids),
+            **{name: self.batch[name] for name in names},
+        )
+
+    def expected_gradient(self, loss: Callable, logits: torch.Tensor) -> torch.Tensor:
+        """(P, V) of the loss, each text weighed by its probability under the student that wrote it."""
+        batch = self.scored(logits)
+        p = batch.student_log_probs.detach().sum(1).exp()
+        leaves = [part.detach().requires_grad_() for part in (batch.student_log_probs, batch.close_log_probs)]
+        value, _ = loss(replace(batch, student_log_probs=leaves[0], close_log_probs=leaves[1]), 1)
+        slopes = torch.autograd.grad(value, leaves, allow_unused=True)
+        parts = zip(slopes, (batch.student_log_probs, batch.close_log_probs), strict=True)
+        surrogate = sum((p[:, None] * slope * part).sum() for slope, part in parts if slope is not None)
+        return torch.autograd.grad(surrogate, logits)[0]
+
+    def figures(self, logits: torch.Tensor) -> dict[str, float]:
+        log_p = self.scored(logits).student_log_probs.detach().sum(1)
+        p = log_p.exp()
+        return {
+            "kl": (p * (log_p + math.log(1000))).sum().item(),
+            "one_digit": p[:10].sum().item(),
+            "three_digits": p[100:].sum().item(),
+        }
+
+
+def train(world: Numbers, loss: Callable, steps: int = STEPS) -> dict:
+    """The figures after `steps`, and the greatest part of the gradient at the start."""
+    logits = world.start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=RATE)
+    first = None
+    for _ in range(steps):
+        logits.grad = world.expected_gradient(loss, logits)
+        first = logits.grad.abs().max().item() if first is None else first
+        optimizer.step()
+    return {"gradient_at_start": first, **world.figures(logits)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, required=True, help="folder with `tokenizers/` of the published models")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = []
+    for names in PAIRS:
+        world = Numbers(*(AutoTokenizer.from_pretrained(args.assets / "tokenizers" / name) for name in names))
+        print(f"{names[0]} <- {names[1]}: {world.chunks:.2f} chunks a text")
+        for method, loss in METHODS.items():
+            figures = train(world, loss)
+            found.append(
+                {"student": names[0], "teacher": names[1], "chunks": world.chunks, "method": method, **figures}
+            )
+            print(
+                f"   {method:36} gradient at start {figures['gradient_at_start']:.1e}  KL {figures['kl']:.4f}  ", end=""
+            )
+            print(f"one digit {figures['one_digit']:.1%}, three {figures['three_digits']:.1%}", flush=True)
+    machine = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, torch {torch.__version__}, one thread",
+    }
+    if args.out is not None:
+        settings = {"steps": STEPS, "rate": RATE, "optimizer": "Adam"}
+        args.out.write_text(json.dumps({**machine, **settings, "runs": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
