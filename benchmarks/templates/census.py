@@ -1,13 +1,16 @@
 """What the package makes of many real chat templates: right, masked or refused, and why, as a table.
 
-    python benchmarks/templates/census.py [--folder more/templates] [--out docs/templates.md]
+    python -m benchmarks.templates.census [--folder more/templates] [--out docs/templates.md]
 
-The templates are those that the installed TRL brings (`trl/chat_templates`), and with `CTOPD_ASSETS` those of its folder
-`templates`. Each is given to a toy byte-level tokenizer to which the strings that look like control tokens in what the
-template writes are added as special tokens and its tags as others: a template's turns do not depend on the vocabulary.
+The templates are those that the installed TRL brings (`trl/chat_templates`), those of each `--folder`, and with `CTOPD_ASSETS`
+those of its folder `templates`. Each is given to a toy byte-level tokenizer to which the strings that look like control tokens
+in what the template writes are added as special tokens, and its tags as others: a template's turns do not depend on the
+vocabulary.
 
-A kind of turn is *right* when prompt, text and end put together are the template's own rendering of the finished turn, byte
-for byte, both as a student (which goes on from the generation prompt where a finished turn does) and as a teacher.
+A kind of turn is *right* when, byte for byte,
+- prompt, text and end put together are the template's own rendering of the finished turn (as a student),
+- a teacher of Qwen3's template reads what the student wrote as Qwen3's own rendering of the same turn,
+- and as the teacher of a student with Qwen3's template, it reads its own rendering of the same turn.
 """
 
 import argparse
@@ -17,20 +20,26 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import transformers
 import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trl_ctopd.text.chat import Conversation, Speaker
-from trl_ctopd.text.turns import ANSWER, CALL, RESULT, TOOLS, USER
+from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
+from trl_ctopd.text.aligner import TextAligner
+from trl_ctopd.text.chat import Conversation, Speaker, unshared_markup
+from trl_ctopd.text.sections import SectionAligner
+from trl_ctopd.text.turns import ANSWER, CALL, CALLS, RESULT, THOUGHT, TOOLS, USER, Turn
 
 
+THOUGHT_TEXT, ANSWER_TEXT = "Two and two.", "It is four.\nIndeed."
 TURNS = {
-    "answer": {"content": "It is four.\nIndeed."},
-    "thought": {"reasoning_content": "Two and two.", "content": "It is four."},
-    "call": {"content": "", "tool_calls": [CALL]},
-    "thought and call": {"reasoning_content": "Two and two.", "content": "", "tool_calls": [CALL]},
+    "answer": ((ANSWER,), {"content": ANSWER_TEXT}),
+    "thought and answer": ((THOUGHT, ANSWER), {"reasoning_content": THOUGHT_TEXT, "content": ANSWER_TEXT}),
+    "call": ((CALLS,), {"content": "", "tool_calls": [CALL]}),
+    "thought and call": ((THOUGHT, CALLS), {"reasoning_content": THOUGHT_TEXT, "content": "", "tool_calls": [CALL]}),
 }
+THINK = {"enable_thinking": True, "thinking": True}
 CONTROL = re.compile(
     r"<\|[^|<>]{1,40}\|>|<｜[^｜<>]{1,40}｜>|<\|[a-z_\"]{1,20}\|?>|<[a-z_]{1,20}\|>|\[/?[A-Z_]{2,20}\]|</?s>|<BOS>|<EOS>"
     r"|<(?:start|end|beginning)_of_\w+>|<SPECIAL_\d+>|\]~!?b[\[\]]|\[e~\["
@@ -45,7 +54,7 @@ def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
     names = {"bos_token": "<BOS>", "eos_token": "<EOS>"}
     found = set()
     bare = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
-    for message in TURNS.values():
+    for _, message in TURNS.values():
         for tools in (None, TOOLS):
             for turns in (
                 [USER],
@@ -66,56 +75,140 @@ def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
     )
 
 
-def judged(side: Speaker, message: dict, kwargs: dict) -> str:
-    """ "right", or what is wrong, or why it is refused."""
+def rendered(side: Speaker, turn: Turn, conversation: Conversation, sections: tuple[str, ...]) -> str:
+    """The template's own finished turn, up to its stop."""
+    text = side._render([*conversation.prompt, conversation.reference], conversation)
+    form = turn.forms[sections]
+    return text + form.unwritten if form.rest is None else text.removesuffix(form.rest)
+
+
+def read(student: Speaker, teacher: Speaker, asked: Conversation) -> str | None:
+    """What the teacher reads of the reference when the student writes it; None where it goes not on from its prompt, or calls
+    are masked."""
+    opened, theirs = student.opened(asked), teacher.opened(asked)
+    before, ids = student.reference(asked)
+    if before != opened.ids:
+        return None
+    aligner = TextAligner(
+        student.tokenizer,
+        teacher.tokenizer,
+        masked_strings=unshared_markup(student, teacher),
+        teacher_control_ids=teacher.control_ids,
+    )
+    controls = {name: teacher.tokenizer.convert_tokens_to_ids(name) for name in teacher.controls}
+    end = teacher.tokenizer.convert_ids_to_tokens(teacher.turn_end[-1])
+    [found] = pair(
+        [Prompt(opened.ids, theirs.ids, frame=Frame.of(opened, theirs, before).to_json())],
+        [ids],
+        aligner,
+        turn_ends=dict.fromkeys(student.stop_ids(), teacher.turn_end),
+        sections=SectionAligner(aligner, controls, end, (student, teacher)),
+    )
+    if "call" in {stretch.reason for stretch in found.alignment.masked}:
+        return None
+    return teacher.tokenizer.decode(found.teacher_prompt_ids + found.teacher_ids)
+
+
+def judged(side: Speaker, other: Speaker, kind: str, kwargs: dict) -> str:
+    """ "right", "masked: ...", "refused: ..." or "wrong: ..."."""
+    sections, message = TURNS[kind]
     reference = {"role": "assistant", **message}
-    tools = TOOLS if "tool_calls" in message or side.needs_tools else None
-    conversation = Conversation([USER], reference, tools, kwargs)
-    try:
-        before, ids = side.reference(conversation)
-    except ValueError as refusal:
-        return f"refused: {refusal}"
-    finished = side._render([USER, reference], conversation)
-    written = side.tokenizer.decode(before + ids)
-    opened = side.opened(conversation)
-    form = opened.turn.forms[(ANSWER,)] if opened.turn.plain else None
-    if not (finished.startswith(written) or written.startswith(finished)):
-        return f"wrong: {written[-60:]!r} for {finished[-60:]!r}"
-    if "tool_calls" not in message and "reasoning_content" not in message:
-        read = side.tokenizer.decode(opened.plain) + message["content"] + form.end
-        if not (finished.startswith(read) or read.startswith(finished)):
-            return f"wrong as a teacher: {read[-60:]!r} for {finished[-60:]!r}"
-    return "right"
+    tools = TOOLS if CALLS in sections or side.needs_tools else None
+    asked = Conversation([USER], reference, tools, kwargs)
+    turn = side.turn(asked)
+    if sections not in turn.forms:
+        return f"masked: it {turn.missing.get(sections, 'leaves out calls of tools')}"
+    form, own = turn.forms[sections], None
+    if not form.end:
+        return "right, ended by the EOS token: it writes no control token there"
+    if not form.loose:
+        own = rendered(side, turn, asked, sections)
+        before, ids = side.reference(asked)
+        if side.tokenizer.decode(before + ids) != own:
+            return f"wrong: as a student {side.tokenizer.decode(before + ids)[-60:]!r}, its own {own[-60:]!r}"
+        partner = rendered(other, other.turn(asked), asked, sections)
+        heard = read(side, other, asked)
+        if heard is None and before == side.opened(asked).ids:
+            return "masked: calls are not read with these settings"
+        if heard is not None and heard != partner:
+            return f"wrong: its teacher reads {heard[-60:]!r}"
+    heard = read(other, side, asked)
+    if form.loose:  # the template itself leaves earlier thoughts out
+        stem = side.tokenizer.decode(side.opened(asked).ids)
+        own = stem + message["reasoning_content"] + heard[len(stem) + len(message["reasoning_content"]) :]
+        if form.literals[1] not in heard or not heard.endswith(message["content"] + form.end):
+            return f"wrong: as a teacher {heard[-60:]!r}"
+        return "right, the whitespace around its closing tag as the student writes it"
+    if heard is None:
+        return "masked: calls are not written with these settings"
+    return "right" if heard == own else f"wrong: as a teacher {heard[-60:]!r}, its own {own[-60:]!r}"
 
 
 def census(files: list[Path]) -> dict[str, dict[str, str]]:
     found = {}
+    other = Speaker(tokenizer_for((Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()))
     for file in files:
-        side = Speaker(tokenizer_for(file.read_text()))
-        name = f"{file.parent.name}/{file.stem}"
-        try:
-            _ = side.turn_end
-        except ValueError as refusal:
-            found[name] = dict.fromkeys(TURNS, f"refused: {refusal}")
-            continue
-        found[name] = {kind: judged(side, message, {}) for kind, message in TURNS.items()}
+        side, name = Speaker(tokenizer_for(file.read_text())), f"{file.parent.name}/{file.stem}"
+        found[name] = {}
+        for kind in TURNS:
+            for kwargs in ({}, THINK) if "thought" in kind else ({},):
+                try:
+                    verdict = judged(side, other, kind, kwargs)
+                except ValueError as refusal:
+                    verdict = f"refused: {str(refusal).partition(': ')[2] or refusal}"
+                if verdict.startswith("right"):
+                    verdict += ", with enable_thinking and thinking set" if kwargs else ""
+                    break
+            found[name][kind] = verdict
     return found
+
+
+def table(found: dict[str, dict[str, str]]) -> str:
+    """In Markdown; the counts first."""
+    names = "\n".join(
+        f"| {kind} | " + " | ".join(str(count) for count in _counts(found, kind)) + " |" for kind in TURNS
+    )
+    rows = [f"| {name} | " + " | ".join(_cell(kinds[kind]) for kind in TURNS) + " |" for name, kinds in found.items()]
+    return "\n".join(
+        [
+            "| kind of turn | right | masked | refused | wrong |",
+            "|---|---|---|---|---|",
+            names,
+            "",
+            f"| template | {' | '.join(TURNS)} |",
+            f"|---|{'---|' * len(TURNS)}",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _counts(found, kind: str) -> list[int]:
+    counts = Counter(re.match(r"\w+", kinds[kind])[0] for kinds in found.values())
+    return [counts[verdict] for verdict in ("right", "masked", "refused", "wrong")]
+
+
+def _cell(verdict: str) -> str:
+    return re.sub(r"\s+", " ", verdict).replace("|", "\\|")[:140]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, action="append", default=[])
+    parser.add_argument("--folder", type=Path, action="append", default=[], help="more templates, `*.jinja`")
+    parser.add_argument(
+        "--out", type=Path, help="Markdown page, of which what follows the line <!-- census --> is written anew"
+    )
     args = parser.parse_args()
     folders = [Path(trl.__file__).parent / "chat_templates", *args.folder]
     if "CTOPD_ASSETS" in os.environ:
         folders.append(Path(os.environ["CTOPD_ASSETS"]) / "templates")
     warnings.simplefilter("ignore")
     found = census([file for folder in folders for file in sorted(folder.glob("*.jinja"))])
-    for name, kinds in found.items():
-        for kind, verdict in kinds.items():
-            print(f"{name:60} {kind:18} {verdict[:260]}")
-    for kind in TURNS:
-        print(kind, Counter(kinds[kind].split(":")[0] for kinds in found.values()))
+    shown = f"trl {trl.__version__}, transformers {transformers.__version__}, {len(found)} templates\n\n{table(found)}"
+    if args.out:
+        head, mark, _ = args.out.read_text(encoding="utf-8").partition("<!-- census -->\n")
+        args.out.write_text(f"{head}{mark}\n{shown}", encoding="utf-8")
+    print(shown)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Frame:
             Reopened.of(teacher.ids, teacher.plain),
             Reopened.of(teacher.ids, teacher.stem),
             Reopened.of(student.ids, reference_prompt),
-            *(("", "") if student.turn.is_simple else (student.turn.to_json(), teacher.turn.to_json())),
+            *(("", "") if student.is_simple else (student.turn.to_json(), teacher.turn.to_json())),
         )
 
     def to_json(self) -> str:

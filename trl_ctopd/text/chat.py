@@ -157,13 +157,15 @@ class Opened:
         ids: up to the generation prompt, after which a student writes.
         turn: what was found of the template for this conversation.
         stem: the ids up to the turn's stem.
-        plain: the ids up to a finished turn's answer, which alone is all that it says.
+        plain: the ids up to a finished turn's answer.
+        is_simple: whether a turn is an answer and one token that ends it, and nothing else is known.
     """
 
     ids: list[int]
     turn: Turn
     stem: list[int]
     plain: list[int]
+    is_simple: bool = True
 
 
 class Speaker:
@@ -231,14 +233,15 @@ class Speaker:
         if isinstance(conversation.prompt, str) or not self.template:
             return Opened(ids, Turn(), ids, ids)
         turn = self.turn(conversation)
+        is_simple = turn.is_simple and not (turn.plain and len(self.end_ids(turn.plain)) > 1)
         if not turn.tail and not (turn.plain and turn.plain.opening):
-            return Opened(ids, turn, ids, ids)
+            return Opened(ids, turn, ids, ids, is_simple)
         prompt = self._render(conversation.prompt, conversation, open_ended=True)
         stem = prompt[: len(prompt) - len(turn.tail)]
         plain = stem + (turn.plain.opening if turn.plain else turn.tail)
         if turn.plain and self._space_is_the_answers(turn.plain):
             plain = plain.removesuffix(" ")
-        return Opened(ids, turn, self._encode(stem), self._before_text(plain))
+        return Opened(ids, turn, self._encode(stem), self._before_text(plain), is_simple)
 
     def turn(self, conversation: Conversation) -> Turn:
         """How the template writes a turn after the conversation's prompt."""
@@ -515,7 +518,7 @@ class Speaker:
 
     @cached_property
     def _stops(self) -> list[int]:
-        """The last of each end. A token that a turn also has before its end is none, where another one ends it too."""
+        """The last of each end. A token that also closes a thought is none, where another one ends a turn."""
         if not self.template:
             return []
         turns = [self._known_turn]
@@ -524,7 +527,8 @@ class Speaker:
         if turns[0].plain is None:
             _ = self.turn_end  # says why
         forms = [form for turn in turns for form in turn.forms.values() if form.end]
-        within = {token for form in forms for literal in form.literals[:-1] for token in self._encode(literal)}
+        closing = [form.literals[1] for form in forms if form.sections[0] == THOUGHT]
+        within = {token for literal in closing for token in self._encode(literal)}
         stops = list(dict.fromkeys(self.end_ids(form)[-1] for form in forms))
         alone = [token for token in stops if token not in within]
         eos = self.tokenizer.eos_token_id

@@ -189,12 +189,15 @@ def find_turn(
 
 
 def _base(render, before, prompt: str, controls: re.Pattern | None) -> int:
-    """How much of the prompt is there without a generation prompt, too: no turn may change that."""
+    """How much of the prompt is there without a generation prompt, too, up to the last message's text: no turn may change
+    that. (What a template writes after it, such as an instruction, a finished turn may lack.)"""
     try:
         closed = render(before)
     except Unrenderable:
         return 0
-    return clean_stem(prompt, [closed], controls)
+    length, asked = clean_stem(prompt, [closed], controls), before[-1].get("content")
+    at = prompt.rfind(asked) if isinstance(asked, str) else -1
+    return min(length, at + len(asked)) if at >= 0 else length
 
 
 def _probes(section: str) -> tuple[str, ...]:
