@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ...text.aligner import TextAligner, encode_as_text
-from ...text.chat import Speaker
 from ...text.token_bytes import UnsupportedTokenizerError
-from ..templates import explain
 from .segments import WHY, figures, segments
 from .shown import TextAlignment
 
@@ -76,6 +74,10 @@ def _parser(prog: str) -> _Parser:
 
 
 def _explain(parser: _Parser, args: argparse.Namespace) -> None:
+    # loads transformers
+    from ...text.chat import Speaker
+    from ..templates import explain
+
     given = [name for name in ("text", "student", "teacher", "file", "column", "html", "json") if getattr(args, name)]
     if given:
         parser.error(f"--explain-template takes one tokenizer, and nothing else ({', '.join(given)} given)")
