@@ -195,7 +195,7 @@ def test_an_adapters_settings_are_named_and_tokens_are_not(run):
 @pytest.mark.parametrize("loss", ["gold", "alm"])
 def test_samples_are_coloured_whatever_the_loss_reads(run, loss):
     said = texts(read(run(distillation_loss=loss)))
-    assert f"by {'alm' if loss == 'alm' else 'dpca, macro credit of open chunks'}" in said
+    assert f"by {'alm' if loss == 'alm' else 'dpca, semantic credit'}" in said
 
 
 def test_what_the_teacher_cannot_read_is_shown_without_scores(run):
