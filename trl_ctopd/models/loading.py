@@ -20,6 +20,8 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 logger = get_logger(__name__)
 
+_MISTRAL_PROBE = "It's 12345 times HTTPServer's camelCase,  'The ÉCOLE'\n\n  don't (x) += \"naïve\"..."
+
 
 def adapter_base(name: str, revision: str | None = None) -> str | None:
     """The base model's name of an adapter (a folder, or a name on the hub); None for a whole model. Raises `ValueError` for an
@@ -63,12 +65,47 @@ def load_tokenizer(tokenizer, model_id, revision, trust_remote_code, gguf_file=N
         base = adapter_base(model_id, revision)
         if base is not None and not _has_tokenizer(model_id, revision):
             model_id, revision = base, None
-        return AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
+        return _saved_tokenizer(model_id, revision=revision, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
             f"A processing class must be a text tokenizer, got {type(tokenizer).__name__}: pass its `.tokenizer`."
         )
+    if _is_mistral_common(tokenizer):
+        raise TypeError(
+            f"{type(tokenizer).__name__} writes prompts without a chat template that could be read: pass "
+            "`AutoTokenizer.from_pretrained(name, mistral_format=False)`, with `chat_template` set where the model brings none."
+        )
     return tokenizer
+
+
+def _saved_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
+    """As `AutoTokenizer` loads it, but where mistral-common is installed with the chat template and the special tokens of the
+    model's other files, as where it is not.
+
+    Raises `ValueError` where the model has only mistral-common's files, or where the others read text otherwise.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    if not _is_mistral_common(tokenizer):
+        return tokenizer
+    expected = tokenizer.encode(_MISTRAL_PROBE, add_special_tokens=False)
+    for mended in ({}, {"fix_mistral_regex": True}):  # many a tokenizer.json on the hub has a wrong pattern
+        found = AutoTokenizer.from_pretrained(name, mistral_format=False, **mended, **kwargs)
+        if found.eos_token is None:
+            raise ValueError(
+                f"{name} has a tokenizer for mistral-common alone, which writes prompts without a chat template that could be read: "
+                "pass as processing class a tokenizer of the same vocabulary with `chat_template` and special tokens, such as that of "
+                "the model's conversion for transformers."
+            )
+        if found.encode(_MISTRAL_PROBE, add_special_tokens=False) == expected:
+            return found
+    raise ValueError(
+        f"{name} has a tokenizer for mistral-common and one for transformers, and the two read one text differently: pass the one that "
+        "the model was trained with as processing class, loaded by `AutoTokenizer.from_pretrained(name, mistral_format=False)`."
+    )
+
+
+def _is_mistral_common(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return hasattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer")
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None):
@@ -107,7 +144,7 @@ def _tokenizer_beside(
     """The repository's own where it has one; else what the GGUF file says of it, which is not all."""
     kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
     if cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False) is not None:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
+        return _saved_tokenizer(name, **kwargs)
     logger.warning(
         f"The tokenizer of {name} is read from {gguf_file}, which keeps no normalizer: texts in other than composed characters (NFC) "
         "may be encoded otherwise than in the model's own training. Pass the original model's tokenizer as processing class."
