@@ -125,6 +125,13 @@ def test_closed_chunks_without_what_they_read_are_an_error_that_says_so():
         DPCA(event="closed")(replace(batch, close_log_probs=None), 1)
 
 
+@pytest.mark.parametrize("credit", [None, "macro"])
+def test_log_probs_alone_are_read_as_published_where_no_event_was_asked_for(credit):
+    batch = ScoredChunks(*as_tensors(random_rows(0), torch.float64))
+    [(value, _), (published, _)] = (loss(batch, 7) for loss in (DPCA(credit), DPCA(credit, event="open")))
+    assert value.item() == published.item()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "credit", "event"),
     [

@@ -48,6 +48,7 @@ def scored_text(ids, student, teacher, vocabulary: VocabularyPair, hidden_size: 
         teacher=sides[1],
         vocabulary=vocabulary,
         tile_tokens=tile_tokens,
+        close_log_probs=torch.full((1, len(alignment.student_ids)), -0.1, requires_grad=True),
     )
 
 

@@ -11,7 +11,7 @@ Where the published code differs: it drops chunks of more than six tokens, divid
 masks everything after the first place where its aligner gets stuck; here none of that is needed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,7 +47,8 @@ class DPCA(PolicyGradient):
             before, answers for the gap of that one too: with log-probs alone, more noise, and less of the open chunks' drift.
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on |A_i| or |G_c| in nats; `None` for no bound.
         event (`str`, *optional*): `"closed"`, which reads `ScoredChunks.close_log_probs`, or `"open"`, the paper's. `None`:
-            `"closed"`, but `"open"` with credit `"previous"`.
+            `"closed"`, but `"open"` with credit `"previous"`, and on a batch of log-probs alone, as a loop of one's own may
+            have; the trainer's batches have what closed chunks read.
         clip_ratio_low, clip_ratio_high: of [`PolicyGradient`].
     """
 
@@ -57,6 +58,9 @@ class DPCA(PolicyGradient):
 
     def __post_init__(self):
         super().__post_init__()
+        self._open = None  # takes the place of this loss on a batch of log-probs alone
+        if self.event is None and self.credit != "previous":
+            self._open = replace(self, event="open")
         if self.event is None:
             self.event = "open" if self.credit == "previous" else "closed"
         if self.event not in EVENTS:
@@ -72,6 +76,8 @@ class DPCA(PolicyGradient):
         check_clip(self.advantage_clip)
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
+        if self._open is not None and batch.policy_close_log_probs is None:
+            return self._open(batch, num_items)
         advantages, cut = self.advantages(batch)
         if self.event == "open":
             return self.surrogate(batch, advantages, cut, num_items)
