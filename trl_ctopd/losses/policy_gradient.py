@@ -66,7 +66,9 @@ class PolicyGradient(Loss):
         value, outside = self._bounded(batch, advantages, batch.student_log_probs, batch.policy_log_probs)
         if close_advantages is not None:
             scores = batch.close_log_probs, batch.policy_close_log_probs
-            value = value + self._bounded(batch, close_advantages, *scores)[0]
+            closing = self._bounded(batch, close_advantages, *scores)[0]
+            # the gradient alone: the end of a row's last chunk may lie in its padding, whose width would change the value
+            value = value + closing - closing.detach()
         metrics = {"advantage/clipped_fraction": (cut.sum(), batch.scored_tokens)}
         if batch.old_log_probs is not None:
             metrics["ratio/clipped_fraction"] = (outside.sum(), batch.scored_tokens)
