@@ -1,8 +1,8 @@
-"""What config and trainer stand on: TRL's `GKDConfig` and `GKDTrainer`, or, where TRL has them no longer, `SFTConfig` with
-the same fields and `SFTTrainer`.
+"""The base classes of config and trainer: TRL's `GKDConfig` and `GKDTrainer` or, in a TRL without them, `SFTConfig` with the
+same fields and `SFTTrainer`.
 
-They are experimental in TRL, which drops such trainers without notice. Nothing of what `GKDTrainer` does is used: its own
-parent is built, and generation, scoring and loss are replaced. So a run is the same on either.
+They are experimental in TRL, which removes such trainers without notice. Nothing that `GKDTrainer` itself does is used: the
+trainer here calls the `__init__` of its parent, and replaces generation, scoring and loss. So a run is the same on either base.
 """
 
 import warnings
@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 try:
-    with warnings.catch_warnings():  # a test watches what is used of it
+    with warnings.catch_warnings():  # a test checks what is used of it
         warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -38,10 +38,12 @@ except ImportError as error:
         )
         teacher_model_init_kwargs: dict[str, Any] | str | None = field(
             default=None,
-            metadata={"help": "What `from_pretrained` is given for a teacher that is named: dtype, device_map, ..."},
+            metadata={"help": "Arguments of `from_pretrained` for a teacher given by name: dtype, device_map, ..."},
         )
         disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
-        seq_kd: bool = field(default=False, metadata={"help": "Let the teacher write what the student does not."})
+        seq_kd: bool = field(
+            default=False, metadata={"help": "Let the teacher write the micro-batches that the student does not."}
+        )
 
         def __post_init__(self):
             super().__post_init__()
@@ -50,4 +52,4 @@ except ImportError as error:
                     raise ValueError(f"{name} must be in the range [0.0, 1.0], got {getattr(self, name)}.")
 
     class GKDTrainer(SFTTrainer):
-        """Nothing of its own."""
+        """`SFTTrainer`, unchanged."""

@@ -1,12 +1,11 @@
-"""The two halves of a causal language model: what its backbone hands to the LM head, and the head by itself.
+"""The two halves of a causal language model: the backbone's hidden states, and the LM head alone.
 
-Log-probs of given tokens come from TRL's kernel, inside of the model's forward pass, so that every wrapper (PEFT, DDP,
-ZeRO-3, FSDP) sees an ordinary call. Unlike under TRL's own `add_fused_lm_head`, the positions are told beforehand: no
-other one is projected on any device, nothing waits for the device to count them, and the tile is small enough not to
-matter beside the hidden states.
+Log-probs of given tokens come from TRL's kernel, inside the model's forward pass, so that every wrapper (PEFT, DDP,
+ZeRO-3, FSDP) sees an ordinary call. Unlike in TRL's own `add_fused_lm_head`, the caller gives the positions. So no other
+position is projected, nothing waits for the device to count positions, and a tile is small beside the hidden states.
 
-What the head does besides a matrix product (scaling, soft-capping) is read from the config, as TRL's fused head reads
-it; under ZeRO-3 and FSDP2 its weight is brought together once for a micro-batch, not once a tile.
+What else the head does besides the matrix product (scaling, soft-capping) is read from the config, as in TRL's fused
+head. Under ZeRO-3 and FSDP2 its weight is gathered once for a micro-batch, not once a tile.
 """
 
 import functools
@@ -27,14 +26,18 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from .closing import ClosingLogProbFunction
 
 
-_TILE_COLUMNS = {"cuda": 8192, "xpu": 8192}  # of the vocabulary; elsewhere a tile takes some 36 bytes an element
+_TILE_COLUMNS = {"cuda": 8192, "xpu": 8192}  # of the vocabulary; on other devices a tile takes some 36 bytes an element
 _SMALL_TILE_COLUMNS = 1024
 
 
 class TokenScores(NamedTuple):
-    """Of n tokens, in nats: (n,) float32 log-probs, with gradient; (n,) entropies of the distributions they are from. And of a
-    mixture of experts, where it was asked for, how unevenly its routers share out the tokens (a scalar, with gradient). And,
-    where it was asked for, (n,) log-probs that none of the tokens is drawn that go on, with gradient."""
+    """
+    Scores of n tokens, in nats:
+    log-probs (n,) float32, with gradient;
+    entropies (n,) of the distributions that they are from;
+    where asked for, a mixture of experts' load-balancing loss, a scalar with gradient;
+    where asked for, (n,) log-probs that no continuing token is drawn, with gradient.
+    """
 
     log_probs: torch.Tensor
     entropy: torch.Tensor | None
@@ -43,13 +46,13 @@ class TokenScores(NamedTuple):
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside an adapter."""
+    """The transformers model inside an adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager
 def hidden_states(model: PreTrainedModel):
-    """A list that takes in the (B, L, H) states that each forward pass within hands to the LM head."""
+    """Yields a list that collects the (B, L, H) hidden states that each forward pass in the block gives to the LM head."""
     states: list[torch.Tensor] = []
     handle = model.base_model.register_forward_hook(
         lambda module, args, output: states.append(output.last_hidden_state)
@@ -62,16 +65,16 @@ def hidden_states(model: PreTrainedModel):
 
 def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: bool = False):
     """
-    From now on `model(input_ids=..., scored=positions, targets=ids, routed=None)` returns the [`TokenScores`] of `ids` (n,) after the
-    tokens at `positions` (2, n): row, and column counted from the end of the row (-1 is the last), since prompt-learning
-    adapters put virtual tokens in front. The naive equivalent:
+    Makes `model(input_ids=..., scored=positions, targets=ids, routed=None)` return the [`TokenScores`] of `ids` (n,) after
+    the tokens at `positions` (2, n): row, and column counted from the end of the row (-1 is the last), because
+    prompt-learning adapters put virtual tokens in front. The naive equivalent:
 
         (model(...).logits[rows, columns] / temperature).log_softmax(-1).gather(-1, ids[:, None])
 
-    With `routed` (B, L), True for the tokens that count, a mixture of experts also gives the auxiliary loss by which its own class
-    balances the load (Switch Transformers, arXiv 2101.03961, equations 4 to 6). With `going_on=(rows, ids)` (2, K), the scores
-    tell too how likely it is that none of `ids` is drawn at its place among the n (see [`ClosingLogProbFunction`]). Any other
-    call is what it was. Call it before the model is wrapped.
+    With `routed` (B, L), True for the tokens that count, a mixture of experts also returns its own auxiliary loss for load
+    balancing (Switch Transformers, arXiv 2101.03961, equations 4 to 6). With `going_on=(rows, ids)` (2, K), the scores also
+    hold the log-prob that none of `ids` is drawn at its row among the n (see [`ClosingLogProbFunction`]). All other calls
+    work as before. Call this before the model is wrapped.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
@@ -81,7 +84,7 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
     original = model.forward
     outputs = ("entropy",) if entropy else ()
 
-    @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
+    @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
     def forward(self, *args, scored=None, targets=None, routed=None, going_on=None, **kwargs):
         if scored is None:
             return original(*args, **kwargs)
@@ -92,10 +95,10 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
         states, imbalance = output.last_hidden_state, None
         if routed is not None:
             imbalance = _imbalance(self, output.router_logits, routed)
-        hidden = states[tuple(scored.to(states.device))]  # the layers may be on several devices
+        hidden = states[tuple(scored.to(states.device))]  # the layers may be on different devices
         head, (softcap, scale) = self.get_output_embeddings(), _softcap_and_scale(self)
         weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
-        shared_out = [part for part in (weight, bias) if hasattr(part, "ds_id")]  # a quantized teacher's are not
+        shared_out = [part for part in (weight, bias) if hasattr(part, "ds_id")]  # a quantized model's are not sharded
         with maybe_gather_lm_head_ctx(*shared_out):
             if going_on is not None:
                 rows, ids = going_on.to(weight.device)
@@ -124,10 +127,10 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
 
 
 def _imbalance(model: PreTrainedModel, router_logits: tuple[torch.Tensor, ...], routed: torch.Tensor) -> torch.Tensor:
-    """By the function that the model's own class has for it."""
+    """The load-balancing loss, by the function in the model class's own module."""
     balance = sys.modules[type(model).__module__].load_balancing_loss_func
     virtual = router_logits[0].numel() // router_logits[0].shape[-1] // len(routed) - routed.shape[1]
-    mask = nn.functional.pad(routed.long(), (virtual, 0), value=1)  # virtual tokens of an adapter are in front
+    mask = nn.functional.pad(routed.long(), (virtual, 0), value=1)  # an adapter's virtual tokens come first
     return balance(router_logits, model.num_experts, model.num_experts_per_tok, mask)
 
 
@@ -135,8 +138,9 @@ def lm_head(
     model: PreTrainedModel, dtype: torch.dtype, temperature: float, output: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    The model's LM head, for hidden states of `dtype`: (n, H) in, logits over `temperature` (n, V) out, on the head's own
-    device. Its weight is as it is now; gradients reach it, under ZeRO-3 by way of an `output` of the model's forward pass.
+    The model's LM head as a function: hidden states (n, H) of `dtype` to logits / `temperature` (n, V), on the head's own
+    device. It uses the current weight. Gradients reach the weight; under ZeRO-3 this needs `output`, a tensor that the
+    model's forward pass returned.
     """
     head, (softcap, scale) = model.get_output_embeddings(), _softcap_and_scale(model)
     weight, bias = (None if part is None else _whole(part, output).to(dtype) for part in (head.weight, head.bias))
@@ -154,8 +158,8 @@ def lm_head(
 
 @torch.no_grad()
 def check_head(side: str, model: PreTrainedModel):
-    """Raises `ValueError` where the logits of `model` are not what `lm_head` makes of its `hidden_states`, as log-probs
-    of given tokens are made of them too."""
+    """Raises `ValueError` where `lm_head` does not reproduce the logits of `model` from its `hidden_states`. Log-probs of given
+    tokens depend on that too."""
     unfit = (
         f"The {side}'s {type(model).__name__} does more to its logits than a matrix product, a scale and a soft cap, so "
         "that its head cannot be used apart from its backbone: choose another model."
@@ -189,8 +193,8 @@ def _softcap_and_scale(model: PreTrainedModel) -> tuple[float | None, float]:
 
 
 def _logit_scale(config) -> float:
-    """By the names that the model families have for it: Cohere, Muse Glimmer, Falcon-H1; Granite and MiniCPM3 divide,
-    HyperCLOVA X multiplies by the same field."""
+    """The factor of the logits, under each model family's name for it: Cohere, Muse Glimmer, Falcon-H1. Granite and MiniCPM3
+    divide by `logits_scaling`; HyperCLOVA X multiplies by it."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return getattr(config, name)
@@ -211,9 +215,9 @@ def _whole(parameter: torch.Tensor, output: torch.Tensor | None) -> torch.Tensor
 
 class _Gathered(torch.autograd.Function):
     """
-    A copy of a parameter that ZeRO-3 has gathered; the gradient goes to the parameter as if it were the copy's. ZeRO-3 takes
-    a gradient only of what it has gathered for the backward pass, and it gathers the head, which the model read in its own
-    forward pass, when the backward pass comes to the model's output: so it is led there, with a gradient of zero.
+    A copy of a parameter that ZeRO-3 has gathered. The parameter gets the copy's gradient. ZeRO-3 accepts a gradient only for
+    a parameter that is gathered for the backward pass. The model read the head in its own forward pass, so ZeRO-3 gathers it
+    when the backward pass reaches the model's output. A gradient of zero for `output` makes the backward pass go there.
     """
 
     @staticmethod

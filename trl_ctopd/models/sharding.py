@@ -1,8 +1,8 @@
-"""What several processes share out: rows of a dataset, the weights of a teacher, and a student's while it writes.
+"""What several processes share: the rows of a dataset, the weights of a teacher, and a student's weights while it writes.
 
-Decisions: a teacher is sharded as the student is, layer by layer, so that no device ever holds it whole: under FSDP2 by
-Accelerate's own preparation (TRL's makes one unit of the whole model, and leaves the weights that only the first process has
-read where they are). Under DDP and ZeRO-2 every process has it whole.
+Decisions: a teacher is sharded layer by layer like the student, so that no device ever holds all of it. Under FSDP2 that is
+done by Accelerate's own preparation. (TRL's makes one unit of the whole model, and does not send out weights that only the
+first process has loaded.) Under DDP and ZeRO-2 every process has the whole teacher.
 """
 
 import copy
@@ -22,14 +22,16 @@ from trl.models.utils import prepare_deepspeed
 
 def own_rows(accelerator, rows: int) -> int:
     """
-    How many of the `rows` that this process has read last it is to learn from, the first ones. Where a dataset ends amid a
-    batch of all processes, Accelerate fills the batch up with rows from the dataset's start.
+    How many of the `rows` that this process has just read count, from the first on. Where a dataset ends in the middle of a
+    global batch, Accelerate fills it up with rows from the start of the dataset.
     """
     state = accelerator.gradient_state
     if not state.end_of_dataloader:
         return rows
     loader, remainder = state.active_dataloader, state.remainder
-    if isinstance(loader.batch_sampler, SkipBatchSampler):  # resumed amid an epoch, where Accelerate knows no remainder
+    if isinstance(
+        loader.batch_sampler, SkipBatchSampler
+    ):  # resumed inside an epoch: Accelerate does not set the remainder
         sampler = loader.batch_sampler.batch_sampler
         sharers = 1 if getattr(sampler, "split_batches", False) else getattr(sampler, "num_processes", 1)
         remainder = 0 if sampler.drop_last else len(loader.dataset) % (sampler.batch_size * sharers)
@@ -42,8 +44,8 @@ def is_sharded(model: nn.Module, accelerator) -> bool:
 
 
 def keep_scores_in_float32(accelerator):
-    """Call it before a model is prepared: under mixed precision, Accelerate has FSDP2 round all that a model returns to
-    half precision, log-probs too."""
+    """Call this before a model is prepared. Under mixed precision, Accelerate makes FSDP2 round all outputs of a model to half
+    precision, log-probs too."""
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
@@ -51,21 +53,21 @@ def keep_scores_in_float32(accelerator):
 
 
 def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:
-    """The frozen `model`, on its device or shared out as the student will be; one that is quantized, or that the user has
-    placed, stays where it is, whole in every process."""
+    """The frozen `model`, on its device or sharded as the student will be. A model that is quantized, or that the user has
+    placed on devices, stays where it is, whole in every process."""
     if getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False):
         return model
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
         state, plugin = accelerator.state, accelerator.state.fsdp_plugin
-        # which layers it wraps is written down in the plugin, and the student's are others
+        # the plugin stores which layers it wraps, and the student's are others
         state.fsdp_plugin = copy.copy(plugin)
         try:
             model = fsdp2_prepare_model(accelerator, model).eval()
         finally:
             state.fsdp_plugin = plugin
-        model.set_reshard_after_forward(True)  # no backward pass will read the LM head once more
+        model.set_reshard_after_forward(True)  # there is no backward pass that needs the LM head again
         return model
     return model.to(accelerator.device)
 
@@ -73,10 +75,11 @@ def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:
 @contextmanager
 def left_unprepared(model: nn.Module, accelerator):
     """
-    An evaluation within leaves a `model` that has not been trained yet as it was. Trainer has Accelerate prepare it for evaluation
-    alone, and Accelerate would then hand it back for training as it is: unwrapped, with gradients that no process shares.
+    An evaluation inside this block leaves a `model` that has not been trained yet as it was. For an evaluation, Trainer has
+    Accelerate prepare the model without training; Accelerate would then return the same model for training, unwrapped, and
+    its gradients would not be synchronised.
 
-    Raises `ValueError` for a model that will be sharded, which is prepared together with its optimizer or not at all.
+    Raises `ValueError` for a model that will be sharded, since that can be prepared only together with its optimizer.
     """
     first = not accelerator._models
     if first and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -90,15 +93,17 @@ def left_unprepared(model: nn.Module, accelerator):
         if first and model in accelerator._models:
             accelerator._models.remove(model)
             model._is_accelerate_prepared = False
-            if "_original_forward" in model.__dict__:  # without autocast, which would be put around it twice
+            if "_original_forward" in model.__dict__:  # remove autocast, which would be added a second time
                 model.forward = model.__dict__.pop("_original_forward")
 
 
 @contextmanager
 def gathered_under_fsdp(model: nn.Module):
-    """Every process has all weights of `model` that FSDP2 has shared out, so that it can run apart from the others."""
+    """Gathers all weights of `model` that FSDP2 has sharded, so that each process can run it apart from the others."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [module._get_fsdp_state()._fsdp_param_group for module in modules]  # None of a module whose parts have all
+    groups = [
+        module._get_fsdp_state()._fsdp_param_group for module in modules
+    ]  # None if submodules hold all parameters
     freed = [module for module, group in zip(modules, groups, strict=True) if group and group._reshard_after_forward]
     for module in modules:
         module.unshard()

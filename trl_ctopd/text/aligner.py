@@ -1,15 +1,15 @@
-"""One completion through two tokenizers: the student's own ids, the teacher's ids for the same text, their chunks.
+"""Aligns one completion under two tokenizers: the student's own ids, the teacher's ids for the same text, their chunks.
 
 Decisions.
-- Student ids are never re-encoded: the sampled ids are the action, and their bytes come from the table. The text is
-  those bytes as UTF-8, with U+FFFD where they are invalid; alignment goes on after an invalid stretch.
-- Offsets are bytes of `text.encode()`. Where the teacher's tokens spell exactly that, alignment is exact; where its
-  normalizer changed the text, the tokenizer's own offsets tell the altered stretch, which is masked.
+- Student ids are never re-encoded: the sampled ids are the action, and the token table gives their bytes. The text is
+  those bytes as UTF-8, with U+FFFD where they are invalid. Alignment continues after an invalid stretch.
+- Offsets are bytes of `text.encode()`. Where the teacher's tokens spell exactly this text, alignment is exact. Where its
+  normalizer changed the text, the tokenizer's own offsets locate the altered stretch, which is masked.
 - A dummy prefix space (SentencePiece's `▁` before the first word) has zero width on both sides. A lone `▁` belongs to
-  the chunk that follows. Special tokens among the student's ids take no part.
-- Nothing the student writes becomes a control token: special tokens are encoded as plain text, and a literal that the
-  teacher's tokenizer would still turn into one is cut after its first character, both parts encoded apart. An id that
-  survives even that is left out, and its text masked.
+  the chunk that follows it. Special tokens among the student's ids take no part.
+- No text of the student becomes a control token. Special tokens are encoded as plain text. A literal that the teacher's
+  tokenizer would still turn into a control token is cut after its first character, and both parts are encoded
+  separately. A control id that is left even then is dropped, and its text is masked.
 """
 
 import re
@@ -27,13 +27,13 @@ from .chunks import Side, bounds, synchronized_chunks
 from .token_bytes import TokenTable, token_table
 
 
-@dataclass(frozen=True, eq=False)  # a comparison of its own, since arrays have none that is one answer
+@dataclass(frozen=True, eq=False)  # `__eq__` below: comparing arrays gives no single truth value
 class AlignedTokens:
-    """One side's N tokens of a completion.
+    """The N tokens of a completion on one side.
 
     Attributes:
-        ids: the student's as sampled, or the teacher's encoding of the text.
-        chunks: (N,) the chunk of each token, -1 = takes no part.
+        ids: the student's ids as sampled, or the teacher's encoding of the text.
+        chunks: (N,) chunk of each token, -1 = takes no part.
         widths: (N,) bytes of the text that each token covers.
     """
 
@@ -50,13 +50,13 @@ class AlignedTokens:
 
 @dataclass(frozen=True)
 class TextAlignment:
-    """One completion, read by two tokenizers.
+    """One completion under two tokenizers.
 
     Attributes:
-        text: what the student wrote, U+FFFD for invalid UTF-8; what the teacher reads.
-        student, teacher: its tokens on either side.
-        num_chunks: how many chunks there are.
-        masked: the stretches that no chunk holds, sorted; they may overlap.
+        text: what the student wrote, with U+FFFD for invalid UTF-8. The teacher reads this text.
+        student, teacher: the tokens on each side.
+        num_chunks: number of chunks.
+        masked: the stretches that belong to no chunk, sorted. They may overlap.
     """
 
     text: str
@@ -65,8 +65,8 @@ class TextAlignment:
     num_chunks: int
     masked: list[MaskedStretch]
     _spelled: bytes = field(repr=False, compare=False)
-    _spans: np.ndarray = field(repr=False, compare=False)  # (C, 2) of each chunk in `_spelled`
-    _tables: tuple[TokenTable, TokenTable] = field(repr=False, compare=False)  # what each side's ids stand for
+    _spans: np.ndarray = field(repr=False, compare=False)  # (C, 2): start and end of each chunk in `_spelled`
+    _tables: tuple[TokenTable, TokenTable] = field(repr=False, compare=False)  # of the student and of the teacher
 
     @property
     def student_ids(self) -> list[int]:
@@ -78,12 +78,12 @@ class TextAlignment:
 
     @cached_property
     def student_chunks(self) -> list[int]:
-        """The chunk of each student token, -1 = takes no part."""
+        """Chunk of each student token, -1 = takes no part."""
         return self.student.chunks.tolist()
 
     @cached_property
     def teacher_chunks(self) -> list[int]:
-        """The chunk of each teacher token, -1 = takes no part."""
+        """Chunk of each teacher token, -1 = takes no part."""
         return self.teacher.chunks.tolist()
 
     @cached_property
@@ -93,23 +93,24 @@ class TextAlignment:
 
     @cached_property
     def chunk_bytes(self) -> list[bytes]:
-        """The bytes of each chunk, equal on both sides; index = chunk number."""
+        """Bytes of each chunk, the same on both sides; index = chunk number."""
         return [self._spelled[start:end] for start, end in self._spans.tolist()]
 
 
 def align_text(student_ids: Sequence[int], student_tokenizer: Any, teacher_tokenizer: Any) -> TextAlignment:
-    """`TextAligner` for one completion."""
+    """Aligns one completion. See [`TextAligner`]."""
     return TextAligner(student_tokenizer, teacher_tokenizer)([student_ids])[0]
 
 
 class TextAligner:
-    """Aligns an optimizer step's completions at once: one call to the teacher's tokenizer, one intersection.
+    """Aligns a batch of completions: one call to the teacher's tokenizer and one set intersection for all of them.
 
     Args:
-        student_tokenizer, teacher_tokenizer: read when this is built; tokens added later are not seen.
-        masked_strings: every occurrence in a text is masked, for the reason "markup".
-        teacher_control_ids: tokens, besides the special ones, that no text may become.
-        teacher_continues: whether the teacher's tokenizer puts no space of its own before a text, as within a longer one.
+        student_tokenizer, teacher_tokenizer: read once, here. Tokens that are added later are not seen.
+        masked_strings: every occurrence of one of these in a text is masked, with the reason "markup".
+        teacher_control_ids: further teacher ids that no text may become, besides the special tokens.
+        teacher_continues: True encodes each text as the continuation of another one: the teacher's tokenizer then puts
+            no space of its own before it.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class TextAligner:
         self._continues = teacher_continues and self._teacher.prefix_space != "never"
         self._markup = [string.encode() for string in masked_strings]
         self._control_ids = self._teacher.special | frozenset(teacher_control_ids)
-        # by id, the last for all past the others; a control token may have an id past all those that spell something
+        # (max id + 2,) by id; the last entry is for all larger ids. A control id may be larger than all ids that spell text.
         self._is_control = np.isin(np.arange(max(self._control_ids, default=0) + 2), list(self._control_ids))
 
     @property
@@ -141,12 +142,14 @@ class TextAligner:
         return self._teacher
 
     def occurrences(self, data: bytes) -> list[MaskedStretch]:
-        """Of the masked strings in a text's bytes."""
+        """Where the masked strings occur in the bytes of a text."""
         return _occurrences(self._markup, [data])
 
     def read_run(self, text: str, continues: bool) -> tuple[list[int], np.ndarray, np.ndarray, list[MaskedStretch]]:
-        """The teacher's tokens of one text, where they end in its bytes (T,), how many each covers (T,), and what they do not
-        spell; `continues`: within a longer text, where no space is put before it."""
+        """
+        The teacher's tokens for one text: ids, the byte offset at which each ends (T,), the bytes that each covers (T,), and
+        the stretches that they do not spell. `continues`: the text continues another one, so no space is put before it.
+        """
         [tokens] = encode_as_text(self._teacher_tokenizer, [text])
         if continues:
             [tokens] = self._continued([tokens])
@@ -156,7 +159,10 @@ class TextAligner:
         return reading.ids[0], reading.side.ends, reading.side.widths, reading.masked
 
     def __call__(self, completions: Sequence[Sequence[int]]) -> list[TextAlignment]:
-        """Completions without padding. Ids past the vocabulary (padding rows of an LM head) stand for no text."""
+        """
+        One [`TextAlignment`] for each completion, a list of student ids without padding. Ids past the vocabulary (padding rows
+        of an LM head) stand for no text. Raises `ValueError` for a negative id.
+        """
         if not completions:
             return []
         texts, data, student, silent = _student_reading(completions, self._student)
@@ -191,7 +197,7 @@ class TextAligner:
         return _teacher_reading(pieces, ids, counts, self._teacher)
 
     def _without_controls(self, tokens: "_Tokens") -> list["_Tokens"]:
-        """The text encoded in pieces none of which becomes a control token."""
+        """The tokens of the text, encoded in pieces so that none becomes a control token."""
         text, controls = tokens.text, self._control_ids.intersection(tokens.ids)
         if not controls:
             return [tokens]
@@ -206,8 +212,11 @@ class TextAligner:
         return [_Tokens(text, list(kept.values()), token_to_chars)]
 
     def _continued(self, encoded: Sequence["_Tokens"]) -> list["_Tokens"]:
-        """Texts encoded as the rests of longer ones, without the space that the tokenizer puts before a text: after a character
-        that stays a token of its own, which is then left out. As they are where no such character is found."""
+        """
+        The same texts encoded as continuations, without the space that the tokenizer puts before a text: each is encoded after
+        a guard character that stays a token of its own, and that token is dropped. A text for which no guard works is
+        returned as it was.
+        """
         return [
             _Tokens(tokens.text, rest, None) if rest else tokens
             for tokens, rest in zip(
@@ -216,7 +225,7 @@ class TextAligner:
         ]
 
     def _cuts(self, tokens: "_Tokens", control_id: int) -> set[int]:
-        """After the first character of every place where the text spells the token, or where the tokenizer found it."""
+        """Where to cut: after the first character of each place that spells the control token, or that became it."""
         literal = self._teacher_tokenizer.convert_ids_to_tokens(control_id)
         starts = {match.start() for match in re.finditer(f"(?={re.escape(literal)})", tokens.text)}
         if starts and len(literal) > 1:
@@ -232,7 +241,7 @@ _GUARDS = ("\n", "x", ".", "0", "é")
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A text's ids and, where the tokenizer knows it, each token's span of characters."""
+    """A text's ids and, where the tokenizer gives it, the character span of each token."""
 
     text: str
     ids: list[int]
@@ -240,15 +249,15 @@ class _Tokens:
 
 
 class _Reading(NamedTuple):
-    """A batch of texts as one side's tokens cover it: each text's ids, where the tokens end in the bytes of all texts,
-    and what this side masks of these."""
+    """How one side's tokens cover a batch of texts: each text's ids, the tokens' ends and widths in the bytes of all texts,
+    and the stretches that this side masks."""
 
     ids: list[list[int]]
     side: Side
     masked: list[MaskedStretch]
 
     def tokens(self, chunks: np.ndarray) -> list[AlignedTokens]:
-        """Each text's, given the chunk of every token (N,)."""
+        """The tokens of each text, for the chunks (N,) of all tokens."""
         counts = self.side.counts
         parts = zip(self.ids, _split(chunks, counts), _split(self.side.widths, counts), strict=True)
         return [AlignedTokens(*part) for part in parts]
@@ -263,7 +272,7 @@ def _lengths(parts: Sequence[Any]) -> np.ndarray:
 
 
 def _by_text(masked: Sequence[MaskedStretch], starts: np.ndarray, bases: np.ndarray) -> list[list[MaskedStretch]]:
-    """The batch's stretches as those of each text, which begin at `bases`."""
+    """The stretches of each text, in its own offsets. `bases` (B + 1,): where the texts begin in the batch's bytes."""
     texts: list[list[MaskedStretch]] = [[] for _ in bases[1:]]
     rows = np.searchsorted(bases, starts, side="right") - 1
     for stretch, row, base in zip(masked, rows.tolist(), bases[rows].tolist(), strict=True):
@@ -276,12 +285,12 @@ def _place(stretch: MaskedStretch) -> tuple[int, int]:
 
 
 def _split(values: Any, counts: np.ndarray) -> list[Any]:
-    """`values` of the batch, a part a text."""
+    """`values` of the whole batch, cut into B parts of `counts` (B,) items."""
     return [values[first:last] for first, last in pairwise(bounds(counts).tolist())]
 
 
 def _flat(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """All ids (N,), and how many of them are each text's (B,)."""
+    """All ids (N,) and the number of ids in each text (B,). Raises `ValueError` for a negative id."""
     counts = _lengths(texts)
     ids = np.fromiter(chain.from_iterable(texts), dtype=np.int64, count=counts.sum())
     if ids.min(initial=0) < 0:
@@ -290,13 +299,13 @@ def _flat(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read(ids: np.ndarray, counts: np.ndarray, table: TokenTable) -> tuple[list[bytes], np.ndarray]:
-    """What each text's tokens spell, and how many bytes are each token's (N,)."""
+    """The bytes that each text's tokens spell, and the number of bytes of each token (N,)."""
     spelled, widths = table.read(ids)
     return _split(spelled, np.diff(bounds(widths)[bounds(counts)])), widths
 
 
 def _drop_first_byte(spelled: list[bytes], widths: np.ndarray, rows: list[int]) -> None:
-    """Of some texts; the first of their tokens with any loses it."""
+    """Drops the first byte of the texts `rows`, in place. Their first token that has bytes gets one byte narrower."""
     starts = bounds(_lengths(spelled))[rows]
     widths[np.searchsorted(np.cumsum(widths), starts, side="right")] -= 1
     for row in rows:
@@ -304,7 +313,7 @@ def _drop_first_byte(spelled: list[bytes], widths: np.ndarray, rows: list[int]) 
 
 
 def _occurrences(strings: list[bytes], texts: Sequence[bytes]) -> list[MaskedStretch]:
-    """In the bytes of all texts. Overlapping ones too: `(?=...)` finds the second `aa` of `aaa`."""
+    """Where `strings` occur in the bytes of all texts, overlaps included: `(?=...)` finds the second `aa` of `aaa`."""
     return [
         MaskedStretch(base + match.start(), base + match.start() + len(string), "markup")
         for string in strings
@@ -319,7 +328,7 @@ def _occurrences(strings: list[bytes], texts: Sequence[bytes]) -> list[MaskedStr
 def _student_reading(
     completions: Sequence[Sequence[int]], table: TokenTable
 ) -> tuple[list[str], list[bytes], _Reading, np.ndarray]:
-    """The texts, their bytes, what the tokens cover of them, and which tokens stand for no text at all (N,)."""
+    """The texts, their bytes, how the student's tokens cover them, and True for the tokens that stand for no text (N,)."""
     ids, counts = _flat(completions)
     written, widths = _read(ids, counts, table)
     silent, masked = widths == 0, []
@@ -343,8 +352,8 @@ def _student_reading(
 
 
 def decoded(written: Sequence[bytes]) -> tuple[list[str], list[tuple[int, int]]]:
-    """`own.decode(errors="replace")` of each text, and the bytes `start:end` of all that each U+FFFD put there stands
-    for."""
+    """`own.decode(errors="replace")` of each text, and the `start:end` of each invalid stretch that became a U+FFFD, in the
+    bytes of all texts."""
     texts, invalid, base = [], [], 0
     for own in written:
         parts, at = [], 0
@@ -362,7 +371,7 @@ def decoded(written: Sequence[bytes]) -> tuple[list[str], list[tuple[int, int]]]
 
 
 def in_text(offsets: np.ndarray, invalid: list[tuple[int, int]]) -> np.ndarray:
-    """Offsets in the written bytes as offsets in the text, where 1 to 3 invalid bytes have become the 3 of U+FFFD.
+    """Offsets in the written bytes, converted to offsets in the text, where 1 to 3 invalid bytes became the 3 of U+FFFD.
 
     An offset inside an invalid stretch stays strictly inside it.
     """
@@ -374,7 +383,7 @@ def in_text(offsets: np.ndarray, invalid: list[tuple[int, int]]) -> np.ndarray:
 
 
 def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
-    """Each text's tokens, special tokens spelled out as plain text."""
+    """The tokens of each text, with special tokens encoded as plain text."""
     if not texts:
         return []
     if hasattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer"):  # mistral-common: never reads control text
@@ -399,8 +408,8 @@ def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
 
 
 def continuations(tokenizer: Any, texts: Sequence[str]) -> list[list[int] | None]:
-    """The ids of texts that go on from another one, control strings spelled out: without the space that a tokenizer may put
-    before a text. None where they cannot be told, or the tokenizer puts none."""
+    """The ids of each text as the continuation of another one: without the space that the tokenizer puts before a text, and
+    with special tokens encoded as plain text. None where the tokenizer puts no space, or where no guard character works."""
     table, found = token_table(tokenizer), [None] * len(texts)
     if table.prefix_space == "never":
         return found
@@ -415,8 +424,8 @@ def continuations(tokenizer: Any, texts: Sequence[str]) -> list[list[int] | None
 
 
 def _encode(backend: Any, texts: list[str], offsets: bool) -> list[Any]:
-    """`tokenizers.Encoding`s; without `offsets`, which cost a quarter of the time, these know no characters."""
-    if backend.truncation is not None:  # setting what is set would be refused while another thread encodes
+    """`tokenizers.Encoding`s. Without `offsets`, which take a quarter of the time, they give no character spans."""
+    if backend.truncation is not None:  # setting it again would raise an error while another thread encodes
         backend.no_truncation()
     if backend.padding is not None:
         backend.no_padding()
@@ -426,7 +435,7 @@ def _encode(backend: Any, texts: list[str], offsets: bool) -> list[Any]:
 
 
 def _may_alter(normalizer: Any, text: str) -> bool:
-    """Whether it does is seen by the tokens; this only spares to encode twice."""
+    """Whether the normalizer may alter the text. Only saves encoding twice: the tokens show whether it did."""
     kind = type(normalizer).__name__
     if kind == "Sequence":
         return any(_may_alter(part, text) for part in normalizer)
@@ -441,7 +450,7 @@ def _asked_later(backend: Any, text: str) -> Callable[[int], tuple[int, int]]:
 def _teacher_reading(
     pieces: Sequence[Sequence[_Tokens]], ids: np.ndarray, counts: np.ndarray, table: TokenTable
 ) -> _Reading:
-    """Of texts encoded in pieces; `ids` (N,) of all, `counts` of a piece."""
+    """The teacher's reading of texts encoded in pieces; `ids` (N,) of all pieces, `counts` (pieces,) ids in each."""
     flat = [piece for text in pieces for piece in text]
     data = [piece.text.encode() for piece in flat]
     spelled, widths = _read(ids, counts, table)
@@ -471,7 +480,7 @@ def _teacher_reading(
 
 
 def _has_prefix_space(spelled: bytes, data: bytes, table: TokenTable) -> bool:
-    """Whether the first space of the teacher's tokens is its own doing."""
+    """Whether the first space of the teacher's tokens was put there by the tokenizer."""
     if table.prefix_space == "never" or not spelled.startswith(b" "):
         return False
     return spelled[1:] == data or table.prefix_space == "always" or not data.startswith(b" ")

@@ -1,10 +1,10 @@
-"""A text that its tokens do not spell as it stands: where each of them comes from in it, and what no token spells.
+"""Locates tokens in a text that they do not spell exactly: where each token comes from, and what no token spells.
 
 A normalizer may compose letters, change case, drop or collapse whitespace; a vocabulary may lack a character. What the
-tokens spell is then compared with the text, cell by cell: the fewest neighbouring tokens that share no byte of the text
-with any other.
+tokens spell is then compared with the text cell by cell. A cell is the smallest group of neighbouring tokens that shares
+no byte of the text with any other token.
 
-Letters: K texts, parts of the bytes `data`, and their N tokens one after the other, which spell the bytes `spelled`.
+Letters: K texts, which are parts of the bytes `data`. Their N tokens, one text after another, spell the bytes `spelled`.
 """
 
 import difflib
@@ -24,12 +24,14 @@ REASONS = ("invalid_utf8", "whitespace", "unknown_token", "normalized", "markup"
 
 @dataclass(frozen=True)
 class MaskedStretch:
-    """Bytes `start:end` that no chunk holds, of `text.encode()` or of a whole batch's.
+    """Bytes `start:end` of `text.encode()`, or of a whole batch, that belong to no chunk.
 
-    `reason`: "invalid_utf8" (the student wrote it), "whitespace" (lost by the student's WordPiece), "unknown_token"
-    (the teacher's vocabulary has none for it), "normalized" (the teacher's tokens do not spell the text as it stands:
-    its normalizer changed it, or dropped whitespace), "markup", "thought" and "call" (the teacher's template has no place
-    for one).
+    `reason` is one of:
+    "invalid_utf8": the student wrote it;
+    "whitespace": the student's WordPiece tokenizer lost it;
+    "unknown_token": the teacher's vocabulary has no token for it;
+    "normalized": the teacher's tokens do not spell the text, because its normalizer changed it or dropped whitespace;
+    "markup", "thought", "call": the teacher's template has no place for it.
     """
 
     start: int
@@ -47,16 +49,17 @@ def read_altered(
     table: TokenTable,
     token_to_chars: Sequence[Callable[[int], tuple[int, int]] | None],
 ) -> tuple[np.ndarray, np.ndarray, list[MaskedStretch]]:
-    """Where in `data` each token ends (N,), how many of its bytes it covers (N,), and what is masked.
+    """The end in `data` of each token (N,), the number of its bytes that each covers (N,), and the masked stretches.
 
     Args:
         data: bytes that hold the K texts.
-        places: (K, 2) each text's first byte in `data`, and the one after its last.
-        spelled: what each text's tokens spell.
-        ids, widths: (N,) the tokens, and how many of the bytes that they spell are each one's.
+        places: (K, 2) start and end of each text in `data`.
+        spelled: the bytes that each text's tokens spell.
+        ids, widths: (N,) the tokens, and how many of the spelled bytes belong to each.
         counts: (K,) tokens in each text, at least one.
-        table: of their tokenizer.
-        token_to_chars: its word on where a text's n-th token comes from, in characters; None where it has none.
+        table: of the tokenizer.
+        token_to_chars: for each text, a function from a token's index to its character span in the text, as the tokenizer
+            gives it; None where the tokenizer gives none.
     """
     first = bounds(counts)
     if None in token_to_chars:
@@ -80,11 +83,11 @@ def _spans_by_asking(
     first: np.ndarray,
     token_to_chars: Sequence[Callable[[int], tuple[int, int]]],
 ) -> np.ndarray:
-    """(N, 2) where in `data` each token's bytes come from; `first` (K + 1,) tokens before each text and in all.
+    """(N, 2) start and end in `data` of each token's bytes; `first` (K + 1,): index of each text's first token, then N.
 
-    The tokenizer is asked for one token in `_ASKED_EVERY`, the next that ends a character, since it answers in whole ones.
-    Where a group's tokens spell what then stands in their place in `data`, that is where they come from; in other
-    groups it is asked for each.
+    Only one token in `_ASKED_EVERY` is looked up: the next one that ends a character, since offsets are in whole characters.
+    Where the tokens of a group spell exactly the bytes found there in `data`, these are their places. In all other groups
+    every token is looked up.
     """
     begins = np.append(np.flatnonzero(_begins_character(data)), len(data))
     characters_before = np.searchsorted(begins, places[:, 0])
@@ -100,7 +103,7 @@ def _spans_by_asking(
     ends = np.cumsum(widths)
     at_border = np.flatnonzero(np.append(_begins_character(spelled), True)[ends])
     asked = at_border[np.searchsorted(at_border, group)]
-    shift = ask(asked)[:, 1] - ends[asked]  # from a byte's place in `spelled` to its place in `data`
+    shift = ask(asked)[:, 1] - ends[asked]  # from an offset in `spelled` to the offset in `data`
 
     starts, members = ends - widths, np.diff(group, append=len(widths))
     spans = np.stack([starts, ends], 1) + np.repeat(shift, members)[:, None]
@@ -114,19 +117,19 @@ def _spans_by_asking(
 
 
 def _begins_character(data: bytes) -> np.ndarray:
-    """(L,) whether a byte is the first of its character."""
+    """(L,) True for the first byte of a character."""
     return (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
 
 
 def _found(data: bytes, spelled: bytes, sizes: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """(G,) of groups of bytes that make up `spelled`, whether each stands in `data` from `start` on."""
+    """(G,) `spelled` is made of G groups of `sizes` bytes: True where `data` has the same bytes from `start` on."""
     theirs = np.frombuffer(data, np.uint8).take(runs(start, sizes), mode="clip")
     return np.diff(bounds(theirs != np.frombuffer(spelled, np.uint8))[bounds(sizes)]) == 0
 
 
 def _cells(spans: np.ndarray, leading: np.ndarray) -> np.ndarray:
-    """The first token of each cell: tokens (N, 2) grouped so that no two cells share a byte. An empty span joins the
-    next, but for one that is `leading` (N,), the first of a text."""
+    """Index of the first token of each cell; `spans` (N, 2). No two cells share a byte. A token with an empty span joins the
+    next cell, unless it is `leading`, (N,) True for the first token of a text."""
     starts, ends = spans.T
     apart = np.maximum.accumulate(ends)[:-1] <= np.minimum.accumulate(starts[::-1])[::-1][1:]
     first = np.flatnonzero(np.concatenate([[True], apart]))
@@ -143,11 +146,11 @@ def _read_by_cells(
     spans: np.ndarray,
     unknown: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, list[MaskedStretch]]:
-    """Ends, widths (N,) and masked stretches of tokens of which `leading` (K,) begin a text.
+    """Ends (N,), widths (N,) and masked stretches. `leading` (K,): index of each text's first token.
 
-    A cell whose bytes are the text's, up to the end of its span, is exact; it may begin before its span, since offsets
-    leave out the space that `▁` stands for. Any other cell is masked, its last token covering it, and so is the text
-    that no exact cell covers.
+    A cell is exact if its bytes are those of the text up to the end of its span. It may begin before its span, since
+    offsets leave out the space that `▁` stands for. Any other cell is masked, and its last token covers it. Text that no
+    exact cell covers is masked too.
     """
     is_leading = np.zeros(len(widths), dtype=bool)
     is_leading[leading] = True
@@ -166,7 +169,7 @@ def _read_by_cells(
     last = np.append(first[1:], len(widths))[~exact] - 1
     ends[last], widths[last] = end[~exact], (end - done)[~exact]
 
-    done = np.append(done, end[np.append(leads[1:], len(first)) - 1])  # what follows each text's last cell, too
+    done = np.append(done, end[np.append(leads[1:], len(first)) - 1])  # also what follows each text's last cell
     stop = np.append(np.where(exact, start, end), places[:, 1])
     unknown = np.append(unknown, np.zeros(len(places), dtype=bool))
     masked = [
@@ -180,25 +183,25 @@ _DIFF_UNIT = re.compile(rb"[A-Za-z0-9]+|[\xc0-\xff][\x80-\xbf]*|[\x00-\xff]")
 
 
 def _spans_by_difference(data: bytes, spelled: bytes, widths: np.ndarray, lost: np.ndarray) -> np.ndarray:
-    """(N, 2) where in `data` each token's bytes come from, for a tokenizer that gives no offsets: by `difflib`.
+    """(N, 2) start and end in `data` of each token's bytes, by `difflib`, for a tokenizer that gives no offsets.
 
-    Tokens that touch an altered stretch get the whole of it. Where a WordPiece lost whitespace, a space stands in for
-    it while comparing, so that words find their like.
+    A token that touches an altered stretch gets the whole of it. Where a WordPiece tokenizer lost whitespace, a space is
+    inserted for the comparison, so that equal words match.
     """
     rows = [spelled[end - width : end] for end, width in zip(np.cumsum(widths).tolist(), widths.tolist(), strict=True)]
     written = [b" " * is_lost + row for row, is_lost in zip(rows, lost.tolist(), strict=True)]
     ours, theirs = _DIFF_UNIT.findall(data), _DIFF_UNIT.findall(b"".join(written))
     our_at = list(accumulate(map(len, ours), initial=0))
     their_at = list(accumulate(map(len, theirs), initial=0))
-    begin = np.full(their_at[-1] + 1, len(data))  # of a token whose first byte is this one
-    end = np.zeros(their_at[-1] + 1, dtype=np.int64)  # of a token whose last byte is the one before
+    begin = np.full(their_at[-1] + 1, len(data))  # for a token whose first byte is at this index
+    end = np.zeros(their_at[-1] + 1, dtype=np.int64)  # for a token that ends before this index
     for kind, i1, i2, j1, j2 in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
         (i1, i2), (j1, j2) = (our_at[i1], our_at[i2]), (their_at[j1], their_at[j2])
         begin[j1:j2] = np.arange(i1, i2) if kind == "equal" else i1
         end[j1 + 1 : j2 + 1] = np.arange(i1 + 1, i2 + 1) if kind == "equal" else i2
     ends = accumulate(map(len, written))
     spans = [(int(begin[stop - len(row)]), int(end[stop])) for stop, row in zip(ends, rows, strict=True)]
-    # An unknown token has no bytes to compare: it may stand for all that is between its neighbours.
+    # An unknown token has no bytes to compare. It may stand for all the text between its neighbours.
     before = accumulate((stop if row else 0 for (_, stop), row in zip(spans, rows, strict=True)), max, initial=0)
     starts = [start if row else len(data) for (start, _), row in zip(spans, rows, strict=True)]
     after = [*accumulate(reversed(starts), min)][::-1]

@@ -6,12 +6,12 @@ sides (DPCA, arXiv 2606.09456; the paper's dual pointers find the same set one s
     shared = sorted(set(student_ends) & set(teacher_ends))
 
 Decisions.
-- A token without width belongs to the chunk that follows it: a lone SentencePiece dummy prefix `▁` is part of what its
-  model pays for the first word. After the last chunk of a text it takes no part.
-- A boundary strictly inside a masked stretch is none, and a chunk that a stretch overlaps takes no part.
-- Nothing is searched: one array of marks over the bytes of the whole batch, so time and memory are linear in it.
+- A token without width belongs to the chunk that follows it: the log-prob of a lone SentencePiece dummy prefix `▁`
+  belongs to the first word. After the last chunk of a text such a token takes no part.
+- A boundary strictly inside a masked stretch does not count. A chunk that overlaps a masked stretch takes no part.
+- There is no search: one array of marks over the bytes of the whole batch, so time and memory are linear in it.
 
-Letters: B texts, N tokens and L bytes of all texts together, M masked stretches, C chunks that take part.
+Letters: B texts with N tokens and L bytes in all, M masked stretches, C chunks that take part.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Side:
-    """One tokenizer's view of a batch of texts, the tokens of all texts one after the other.
+    """The tokens of a batch of texts on one side, one text after another.
 
     Attributes:
-        ends: (N,) byte offset in the batch's bytes at which each token ends; never falls within a text.
-        widths: (N,) bytes of the text that each token covers, `end - width : end`. Tokens do not overlap; bytes that no
+        ends: (N,) byte offset in the batch at which each token ends; does not decrease within a text.
+        widths: (N,) bytes of the text that each token covers, `end - width : end`. Tokens do not overlap. Bytes that no
             token covers must be masked.
         counts: (B,) tokens in each text.
     """
@@ -40,9 +40,9 @@ class Chunks:
     """The minimal synchronized chunks of a batch.
 
     Attributes:
-        student, teacher: (N,) the chunk of each token, numbered from 0 within its text; -1 = takes no part.
+        student, teacher: (N,) chunk of each token, numbered from 0 within its text; -1 = takes no part.
         counts: (B,) chunks in each text.
-        start, end: (C,) the bytes `start:end` of each chunk in its own text; sorted within it.
+        start, end: (C,) start and end of each chunk in the bytes of its own text, in order.
     """
 
     student: np.ndarray
@@ -58,20 +58,20 @@ def synchronized_chunks(student: Side, teacher: Side, lengths: np.ndarray, maske
     Args:
         student, teacher: the two sides, of the same B texts.
         lengths: (B,) bytes in each text.
-        masked: (M, 2) start and end, in the batch's bytes, of each stretch that takes no part; start < end, none across
-            two texts, any order.
+        masked: (M, 2) start and end, in the batch's bytes, of each stretch that takes no part. In any order, start < end, none
+            crosses from one text into another.
     """
     bases = bounds(lengths)
     shared = _boundaries(student, bases) & _boundaries(teacher, bases)
     stretch_start, stretch_end = masked.T
     shared[runs(stretch_start + 1, stretch_end - stretch_start - 1)] = False
     shared[bases] = True
-    edges = np.flatnonzero(shared)  # the i-th interval of the batch is edges[i]:edges[i + 1]
+    edges = np.flatnonzero(shared)  # interval i of the batch is edges[i]:edges[i + 1]
     begun = np.cumsum(shared)
     begun -= 1  # (L + 1,) the interval that begins at or before each position
 
     kept = np.ones(len(edges) - 1, dtype=bool)
-    kept[begun[stretch_start]] = False  # no edge is left within a stretch: one interval holds all of it
+    kept[begun[stretch_start]] = False  # no edge is left inside a stretch, so one interval holds all of it
     before = bounds(kept)  # chunks before each interval
     first = begun[bases]  # each text's first interval
     counts = np.diff(before[first])
@@ -89,7 +89,7 @@ def synchronized_chunks(student: Side, teacher: Side, lengths: np.ndarray, maske
 
 
 def bounds(sizes: np.ndarray) -> np.ndarray:
-    """(B + 1,) where each of B neighbours begins, and where the last one ends."""
+    """(B + 1,) start of each of B consecutive parts, then the end of the last."""
     at = np.zeros(len(sizes) + 1, dtype=np.int64)
     np.cumsum(sizes, out=at[1:])
     return at
@@ -110,6 +110,6 @@ def _boundaries(side: Side, bases: np.ndarray) -> np.ndarray:
 
 
 def _chunk_of(side: Side, bases: np.ndarray, begun: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """(N,) number of the chunk that a token's first byte is in or, without width, that begins at it or contains it."""
+    """(N,) number of the chunk that holds a token's first byte or, for a token without width, its position."""
     start = side.ends - side.widths
     return np.where(start == np.repeat(bases[1:], side.counts), -1, number[begun[start]])

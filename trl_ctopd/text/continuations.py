@@ -1,24 +1,25 @@
-"""With which student tokens a teacher's token would go on, so that the teacher's tokenizer would not cut where it ends.
+"""Finds, for each teacher token, the student tokens that would continue it.
 
-Asked of a text x that ends with the teacher token t, of a student token u: is the end of t still a cut in the teacher's
-tokenization of x + u? Where it is not, u *goes on*. The naive equivalent, for text as good as any that ends with t:
+For a text x that ends with the teacher token t, and a student token u: is the end of t still a token boundary in the
+teacher's tokenization of x + u? Where it is not, u *continues* t. The naive equivalent, for an x in which t is typical:
 
     encode(x + u)[: len(encode(x))] != encode(x)
 
 Decisions.
-- BPE needs no text before t. A sequence of tokens is what BPE writes for their text if and only if every two neighbours
-  are, so the cut stays where t and the first token of `encode(u)` are such a pair. They are not where a token on the right
-  edge of t's own merges and one on the left edge of the other's merge before either is taken up by its own side.
-- What the pre-tokenizer never joins stays apart. It is asked itself, once for each kind of characters on either side; runs
-  of digits, of which it may take three at a time, are asked for token by token.
-- WordPiece takes the longest piece: u goes on where it begins with the rest of a longer piece of t's kind. Unigram is asked
-  itself about every u that begins with the rest of a longer piece. Of any other tokenizer only the bytes are known: u goes
-  on where it begins with the rest of a longer token.
-- u counts as if the text ended with it. What a later token may still join, or part again, is not foreseen.
-- What stands for no text (the end of a turn, control tokens, padding rows) goes on nowhere, and an added token is never gone
-  on with. Characters of several tokens: their bytes are merged as any are, and no character is cut by a pre-tokenizer.
+- BPE needs no text before t. A sequence of tokens is the BPE encoding of its text if and only if each two neighbours are
+  the encoding of theirs. So the boundary stays if and only if t and the first token of `encode(u)` are such a pair. They
+  are not if a token on the right edge of t's merge tree and one on the left edge of the other's merge before either is
+  merged into the next larger token of its own side.
+- What the pre-tokenizer separates stays separate. The pre-tokenizer itself is called, once for each pair of character
+  kinds; for runs of digits, which it may group by three, once for each token.
+- WordPiece takes the longest piece: u continues t where u begins with the rest of a longer piece of t's kind. For Unigram
+  the tokenizer itself is called for each u that begins with the rest of a longer piece. For any other tokenizer only the
+  bytes are used: u continues t where u begins with the rest of a longer token.
+- u is judged as if the text ended with it. Later tokens could still join it or split it; that is not predicted.
+- Tokens that stand for no text (turn ends, control tokens, padding rows) continue nothing, and nothing continues an added
+  token. Where a character takes several tokens, its bytes are merged like any others, and no pre-tokenizer cuts inside it.
 
-Letters: V_T the teacher's ids, U different texts of the student's tokens, M merges.
+Letters: V_T teacher ids, U distinct texts of student tokens, M merges.
 """
 
 import json
@@ -35,27 +36,27 @@ import numpy as np
 from .token_bytes import token_table
 
 
-_RANK_BITS = 22  # of a merge's rank
+_RANK_BITS = 22  # the low bits of a merge's time hold its rank
 _SIGNS = re.compile(rb"[!-/:-@\[-`{-~]+(?=[A-Za-z])")
 
 
 @dataclass(frozen=True)
 class Merges:
     """
-    The merges of a BPE tokenizer, as the question needs them. Token ids are the teacher's. *When* a merge comes to pass is
-    the greatest of its own rank and of those that its parts come to pass at, then, among these, its own rank: of merges of
-    several spellings of one token (`tokenizer.json` files made from tiktoken's or SentencePiece's), some have to wait for
-    their parts. `never` is later than all.
+    The merges of a BPE tokenizer. Token ids are the teacher's. The *time* of a merge is the largest of its own rank and the
+    ranks at which its two parts are made; ties are ordered by its own rank. Time and rank differ only where several merges
+    spell one token (`tokenizer.json` files made from tiktoken or SentencePiece models) and a merge has to wait for its
+    parts. `never` is later than all times.
 
     Attributes:
-        edge_start (V_T + 1,): where each token's right edge begins in the two arrays after: itself, its right part, that
-            one's right part, ...
-        edge_token, edge_until (E,): a token of the edge, and when the next larger one takes it up.
-        pair_start (V_T + 1,): where the merges with each token on the left begin, in their order, in the two after.
-        pair_right, pair_when (M,): the token on the right, and when they merge.
-        first_token, first_until, first_text (F,): of each student text, by number, the left edge of the first token that
-            the teacher writes it with; sorted by token, the latest taken up first.
-        never ().
+        edge_start (V_T + 1,): where each token's right edge begins in the next two arrays. The edge is the token, its right
+            part, the right part of that, and so on.
+        edge_token, edge_until (E,): a token of the edge, and the time at which it is merged into the next larger one.
+        pair_start (V_T + 1,): where the merges with this token on the left begin in the next two arrays, in order of time.
+        pair_right, pair_when (M,): the token on the right, and the time of the merge.
+        first_token, first_until, first_text (F,): the left edge of the first teacher token of each student text, as token,
+            time at which it is merged into the next larger one, and index of the text. Sorted by token, then latest time first.
+        never (): scalar.
     """
 
     edge_start: np.ndarray
@@ -70,12 +71,12 @@ class Merges:
     never: np.ndarray
 
     def candidates(self, token: int) -> np.ndarray:
-        """Numbers of the student texts whose first token merges with the right edge of `token`, sorted."""
+        """Indices of the student texts whose first token merges with the right edge of `token`, sorted."""
         edge = slice(self.edge_start[token], self.edge_start[token + 1])
         rights, times = [], []
         for left, until in zip(self.edge_token[edge], self.edge_until[edge], strict=True):
             start, end = self.pair_start[left], self.pair_start[left + 1]
-            end = start + np.searchsorted(self.pair_when[start:end], until, side="left")  # the left side comes first
+            end = start + np.searchsorted(self.pair_when[start:end], until, side="left")  # at a tie the left side wins
             rights.append(self.pair_right[start:end])
             times.append(self.pair_when[start:end])
         right, when = np.concatenate(rights), np.concatenate(times)
@@ -87,7 +88,7 @@ class Merges:
 
     @property
     def _key(self) -> np.ndarray:
-        """(F,) sorted: by token, the latest taken up first."""
+        """(F,) sort key: token, then latest time first."""
         if "key" not in self.__dict__:
             object.__setattr__(self, "key", self.first_token * (self.never + 1) + self.never - self.first_until)
         return self.__dict__["key"]
@@ -95,14 +96,16 @@ class Merges:
 
 class Continuations:
     """
+    For each teacher token, the student tokens that continue it.
+
     Args:
         student_tokenizer, teacher_tokenizer: of the two models.
         stops (collection of `int`): the student's ids that end its turn.
-        merges (`Merges`, *optional*): as `build_merges` found them before.
+        merges (`Merges`, *optional*): an earlier result of `build_merges`.
 
     Attributes:
-        texts (U): the student's different texts, sorted.
-        merges: None where the teacher's tokenizer is no BPE that can be read.
+        texts (U): the distinct texts of the student's tokens, sorted.
+        merges: None where the teacher's tokenizer is not BPE.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class Continuations:
         self._longer = None if self._teacher.kind == "BPE" else self._teacher.in_order(self._rows)
 
     def of(self, teacher_id: int) -> np.ndarray:
-        """The student ids that go on after this teacher token, sorted."""
+        """The student ids that continue this teacher token, sorted."""
         if teacher_id not in self._known:
             numbers = self._going_on(teacher_id)
             ids = [token for number in numbers for token in self._ids[number]]
@@ -137,7 +140,7 @@ class Continuations:
         return self._known[teacher_id]
 
     def rows(self, teacher_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """(K,) places in `teacher_ids` and (K,) student ids: all that go on, row after row, each once."""
+        """(K,) index into `teacher_ids` and (K,) student id, for each pair where the student id continues; sorted by index."""
         found = [self.of(token) for token in teacher_ids]
         sizes = [len(ids) for ids in found]
         ids = np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
@@ -159,7 +162,7 @@ class Continuations:
         return numbers
 
     def _joined(self, row: bytes, numbers: list[int]) -> list[int]:
-        """Those of the texts that the pre-tokenizer does not cut off from `row`."""
+        """Those of the texts that the pre-tokenizer does not separate from `row`."""
         teacher = self._teacher
         if teacher.pre_tokenizer is None:
             return numbers
@@ -172,7 +175,7 @@ class Continuations:
         digits = text[-1].isnumeric()
         for number in numbers:
             kind = self._kinds[number]
-            if kind < 0:  # the middle of a character, which this one does not end in
+            if kind < 0:  # the text begins inside a character, and `row` does not end inside one
                 continue
             if digits and self._samples[kind][0].isnumeric():
                 if not teacher.cuts(row, self.texts[number]):
@@ -185,7 +188,7 @@ class Continuations:
         return kept
 
     def _taken(self, row: bytes) -> list[int]:
-        """The texts with which the pre-tokenizer takes the last of several spaces, cutting `row` in two."""
+        """The texts that make the pre-tokenizer split the spaces at the end of `row`: it gives the last one to the text."""
         text = row.decode(errors="ignore")
         if self._teacher.pre_tokenizer is None or not (len(text) > 1 and text[-1].isspace() and _is_whole(row)):
             return []
@@ -196,7 +199,7 @@ class Continuations:
         return [number for number, kind in enumerate(self._kinds) if kind in taken]
 
     def _number_kinds(self):
-        """Texts that begin with like characters are of one kind, and the first of them is its sample."""
+        """Groups the texts by the kinds of their first characters. The first text of each group is its sample."""
         known: dict[tuple, int] = {}
         self._kinds, self._samples = [], []
         for text in self.texts:
@@ -212,7 +215,7 @@ class Continuations:
 
 
 class _Teacher:
-    """A teacher's tokenizer as this module asks it. `kind` is "BPE", "Unigram", "WordPiece" or "" for none of these."""
+    """The teacher's tokenizer, as this module needs it. `kind`: "BPE", "Unigram", "WordPiece", or "" for all others."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -232,7 +235,7 @@ class _Teacher:
         self.prefix = json.loads(decoder)["prefix"] if name == "WordPiece" else ""
 
     def spell(self, text: bytes) -> str | None:
-        """`text` in the characters of the vocabulary's pieces; None where it cannot be."""
+        """`text` in the alphabet of the vocabulary's pieces; None where that is impossible."""
         if self.byte_level:
             return "".join(map(_BYTE_CHARACTERS.__getitem__, text))
         try:
@@ -242,24 +245,24 @@ class _Teacher:
         return own.replace(" ", "▁") if self.spaced else own
 
     def pre_tokens(self, text: str) -> list[tuple[int, int]]:
-        """Spans of `text` that no token is longer than."""
+        """The spans of `text` that the pre-tokenizer makes. No token crosses from one into another."""
         if self.pre_tokenizer is None:
             return [(0, len(text))]
         marked = text.replace(" ", "▁") if self.spaced and self.normalizer is not None else text
         return [span for _, span in self.pre_tokenizer.pre_tokenize_str(marked)]
 
     def splits(self, before: str, after: str) -> bool:
-        """Whether the pre-tokenizer cuts between them."""
+        """Whether the pre-tokenizer separates the two."""
         at = len(before)
         return not any(start < at < end for start, end in self.pre_tokens(before + after))
 
     def takes_end(self, before: str, after: str) -> bool:
-        """Whether the pre-tokenizer joins the end of `before` alone with `after`."""
+        """Whether the pre-tokenizer joins only the end of `before` with `after`."""
         at = len(before)
         return any(0 < start < at < end for start, end in self.pre_tokens(before + after))
 
     def cuts(self, row: bytes, text: bytes) -> bool:
-        """Whether the tokens of row + text have a cut between them."""
+        """Whether the encoding of row + text has a token boundary between the two."""
         try:
             joined, at = (row + text).decode(), len(row.decode())
         except UnicodeDecodeError:
@@ -275,7 +278,7 @@ class _Teacher:
         return True
 
     def first_token(self, text: bytes) -> int:
-        """What the teacher begins to write `text` with, read as going on from text before; -1 if that is no token."""
+        """The first token of `text` as a continuation of other text; -1 if there is none."""
         try:
             decoded = text.decode()
         except UnicodeDecodeError:
@@ -287,8 +290,8 @@ class _Teacher:
         return tokens[0].id if tokens else -1
 
     def in_order(self, rows: list[bytes]) -> dict[bool, list[bytes]]:
-        """Sorted texts of the pieces that begin a word, and of those that go on with one; of other tokenizers all are one
-        kind."""
+        """Sorted texts of the pieces that begin a word (True) and of those that continue one (False). Tokenizers other than
+        WordPiece have all pieces under True."""
         kinds: dict[bool, list[bytes]] = {True: [], False: []}
         for token, piece in self.pieces.items():
             if token < len(rows) and rows[token]:
@@ -296,7 +299,7 @@ class _Teacher:
         return {kind: sorted(texts) for kind, texts in kinds.items()}
 
     def rests(self, token: int, rows: list[bytes], ordered: dict[bool, list[bytes]]) -> set[bytes]:
-        """What longer tokens of its kind have after its own text."""
+        """For each longer token of the same kind that begins with this token's text: the rest of it."""
         row, texts = rows[token], ordered[self._begins(self.pieces[token])]
         return {text[len(row) :] for text in texts[bisect_right(texts, row) : _end_of_prefix(texts, row)]}
 
@@ -305,7 +308,7 @@ class _Teacher:
 
 
 def build_merges(teacher: _Teacher, texts: Sequence[bytes]) -> Merges:
-    """Of the teacher's tokenizer, for these texts of the student's."""
+    """The merges of the teacher's tokenizer, and the first teacher token of each of the student's texts."""
     state = json.loads(teacher.model.__getstate__())
     vocabulary = teacher.vocabulary
     pairs = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in state["merges"]]
@@ -346,8 +349,8 @@ def build_merges(teacher: _Teacher, texts: Sequence[bytes]) -> Merges:
 
 
 def _heads(teacher: _Teacher, texts: Sequence[bytes]) -> list[tuple[int, int]]:
-    """(number of a text, its first token): one for most; more for digits, of which the pre-tokenizer may take a few, and for
-    signs before a word, which it may leave to the signs before them."""
+    """(index of a text, its first token). One for most texts. Several for digits, of which the pre-tokenizer may take a few,
+    and for punctuation before a word, which it may join to the punctuation before it."""
     heads = []
     for number, text in enumerate(texts):
         lengths = {len(text)}
@@ -362,8 +365,8 @@ def _heads(teacher: _Teacher, texts: Sequence[bytes]) -> list[tuple[int, int]]:
 def _last_merges(
     left: list[int], right: list[int], made: list[int], lengths: list[int], never: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each token, when BPE makes it and of which two parts, -1 for none. Several merges may spell it: the one is taken
-    whose parts come to be side by side when their own text is merged."""
+    """For each token, the time at which BPE makes it, and its two parts; -1 for tokens that no merge makes. Where several
+    merges spell a token, the one is taken whose parts are neighbours when BPE encodes the token's own text."""
     when, first, second = ([-1] * len(lengths) for _ in range(3))
     ways: dict[int, list[int]] = {}
     for number, token in enumerate(made):
@@ -388,7 +391,7 @@ def _last_merges(
                 return False
         return True
 
-    for token in sorted(ways, key=lengths.__getitem__):  # after what it is made of
+    for token in sorted(ways, key=lengths.__getitem__):  # a token's parts come before it
         numbers = ways[token]
         number = numbers[0] if len(numbers) == 1 else next(filter(undisturbed, numbers), numbers[0])
         when[token], first[token], second[token] = (
@@ -400,8 +403,8 @@ def _last_merges(
 
 
 def _edges(tokens: np.ndarray, part: np.ndarray, when: np.ndarray, never: int) -> tuple[np.ndarray, ...]:
-    """Each token (n,) and its part on one side, down to what no merge makes: (E,) which of the n, token, and when it is
-    taken up."""
+    """The edge of each token (n,) on one side, down to tokens that no merge makes: (E,) index of the token, token of the
+    edge, and the time at which that one is merged into the next larger."""
     columns = []
     own, until = np.arange(len(tokens)), np.full(len(tokens), never)
     while len(tokens):
@@ -413,13 +416,13 @@ def _edges(tokens: np.ndarray, part: np.ndarray, when: np.ndarray, never: int) -
 
 
 def _end_of_prefix(texts: Sequence[bytes], prefix: bytes) -> int:
-    """The first place in the sorted `texts` after all that begin with `prefix`."""
+    """The index in the sorted `texts` after the last one that begins with `prefix`."""
     stem = prefix.rstrip(b"\xff")
     return bisect_left(texts, stem[:-1] + bytes([stem[-1] + 1])) if stem else len(texts)
 
 
 def _is_whole(row: bytes) -> bool:
-    """Whether it ends with a whole character."""
+    """Whether it ends with a complete character."""
     try:
         row[-4:].decode()
     except UnicodeDecodeError as error:
@@ -428,8 +431,8 @@ def _is_whole(row: bytes) -> bool:
 
 
 def _beginning(text: bytes) -> str:
-    """The characters that `text` begins with; for a first one that is not whole, one that begins so; none where `text`
-    begins within one."""
+    """The characters that `text` begins with. If the first one is incomplete, some character that begins with these bytes;
+    "" where `text` begins inside a character."""
     decoded = text.decode(errors="ignore")
     if 0x80 <= text[0] < 0xC0:
         return ""
@@ -447,13 +450,13 @@ def _beginning(text: bytes) -> str:
 
 
 def _length(lead: int) -> int:
-    """Bytes of the character that begins so."""
+    """Number of bytes of the UTF-8 character that begins with this byte."""
     return 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
 
 
 def _character_kind(character: str) -> Any:
-    """What pre-tokenizers may tell apart: ASCII signs and the letters of English contractions by themselves, all else by
-    category and block."""
+    """The distinctions that pre-tokenizers may make: ASCII punctuation and the letters of English contractions each count by
+    themselves, all other characters by category and block."""
     if character in "strevmldSTREVMLD" or (character.isascii() and not character.isalnum()):
         return character
     return unicodedata.category(character), ord(character) >> 8

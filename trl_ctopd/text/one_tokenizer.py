@@ -1,7 +1,7 @@
-"""Two models of one tokenizer: plain on-policy distillation.
+"""Alignment of two models that have the same tokenizer: plain on-policy distillation.
 
-The teacher reads the very ids that the student sampled, canonical or not, so every token is its own chunk and nothing
-is masked. Only ids past the tokenizer (padding rows of an LM head), which the teacher may not even embed, take no part.
+The teacher reads the ids that the student sampled, canonical or not. So every token is its own chunk, and nothing is
+masked. Only ids past the tokenizer (padding rows of an LM head), for which the teacher may have no embedding, take no part.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def is_one_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 class OneTokenizer:
-    """Takes the place of `TextAligner` where `is_one_tokenizer`."""
+    """Replaces `TextAligner` where `is_one_tokenizer` is True."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._table = token_table(tokenizer)

@@ -1,9 +1,9 @@
 """The exact bytes that each token id stands for, for every family of tokenizer.
 
-Decisions. A fast tokenizer is judged by its own `decoder` and `model`, never by its class name; a slow one by what it
-carries (a SentencePiece processor, a tiktoken encoding, a WordPiece vocabulary, raw UTF-8 bytes). `decode([id])` is
-never called: it loses half characters and leading spaces. Special tokens, the unknown token and holes in the numbering
-stand for no text: b"".
+Decisions. A fast tokenizer is read by its own `decoder` and `model`, never by its class name; a slow one by what it
+holds (a SentencePiece processor, a tiktoken encoding, a WordPiece vocabulary, raw UTF-8 bytes). `decode([id])` is
+never called, since it loses half characters and leading spaces. Special tokens, the unknown token and unused ids stand
+for no text: b"".
 
 Left out: decoders that cannot be read token by token (regular expressions, end-of-word suffixes, CTC). They raise.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 
 _BYTE_ROW = re.compile(r"<0x([0-9A-F]{2})>")
-# A decoder's step that takes the dummy prefix off the whole text: no token's bytes change.
+# A decoder step that strips the dummy prefix from the whole text. It changes no token's bytes.
 _PREFIX_SPACE_STRIPPED = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
 
 
@@ -36,16 +36,16 @@ class UnsupportedTokenizerError(ValueError):
 
 @dataclass(frozen=True)
 class TokenTable:
-    """What aligning needs to know of a tokenizer.
+    """A tokenizer's vocabulary in bytes, with what alignment needs besides.
 
     Attributes:
-        rows: the bytes of each id; index = id.
+        rows: bytes of each id; index = id.
         special: ids of control tokens, which stand for no text.
-        names: what the tokenizer calls its control and unknown tokens, by id.
-        unknown: ids that the tokenizer writes for text that it has no token for; their rows are b"" too.
-        word_starts: ids before which the tokenizer has thrown whitespace away (WordPiece only, else empty).
-        prefix_space: when a space is put before a text that is encoded: "never", "unless_space" (where the text has
-            none: the tokenizers library's Metaspace) or "always" (SentencePiece's own dummy prefix).
+        unknown: ids that the tokenizer writes for text it has no token for. Their rows are b"" too.
+        word_starts: ids before which the tokenizer drops whitespace (WordPiece only, else empty).
+        prefix_space: when the tokenizer puts a space before a text: "never", "unless_space" (where the text begins with
+            none: Metaspace of the tokenizers library) or "always" (SentencePiece's own dummy prefix).
+        names: the tokenizer's names for its control and unknown tokens, by id.
     """
 
     rows: list[bytes]
@@ -57,13 +57,13 @@ class TokenTable:
 
     @cached_property
     def _packed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All rows one after the other, where each begins and how many bytes it has, with an empty row at the end for
-        all ids past the others."""
+        """The bytes of all rows in one array, the start and the width of each row. An empty row at the end serves all larger
+        ids."""
         widths = np.array([*map(len, self.rows), 0])
         return np.frombuffer(b"".join(self.rows), dtype=np.uint8), np.cumsum(widths) - widths, widths
 
     def read(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
-        """What `ids` (N,) spell, nothing for one past the last, and how many bytes each of them does (N,)."""
+        """The bytes that `ids` (N,) spell, and the number of bytes of each (N,). Ids past the last row spell nothing."""
         packed, starts, widths = self._packed
         ids = np.minimum(ids, len(self.rows))
         widths = widths[ids]
@@ -75,8 +75,8 @@ class TokenTable:
 def token_bytes(tokenizer: Any) -> list[bytes]:
     """The bytes of every token id: `b"".join(rows[i] for i in ids)` is what the ids spell.
 
-    Index = id, up to the greatest one. Special and padding rows are b"". Added tokens that are not special are their
-    content in UTF-8. A WordPiece's word-initial piece is the bare word (`##x` is b"x"): its whitespace is lost.
+    Index = id, up to the largest. Special and padding rows are b"". Added tokens that are not special are their
+    content in UTF-8. A word-initial WordPiece token is the bare word (`##x` is b"x"): the whitespace before it is lost.
     Raises `UnsupportedTokenizerError` where exact bytes cannot be known.
     """
     return list(token_table(tokenizer).rows)
@@ -86,7 +86,7 @@ _tables: weakref.WeakKeyDictionary[Any, tuple[Any, TokenTable]] = weakref.WeakKe
 
 
 def token_table(tokenizer: Any) -> TokenTable:
-    """`token_bytes` with what aligning needs besides; kept for as long as the tokenizer's tokens stay as they are."""
+    """`token_bytes` and what alignment needs besides. Cached until the tokenizer's tokens change."""
     if not hasattr(tokenizer, "all_special_ids"):
         raise UnsupportedTokenizerError(tokenizer, "it is not a transformers tokenizer")
     fingerprint = _fingerprint(tokenizer)
@@ -118,8 +118,8 @@ def _build_table(tokenizer: Any) -> TokenTable:
 
 
 def _control_ids(tokenizer: Any, added: dict[int, Any]) -> frozenset[int]:
-    """Ids of tokens that are said to be special, or that the tokenizer has a role for. To be listed is not enough:
-    transformers lists a SentencePiece model's user-defined symbols (newlines, runs of spaces), which are text."""
+    """Ids of tokens marked as special, and of those with a role (bos, eos, ...). Being listed in `all_special_ids` is not
+    enough: transformers lists a SentencePiece model's user-defined symbols (newlines, runs of spaces), which are text."""
     roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     ids = {getattr(tokenizer, f"{role}_token_id", None) for role in roles} - {None}
     ids |= {i for i in tokenizer.all_special_ids if i not in added or added[i].special}
@@ -127,7 +127,7 @@ def _control_ids(tokenizer: Any, added: dict[int, Any]) -> frozenset[int]:
 
 
 def _prefix_space(tokenizer: Any, rows: list[bytes]) -> str:
-    """Found by trying, whichever normalizer or pre-tokenizer does it."""
+    """Found by encoding, so it does not matter which normalizer or pre-tokenizer adds the space."""
     bare, spaced = (b"".join(rows[i] for i in tokenizer.encode(text, add_special_tokens=False)) for text in ("a", " a"))
     if bare != b" a":
         return "never"
@@ -135,12 +135,12 @@ def _prefix_space(tokenizer: Any, rows: list[bytes]) -> str:
 
 
 def _added_tokens(tokenizer: Any) -> dict[int, Any]:
-    """Id to `AddedToken`; mistral-common has none, its control tokens are in `all_special_ids`."""
+    """`AddedToken` by id. mistral-common has none; its control tokens are in `all_special_ids`."""
     return {} if _mistral_common(tokenizer) is not None else tokenizer.added_tokens_decoder
 
 
 class _Pieces(NamedTuple):
-    """A vocabulary as read: the bytes by id, the unknown tokens' ids, the ids that whitespace was lost before."""
+    """A vocabulary: bytes by id, ids of the unknown token, ids before which whitespace is lost."""
 
     spelled: dict[int, bytes]
     unknown: frozenset[int] = frozenset()
@@ -169,13 +169,13 @@ def _fast_pieces(tokenizer: Any) -> _Pieces:
 
 
 def _fast_model(tokenizer: Any) -> tuple[str | None, bool]:
-    """The unknown token, and whether a row `<0x0A>` is the byte and not six characters."""
+    """The unknown token, and whether a row `<0x0A>` is one byte rather than six characters."""
     model = tokenizer.backend_tokenizer.model
     if getattr(model, "end_of_word_suffix", None):
         raise UnsupportedTokenizerError(tokenizer, f"it marks word ends by {model.end_of_word_suffix!r}")
     if type(model).__name__ != "Unigram":
         return getattr(model, "unk_token", None), getattr(model, "byte_fallback", False)
-    state = json.loads(model.__getstate__())  # the only way to a Unigram's settings
+    state = json.loads(model.__getstate__())  # a Unigram model shows its settings nowhere else
     unknown_token = None if state["unk_id"] is None else state["vocab"][state["unk_id"]][0]
     return unknown_token, state["byte_fallback"]
 
@@ -197,7 +197,7 @@ def _slow_pieces(tokenizer: Any) -> _Pieces:
     if (encoding := _tiktoken(tokenizer)) is not None:
         return _Pieces({encoding.encode_single_token(row): row for row in encoding.token_byte_values()})
     if hasattr(tokenizer, "sp_model"):
-        # By the tokenizer's own numbering, which may differ from its SentencePiece model's (fairseq offsets).
+        # By the tokenizer's own numbering, which may differ from that of its SentencePiece model (fairseq offsets).
         return _sentencepiece(tokenizer.sp_model, dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)))
     if getattr(tokenizer, "_utf_vocab_size", None) == 256:  # ByT5
         return _Pieces({byte + tokenizer.offset: bytes([byte]) for byte in range(256)})
@@ -219,11 +219,11 @@ def _tiktoken(tokenizer: Any) -> Any | None:
 
 
 def _sentencepiece(model: Any, pieces: dict[int, str]) -> _Pieces:
-    """`model` is a `SentencePieceProcessor`, `pieces` the tokenizer's own numbering of its pieces."""
+    """`model`: a `SentencePieceProcessor`; `pieces`: the tokenizer's pieces, by its own numbering."""
     spelled, unknown = {}, set()
     for i, piece in pieces.items():
         row = model.piece_to_id(piece)
-        if model.id_to_piece(row) != piece:  # an added token, not the model's
+        if model.id_to_piece(row) != piece:  # an added token, which the model does not have
             continue
         if model.is_unknown(row):
             unknown.add(i)
@@ -246,7 +246,7 @@ def _spaced(piece: str, replacements: list[tuple[str, str]], byte_fallback: bool
 
 
 def _byte_level(piece: str) -> bytes:
-    """A character of GPT-2's alphabet is a byte; a piece with any other is its UTF-8, as the library decodes it."""
+    """Each character of GPT-2's alphabet is a byte. A piece with any other character is plain UTF-8, as in the library."""
     try:
         return piece.translate(_BYTE_LEVEL).encode("latin-1")
     except UnicodeEncodeError:
@@ -254,10 +254,10 @@ def _byte_level(piece: str) -> bytes:
 
 
 def _byte_level_alphabet() -> dict[int, str]:
-    """Code point to the Latin-1 character of its byte (GPT-2's `bytes_to_unicode`, inverted).
+    """Maps a code point to the Latin-1 character of its byte (the inverse of GPT-2's `bytes_to_unicode`).
 
-    Printable Latin-1 stands for itself, the other 68 bytes for U+0100 onwards; Latin-1 outside the alphabet is sent
-    where encoding fails.
+    Printable Latin-1 characters stand for themselves, U+0100 onwards for the other 68 bytes. Latin-1 characters outside
+    the alphabet map to one that cannot be encoded, so that encoding fails.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

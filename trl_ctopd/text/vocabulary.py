@@ -1,15 +1,14 @@
-"""What two vocabularies have in common, byte for byte; built once for a pair of tokenizers, never in a step.
+"""What two vocabularies have in common, by bytes. Built once for a pair of tokenizers, outside of the training steps.
 
 Decisions.
-- Tokens are their bytes: `Ġthe`, `▁the` and ` the` are one token. Several ids that spell the same bytes (a byte row
-  `<0x41>` beside `A`) are one outcome, and their probabilities add up.
-- The end of a turn is one outcome with two spellings: all of a side's stop ids together. It is shared where both sides
-  have any.
-- Special tokens, padding rows of an LM head and unknown tokens stand for no text and are shared with nobody.
-- The three structures are built when first asked for, by dictionaries and binary search over sorted bytes, and kept on
-  disk under a hash of both tokenizers.
+- Tokens are compared by their bytes: `Ġthe`, `▁the` and ` the` are one token. Several ids that spell the same bytes (a
+  byte row `<0x41>` and `A`) are one outcome, and their probabilities add up.
+- The end of a turn is one outcome: all stop ids of a side together. It is shared where both sides have stop ids.
+- Special tokens, padding rows of an LM head and unknown tokens stand for no text and are not shared.
+- Each structure is built on first use, with dictionaries and binary search over sorted bytes, and cached on disk under a
+  hash of both tokenizers.
 
-Letters: V_S and V_T are the rows of the two LM heads, C the shared outcomes, n the positions that a loss looks at.
+Letters: V_S and V_T are the rows of the two LM heads, C the shared outcomes, n the positions that a loss reads.
 """
 
 import hashlib
@@ -35,9 +34,9 @@ from .token_bytes import token_bytes
 
 
 CACHE_DIR = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "trl_ctopd"
-SPELLED_BYTES = 32  # of a longer token only the first so many are kept
+SPELLED_BYTES = 32  # longer tokens are cut to this
 PROJECTED_TOKENS = 4
-_FORMAT = "1"  # of the files in the cache
+_FORMAT = "1"  # of the cache files
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,10 @@ class Shared(_Structure):
     The outcomes that both vocabularies have.
 
     Attributes:
-        student_ids, teacher_ids (C,): the least id of each outcome.
-        student_class, teacher_class (V_S,), (V_T,): the outcome of each id, -1 for none.
-        student_repeated, teacher_repeated (D,): the outcomes that several ids stand for, and
-        student_members, teacher_members (D, M): those ids, -1 where there are fewer.
+        student_ids, teacher_ids (C,): the smallest id of each outcome.
+        student_class, teacher_class (V_S,), (V_T,): outcome of each id, -1 for none.
+        student_repeated, teacher_repeated (D,): the outcomes that several ids stand for.
+        student_members, teacher_members (D, M): the ids of these outcomes, filled up with -1.
         student_rest, teacher_rest (U,): the ids that stand for no shared outcome.
     """
 
@@ -71,11 +70,11 @@ class Shared(_Structure):
     teacher_rest: torch.Tensor
 
     def student_log_probs(self, full: torch.Tensor) -> torch.Tensor:
-        """Log-probs of the student's tokens (n, V_S) in, of the shared outcomes (n, C) out."""
+        """Log-probs of the student's tokens (n, V_S) to log-probs of the shared outcomes (n, C)."""
         return _outcome_log_probs(full, self.student_ids, self.student_repeated, self.student_members)
 
     def teacher_log_probs(self, full: torch.Tensor) -> torch.Tensor:
-        """Log-probs of the teacher's tokens (n, V_T) in, of the shared outcomes (n, C) out."""
+        """Log-probs of the teacher's tokens (n, V_T) to log-probs of the shared outcomes (n, C)."""
         return _outcome_log_probs(full, self.teacher_ids, self.teacher_repeated, self.teacher_members)
 
 
@@ -90,22 +89,22 @@ def _outcome_log_probs(full, ids, repeated, members):
 @dataclass(frozen=True)
 class Prefixes(_Structure):
     """
-    How the student would go on writing each teacher token, wherever in it the student stands.
+    How the student writes each teacher token, from every byte position inside it.
 
-    Its outcomes are the student's ids, the least of those that spell the same bytes, with its stop ids as one of them,
-    and V_S for all else. An *entry* belongs to a teacher token w and one of its bytes k: to the text `w[k:]` that is
-    still to be written, with `w[:k]` already there.
+    Outcomes are student ids: the smallest id of those that spell the same bytes, one id for all stop ids, and V_S for
+    everything else. An *entry* belongs to a teacher token w and a byte position k in it: `w[:k]` is written, and `w[k:]` is
+    still to be written.
 
     Attributes:
-        student_outcome (V_S,): the outcome of each student id.
-        first_outcome (V_T,): the outcome of each teacher id that nothing is written of yet.
-        start, length (V_T,): where each teacher token's entries begin, and how many it has; length 0 = no text.
+        student_outcome (V_S,): outcome of each student id.
+        first_outcome (V_T,): outcome for each teacher id at k = 0.
+        start, length (V_T,): index of each teacher token's first entry, and the number of its entries; length 0 = no text.
         outcome (E,): the longest student token that `w[k:]` begins with.
-        place (V_T,): each teacher token's place in the order of their bytes; tokens without text come last.
-        low, high (E,): the places `low:high` are those of the teacher tokens that go on after `w[:k]`.
-        head (E,): the least teacher token that spells `w[:k]`, -1 for none.
-        longer_low, longer_high (V_T,): the places of the teacher tokens that begin with all of a token and go on.
-        alike (V_T, M): the teacher tokens that spell what a token does, itself among them, -1 where there are fewer.
+        place (V_T,): rank of each teacher token in the order of their bytes. Tokens without text come last.
+        low, high (E,): `low:high` are the ranks of the teacher tokens that begin with `w[:k]` and are longer.
+        head (E,): the smallest teacher id that spells `w[:k]`, -1 for none.
+        longer_low, longer_high (V_T,): ranks of the teacher tokens that begin with this token and are longer.
+        alike (V_T, M): the teacher ids that spell the same as this token, itself included, filled up with -1.
         order (W_S,): the student's text tokens in the order of their bytes.
         completing_low, completing_high (E,): the slice of `order` whose tokens begin with `w[k:]`.
     """
@@ -127,8 +126,8 @@ class Prefixes(_Structure):
     alike: torch.Tensor
 
     def going_on(self, teacher_ids: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-        """(n, V_T) True for the teacher tokens that the n positions leave possible, of whose token `teacher_ids` (n,)
-        the first `written` (n,) bytes are there: all of them where that is 0."""
+        """(n, V_T) True for the teacher tokens that are possible at each of n positions, where the first `written` (n,) bytes of
+        token `teacher_ids` (n,) are written. Where `written` is 0, every token is."""
         entry = (self.start[teacher_ids] + written).clamp(max=len(self.low) - 1)
         first = written == 0
         low = self.low[entry].masked_fill(first, 0)[:, None]
@@ -136,24 +135,24 @@ class Prefixes(_Structure):
         return (self.place >= low) & (self.place < high)
 
     def longer(self, teacher_ids: torch.Tensor) -> torch.Tensor:
-        """(n, V_T) True for the teacher tokens that begin with all of `teacher_ids` (n,) and go on."""
+        """(n, V_T) True for the teacher tokens that begin with `teacher_ids` (n,) and are longer."""
         low, high = self.longer_low[teacher_ids][:, None], self.longer_high[teacher_ids][:, None]
         return (self.place >= low) & (self.place < high)
 
     def entries(self, written: torch.Tensor) -> torch.Tensor:
-        """(n, V_T) each teacher token's entry with `written` (n,) bytes there; right only where `going_on` is True and
-        the token has text."""
+        """(n, V_T) index of each teacher token's entry at byte position `written` (n,). Valid only where `going_on` is True
+        and the token has text."""
         return (self.start + written[:, None]).clamp(max=len(self.outcome) - 1)
 
 
 @dataclass(frozen=True)
 class Spellings(_Structure):
     """
-    Tokens as padded bytes without spaces, for edit distances.
+    The bytes of each token without spaces, padded, for edit distances.
 
     Attributes:
-        student, teacher (V_S, 32), (V_T, 32): bytes; 0 after the end.
-        student_length, teacher_length (V_S,), (V_T,): bytes, which may be more than 32; -1 = no text.
+        student, teacher (V_S, 32), (V_T, 32): bytes, padded with 0.
+        student_length, teacher_length (V_S,), (V_T,): number of bytes, which may be more than 32; -1 = no text.
     """
 
     student: torch.Tensor
@@ -165,12 +164,12 @@ class Spellings(_Structure):
 @dataclass(frozen=True)
 class Projection(_Structure):
     """
-    W of X-Token (arXiv 2605.21699), sparse: how much of each student token's probability falls on each teacher token.
+    The matrix W of X-Token (arXiv 2605.21699), sparse: what share of each student token's probability goes to each teacher token.
 
     Attributes:
-        student, teacher, weight (Z,): student id, teacher id and weight of what is not zero; a student token's weights
-            sum to 1, or it has none.
-        teacher_first (V_T,): the least id that spells the same bytes, itself if it has no text.
+        student, teacher, weight (Z,): student id, teacher id and weight of each non-zero element. The weights of a student
+            token sum to 1, or it has none.
+        teacher_first (V_T,): the smallest id that spells the same bytes; the id itself if it has no text.
     """
 
     student: torch.Tensor
@@ -186,13 +185,13 @@ class VocabularyPair:
     Args:
         student_tokenizer, teacher_tokenizer: of the two models.
         student_size, teacher_size (`int`): V_S and V_T, at least as many as the tokenizers have ids.
-        student_stops, teacher_stops (collections of `int`): the ids that end each side's turn; empty where the end is
-            no single token.
-        device: where the structures live.
-        cache_dir (`Path`, *optional*): where they are kept on disk; `None` builds them anew.
+        student_stops, teacher_stops (collections of `int`): the ids that end each side's turn; empty where no single token
+            does.
+        device: where the structures are kept.
+        cache_dir (`Path`, *optional*): folder of the disk cache; `None` for no cache.
 
     Raises:
-        ValueError: where a tokenizer has more ids than its head has rows.
+        ValueError: a tokenizer has more ids than its head has rows.
     """
 
     def __init__(
@@ -217,25 +216,25 @@ class VocabularyPair:
 
     @cached_property
     def shared(self) -> Shared:
-        """Raises `ValueError` where the two vocabularies share no text."""
+        """Raises `ValueError` where the two vocabularies have no text in common."""
         self._check_overlap()
         return self._structure(Shared, _shared)
 
     @cached_property
     def prefixes(self) -> Prefixes:
-        """Raises `ValueError` where the two vocabularies share no text."""
+        """Raises `ValueError` where the two vocabularies have no text in common."""
         self._check_overlap()
         return self._structure(Prefixes, _prefixes)
 
     @cached_property
     def projection(self) -> Projection:
-        """Raises `ValueError` where the two vocabularies share no text."""
+        """Raises `ValueError` where the two vocabularies have no text in common."""
         self._check_overlap()
         return self._structure(Projection, lambda student, teacher: _projection(student, teacher, self._tokenizers[1]))
 
     @cached_property
     def continuations(self) -> Continuations:
-        """The student tokens with which each teacher token would go on. It lives on the CPU."""
+        """The student tokens that continue each teacher token. Stays on the CPU."""
         path = None if self._cache_dir is None else Path(self._cache_dir) / f"{self._hash}-{Merges.__name__}.npz"
         kept = None if path is None else _load(Merges, path)
         if kept is not None:
@@ -252,7 +251,8 @@ class VocabularyPair:
 
     @cached_property
     def is_one_tokenizer(self) -> bool:
-        """Whether the teacher reads the student's very tokens, so that none of them goes on with another."""
+        """Whether both sides have the same tokenizer. The teacher then reads the student's own ids, and none continues
+        another."""
         return is_one_tokenizer(*self._tokenizers)
 
     @cached_property
@@ -267,7 +267,7 @@ class VocabularyPair:
 
     @cached_property
     def student_whitespace(self) -> torch.Tensor:
-        """(V_S,) True for tokens of whitespace alone."""
+        """(V_S,) True for tokens that are only whitespace."""
         return torch.tensor([bool(row) and not row.strip() for row in self._student.rows], device=self._device)
 
     def _check_overlap(self):
@@ -295,14 +295,14 @@ class VocabularyPair:
             digest.update(b"".join(side.rows))
             backend = getattr(tokenizer, "backend_tokenizer", None)
             state = {} if backend is None else json.loads(backend.to_str())
-            state |= {"padding": None, "truncation": None}  # these come and go with use
+            state |= {"padding": None, "truncation": None}  # calls of the tokenizer change these
             digest.update(repr((type(tokenizer).__name__, state)).encode())
         return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class _Side:
-    """`rows`: bytes by id, for all rows of the head, none for a stop. `by_bytes`: the ids of each text."""
+    """`rows`: the bytes of each id of the head, b"" for a stop id. `by_bytes`: the ids of each text."""
 
     rows: list[bytes]
     stops: list[int]
@@ -336,7 +336,7 @@ def _shared(student: _Side, teacher: _Side) -> Shared:
 
 
 def _outcomes(groups: list[list[int]], size: int) -> tuple[torch.Tensor, ...]:
-    """One side of `Shared`: `groups` are the ids of each outcome."""
+    """One side of `Shared`; `groups`: the ids of each outcome."""
     outcome = np.full(size, -1)
     outcome[[token for ids in groups for token in ids]] = [number for number, ids in enumerate(groups) for _ in ids]
     repeated = [number for number, ids in enumerate(groups) if len(ids) > 1]
@@ -358,7 +358,7 @@ def _prefixes(student: _Side, teacher: _Side) -> Prefixes:
     order, texts = _in_order(student)
     teacher_order, teacher_texts = _in_order(teacher)
 
-    # entries of one token after the other; each names its two halves by a number, and each half is looked up once
+    # Entries of one token after another. The halves of a token are numbered, so that each distinct half is looked up once.
     lengths = [len(row) for row in teacher.rows]
     halves = [(row[:k], row[k:]) for row, length in zip(teacher.rows, lengths, strict=True) for k in range(length)]
     written, rest = (
@@ -402,13 +402,13 @@ def _in_order(side: _Side) -> tuple[list[int], list[bytes]]:
 
 
 def _end_of_prefix(texts: Sequence[bytes], prefix: bytes) -> int:
-    """The first place in the sorted `texts` after all that begin with `prefix`."""
+    """The index in the sorted `texts` after the last one that begins with `prefix`."""
     stem = prefix.rstrip(b"\xff")
     return bisect_left(texts, stem[:-1] + bytes([stem[-1] + 1])) if stem else len(texts)
 
 
 def _longest_prefix(text: bytes, known: dict[bytes, int], longest: int, otherwise: int) -> int:
-    """What `known` has for the longest of its texts that `text` begins with."""
+    """The value in `known` of the longest key that `text` begins with, or `otherwise`."""
     for length in range(min(len(text), longest), 0, -1):
         if (found := known.get(text[:length])) is not None:
             return found
@@ -416,7 +416,7 @@ def _longest_prefix(text: bytes, known: dict[bytes, int], longest: int, otherwis
 
 
 def _projection(student: _Side, teacher: _Side, teacher_tokenizer: Any) -> Projection:
-    """A shared token goes to its partner; another to the tokens that the teacher writes it with, `.9 * .1^i` each."""
+    """A shared token goes to its partner, any other to the tokens of its teacher encoding with weights `.9 * .1^i`."""
     exact = [(ids, teacher.by_bytes[text][0]) for text, ids in student.by_bytes.items() if text in teacher.by_bytes]
     if student.stops and teacher.stops:
         exact.append((student.stops, teacher.stops[0]))
@@ -429,7 +429,7 @@ def _projection(student: _Side, teacher: _Side, teacher_tokenizer: Any) -> Proje
     longest = max(map(len, first_id), default=0)
     for text in others:
         rows = [teacher.rows[piece] for piece in spelled.get(text, [])]
-        if b"".join(rows) != text:  # a dummy prefix, a normalizer, half a character
+        if b"".join(rows) != text:  # because of a dummy prefix, a normalizer, or half a character
             rows = _longest_match(text, first_id, teacher.rows, longest)
         pieces = [first_id[row] for row in rows[:PROJECTED_TOKENS]]
         shares = np.array([0.9 * 0.1**i for i in range(len(pieces))])
@@ -456,7 +456,7 @@ def _decoded(text: bytes) -> str | None:
 
 
 def _longest_match(text: bytes, first_id: dict[bytes, int], rows: list[bytes], longest: int) -> list[bytes]:
-    """`text` cut from the left into the longest tokens; none where it cannot be."""
+    """`text` cut greedily from the left into the longest tokens; empty where that is impossible."""
     pieces = []
     while text:
         token = _longest_prefix(text, first_id, longest, -1)
@@ -476,7 +476,7 @@ def _spelled(side: _Side) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _load(kind: type, path: Path) -> Any | None:
-    """What is kept there; None where there is nothing, or something unreadable that will be written anew."""
+    """The cached structure; None where there is none, or where the file cannot be read and will be written again."""
     try:
         with np.load(path) as kept:
             return kind(*(torch.from_numpy(kept[field.name]) for field in fields(kind)))
@@ -485,7 +485,7 @@ def _load(kind: type, path: Path) -> Any | None:
 
 
 def _save(structure: Any, path: Path):
-    """In one move, so that processes that build at the same time never read half a file."""
+    """By one atomic rename, so that no process ever reads half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
