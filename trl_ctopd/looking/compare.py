@@ -13,7 +13,8 @@ from rich.text import Text
 from transformers import GenerationConfig
 
 from ..rollouts.generation import write
-from ..text.chat import Conversation, Speaker, read_example
+from ..text.chat import Speaker
+from ..text.conversation import Conversation, read_example
 from .ornaments import ornament
 from .viewer.visible import legible
 

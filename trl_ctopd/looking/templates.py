@@ -3,7 +3,8 @@
 import json
 import warnings
 
-from ..text.chat import Conversation, Speaker
+from ..text.chat import Speaker
+from ..text.conversation import Conversation
 from ..text.turns import TOOLS, USER, Form, Turn
 
 

@@ -11,7 +11,8 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 
 from ..config import CrossTokenizerGKDConfig
-from ..text.chat import Speaker, read_example
+from ..text.chat import Speaker
+from ..text.conversation import read_example
 from .pairing import Frame, Prompt
 
 

@@ -1,11 +1,11 @@
-"""Calls of tools as a template writes them: read out of a student's text, and set beside the teacher's.
+"""Calls of tools as a template writes them: read from a student's text, and set beside the teacher's.
 
-A call is a name, keys and values, the *atoms*, which every template writes, and markup around them, which each has its own.
-How the student's is read is found by rendering calls with probes in them; what was read is then rendered again, and taken
-only if that is what the student wrote, to the byte. So a wrong reading is none, and the call is masked.
+A call has *atoms*: its name, keys and values, which every template writes. Each template puts its own markup around them. How a
+template's calls are read is found by rendering calls with probes in them. What was read is rendered again, and is taken only if
+that gives the student's text, byte for byte. Otherwise the call is masked.
 
-Where both templates write an atom alike, it is text that they share; where they serialise it differently (JSON's escapes, a
-list in Python's spelling), it is masked, and each reads its own.
+An atom that both templates write alike is shared text. One that they serialise differently (JSON's escapes, a list in Python's
+spelling) is masked, and each model reads its own.
 
 Left out: templates that write the arguments before the name.
 """
@@ -29,7 +29,8 @@ _NAME = r"(?P<name>[^\s\"'<>(){}\[\],]+)"
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of what is written for calls. `label` names an atom, and is None for markup."""
+    """A part of the text of calls. `label` names an atom: (call,) its name, (call, argument, 0) a key, (call, argument, 1) a value.
+    None for markup."""
 
     text: str
     label: tuple[int, ...] | None = None
@@ -43,7 +44,7 @@ def a_call(name: str, arguments: Mapping[str, Any]) -> dict:
 
 
 def pieces(calls: Sequence[dict], write: Write) -> list[Piece] | None:
-    """What a template writes for `calls`, cut into atoms and markup; None where its atoms cannot be told apart."""
+    """A template's text for `calls`, cut into atoms and markup; None where it cannot be cut with certainty."""
     probes, atoms = [], {}
     kept: dict[tuple[int, ...], Any] = {}  # values without a probe, since a template may write their type
     for n, call in enumerate(calls):
@@ -98,8 +99,8 @@ ATOM, MARKUP, UNLIKE = "atom", "markup", "unlike"
 
 
 def beside(student: Sequence[Piece], teacher: Sequence[Piece]) -> list[tuple[str, str, str]]:
-    """Student's and teacher's text of each stretch, in order, and what it is: the same atom on both sides, markup, or unlike,
-    with an atom that stands elsewhere on the other side (a template that sorts keys)."""
+    """The student's and the teacher's text of each stretch, in order, and its kind: `ATOM`, the same one on both sides; `MARKUP`; or
+    `UNLIKE`, which holds an atom that stands elsewhere on the other side (a template that sorts keys)."""
     ours, theirs = ([piece.label for piece in side] for side in (student, teacher))
     blocks = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
     pairs = [(i + n, j + n) for i, j, size in blocks for n in range(size) if ours[i + n] is not None]
@@ -122,16 +123,16 @@ def beside(student: Sequence[Piece], teacher: Sequence[Piece]) -> list[tuple[str
 
 @dataclass(frozen=True)
 class CallReader:
-    """Reads calls as one template writes them.
+    """Reads calls as one template writes them: arguments as one JSON text, or key by key.
 
     Attributes:
         opening: what stands before the first name.
-        as_json: whether arguments are one JSON text.
-        after_name: a name, and what stands between it and the JSON text or the first key.
-        values: for texts and for other values, what stands between a key and one, between one and the next key, and what may
-            stand after the last one; where arguments are no JSON.
-        bare: a name, and what may stand after that of a call without arguments; where they are no JSON.
-        closing: what stands between two calls; where arguments are JSON.
+        as_json: whether the arguments are one JSON text.
+        after_name: matches a name, and what stands between it and the JSON text or the first key.
+        values: key by key only. Two rows, for texts and for other values: what stands between a key and its value, between a
+            value and the next key, and after the last value.
+        bare: key by key only. Match a name without arguments, and what stands after it.
+        closing: JSON only. What stands between two calls.
     """
 
     opening: str
@@ -142,8 +143,8 @@ class CallReader:
     closing: str | None = None
 
     def read(self, text: str) -> list[dict] | None:
-        """Calls, of what stands from the first one's name to the end of the turn; None where they are not as the template writes
-        them."""
+        """The calls in `text`, which reaches from the first one's name to the end of the turn; None where the template does not
+        write calls so."""
         calls, at = [], 0
         while at < len(text):
             try:
@@ -200,7 +201,7 @@ def _first(text: str, at: int, marks: Sequence[str]) -> tuple[str, str, int]:
 
 
 def _end_of_value(text: str, at: int, marks: Sequence[str]) -> int:
-    """How long the JSON value is that stands at `at` before one of `marks`; 0 where none does."""
+    """The length of the JSON value that stands at `at` and before one of `marks`; 0 where there is none."""
     try:
         _, end = json.JSONDecoder().raw_decode(text, at)
     except ValueError:
@@ -216,7 +217,7 @@ def _value(text: str) -> Any:
 
 
 def find_reader(write: Write) -> CallReader | None:
-    """How calls are read that `write` has written; None where its writing is not understood, which shows by trying."""
+    """A reader of the calls that `write` writes; None where it does not read trial calls back as they were."""
     try:
         reader = _json_reader(write) or _keyed_reader(write)
         opening = len(reader.opening) if reader else 0
@@ -228,7 +229,7 @@ def find_reader(write: Write) -> CallReader | None:
 
 
 def _trials(write: Write) -> list[list[dict]]:
-    """Calls to be read again as they were; several at once where the template writes several."""
+    """Calls to try a reader on; two at once where the template writes two."""
     one, other = a_call("qzone", {"qza": "some text", "qzb": 3}), a_call("qztwo", {})
     return [[one], *([[one, other]] if _tried(write, [one, other]) else [])]
 

@@ -1,20 +1,21 @@
-"""A completion with sections beside its teacher's writing of the same turn: thought against thought, answer against answer.
+"""Aligns a completion with its teacher's writing of the same turn, section by section: thought with thought, answer with answer.
 
-The student's text is read by the student's own markup, and written again with the teacher's. What both have in common is
-aligned byte for byte; between two sections each side has its own markup, one event with two spellings.
+The student's text is parsed by the student's own markup, and written again with the teacher's. The text of a section is the same
+on both sides and is aligned byte for byte. Between two sections each side has its own markup: one event with two spellings.
 
     student   <think>\\n  Two and two.  \\n</think>\\n\\n                                          It is four.  <|im_end|>
     teacher   <|channel|>analysis<|message|>  Two and two.  <|end|>…final<|message|>  It is four.  <|return|>
 
-- Student ids are never encoded again; control tokens count by their id, so that no text is taken for one.
-- The teacher's sections and the plain text next to them are encoded together, since its own tokens may hold the end of a
-  section and the first of its markup (`.\\n`); chunks then grow by what such a token holds.
-- A student may write another number of blank lines around a tag than its template does: these belong to the tag. Whitespace
-  beyond the template's is text.
-- Nothing is guessed: a section that the teacher's template has no form for is masked, with its reason.
+- Student ids are never encoded again. A control token is known by its id, so a text that spells one is text.
+- On the teacher's side a section and plain markup next to it are encoded together, since one token may hold the end of the one
+  and the beginning of the other (`.\\n`). The chunk then holds both.
+- Whitespace around a tag belongs to the tag, up to as much as the template writes there; a student may write less. What is beyond
+  that is text.
+- A section that the teacher's template has no form for is masked, with its reason.
 
-The grid: sections are their bytes; each markup is three places wide, of which a student's token that ends within it takes
-the first border and a teacher's the second, so that no two of them meet there.
+Chunks are found on a grid of places that both sides share. A section takes one place a byte. A stretch of markup takes three: a
+student's token that ends within the markup ends at the first of its two inner borders, a teacher's at the second. So both sides
+meet at the ends of markup, and never within it.
 """
 
 import re
@@ -34,10 +35,10 @@ from .turns import ANSWER, CALLS, THOUGHT, Turn, Unrenderable, one_of, read_turn
 
 
 START, END = "start", "end"
-_MARKUP = 3  # places of the grid
+_MARKUP = 3  # places of the grid that a stretch of markup takes
 _SPACE = " \t\r\n"
 _REASON = {THOUGHT: "thought", CALLS: "call"}
-_SAID = {  # once, of what is masked as a whole section
+_SAID = {  # warnings, given once each, for sections that are masked
     "thought": "the student writes thoughts, and the teacher's template has no place for one: they are masked, and the teacher does "
     "not read them (masked_bytes/thought counts them). thought_policy='text' lets it read them as the beginning of the answer; "
     "or give its template the setting that opens a thought (teacher_chat_template_kwargs)",
@@ -48,13 +49,13 @@ _SAID = {  # once, of what is masked as a whole section
 
 @dataclass(frozen=True)
 class Unit:
-    """A stretch of the student's turn and what the teacher reads for it.
+    """A stretch of the student's turn, and what the teacher reads in its place.
 
     Attributes:
-        start, end: of the student's symbols.
-        teacher: the teacher's text for it.
-        shared: whether it is a section, whose text both have.
-        reason: why it takes no part; None where it does.
+        start, end: the stretch, in the student's symbols.
+        teacher: what the teacher reads in its place; "" where `shared`.
+        shared: whether both sides have the same text there; False for markup.
+        reason: why the stretch is masked; None where it is not.
     """
 
     start: int
@@ -66,8 +67,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A completion, read by its own markup: `sections` and the `marks` before, between and, once ended, after them, as
-    symbols `start:end`."""
+    """A completion, parsed by its own markup.
+
+    Attributes:
+        sections: kind, start and end of each section, in symbols.
+        marks: start and end of the markup before each section and, if the turn has ended, after the last one.
+    """
 
     sections: tuple[tuple[str, int, int], ...]
     marks: tuple[tuple[int, int], ...]
@@ -77,7 +82,7 @@ class Parsed:
         return tuple(kind for kind, *_ in self.sections)
 
     def without_empty_thought(self, written: str) -> "Parsed":
-        """A thought of whitespace alone is markup, which opens what follows."""
+        """A thought of nothing but whitespace counts as markup before the next section."""
         if (
             len(self.sections) < 2
             or self.sections[0][0] != THOUGHT
@@ -89,7 +94,8 @@ class Parsed:
 
 
 def symbols(ids: np.ndarray, table: TokenTable) -> tuple[str, np.ndarray]:
-    """What ids (N,) spell, a character a byte, and one past all bytes for a control token; and how many are each one's (N,)."""
+    """What ids (N,) spell as a string of symbols, and how many symbols each id has (N,). A byte is the character of its value, a
+    control token the character 256 + id."""
     spelled, widths = table.read(ids)
     places = np.flatnonzero(np.isin(ids, list(table.special)))
     if not len(places):
@@ -104,7 +110,7 @@ def symbols(ids: np.ndarray, table: TokenTable) -> tuple[str, np.ndarray]:
 
 
 class Grammar:
-    """How to read one side's turns: for each kind of section, what may come next, and by which markup."""
+    """Parses completions of one side: for each kind of section, which kinds may come next, and after which markup."""
 
     def __init__(self, turn: Turn, table: TokenTable):
         self._controls = {name: chr(256 + i) for i, name in table.names.items() if i in table.special}
@@ -117,7 +123,7 @@ class Grammar:
             self._steps.setdefault(here, []).append((there, pattern))
 
     def symbols(self, literal: str) -> str:
-        """A literal as `symbols` has it."""
+        """A literal as symbols (see the function of this name)."""
         parts, at = [], 0
         for match in self._pattern.finditer(literal) if self._pattern else ():
             parts += [literal[at : match.start()].encode().decode("latin-1"), self._controls[match[0]]]
@@ -125,7 +131,7 @@ class Grammar:
         return "".join([*parts, literal[at:].encode().decode("latin-1")])
 
     def _loosely(self, literal: str, loose: bool) -> re.Pattern:
-        """Finds a literal, with no more whitespace around its tags than it has itself; with any where its own is not known."""
+        """A pattern that finds a literal with as much whitespace around its tags as it has, or less; with `loose`, with any."""
         text = self.symbols(literal)
         if loose:
             return re.compile(rf"[{_SPACE}]*{re.escape(text)}[{_SPACE}]*")
@@ -136,7 +142,7 @@ class Grammar:
         return re.compile(_optional(before) + re.escape(core) + _optional(after))
 
     def parse(self, written: str, ended: bool) -> Parsed:
-        """Sections of a completion, by places in it; `ended`: its last symbol is a stop."""
+        """The sections of a completion. `ended`: its last symbol is a stop token."""
         shift = len(self.tail)
         text, stop = self.tail + written, len(self.tail + written) - ended
         at, here = 0, START
@@ -177,7 +183,7 @@ class Grammar:
         return there, match.start(), match.end()
 
     def _ends(self, text: str, here: str, at: int, stop: int) -> int:
-        """Where the last section ends, before the markup that leads to the stop."""
+        """Where the last section ends: before the markup that ends with the stop token."""
         for there, pattern in self._steps.get(here, ()):
             if there == END:
                 for match in pattern.finditer(text, at):
@@ -191,7 +197,7 @@ def _optional(space: str) -> str:
 
 
 def _steps(turn: Turn) -> set[tuple[str, str, str]]:
-    """From which kind of section to which, and by which literal."""
+    """All steps from one kind of section to the next that the forms have, with the literal between the two."""
     return {
         step
         for form in turn.forms.values()
@@ -204,12 +210,12 @@ def _steps(turn: Turn) -> set[tuple[str, str, str]]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a teacher reads of a completion.
+    """What the teacher reads for a completion.
 
     Attributes:
-        on_tail: whether it goes on from the teacher's generation prompt, not from its stem.
-        opening: what stands before the first unit, read and not scored.
-        units: the rest, in order; they cover the completion.
+        on_tail: whether it goes on from the teacher's generation prompt; False: from its stem.
+        opening: what stands before the first unit; read, not scored.
+        units: in order; they cover the completion.
     """
 
     on_tail: bool
@@ -230,13 +236,13 @@ def plan(
     calls: Sequence[Unit] | None = None,
 ) -> Plan:
     """
-    Sets the sections that `Grammar.parse` found beside the teacher's.
+    Sets the sections that `Grammar.parse` found beside the teacher's form of the same turn.
 
     Args:
         written: the completion's symbols.
         teacher: how its template writes this turn.
-        eos: its EOS token, which ends a turn whose template writes no end.
-        calls: of the calls, from the first one's name to the end of the turn; None where the teacher cannot read them.
+        eos: its EOS token, which ends a turn where the template writes no end.
+        calls: units of the calls, from the first call's name to the end of the turn; None where the teacher cannot read them.
     """
     sections, marks, kinds = parsed.sections, parsed.marks, list(parsed.kinds)
     steps = {(here, there): literal for here, there, literal in _steps(teacher)}
@@ -291,7 +297,7 @@ def lost_kinds(kinds: tuple[str, ...], teacher: Turn, without_calls: bool) -> se
 
 
 def _spaced(literal: str, mark: str) -> str:
-    """A literal whose own whitespace is not known, with that which the student wrote around its."""
+    """A literal of a loose form, with the whitespace that the student wrote around its own."""
     core = mark.strip(_SPACE)
     if not core or not literal or literal != literal.strip(_SPACE):
         return literal
@@ -304,12 +310,12 @@ def _spaced(literal: str, mark: str) -> str:
 
 @dataclass(frozen=True)
 class Sectioned:
-    """A completion of B, aligned by section.
+    """One completion, aligned section by section.
 
     Attributes:
-        alignment: of all of it, its markup as the student spelled it; the end of the turn is part of it.
-        widths: (S,) bytes of section text that each student token covers; markup has none.
-        on_tail, opening: of `Plan`; the latter as ids.
+        alignment: of the whole turn, its end included; `text` has the markup as the student spelled it.
+        widths: (S,) bytes of section text in each student token; 0 in markup.
+        on_tail, opening: as in `Plan`; the opening as ids.
     """
 
     alignment: TextAlignment
@@ -319,7 +325,7 @@ class Sectioned:
 
 
 class SectionAligner:
-    """Aligns completions by section, where they have any but an answer.
+    """Aligns completions that have more sections than an answer.
 
     Args:
         aligner: of the two tokenizers.
@@ -344,7 +350,7 @@ class SectionAligner:
         self._said: set[str] = set()
 
     def parse(self, ids: Sequence[int], ended: bool, student: str) -> tuple[str, np.ndarray, Parsed] | None:
-        """A completion by the markup of the student's turn, given as JSON; None where it is an answer without any."""
+        """Symbols, widths and sections of a completion; None where it is an answer without markup. `student`: its turn as JSON."""
         if student not in self._grammars:
             self._grammars[student] = Grammar(read_turn(student), self._aligner.student_table)
         written, widths = symbols(np.array(ids, dtype=np.int64), self._aligner.student_table)
@@ -359,7 +365,7 @@ class SectionAligner:
     def __call__(
         self, ids: Sequence[int], ended: bool, found: tuple[str, np.ndarray, Parsed], student: str, teacher: str
     ) -> Sectioned:
-        """One completion; `found` is what `parse` gave for it, `student` and `teacher` are both turns as JSON."""
+        """Aligns one completion. `found`: what `parse` returned for it. `student`, `teacher`: both turns as JSON."""
         written, widths, parsed = found
         calls = self._calls(written, parsed, student, read_turn(teacher)) if ended and CALLS in parsed.kinds else None
         planned = plan(parsed, written, ended, read_turn(teacher), self._eos, calls=calls, **self._policies)
@@ -397,7 +403,8 @@ class SectionAligner:
         return Sectioned(alignment, grid.content[stops] - grid.content[starts], planned.on_tail, opening)
 
     def _calls(self, written: str, parsed: Parsed, student: str, turn: Turn) -> list[Unit] | None:
-        """From the first call's name to the end of the turn; None where one of the templates does not write it so."""
+        """Units from the first call's name to the end of the turn; None where the calls cannot be read, or where one of the
+        templates cannot write them."""
         if self._speakers is None:
             return None
         ours, theirs = self._speakers
@@ -432,7 +439,7 @@ class SectionAligner:
         return [*units[:-1], *self._ended(units[-1])]
 
     def _ended(self, last: Unit) -> list[Unit]:
-        """The last unit of a turn, with its stop apart."""
+        """The last unit of a turn, cut before its stop token."""
         controls = list(self._pattern.finditer(last.teacher)) if self._pattern else []
         if last.shared or not controls or controls[-1].end() != len(last.teacher):
             return [last]
@@ -450,7 +457,7 @@ class SectionAligner:
             warnings.warn(_SAID[reason], stacklevel=2)
 
     def _fragments(self, literal: str) -> list[str | int]:
-        """A literal cut at its control tokens, which become ids."""
+        """A literal cut at its control tokens, each of which becomes its id."""
         parts: list[str | int] = []
         at = 0
         for match in self._pattern.finditer(literal) if self._pattern else ():
@@ -462,8 +469,8 @@ class SectionAligner:
         return [part] if isinstance(part, int) else self._aligner.read_run(part, continues=True)[0]
 
     def _teacher(self, grid: "_Grid", spaced: bool) -> tuple[list[int], np.ndarray, np.ndarray, list[MaskedStretch]]:
-        """The teacher's tokens, where they end in all that it reads (T,), how much of it each covers (T,), and what the
-        grid masks for its sake. `spaced`: the first text's own first token brings a space."""
+        """The teacher's ids; where each ends in its text (T,) and how many bytes each covers (T,); and what is masked because
+        its tokenizer changes the text. `spaced`: the first token brings a space of its own."""
         parts: list[str | int] = []
         for unit, text in zip(grid.units, grid.teacher_texts, strict=True):
             for part in [text] if unit.shared else self._fragments(text):
@@ -496,15 +503,15 @@ class SectionAligner:
 
 
 class _Grid:
-    """Places for the bytes of sections and for markup, and how each side's own places map to them.
+    """The places that both sides share, one a byte of a section and three a stretch of markup, and each side's way to them.
 
     Attributes:
-        size: of the grid.
-        student, teacher: for each place of a side's own text, its place on the grid where something ends there, and where
-            something begins there.
-        shown: (size + 1,) places in `text`, the sections and the student's markup.
+        size: number of places.
+        student, teacher: two arrays each. For every offset in the side's own text: the place where a token that ends there
+            ends, and the place where a token that begins there begins.
+        shown: (size + 1,) offset in `text` (the sections with the student's markup) of each place.
         content: (size + 1,) bytes of section text before each place.
-        masked: what takes no part, on the grid; without a reason where none is counted.
+        masked: stretches of places that are masked; those with an empty reason are not counted.
     """
 
     def __init__(self, units: Sequence[Unit], written: str, aligner: TextAligner):
@@ -562,7 +569,7 @@ class _Grid:
         self.shown, self.content = np.array(shown), np.array(content)
 
     def silent(self, ends: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """(S,) whether a student's token stands for no text: one past the vocabulary, or a control token within a section."""
+        """(S,) True for student tokens without text: an id beyond the vocabulary, or a control token within a section."""
         in_section = np.zeros(len(self._written) + 1, dtype=bool)
         for unit in self.units:
             if unit.shared:
@@ -571,7 +578,7 @@ class _Grid:
         return (widths == 0) | ((widths == 1) & (codes[ends - widths] > 255) & in_section[ends - widths])
 
     def of_teacher(self, start: int, end: int, reason: str) -> MaskedStretch:
-        """A stretch of what the teacher reads, on the grid; markup is masked as a whole."""
+        """A stretch of the teacher's text as places; markup that it touches is masked as a whole."""
         left, right = self.teacher
         first, last = int(right[start]), int(left[end])
         at = 0
@@ -593,7 +600,7 @@ def _side(ends: np.ndarray, widths: np.ndarray, left: np.ndarray, right: np.ndar
 
 
 def _section(written: str) -> tuple[str, np.ndarray, list[int]]:
-    """A section's text, for each of its symbols' borders the offset in it, and where it has a U+FFFD for invalid bytes."""
+    """A section's text, the offset in it of each border between its symbols, and the offsets of U+FFFD for invalid bytes."""
     codes = np.array([ord(symbol) for symbol in written], dtype=np.int64)
     raw = bounds(codes < 256)
     data = "".join(symbol for symbol in written if ord(symbol) < 256).encode("latin-1")

@@ -1,20 +1,21 @@
-"""How one template writes an assistant's turn, found by rendering it on probes: no list of models, no reading of its source.
+"""How one template writes an assistant's turn, found by rendering probes: no list of models, no reading of its source.
 
-A turn goes on from the messages before it. Its *opening* is all that is written before its first section, the header and
-the generation prompt included; then come *sections* (thought, answer, calls) with markup between them; then its *end*, up to
-the control token at which its writer stops. What comes after that token ("\\n") is the template's own and nobody's to write.
+A turn has an *opening*: all that stands between the messages before it and its first section, such as the header and what the
+generation prompt writes. Then come *sections* (thought, answer, calls) with markup between them. Then comes its *end*, whose
+last token is the one at which a model stops writing. What a template puts after that token ("\\n") is written by no model.
 
     prompt       <|user|>Hi<|assistant|><think>\\n                     the generation prompt
     with thought <|user|>Hi<|assistant|><think>\\n T </think>\\n\\n A <|end|>
     plain        <|user|>Hi<|assistant|> A <|end|>                    drops what the prompt wrote
 
-- All forms of a turn and the prompt share a *stem*. What the prompt has beyond it is its *tail*: a form that does not begin
-  with it takes it back.
-- A section's place is where the probe stands in the rendering; what a template leaves out has no form, and a reason instead.
-- An end is what a finished turn and the same turn with another one after it have in common, up to its last control token
-  (Phi-3 writes an EOS more at the end of everything). Without one, it is the first control token of what comes next.
+- The *stem* is what the prompt and all forms of a turn begin with. The *tail* is what the generation prompt writes after the
+  stem. A form that does not begin with the tail *takes it back*.
+- A section stands where its probe stands in the rendering. A section that a template leaves out has no form, and a reason.
+- The end is what a finished turn and the same turn with another one after it have in common, up to the last control token
+  (Phi-3 writes one more EOS at the end of everything). If they have no control token in common, the first one of the next
+  turn's header is the end.
 
-Left out: turns in which the same kind of section comes twice, but for calls; media.
+Left out: turns with two thoughts or two answers; media.
 """
 
 import json
@@ -28,7 +29,7 @@ from os.path import commonprefix
 THOUGHT, ANSWER, CALLS = "thought", "answer", "calls"
 KINDS = ((ANSWER,), (THOUGHT, ANSWER), (CALLS,), (THOUGHT, CALLS), (ANSWER, CALLS), (THOUGHT, ANSWER, CALLS))
 
-# Texts that no template writes or changes.
+# Probes: texts that no template writes by itself or changes.
 ANSWER_PROBE = "qzprobezq"
 THOUGHT_PROBE = "qzmusezq"
 NAME_PROBE, KEY_PROBE, VALUE_PROBE, RESULT_PROBE = "qzcallzq", "qzkeyzq", "qzvaluezq", "qzresultzq"
@@ -65,14 +66,13 @@ class Form:
     """One way of writing a turn, from its stem on.
 
     Attributes:
-        sections: kinds, in the order in which they are written.
-        literals: what stands before, between and after them, one more than there are sections. The last is the end of the turn
-            up to its stop; of calls, the literal before them reaches to the first one's name, the one after them goes on
-            from the last one's arguments.
-        rest: what a finished turn writes after its end; None where it writes no such end itself, and the next turn's header
-            is it.
-        unwritten: what of the end a finished turn leaves to that header.
-        loose: whether the whitespace around the literal between thought and answer is not known, and is what a student writes.
+        sections: their kinds, in the order in which they are written.
+        literals: what stands before, between and after the sections, one more than there are sections. The last one is the end
+            of the turn, up to its stop token. A section of calls begins at the first call's name and ends with the last
+            call's arguments, so the literals around it hold the markup of calls.
+        rest: what a finished turn writes after its end; None where the end is part of the next turn's header.
+        unwritten: the part of the end that stands in that header, and not in a finished turn.
+        loose: True where no rendering shows the whitespace around the literal between thought and answer; any is then accepted.
     """
 
     sections: tuple[str, ...]
@@ -92,12 +92,12 @@ class Form:
 
 @dataclass(frozen=True)
 class Turn:
-    """What was found of a template in one context.
+    """All forms of a turn that a template writes in one context.
 
     Attributes:
-        tail: what the generation prompt writes beyond the stem.
-        forms: by their sections.
-        missing: why there is no form, by its sections.
+        tail: what the generation prompt writes after the stem.
+        forms: keyed by their sections.
+        missing: for sections without a form, the reason.
     """
 
     tail: str = ""
@@ -110,11 +110,11 @@ class Turn:
 
     @property
     def is_simple(self) -> bool:
-        """An answer is written at once, and nothing else is known."""
+        """Whether the template writes answers only, and nothing before them."""
         return not self.tail and set(self.forms) <= {(ANSWER,)} and not (self.plain and self.plain.opening)
 
     def takes_back(self, form: Form) -> bool:
-        """Whether what the generation prompt wrote beyond the stem is not in this form."""
+        """Whether this form lacks what the generation prompt writes after the stem."""
         return not form.opening.startswith(self.tail)
 
     def to_json(self) -> str:
@@ -124,14 +124,14 @@ class Turn:
 
 @lru_cache(maxsize=4096)
 def read_turn(text: str) -> Turn:
-    """`Turn.to_json` read again, without reasons."""
+    """The inverse of `Turn.to_json`, which leaves the reasons out."""
     found = json.loads(text)
     forms = [Form(tuple(form.pop("sections")), tuple(form.pop("literals")), **form) for form in found["forms"]]
     return Turn(found["tail"], {form.sections: form for form in forms})
 
 
 def probe_message(sections: Iterable[str], call: Mapping) -> dict:
-    """An assistant's message with a probe in each of its sections; `call` as the template takes it."""
+    """An assistant message with a probe in each of its sections. `call`: in the form that the template takes."""
     message: dict = {"role": "assistant", "content": ""}
     for section in sections:
         if section == ANSWER:
@@ -150,14 +150,15 @@ def find_turn(
     call: Mapping = CALL,
     kinds: Iterable[tuple[str, ...]] = KINDS,
 ) -> Turn:
-    """What a template writes after the messages `before`.
+    """How a template writes a turn after the messages `before`.
 
     Args:
-        render: of messages and, by keyword, `open_ended`: whether up to where the assistant goes on. Raises `Unrenderable`.
+        render: renders messages; `open_ended=True` adds the generation prompt. Raises `Unrenderable`.
         controls: the strings of the control tokens.
-        call: the call that the template writes, as it takes it.
+        call: the probe call, in the form that the template takes.
+        kinds: the combinations of sections to look for.
 
-    Raises `Unrenderable` where not even the prompt can be written.
+    Raises `Unrenderable` where the template cannot write the prompt.
     """
     prompt = render(before, open_ended=True)
     pattern = one_of(controls)
@@ -189,8 +190,8 @@ def find_turn(
 
 
 def _base(render, before, prompt: str, controls: re.Pattern | None) -> int:
-    """How much of the prompt is there without a generation prompt, too, up to the last message's text: no turn may change
-    that. (What a template writes after it, such as an instruction, a finished turn may lack.)"""
+    """How many characters of the prompt no finished turn may change: those that stand there without a generation prompt too, up
+    to the end of the last message's text. (A template may write an instruction after it that a finished turn lacks.)"""
     try:
         closed = render(before)
     except Unrenderable:
@@ -205,7 +206,8 @@ def _probes(section: str) -> tuple[str, ...]:
 
 
 def _place(text: str, sections, base: int, prompt: str) -> tuple[str, list[tuple[int, int]]]:
-    """A finished turn, and where in it each section stands; calls from the first name to the last argument."""
+    """The text of a finished turn, and the start and end of each section in it; calls reach from the first name to the last
+    argument."""
     if text[:base] != prompt[:base]:
         raise Unrenderable("writes what comes before the turn otherwise than in the prompt")
     places = []
@@ -222,7 +224,7 @@ def _place(text: str, sections, base: int, prompt: str) -> tuple[str, list[tuple
 
 
 def _followed(render, turn: list[dict]) -> str | None:
-    """What the same turn writes after its last section when another turn follows; None where none can."""
+    """What stands after the turn's last section when another turn follows; None where the template renders no turn after it."""
     calls = turn[-1].get("tool_calls")
     last = VALUE_PROBE if calls else ANSWER_PROBE
     for follow in [RESULT, USER] if calls else [USER]:
@@ -236,7 +238,7 @@ def _followed(render, turn: list[dict]) -> str | None:
 
 
 def _end(after: str, followed: str | None, controls: re.Pattern | None) -> str:
-    """From the last section's end up to where the writer stops; "" where no control token is written at all."""
+    """The end of a turn, from its last section up to its stop token; "" where no control token is written at all."""
     if controls is None:
         return ""
     common = after if followed is None else commonprefix([after, followed])
@@ -249,7 +251,7 @@ def _end(after: str, followed: str | None, controls: re.Pattern | None) -> str:
 
 
 def clean_stem(prompt: str, openings: Iterable[str], controls: re.Pattern | None) -> int:
-    """How much of the prompt all openings begin with, without half a tag or half a control token at its end."""
+    """The length of what the prompt and all openings begin with. It never ends within a tag or a control token."""
     ways = [prompt, *openings]
     length = len(commonprefix(ways))
     if length == len(prompt):
@@ -268,6 +270,6 @@ def clean_stem(prompt: str, openings: Iterable[str], controls: re.Pattern | None
 
 
 def one_of(strings: Iterable[str]) -> re.Pattern | None:
-    """Finds any of `strings`, the longest first; None where there are none."""
+    """A pattern that finds any of `strings`, the longest first; None where there are none."""
     known = sorted({string for string in strings if string}, key=lambda string: (-len(string), string))
     return re.compile("|".join(map(re.escape, known))) if known else None
