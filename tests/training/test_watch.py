@@ -32,7 +32,7 @@ def test_a_student_that_turns_nan_ends_the_run_and_the_last_good_checkpoint_is_k
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 4}
     trainer = build(**saving, **settings, callbacks=[Poison(3)])
     with pytest.raises(
-        FloatingPointError, match="NaN or infinite after step 3.*resume_from_checkpoint=True goes on from"
+        FloatingPointError, match="NaN or infinite after step 3.*resume_from_checkpoint=True (goes on|continues) from"
     ):
         trainer.train()
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
@@ -54,7 +54,7 @@ def test_a_student_whose_logits_overflow_while_it_writes_is_told_so(build):
     trainer = build()
     head = trainer.model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, output: output * math.inf)
-    with pytest.raises(FloatingPointError, match="model that writes has logits that are NaN or infinite"):
+    with pytest.raises(FloatingPointError, match="model that writes has NaN or infinite logits"):
         trainer.train()
 
 

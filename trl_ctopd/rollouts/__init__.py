@@ -1,1 +1,1 @@
-"""How the text of an optimizer step comes about: prompts, the student's writing, pairing with the teacher's reading."""
+"""The text of an optimizer step: prompts, the student's completions, and their pairing with the teacher's tokens."""

@@ -1,11 +1,12 @@
-"""Writing: prompts in, completions out, by transformers' own generation with a KV cache.
+"""How a model writes: prompts in, completions out, by transformers' own generation with a KV cache.
 
-Decisions: one call for all prompts it is given, in the order of their length, unless `generation_batch_size` cuts it;
-nothing shapes the distribution but the run's own settings. Rows that have ended leave the batch: whenever half of them
-have, the call ends and the others go on, in one of their own: from the cache they have, or, where a model keeps more
-than plain keys and values, by reading their text anew. Where the model stays shared out (`gather_for_generation=False`) and
-every process must make the same calls, and with further `generation_kwargs`, some of which count from the start of a call,
-they stay.
+Decisions
+- All prompts are written for in one call, sorted by length, unless `generation_batch_size` splits them.
+- Only the run's own settings shape the distribution.
+- Rows that have ended leave the batch. Whenever half of the rows have ended, the call ends, and the others continue in a
+  new call: from their KV cache or, where a model keeps more than plain keys and values, after reading their text again.
+- Rows stay where the model stays sharded (`gather_for_generation=False`), since every process must then make the same calls,
+  and with `generation_kwargs`, some of which count from the start of a call.
 """
 
 import copy
@@ -39,27 +40,27 @@ from .pairing import Prompt, pad_rows
 
 Written = tuple[list[int], list[float] | None]
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-# what `generate` takes and gives back: transformers 5.24 renamed it
+# the name of the cache in what `generate` takes and returns: transformers 5.24 renamed it
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 class Writer(Protocol):
-    """Writes as the student. All processes call it, each with its own prompts, which may be none."""
+    """Writes as the student. All processes call it, each with its own prompts, of which there may be none."""
 
     def __call__(self, model: nn.Module, prompts: list[Prompt], step: int) -> list[Written]:
         """
         Args:
-            model: the student, as it is wrapped for training.
-            step: optimizer steps taken.
+            model: the student, wrapped for training.
+            step: number of optimizer steps taken.
 
         Returns:
-            For each prompt the student ids of a completion, up to and including its first stop token; and the log-probs in
-            nats that they were drawn with, where the writer's are not those of `model`.
+            For each prompt, the student ids of a completion up to and including its first stop token; and the log-probs in
+            nats that they were sampled with, where the writer samples from another distribution than `model`'s.
         """
 
 
 class TransformersWriter:
-    """A [`Writer`] by the student's own `generate`, as `config` and `args` tell."""
+    """A [`Writer`] by the student's own `generate`, under `config` and `args`."""
 
     def __init__(self, config: GenerationConfig, accelerator, args: CrossTokenizerGKDConfig):
         self._config, self._accelerator, self._args = config, accelerator, args
@@ -70,7 +71,7 @@ class TransformersWriter:
 
 
 def sampling_config(args: CrossTokenizerGKDConfig, stop_ids: list[int], pad_token_id: int) -> GenerationConfig:
-    """How a model writes under `args`."""
+    """The generation config of a run with `args`."""
     settings = {
         "do_sample": True,
         "max_new_tokens": args.max_new_tokens,
@@ -95,10 +96,10 @@ def write(
     backend: str = "transformers",
 ) -> list[list[int]]:
     """
-    Completions of `prompts` (token ids) in their order, each up to and including its first stop token.
+    Completions of `prompts` (token ids) in the same order, each up to and including its first stop token.
 
-    `model` may be wrapped (DDP, DeepSpeed) and have gradient checkpointing on; it comes back as it was. `backend` is one
-    of `GENERATION_BACKENDS`.
+    `model` may be wrapped (DDP, DeepSpeed) and have gradient checkpointing on; its state is restored afterwards. `backend`:
+    one of `GENERATION_BACKENDS`.
     """
     if not prompts:
         return []
@@ -138,23 +139,23 @@ def write(
 
 @contextmanager
 def _logits_are_finite():
-    """Says so in words where they are not; torch names the probabilities that it cannot draw from."""
+    """Explains logits that are not finite. torch's own error speaks of a probability tensor."""
     try:
         yield
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise
         raise FloatingPointError(
-            "The model that writes has logits that are NaN or infinite, though its weights are finite: they overflow in its dtype. "
-            "Load it in bfloat16 or float32, lower learning_rate, or clip gradients (max_grad_norm); resume_from_checkpoint=True "
-            "goes on from the last checkpoint."
+            "The model that writes has NaN or infinite logits, though its weights are finite: they overflow in its dtype. "
+            "Load it in bfloat16 or float32, lower learning_rate, or clip gradients (max_grad_norm). "
+            "resume_from_checkpoint=True continues from the last checkpoint."
         ) from error
 
 
 @contextmanager
 def _old_names_of_checkpointing():
-    """TRL calls `gradient_checkpointing_enable` and its kin, which transformers has renamed: three warnings a step, about
-    which who trains can do nothing."""
+    """TRL calls `gradient_checkpointing_enable` and the like, which transformers has renamed: three warnings a step that the
+    user can do nothing about."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
         yield
@@ -168,15 +169,15 @@ def _generate(
     together: bool = False,
     device: torch.device | None = None,
 ) -> list[list[int]]:
-    """Completions with whatever stands after their first stop token. With `together`, every process makes as many forward
-    passes as the others."""
+    """Completions, with whatever follows their first stop token. `together`: every process makes the same number of forward
+    passes."""
     width, limit = max(map(len, prompts)), config.max_new_tokens
     device = device or model.get_input_embeddings().weight.device
-    flipped = [prompt[::-1] for prompt in prompts]  # padded on the left
+    flipped = [prompt[::-1] for prompt in prompts]  # for padding on the left
     sequences = pad_rows(flipped, width, config.pad_token_id).flip(1).to(device)
     mask = pad_rows([[1] * len(prompt) for prompt in prompts], width, 0).flip(1).to(device)
     written = torch.full((len(prompts), limit), config.pad_token_id, device=device)
-    rows = torch.arange(len(prompts), device=device)  # that are still being written
+    rows = torch.arange(len(prompts), device=device)  # the rows that are still being written
     stop_ids = torch.tensor(config.eos_token_id, device=device)
     if isinstance(model, PeftModel):
         check_prompt_learning(model.active_peft_config)
@@ -205,16 +206,16 @@ def _generate(
 
 
 def _cut(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cache | None:
-    """The cache of these rows alone; `None` where the model keeps anything else of a batch, in it or beside it."""
+    """The cache of these rows; `None` where the model keeps any other state of a batch, in the cache or outside it."""
     plain = type(cache) is DynamicCache and all(type(layer) in _PLAIN_LAYERS for layer in cache.layers)
     if not plain or _has_virtual_tokens(model) or any(hasattr(module, "rope_deltas") for module in model.modules()):
         return None
-    cache.batch_select_indices(rows.cpu())  # layers may be on several devices
+    cache.batch_select_indices(rows.cpu())  # layers may be on different devices
     return cache
 
 
 class _HalfHaveEnded(StoppingCriteria):
-    """Ends the call for all rows as soon as half of them have written a stop token, without waiting for the device."""
+    """Ends the call for all rows once half of them have written a stop token, without waiting for the device."""
 
     def __init__(self, stop_ids: torch.Tensor, rows: int):
         self._stop_ids = stop_ids
@@ -228,7 +229,7 @@ class _HalfHaveEnded(StoppingCriteria):
 def _generate_continuously(
     model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, settings: dict
 ) -> list[list[int]]:
-    """By continuous batching: a paged cache, and the next prompt begins where a row has ended."""
+    """By continuous batching, with a paged cache: when a row ends, the next prompt begins."""
     if _has_virtual_tokens(model):
         raise ValueError(
             "generation_backend='transformers_continuous' would leave out the virtual tokens of a prompt-learning "
@@ -237,7 +238,7 @@ def _generate_continuously(
     defaults = {
         "seed": int(torch.randint(2**31, ())),
         "max_memory_percent": 0.5,  # the rest is for training
-        "drop_unsupported_processors": False,  # they belong to the distribution that was asked for
+        "drop_unsupported_processors": False,  # the user asked for them, and they shape the distribution
     }
     found = model.generate_batch(
         prompts,
@@ -256,10 +257,10 @@ def _generate_continuously(
 
 def check_prompt_learning(config: PeftConfig):
     """
-    Raises `ValueError` for an adapter with virtual tokens that PEFT would write without.
+    Raises `ValueError` for an adapter whose virtual tokens PEFT would leave out in generation.
 
-    Where transformers calls its cache `cache`, PEFT's `generate` (0.21.2, the newest that was tried) looks for it under the
-    old name, finds none, and the text is not the one that the adapter's own forward passes would write.
+    Where transformers names its cache `cache`, PEFT's `generate` (0.21.2, the newest one tested) looks for the old name and
+    does not find it. The text is then not what the adapter's own forward passes would write.
     """
     if config.is_prompt_learning and _CACHE == "cache":
         raise ValueError(
@@ -275,8 +276,8 @@ def _has_virtual_tokens(model: nn.Module) -> bool:
 
 @contextmanager
 def _ready_to_generate(model: nn.Module, config: GenerationConfig):
-    """Eval mode, and no generation setting but ours: transformers fills gaps from the model's own generation config,
-    where a repetition penalty may hide that the scored distribution knows nothing of."""
+    """Eval mode, and only our generation settings: transformers fills gaps from the model's own generation config, which may
+    hold a repetition penalty that the scored distribution does not have."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     training, original = model.training, base.generation_config
     model.eval()

@@ -1,4 +1,4 @@
-"""The figures of completions before they are scored: (sum, weight) each, which add up over micro-batches and processes."""
+"""Metrics of completions before they are scored: (sum, weight) each, which add up over micro-batches and processes."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ from .pairing import Rollout
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
-    """What can be said of completions before they are scored; every masked token counts in `alignment/masked_fraction`,
-    and the bytes masked for each reason in a figure of their own. Padding rows count nowhere."""
+    """Metrics of completions before they are scored. `alignment/masked_fraction` counts every masked token, and each reason for
+    masking has a metric of its own, in bytes. Padding rows do not count."""
     rollouts = [rollout for rollout in rollouts if not rollout.prompt.is_padding]
     rows = len(rollouts)
     tokens = sum(len(rollout.student_ids) for rollout in rollouts)

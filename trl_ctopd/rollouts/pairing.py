@@ -1,7 +1,7 @@
-"""A rollout: one completion, written down once in student tokens and once in the teacher's, with their chunks.
+"""A rollout: one completion, tokenized by the student and by the teacher, with the chunks that both share.
 
 Lists of ids in, padded tensors out. Rows are prompt + completion padded on the right, so that positions are right for
-every kind of position embedding; index i of a chunk tensor belongs to the token at i + 1, as log-probs do.
+every kind of position embedding. Index i of a chunk tensor belongs to the token at i + 1, as for log-probs.
 """
 
 import json
@@ -20,14 +20,14 @@ from ..text.sections import SectionAligner
 
 @dataclass(frozen=True)
 class Reopened:
-    """A prompt whose last `dropped` ids give way to `added`."""
+    """An edit of a prompt's end: drops the last `dropped` ids and appends `added`."""
 
     dropped: int = 0
     added: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, ids: Sequence[int], others: Sequence[int]) -> "Reopened":
-        """How `others` come from `ids`."""
+        """The edit that turns `ids` into `others`."""
         shared = 0
         for ours, theirs in zip(ids, others, strict=False):
             if ours != theirs:
@@ -44,9 +44,10 @@ class Frame:
     """How the two templates write the turn after a prompt, where it does not begin with the answer on both sides.
 
     Attributes:
-        plain, stem: the teacher's prompt up to a finished turn's answer, and up to what all its turns begin with.
-        reference: the student's prompt up to where its reference begins.
-        student, teacher: how each template writes the turn (`Turn.to_json`); "" where the student's knows an answer only.
+        plain: edit of the teacher's prompt to the one before the answer of a finished turn.
+        stem: edit of the teacher's prompt to the one that all its turns begin with.
+        reference: edit of the student's prompt to the one before its reference.
+        student, teacher: how each template writes the turn (`Turn.to_json`); "" where the student's turns are only answers.
     """
 
     plain: Reopened = Reopened()
@@ -65,7 +66,7 @@ class Frame:
         )
 
     def to_json(self) -> str:
-        """ "" for a frame that says nothing."""
+        """ "" for the default frame."""
         if self == Frame():
             return ""
         parts = {name: [part.dropped, part.added] for name, part in vars(self).items() if isinstance(part, Reopened)}
@@ -83,9 +84,17 @@ def _read_frame(text: str) -> Frame:
 
 @dataclass
 class Prompt:
-    """One dataset row, rendered for both models: token ids, the reference in student ids if there is one, which of several
-    teachers reads it, and a `Frame` as JSON. `is_padding`: the row is there only to make its batch as
-    large as the others, and nothing of it is scored; another process or an earlier batch has it too."""
+    """
+    One dataset row, rendered for both models.
+
+    Attributes:
+        student_ids, teacher_ids: the prompt in the tokens of each.
+        reference_ids: the reference completion in student ids, if there is one.
+        teacher: name of the teacher that reads it, where there are several.
+        frame: a `Frame` as JSON.
+        is_padding: whether the row only fills up its batch. Another process or an earlier batch has it too, and nothing of it
+            is scored.
+    """
 
     student_ids: list[int]
     teacher_ids: list[int]
@@ -99,18 +108,22 @@ class Prompt:
         return _read_frame(self.frame)
 
     def before_reference(self) -> "Prompt":
-        """The prompt as the student would have read it before the reference."""
+        """The prompt as the student reads it before the reference."""
         return replace(self, student_ids=self.framed.reference(self.student_ids))
 
 
 @dataclass
 class Rollout:
     """
-    A completion of `prompt`: `student_ids` with their chunk and their bytes (S,), `teacher_ids` with their chunk (T,);
-    -1 takes no part. `ended` tells whether the writer ended its turn, `unread` whether the teacher's context is too
-    short for it. `teacher_prompt_ids` are what the teacher reads first, its turn opened as its template opens a finished one:
-    a text beyond its context keeps its place with one token and nothing to score, so that all processes run the same number
-    of forward passes.
+    A completion of `prompt`, with S student tokens and T teacher tokens.
+
+    Attributes:
+        student_ids, student_chunks, student_widths (S,): each token, its chunk (-1 = takes no part), and its bytes.
+        teacher_ids, teacher_chunks (T,): each token and its chunk.
+        ended: whether the writer ended its turn.
+        unread: whether the teacher's context is too short. The row then keeps one teacher token and nothing to score, so that
+            all processes run the same number of forward passes.
+        teacher_prompt_ids: what the teacher reads before the completion, its turn opened as in a finished turn.
     """
 
     prompt: Prompt
@@ -137,22 +150,22 @@ def pair(
     sections: SectionAligner | None = None,
 ) -> list[Rollout]:
     """
-    Sets each completion beside the teacher's tokenization of its text.
+    Pairs each completion with the teacher's tokens of its text.
 
     The end of the turn is one event with two spellings: with `eos_policy="bridge"` the student's stop token and the
     teacher's turn end are one chunk; with `"mask"` the student's stop token takes no part and the teacher reads no end.
-    A completion cut off before its end has none on either side. Where prompt and completion exceed `teacher_context`
-    the row takes no part, and neither does a padding row.
+    A completion that was cut off has no end on either side. Rows that exceed `teacher_context`, prompt included, take no
+    part, nor do padding rows.
 
     Args:
         prompts: B prompts.
         completions: B lists of student ids, up to and including the first stop token.
         aligner: of the two tokenizers.
-        turn_ends: for each student id that ends a turn, the teacher's ids that do, at least one.
+        turn_ends: for each student id that ends a turn, the teacher's ids for a turn end, at least one.
         eos_policy: `"bridge"` or `"mask"`.
         teacher_context: tokens the teacher can read, None for no limit.
-        sections: aligns the completions that have sections by the markup of their prompt's frame; None where the teacher reads
-            the student's own ids, and its turn from the generation prompt on.
+        sections: aligns completions that have sections (thought, answer, calls), by the markup of their prompt's frame. None
+            where the teacher reads the student's own ids and its turn begins after the generation prompt.
     """
     assert all(turn_ends.values()), "a turn end without tokens would cost the teacher nothing"
     ended = [bool(ids) and ids[-1] in turn_ends for ids in completions]
@@ -168,91 +181,68 @@ def pair(
         frame = prompt.framed
         if parsed:
             whole = sections(ids, end, parsed, frame.student, frame.teacher)
-            alignment, student_widths = whole.alignment, whole.widths
+            alignment, widths = whole.alignment, whole.widths
             before = prompt.teacher_ids if whole.on_tail else frame.stem(prompt.teacher_ids)
             before = [*before, *whole.opening]
-            rollouts.append(
-                _rollout(
-                    prompt,
-                    ids,
-                    end,
-                    alignment,
-                    alignment.student.chunks,
-                    student_widths,
-                    alignment.teacher.ids,
-                    alignment.teacher.chunks,
-                    alignment.num_chunks,
-                    before,
-                    teacher_context,
-                )
-            )
-            continue
-        student, teacher, num_chunks = alignment.student, alignment.teacher, alignment.num_chunks
-        student_chunks, student_widths = student.chunks, student.widths
-        teacher_ids, teacher_chunks = teacher.ids, teacher.chunks
-        if end:
-            bridged = eos_policy == "bridge"
-            student_chunks = np.append(student_chunks, num_chunks if bridged else -1)
-            student_widths = np.append(student_widths, 0)
-            if bridged:
-                turn_end = turn_ends[ids[-1]]
-                teacher_ids = [*teacher_ids, *turn_end]
-                teacher_chunks = np.append(teacher_chunks, [num_chunks] * len(turn_end))
-                num_chunks += 1
-        before = frame.plain(prompt.teacher_ids) if sections else prompt.teacher_ids
-        rollouts.append(
-            _rollout(
-                prompt,
-                ids,
-                end,
-                alignment,
-                student_chunks,
-                student_widths,
-                teacher_ids,
-                teacher_chunks,
-                num_chunks,
-                before,
-                teacher_context,
-            )
+        else:
+            widths = alignment.student.widths
+            before = frame.plain(prompt.teacher_ids) if sections else prompt.teacher_ids
+        rollout = Rollout(
+            prompt=prompt,
+            student_ids=ids,
+            student_chunks=alignment.student.chunks,
+            student_widths=widths,
+            teacher_ids=alignment.teacher.ids,
+            teacher_chunks=alignment.teacher.chunks,
+            num_chunks=alignment.num_chunks,
+            ended=end,
+            unread=False,
+            alignment=alignment,
+            teacher_prompt_ids=before,
         )
+        if end and not parsed:
+            rollout = _with_turn_end(rollout, turn_ends[ids[-1]] if eos_policy == "bridge" else ())
+        rollouts.append(_within(rollout, teacher_context))
     return rollouts
 
 
-def _rollout(
-    prompt: Prompt,
-    ids: list[int],
-    ended: bool,
-    alignment: TextAlignment,
-    student_chunks: np.ndarray,
-    student_widths: np.ndarray,
-    teacher_ids: list[int],
-    teacher_chunks: np.ndarray,
-    num_chunks: int,
-    before: list[int],
-    teacher_context: int | None,
-) -> Rollout:
-    """`before`: what the teacher reads first."""
-    unread = teacher_context is not None and len(before) + len(teacher_ids) > teacher_context
-    if unread or prompt.is_padding:
-        student_chunks = np.full_like(student_chunks, -1)
-        teacher_ids, teacher_chunks, num_chunks = [], teacher_chunks[:0], 0
-    return Rollout(
-        prompt,
-        ids,
-        student_chunks,
-        student_widths,
-        teacher_ids,
-        teacher_chunks,
-        num_chunks,
+def _with_turn_end(rollout: Rollout, turn_end: Sequence[int]) -> Rollout:
+    """Adds the student's stop token: one chunk with the teacher's `turn_end`, or without part where that is empty."""
+    chunk = rollout.num_chunks if turn_end else -1
+    ended = replace(
+        rollout,
+        student_chunks=np.append(rollout.student_chunks, chunk),
+        student_widths=np.append(rollout.student_widths, 0),
+    )
+    if not turn_end:
+        return ended
+    return replace(
         ended,
-        unread,
-        alignment,
-        before[:1] if unread else before,
+        teacher_ids=[*rollout.teacher_ids, *turn_end],
+        teacher_chunks=np.append(rollout.teacher_chunks, [chunk] * len(turn_end)),
+        num_chunks=chunk + 1,
+    )
+
+
+def _within(rollout: Rollout, teacher_context: int | None) -> Rollout:
+    """The rollout; without scored tokens if its row is padding or longer than the teacher's context."""
+    length = len(rollout.teacher_prompt_ids) + len(rollout.teacher_ids)
+    unread = teacher_context is not None and length > teacher_context
+    if not unread and not rollout.prompt.is_padding:
+        return rollout
+    return replace(
+        rollout,
+        student_chunks=np.full_like(rollout.student_chunks, -1),
+        teacher_ids=[],
+        teacher_chunks=rollout.teacher_chunks[:0],
+        num_chunks=0,
+        unread=unread,
+        teacher_prompt_ids=rollout.teacher_prompt_ids[:1] if unread else rollout.teacher_prompt_ids,
     )
 
 
 def grouped_by_length(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The rows of `batches`, dealt again so that like lengths meet, the longest first; each batch keeps its size."""
+    """The rows of `batches`, redistributed by length, the longest first. Each batch keeps its size."""
     rows = iter(sorted((row for batch in batches for row in batch), key=lambda row: -lengths[row]))
     return [list(islice(rows, len(batch))) for batch in batches]
 
@@ -262,11 +252,17 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
     A micro-batch of tensors on the CPU.
 
     Returns:
-        `input_ids`, `labels` (B, 1 + S), padded at the end, which no token before can see: `labels` holds the ids that are
-        scored, -100 elsewhere; `scored` (2, n): row of each scored token, and column of the one before it, -1 being a
-        row's last; `padding_rows` (B,), True for padding rows; `student_chunks`, `student_widths` (B, S);
-        `teacher_chunks`, `teacher_ids` (B, T); `prompt_lengths` (B,), the index of each row's first completion token;
-        `lengths` (B,), of prompt and completion; `num_chunks` (`int`), at least 1; `frames`, those of the B prompts.
+        A `dict` of
+        `input_ids` (B, 1 + S): prompt and completion, padded at the end;
+        `labels` (B, 1 + S): the ids that are scored, -100 elsewhere;
+        `scored` (2, n): row of each scored token, and column of the token before it, counted from the end (-1 is the last);
+        `padding_rows` (B,): True for padding rows;
+        `student_chunks`, `student_widths` (B, S): chunk (-1 = takes no part) and bytes of each student token;
+        `teacher_chunks`, `teacher_ids` (B, T);
+        `prompt_lengths` (B,): index of each row's first completion token;
+        `lengths` (B,): tokens of prompt and completion;
+        `num_chunks` (`int`): the largest number of chunks of a row, at least 1;
+        `frames`: the frames of the B prompts.
     """
     rows = [[*rollout.prompt.student_ids, *rollout.student_ids] for rollout in rollouts]
     length = max(len(row) for row in rows)
@@ -295,19 +291,19 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
 
 
 def on_grid(values: torch.Tensor, scored: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """`values` (n,) of the tokens that `collate` calls `scored`, as (B, S), 0 elsewhere."""
+    """`values` (n,) of the tokens that `collate` returns as `scored`, as (B, S), 0 elsewhere."""
     grid = torch.zeros(input_ids.shape, dtype=values.dtype, device=input_ids.device)
     return grid.index_put(tuple(scored), values.to(grid.device))[:, :-1]
 
 
 def on_columns(values: Sequence[Sequence[float]], batch: dict) -> torch.Tensor:
-    """`values`, one for each completion token of each row of a batch that `collate` made, as (B, S), 0 elsewhere."""
+    """`values`: one list a row, one number a completion token of a batch from `collate`. As (B, S), 0 elsewhere."""
     starts = batch["prompt_lengths"].tolist()
     return pad_rows(values, batch["input_ids"].shape[1], 0.0, starts)[:, 1:].float()
 
 
 def pad_scores(scores: Sequence[torch.Tensor], length: int) -> torch.Tensor:
-    """B teacher rows of shape (T_b, ...) as one (B, `length`, ...) tensor, 0 where a row has ended."""
+    """B rows of shape (T_b, ...) as one (B, `length`, ...) tensor, 0 past the end of a row."""
     padded = scores[0].new_zeros(len(scores), length, *scores[0].shape[1:])
     for row, score in enumerate(scores):
         padded[row, : len(score)] = score
@@ -317,7 +313,7 @@ def pad_scores(scores: Sequence[torch.Tensor], length: int) -> torch.Tensor:
 def pad_rows(
     rows: Sequence[Sequence[float]], length: int, value: float, starts: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """(B, `length`) of B rows of numbers of the kind of `value`, each from its start on (0 without `starts`), `value` elsewhere."""
+    """B rows of numbers as (B, `length`), in the type of `value`. Each begins at its start (0 without `starts`); `value` elsewhere."""
     padded = np.full((len(rows), length), value)
     for row, (own, start) in enumerate(zip(rows, starts or [0] * len(rows), strict=True)):
         padded[row, start : start + len(own)] = own

@@ -1,14 +1,14 @@
-"""The student's completions from vLLM, by TRL's `VLLMGeneration`: at a server, or beside the training on its GPU.
+"""The student's completions from vLLM, through TRL's `VLLMGeneration`: at a server, or on the training GPU.
 
 Decisions
-- Before a step's completions the engine is given the student's weights as they are, an adapter's merged.
-- The engine's kernels are not the trainer's, so it samples from a distribution that differs a little. It tells the
-  log-prob of each token it drew, after temperature and cuts, and each token's advantage is weighed by
+- Before it writes a step's completions, the engine gets the student's current weights, with an adapter merged.
+- The engine's kernels are not the trainer's, so it samples from a slightly different distribution. It returns the log-prob of
+  each token it sampled, after temperature and truncation (top-p and so on). Each token's advantage is weighted by
   min(exp(log p of the trainer − log p of the engine), `vllm_importance_sampling_clip_max`), as TRL's GRPO does with
-  `token_truncate`; how far apart the two are is logged.
-- What TRL needs of all processes alike, the same number of prompts, is filled up with prompts that are thrown away.
+  `token_truncate`. The difference between the two is logged.
+- TRL needs the same number of prompts on all processes. Missing ones are filled up with prompts whose completions are dropped.
 
-Left out: draws that a checkpoint could repeat (the engine has its own), structured outputs, images.
+Left out: sampling that a checkpoint could repeat (the engine has its own random state), structured outputs, images.
 """
 
 import logging
@@ -31,13 +31,13 @@ MODES = ("server", "colocate")
 
 
 def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
-    """Raises `ValueError` for settings that vLLM cannot write under."""
+    """Raises `ValueError` for settings that vLLM cannot write with."""
     if args.vllm_mode not in MODES:
         raise ValueError(f"Unknown vllm_mode {args.vllm_mode!r}: choose one of {', '.join(MODES)}.")
     if args.generation_backend != "transformers" or args.generation_batch_size is not None:
         raise ValueError(
             f"use_vllm=True writes in place of generation_backend={args.generation_backend!r} and batches by itself: leave "
-            "generation_backend and generation_batch_size as they come."
+            "generation_backend and generation_batch_size at their defaults."
         )
     if further := sorted(set(args.generation_kwargs or {}) - {"repetition_penalty"}):
         raise ValueError(
@@ -46,15 +46,15 @@ def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
         )
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
-            "use_vllm=True gives the engine the weights with the adapter merged, and a prompt-learning adapter has none to "
-            "merge: choose LoRA, or use_vllm=False."
+            "use_vllm=True gives the engine the weights with the adapter merged, and a prompt-learning adapter cannot be "
+            "merged: choose LoRA, or use_vllm=False."
         )
     if args.vllm_mode == "server" and args.vllm_enable_sleep_mode:
-        raise ValueError("vllm_enable_sleep_mode is for an engine beside the training: set vllm_mode='colocate'.")
+        raise ValueError("vllm_enable_sleep_mode is for an engine on the training GPU: set vllm_mode='colocate'.")
     if args.vllm_mode == "colocate" and not model.name_or_path:
         raise ValueError(
-            "vllm_mode='colocate' loads the student from its folder or hub name before it is given the weights, and this model "
-            "was made in place: save it, and pass the folder."
+            "vllm_mode='colocate' first loads the student from its folder or hub name, and this model was created in memory: "
+            "save it, and pass the folder."
         )
 
 
@@ -71,7 +71,7 @@ class VLLMWriter:
         check_vllm(model, args)
         self._stop_ids = set(stop_ids)
         self._accelerator = accelerator
-        self._step = None  # whose weights the engine has
+        self._step = None  # the step whose weights the engine has
         self._engine = VLLMGeneration(
             model=model,
             accelerator=accelerator,
@@ -91,19 +91,19 @@ class VLLMWriter:
             top_k=args.top_k,
             min_p=args.min_p or 0.0,
             max_completion_length=args.max_new_tokens,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # only of the sampled token
             generation_kwargs={"stop_token_ids": list(stop_ids)},
         )
         if args.vllm_mode == "server" and accelerator.is_main_process:
             mode = self._engine.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
             if mode != "processed_logprobs":
                 raise ValueError(
-                    f"The student's vLLM server runs with `--logprobs-mode {mode}`, and its log-probs would not be those it "
-                    "sampled with: start it with `--logprobs-mode processed_logprobs`."
+                    f"The student's vLLM server runs with `--logprobs-mode {mode}`, so its log-probs would not be those that it "
+                    "samples with: start it with `--logprobs-mode processed_logprobs`."
                 )
 
     def __call__(self, model: nn.Module, prompts: list[Prompt], step: int) -> list[Written]:
-        """See [`Writer`]; the log-probs are those that the engine drew with. `model` is the one that it was built with."""
+        """See [`Writer`]. The log-probs are those that the engine sampled with. `model` must be the one given to `__init__`."""
         if step != self._step:
             self._engine.sync_weights()
             self._step = step
@@ -123,8 +123,8 @@ class VLLMWriter:
 @torch.no_grad()
 def importance(batch: ScoredChunks, sampled: torch.Tensor, clip_max: float) -> tuple[torch.Tensor, Metrics]:
     """
-    min(exp(log p − log q), `clip_max`) of shape (B, S), for the log-probs p of `batch`'s policy and q = `sampled` (B, S), those
-    its tokens were drawn with; 1 where q is not known. And how far apart they are, over the scored tokens.
+    min(exp(log p − log q), `clip_max`) of shape (B, S), where p is `batch`'s policy and q = `sampled` (B, S) are the log-probs
+    that its tokens were sampled with; 1 where q is not known. Also metrics of their difference over the scored tokens.
     """
     known = (batch.student_chunks >= 0) & torch.isfinite(sampled)
     difference = (batch.policy_log_probs - sampled).masked_fill(~known, 0)
