@@ -1,4 +1,4 @@
-"""The settings: `GKDConfig` plus what a second tokenizer brings, with the paper's defaults."""
+"""The settings: those of `GKDConfig` and those that a second tokenizer needs, with the paper's defaults."""
 
 import copy
 import warnings
@@ -27,9 +27,9 @@ _OWNED_BY_TRAINER = {
 @dataclass
 class CrossTokenizerGKDConfig(GKDConfig):
     r"""
-    Configuration of [`CrossTokenizerGKDTrainer`]: only what is new or has another default than in
-    [`~trl.experimental.gkd.GKDConfig`], which see for the rest. `loss_type` keeps its SFT meaning and is not used here;
-    the method is `distillation_loss`. `beta` belongs to GKD's own loss and has no effect.
+    Configuration of [`CrossTokenizerGKDTrainer`]. It lists only fields that are new or have another default than in
+    [`~trl.experimental.gkd.GKDConfig`]; all others are inherited. The method is `distillation_loss`. `loss_type` belongs to
+    SFT and `beta` to GKD's own loss: neither has an effect.
 
     A prompt is never truncated. `per_device_train_batch_size` counts prompts: a micro-batch holds
     `per_device_train_batch_size * num_generations` completions.
@@ -56,14 +56,14 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=1.0,
         metadata={
             "help": "Sampling temperature of the student. Both models' log-probs are taken at the same temperature, so "
-            "that what is scored is the distribution that wrote; at 1.0 the gap is the reverse KL itself."
+            "that the scored distribution is the sampled one. At 1.0 the gap is the reverse KL itself."
         },
     )
     lmbda: float = field(
         default=1.0,
         metadata={
             "help": "Share of micro-batches that the student writes itself (1.0: all, fully on-policy). The others use "
-            "the dataset's completions, or the teacher's with `seq_kd`, and `off_policy_loss`."
+            "the dataset's completions, or with `seq_kd` the teacher's, and are trained with `off_policy_loss`."
         },
     )
     max_length: int | None = field(
@@ -74,26 +74,26 @@ class CrossTokenizerGKDConfig(GKDConfig):
         },
     )
 
-    # Inherited, said more exactly
+    # Inherited, with a more exact help text
     seq_kd: bool = field(
         default=False,
         metadata={
-            "help": "Let the teacher write the completions of the micro-batches that the student does not (`lmbda` < 1), "
+            "help": "Let the teacher write the completions of the micro-batches that the student does not write (`lmbda` < 1), "
             "instead of taking the dataset's."
         },
     )
     max_new_tokens: int = field(
         default=128,
         metadata={
-            "help": "Longest completion in tokens. One that does not end within it is cut off, has no turn end to learn "
-            "from, and counts in completions/truncated_fraction; references are cut there too."
+            "help": "Longest completion in tokens. A longer one is cut off, has no turn end to learn from, and counts in "
+            "completions/truncated_fraction. References are cut off there too."
         },
     )
     beta: float = field(
-        default=0.5, metadata={"help": "Of GKD's own loss, which this trainer does not use: no effect."}
+        default=0.5, metadata={"help": "Belongs to GKD's own loss, which this trainer does not use: no effect."}
     )
     loss_type: str = field(
-        default="nll", metadata={"help": "Of SFT, not used here: no effect. The method is `distillation_loss`."}
+        default="nll", metadata={"help": "Belongs to SFT, not used here: no effect. The method is `distillation_loss`."}
     )
 
     # The method
@@ -107,37 +107,39 @@ class CrossTokenizerGKDConfig(GKDConfig):
     event: str | None = field(
         default=None,
         metadata={
-            "help": "What a chunk's score is about in dpca, and no other loss: closed (its tokens, and that the teacher's last one "
-            "ends there: a student that equals its teacher stays), or open (its tokens, as in the paper). None: closed, but "
-            "open with credit previous."
+            "help": "For dpca only: the event that a chunk's score is the log-prob of. closed: the chunk's tokens, and that the "
+            "teacher's last token ends there; a student that equals its teacher stays as it is. open: the chunk's tokens only, as "
+            "in the paper. None: closed, but open with credit previous."
         },
     )
     credit: str | None = field(
         default=None,
         metadata={
-            "help": "How dpca, and no other loss, shares a chunk's gap among its student tokens: semantic (by log-prob, "
-            "the paper's), uniform, byte_length, last, macro (each token gets the whole gap: the chunk as one action; "
-            "without a clip, the unbiased gradient of each chunk's reverse KL given the text before it), or previous (macro, "
-            "and a chunk's first token gets the gap of the chunk before too: open chunks that keep the fixed point, from "
-            "log-probs alone). None: macro with closed chunks, semantic with open ones."
+            "help": "For dpca only: how a chunk's gap is shared among its student tokens. semantic (by log-prob, as in the "
+            "paper), uniform, byte_length, last, macro (each token gets the whole gap: the chunk is one action; without a clip, "
+            "this is the unbiased gradient of each chunk's reverse KL given the text before it), or previous (macro, and a "
+            "chunk's first token also gets the gap of the chunk before: open chunks that keep the fixed point, from log-probs "
+            "alone). None: macro with closed chunks, semantic with open ones."
         },
     )
     advantage_clip: float | None = field(
         default=10.0,
         metadata={
-            "help": "Bound in nats on each token's advantage in dpca, reverse_kl and strict_sampled; lower is steadier and slower. "
-            "None: no bound."
+            "help": "Bound in nats on each token's advantage in dpca, reverse_kl and strict_sampled. A lower bound is steadier "
+            "and slower. None: no bound."
         },
     )
     distillation_loss_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Further settings of `distillation_loss`; an unknown one is an error that lists the known."},
+        metadata={
+            "help": "Further settings of `distillation_loss`. An unknown one is an error that lists the known ones."
+        },
     )
     off_policy_loss: str = field(
         default="alm",
         metadata={
-            "help": "Loss for text the student did not write (`lmbda` < 1), where a policy gradient is wrong. A "
-            "`distillation_loss` that is right on any text uses itself."
+            "help": "Loss for text that the student did not write (`lmbda` < 1), where a policy gradient would be wrong. A "
+            "`distillation_loss` that is valid on any text is used there too."
         },
     )
     off_policy_loss_kwargs: dict[str, Any] | str | None = field(
@@ -146,8 +148,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
     logit_tile_tokens: int = field(
         default=1024,
         metadata={
-            "help": "Memory of the losses on whole distributions: as much as this many tokens' float32 logits of both "
-            "models, however long the texts. Changes no result."
+            "help": "Memory of the losses on whole distributions, given as a number of tokens: as much as the float32 logits of "
+            "both models take for so many tokens, however long the texts are. Changes no result."
         },
     )
     eos_policy: str = field(
@@ -160,47 +162,49 @@ class CrossTokenizerGKDConfig(GKDConfig):
     markup_policy: str = field(
         default="bridge",
         metadata={
-            "help": "What stands between a completion's sections (thought, answer, calls): bridge (the student's markup and the "
-            "teacher's for the same place are one chunk) or mask (it is not scored, as under losses on whole distributions)."
+            "help": "The markup between a completion's sections (thought, answer, calls): bridge (the student's markup and the "
+            "teacher's at the same place are one chunk) or mask (it is not scored; always so under losses on whole distributions)."
         },
     )
     thought_policy: str = field(
         default="mask",
         metadata={
-            "help": "A thought for which the teacher's template has no place: mask (the teacher does not read it) or text (the "
+            "help": "A thought that the teacher's template has no place for: mask (the teacher does not read it) or text (the "
             "teacher reads it as the beginning of the answer)."
         },
     )
 
-    # Writing
+    # Generation
     num_generations: int = field(
         default=1,
-        metadata={"help": "Completions a prompt. More lower the gradient's variance a prompt, at proportional cost."},
+        metadata={
+            "help": "Completions for each prompt. More of them lower the gradient's variance, at proportional cost."
+        },
     )
     top_p: float = field(
         default=1.0,
-        metadata={"help": "Nucleus sampling. Below 1 the rollouts no longer follow the policy that is scored."},
+        metadata={"help": "Nucleus sampling. Below 1, rollouts no longer follow the policy that is scored."},
     )
     top_k: int = field(
-        default=0, metadata={"help": "Sample among the k likeliest tokens only; 0: all. See `top_p` for the price."}
+        default=0, metadata={"help": "Sample only among the k most likely tokens; 0: all. Same cost as `top_p`."}
     )
     min_p: float | None = field(
         default=None,
         metadata={
-            "help": "Drop tokens below this share of the likeliest one's probability. See `top_p` for the price."
+            "help": "Drop tokens with less than this share of the most likely token's probability. Same cost as `top_p`."
         },
     )
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Further `GenerationConfig` fields, e.g. repetition_penalty or bad_words_ids. See `top_p` for the price."
+            "help": "Further `GenerationConfig` fields, e.g. repetition_penalty or bad_words_ids. Same cost as `top_p`."
         },
     )
 
     generation_backend: str = field(
         default="transformers",
         metadata={
-            "help": "How the student writes: transformers (one `generate` call a step; rows that have ended leave it) or "
+            "help": "How the student generates: transformers (one `generate` call a step; rows that have ended leave it) or "
             "transformers_continuous (`generate_batch`: paged cache and continuous batching, for a GPU and many completions "
             "of uneven length)."
         },
@@ -208,16 +212,15 @@ class CrossTokenizerGKDConfig(GKDConfig):
     gather_for_generation: bool = field(
         default=True,
         metadata={
-            "help": "Gather a student that ZeRO-3 or FSDP2 has sharded whole on every device while it writes, and with `seq_kd` "
-            "the teacher: much faster. False: for models too large for one device. (`ds3_gather_for_generation` elsewhere in "
-            "TRL.)"
+            "help": "Gather a student that ZeRO-3 or FSDP2 has sharded on every device for generation, and with `seq_kd` the "
+            "teacher too: much faster. False: for models too large for one device. (Elsewhere in TRL: `ds3_gather_for_generation`.)"
         },
     )
     generation_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Completions written at the same time, prompts of like length together: a memory setting. None: all of "
-            "an optimizer step's."
+            "help": "Completions that are generated at the same time, prompts of similar length together: a memory setting. "
+            "None: all of an optimizer step."
         },
     )
     transformers_continuous_batching_config: dict[str, Any] | str | None = field(
@@ -231,7 +234,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     use_vllm: bool = field(
         default=False,
         metadata={
-            "help": "Let vLLM write the student's completions, through TRL's `VLLMGeneration`. How to install it: "
+            "help": "Let vLLM generate the student's completions, through TRL's `VLLMGeneration`. Installation: "
             "docs/remote_teacher.md."
         },
     )
@@ -246,10 +249,10 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=None, metadata={"help": "http://host:port of the student's vLLM server. None: http://0.0.0.0:8000."}
     )
     vllm_server_timeout: float = field(
-        default=240.0, metadata={"help": "Seconds that the student's vLLM server is waited for at the start."}
+        default=240.0, metadata={"help": "Seconds to wait for the student's vLLM server at the start."}
     )
     vllm_group_port: int = field(
-        default=51216, metadata={"help": "Port over which that server is given the student's weights."}
+        default=51216, metadata={"help": "Port over which the student's weights are sent to that server."}
     )
     vllm_gpu_memory_utilization: float = field(
         default=0.3, metadata={"help": "Share of the GPU's memory for a colocated engine."}
@@ -259,30 +262,30 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=None, metadata={"help": "Longest prompt plus completion of a colocated engine. None: the model's own."}
     )
     vllm_enable_sleep_mode: bool = field(
-        default=False, metadata={"help": "Free a colocated engine's memory while the student learns."}
+        default=False, metadata={"help": "Free a colocated engine's memory during the training step."}
     )
     vllm_importance_sampling_clip_max: float = field(
         default=3.0,
         metadata={
-            "help": "vLLM's kernels sample from a distribution that differs a little from the one trained: dpca and "
-            "strict_sampled weigh each token by the ratio of the two, up to this bound."
+            "help": "vLLM's kernels sample from a slightly different distribution than the one that is trained. dpca and "
+            "strict_sampled weight each token by the ratio of the two, up to this bound."
         },
     )
 
-    # Using it
+    # Use of the rollouts
     length_grouped: bool = field(
         default=True,
         metadata={
-            "help": "Deal a step's completions to its micro-batches by length, the longest first: less padding, the same "
-            "gradient. Completions of one prompt may come into several micro-batches."
+            "help": "Distribute a step's completions over its micro-batches by length, the longest first: less padding, the same "
+            "gradient. Completions of one prompt may end up in different micro-batches."
         },
     )
     rollout_reuse: int = field(
         default=1,
         metadata={
-            "help": "Optimizer steps taken on the same completions and scores. Above 1, dpca and strict_sampled weigh each "
-            "token by how much likelier it has become, within PPO's bounds (`clip_ratio_low`, `clip_ratio_high`). A "
-            "checkpoint between two of them keeps the completions."
+            "help": "Optimizer steps on the same completions and scores. Above 1, dpca and strict_sampled weight each token by "
+            "its probability ratio to the policy that wrote it, within PPO's bounds (`clip_ratio_low`, `clip_ratio_high`). A "
+            "checkpoint between two of these steps keeps the completions."
         },
     )
     clip_ratio_low: float = field(
@@ -298,8 +301,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
     overlong_prompts: str = field(
         default="error",
         metadata={
-            "help": "Rows whose prompts leave no room for a completion (`max_length` with `max_new_tokens`; the context of the "
-            "teacher's server): error, or drop, with a line in the log that counts and names them."
+            "help": "What to do with rows whose prompts leave no room for a completion (`max_length` with `max_new_tokens`; the "
+            "context of the teacher's server): error, or drop, with a log line that counts and names them."
         },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
@@ -309,7 +312,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Variables for the teacher's chat template; they win over a row's own. None: the student's, row by row too."
+            "help": "Variables for the teacher's chat template; they override a row's own. None: the student's, row by row too."
         },
     )
 
@@ -317,27 +320,27 @@ class CrossTokenizerGKDConfig(GKDConfig):
     teacher_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Hub name or folder of the teacher, or http://host:port of a server that has it, where the trainer is given "
-            "no `teacher_model`. Beside `teacher_server_url`: the model that is served, whose tokenizer is loaded here."
+            "help": "Hub name or folder of the teacher, or http://host:port of a server that has it; used if the trainer is given "
+            "no `teacher_model`. Together with `teacher_server_url`: the served model, whose tokenizer is loaded here."
         },
     )
     teacher_server_url: list[str] | None = field(
         default=None,
         metadata={
-            "help": "http://host:port of a server with the teacher (vLLM, SGLang, or completions with `echo` as Fireworks has "
-            "them), or of several, which share the work. For losses on log-probs, at temperature 1."
+            "help": "http://host:port of a server with the teacher (vLLM, SGLang, or completions with `echo` as at Fireworks), "
+            "or of several servers, which share the work. For losses on log-probs, at temperature 1."
         },
     )
     teacher_server_model: str | None = field(
         default=None,
         metadata={
-            "help": "What the server calls the model, where that is neither `teacher_model_name_or_path` nor the only one there."
+            "help": "The model's name at the server, if it is not `teacher_model_name_or_path` and not the only model there."
         },
     )
     teacher_server_api_key_env: str = field(
         default="TEACHER_SERVER_API_KEY",
         metadata={
-            "help": "Name of the environment variable with the server's API key, not the key itself, which is kept nowhere."
+            "help": "Name of the environment variable with the server's API key. Not the key itself, which is never stored."
         },
     )
     teacher_server_concurrency: int = field(
@@ -345,36 +348,36 @@ class CrossTokenizerGKDConfig(GKDConfig):
     )
     teacher_server_timeout: float = field(
         default=120.0,
-        metadata={"help": "Seconds that a request to the server may take in all, before it is tried again."},
+        metadata={"help": "Seconds that one request to the server may take in all, before it is tried again."},
     )
     teacher_server_retries: int = field(
         default=8,
         metadata={
-            "help": "Failures in a row that a server may have after the first, with pauses from half a second to 30 between "
-            "them; where every server has had them, training ends with an error, and the last checkpoint resumes."
+            "help": "Failures in a row that a server may have after the first, with pauses of half a second up to 30 between "
+            "them. When every server has failed so often, training ends with an error and can resume from the last checkpoint."
         },
     )
     teacher_server_patience: float = field(
         default=600.0,
         metadata={
-            "help": "Seconds without an answer from any server, while completions wait for one, after which training ends, "
+            "help": "Seconds without an answer from any server, while completions wait for one, until training ends, "
             "however many tries are left."
         },
     )
     teacher_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Completions in one teacher forward pass; a memory setting that changes no result. None: as many as a "
-            "student micro-batch holds."
+            "help": "Completions in one teacher forward pass: a memory setting that changes no result. None: as many as in a "
+            "student micro-batch."
         },
     )
 
-    # Looking at it
+    # Logging
     log_completions: bool = field(
         default=False,
         metadata={
-            "help": "Print a table of sampled completions with their gap at each logging step, and send it to TensorBoard, "
-            "wandb or trackio where `report_to` names them."
+            "help": "Print a table of sampled completions with their gaps at each logging step, and send it to those of "
+            "TensorBoard, wandb and trackio that `report_to` names."
         },
     )
     num_completions_to_print: int = field(
@@ -384,7 +387,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=False,
         metadata={
             "help": "Keep a page `report.html` in output_dir up to date: curves, sample completions with their credit, "
-            "settings, and warnings in words. It shows prompts, and goes with `push_to_hub`."
+            "settings, and warnings in words. It shows prompts, and is uploaded by `push_to_hub`."
         },
     )
 
@@ -443,8 +446,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
             )
         if self.accelerator_config.dispatch_batches:
             raise ValueError(
-                "accelerator_config has dispatch_batches=True, which would have one process cut up the batches of the others, and "
-                "prompts are no tensors: leave it out."
+                "accelerator_config has dispatch_batches=True, with which one process would split its batches among the others, and "
+                "prompts are not tensors: leave it out."
             )
         self.accelerator_config.dispatch_batches = False  # a stream's default is True
         self._check_generation_kwargs()
@@ -452,7 +455,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
             setattr(self, name, _with_dtype(name, getattr(self, name)))
         if self.seq_kd and self.lmbda == 1.0:
             raise ValueError(
-                "seq_kd=True lets the teacher write what the student does not, and lmbda=1.0 leaves it nothing: set lmbda below 1."
+                "seq_kd=True lets the teacher write what the student does not, and with lmbda=1.0 the student writes all: set lmbda "
+                "below 1."
             )
         if not self.temperature > 0:
             raise ValueError(
@@ -466,7 +470,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         allowed = [name for name, loss in LOSSES.items() if loss.policy != "on"]
         if self.off_policy_loss not in allowed:
             known = isinstance(self.off_policy_loss, str) and self.off_policy_loss in LOSSES
-            problem = "cannot learn from text the student did not write" if known else "is no loss known here by name"
+            problem = "cannot learn from text the student did not write" if known else "is not the name of a loss"
             raise ValueError(f"off_policy_loss {self.off_policy_loss!r} {problem}: choose one of {', '.join(allowed)}.")
 
     def _check_generation_kwargs(self):
@@ -474,7 +478,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         if "stop_strings" in asked:
             raise ValueError(
                 f"generation_kwargs has stop_strings={self.generation_kwargs['stop_strings']!r}: a completion that ends at a "
-                "string has no turn end that the teacher could judge. The student's turn ends at its stop tokens: add a token "
+                "string has no turn end that the teacher could score. The student's turn ends at its stop tokens: add a token "
                 "to `eos_token_id` of its generation config instead."
             )
         if owned := sorted(asked & _OWNED_BY_TRAINER):
@@ -487,7 +491,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
             )
 
     def to_dict(self):
-        """Without what is secret: it goes to loggers, to the card and to the report."""
+        """The settings without secrets, since they go to loggers, to the model card and to the report."""
         return redacted({**super().to_dict(), "distillation_loss": loss_name(self.distillation_loss)})
 
     def __str__(self):
@@ -497,8 +501,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
     __repr__ = __str__
 
     def __getstate__(self):
-        # saved beside checkpoints, where a function of a notebook or a closure could not be, and pushed with the weights,
-        # where what is secret is not to be
+        # pickled beside checkpoints, where a notebook's function or a closure could not be, and uploaded with the weights,
+        # where secrets must not be
         shown = {name: redacted(value, name) for name, value in self.__dict__.items()}
         shown = {name: None if value == HIDDEN else value for name, value in shown.items()}
         return {**shown, "distillation_loss": saved_loss(self.distillation_loss)}
@@ -519,13 +523,13 @@ class CrossTokenizerGKDConfig(GKDConfig):
 
 
 def _with_dtype(name: str, kwargs: dict | None) -> dict | None:
-    """`kwargs` of `from_pretrained` with `dtype` in the place of its old name, which beside a default of `dtype` would have no
-    effect."""
+    """`kwargs` of `from_pretrained` with `torch_dtype` renamed to `dtype`. Beside the default for `dtype`, the old name would
+    have no effect."""
     if not kwargs or "torch_dtype" not in kwargs:
         return kwargs
     kwargs = dict(kwargs)
     dtype = kwargs.pop("torch_dtype")
     if str(kwargs.get("dtype", dtype)) != str(dtype):
-        raise ValueError(f"{name} has dtype={kwargs['dtype']!r} and torch_dtype={dtype!r}: say `dtype` alone.")
+        raise ValueError(f"{name} has dtype={kwargs['dtype']!r} and torch_dtype={dtype!r}: set only `dtype`.")
     warnings.warn(f"{name}: `torch_dtype` is the old name of `dtype`, which is set to {dtype}.", stacklevel=4)
     return {**kwargs, "dtype": dtype}

@@ -68,27 +68,26 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     Overrides, all else is inherited from `GKDTrainer`, `SFTTrainer` and `Trainer`:
     - `__init__`, `_prepare_dataset`, `predict`: there are two vocabularies, and rows are rendered for both models;
-    - `get_train_dataloader`, `_get_train_sampler`: with `rollout_reuse`, a step's prompts come several times over;
+    - `get_train_dataloader`, `_get_train_sampler`: with `rollout_reuse`, the prompts of a step are repeated;
     - `get_batch_samples`, `prediction_step`, `evaluation_loop`: rollouts take the place of prompts;
     - `training_step`, `compute_loss`, `_prepare_input`: the loss reads chunks that both models have scored;
-    - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`: a run that was killed goes on from a
-      whole checkpoint, with the rollouts that it had still to use;
-    - `log`, `create_model_card`, `_save`: what distillation adds to the figures and to the card.
+    - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`: a run that was killed resumes from a
+      complete checkpoint, with the rollouts that were not yet used;
+    - `log`, `create_model_card`, `_save`: distillation's own metrics and model card.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
-        teacher_model (`str`, `list` of `str`, `PreTrainedModel`, or `dict` of them): the teacher, by name, as
-            `http://host:port` of a server that has it (or several), or as a module, which is frozen and put in eval mode;
-            the one that `args` name when `None`. A `dict` holds several by name, of which each row's `teacher` column
-            chooses one.
+        teacher_model (`str`, `list` of `str`, `PreTrainedModel`, or `dict` of them): the teacher: a hub name or folder, the
+            address `http://host:port` of a server (or several), or a module, which is frozen and put in eval mode. `None`: as
+            set in `args`. A `dict` holds several teachers by name, and each row's `teacher` column chooses one.
         args ([`CrossTokenizerGKDConfig`], *optional*): the settings.
         train_dataset (`Dataset` or `IterableDataset`): rows with `prompt`, `prompt` and `completion`, or `messages`,
             each conversational or (the first two) plain text; optional `tools` and `chat_template_kwargs`.
         eval_dataset (`Dataset`, `IterableDataset` or `dict` of them, *optional*): prompts to evaluate on, on-policy.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer; loaded from the model when
             `None`.
-        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; loaded from the teacher when
-            `None`; a `dict` of them for several.
+        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's tokenizer, or a `dict` for several
+            teachers; loaded from the teacher when `None`.
         callbacks (`list` of `TrainerCallback`, *optional*), optimizers (`tuple`): as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): train an adapter instead of the whole student.
     """
@@ -96,7 +95,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     _tag_names = ["trl", "ctopd", "on-policy-distillation"]
     _name = "DPCA"
     _paper = {"title": card.PAPERS["dpca"].title, "id": card.PAPERS["dpca"].arxiv}
-    loss_is_scaled_for_ga = True  # every loss is a sum divided by the step's own token count
+    loss_is_scaled_for_ga = True  # every loss is divided by the token count of the whole step
 
     def __init__(
         self,
@@ -132,7 +131,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self._pending = checkpoints.PendingRollouts(args)
         self._samples, self._card = Samples(), RunCard()
         self._sampling = SamplingWatch(args)
-        self._lineage = checkpoints.Lineage([("", None)])  # until a run begins
+        self._lineage = checkpoints.Lineage([("", None)])  # replaced when a run begins
 
         finite = FiniteWeights()
         reports = [DistillationReportCallback()] if args.report else []
@@ -150,7 +149,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         check_run(args, self.accelerator, self.model, processing_class, self.train_dataset, self.eval_dataset)
         finite.accelerator = self.accelerator
         keep_scores_in_float32(self.accelerator)
-        # Trainer counts a step's tokens only for models that take loss kwargs; the loss here always needs the count
+        # Trainer counts a step's tokens only for models that take loss kwargs. The loss here always needs the count.
         self.model_accepts_loss_kwargs = True
         self.stop_ids = prepare_student(self.model, self.student_side, args)
         self.generation_config = sampling_config(args, self.stop_ids, processing_class.pad_token_id)
@@ -163,18 +162,18 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
         check_losses(losses, self.model, self.panel, lambda: self.vocabulary)
         for on_policy in (True, False):
-            self._tables_for(on_policy)  # built before any training time is spent
-        # What GKDTrainer's own methods and callers read
+            self._tables_for(on_policy)  # build them before training time is spent
+        # Read by GKDTrainer's own methods and by its callers
         self.lmbda, self.beta, self.temperature, self.seq_kd = args.lmbda, args.beta, args.temperature, args.seq_kd
         set_seed(args.seed, device_specific=True)
         if is_in_notebook():
-            from .looking.notebook import show_figures  # needs IPython
+            from .looking.notebook import show_figures  # imports IPython
 
             show_figures(self)
 
     def _init_without_shared_vocabulary(self, model, **kwargs):
-        """`GKDTrainer.__init__` refuses two vocabularies, and what else it sets up is replaced here; so its own parent,
-        `SFTTrainer`, is built instead."""
+        """Calls the `__init__` of `SFTTrainer`, the parent of `GKDTrainer`. `GKDTrainer.__init__` raises an error for two
+        vocabularies, and everything else that it sets up is replaced here."""
         super(GKDTrainer, self).__init__(model, **kwargs)
 
     # The two conversations
@@ -185,17 +184,17 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     @property
     def teacher(self) -> LocalTeacher | RemoteTeacher:
-        """The only one."""
+        """The teacher, where there is only one."""
         return self.panel.only.teacher
 
     @property
     def teacher_model(self) -> nn.Module:
-        """The only teacher's, in this process."""
+        """The teacher's module, where there is only one teacher and it is in this process."""
         return self.teacher.model
 
     @property
     def teacher_processing_class(self) -> PreTrainedTokenizerBase:
-        """The only teacher's."""
+        """The teacher's tokenizer, where there is only one teacher."""
         return self.panel.only.tokenizer
 
     @cached_property
@@ -214,11 +213,11 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self._signature_columns = COLUMNS
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        """The prompts of each optimizer step come `rollout_reuse` times, so that steps, epochs and resuming count as ever."""
+        """The prompts of each optimizer step, `rollout_reuse` times, so that steps, epochs and resuming count as usual."""
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         if args.rollout_reuse == 1:
-            # else Accelerate's sampler takes the process's own seed, and each would share out another order of the rows
+            # otherwise Accelerate's sampler takes each process's own seed, and each would split the rows in another order
             self.accelerator.dataloader_config.data_seed = seed
             return super()._get_train_sampler(train_dataset)
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
@@ -228,13 +227,13 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         if self.args.rollout_reuse > 1:
-            loader.set_sampler(self._get_train_sampler())  # where a resumed run looks for it, to tell it the epoch
+            loader.set_sampler(self._get_train_sampler())  # a resumed run sets the epoch there
         return loader
 
     # Rollouts
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """One optimizer step's micro-batches: prompts in, rollouts scored by the teacher out, and the number of scored
+        """One optimizer step's micro-batches: prompts in; rollouts scored by the teacher out, and N, the number of scored
         student tokens over all micro-batches and processes."""
         self._timers["train"].begin()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -244,14 +243,14 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         if step % self.args.rollout_reuse == 0 or not pending.batches:
             pending.clear()
             window = [batch["prompts"] for batch in batches]
-            if self.args.rollout_reuse == 1:  # else the sampler deals whole steps alone
+            if self.args.rollout_reuse == 1:  # otherwise the sampler yields only whole steps
                 window[-1] = self.rollouts.mark_padding_rows(window[-1])
             with self.rollouts.seeded(step):
                 pending.batches = self._roll_out(self.model_wrapped, window, "train")
         return pending.batches, self._get_num_items_in_batch(pending.batches, device)
 
     def _roll_out(self, model: nn.Module, window: list[list[Prompt]], mode: str) -> list[dict]:
-        """Completions for all prompts of `window` in one go, scored by the teacher and cut into micro-batches again."""
+        """Completions for all prompts of `window` in one call, scored by the teacher and split into micro-batches."""
         self._samples.clear()
         batches, metrics = self.rollouts.roll_out(model, window, self.state.global_step, mode, self._timers[mode])
         self._meters[mode].add(metrics)
@@ -261,7 +260,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         found = checkpoints.to_resume_from(resume_from_checkpoint, self.args.output_dir)
-        self._meters["train"].clear()  # of a run before that was interrupted
+        self._meters["train"].clear()  # may hold metrics of an earlier run that was interrupted
         self._lineage = checkpoints.begin(found, self.args, self._identity)
         return super().train(found, *args, **kwargs)
 
@@ -281,7 +280,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         super()._save_rng_state(output_dir)
         if self.state.global_step % self.args.rollout_reuse:
             self._pending.save(output_dir)
-        self.accelerator.wait_for_everyone()  # what marks a whole checkpoint comes next
+        self.accelerator.wait_for_everyone()  # the next step marks the checkpoint as complete
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -291,15 +290,15 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     # Loss
 
     def _prepare_input(self, data):
-        """On the device, in the precision it has: Trainer's own rounds to DeepSpeed's, log-probs too."""
+        """Moves `data` to the device and keeps its precision. Trainer's own would round to DeepSpeed's, log-probs too."""
         return send_to_device(data, self.args.device)
 
     def training_step(self, *args, **kwargs):
         with self._timers["train"]("student"):
-            return super(GKDTrainer, self).training_step(*args, **kwargs)  # GKDTrainer's own would generate here
+            return super(GKDTrainer, self).training_step(*args, **kwargs)  # GKDTrainer's own would generate first
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of a micro-batch of rollouts. `num_items_in_batch` is the step's N; the batch's own when `None`."""
+        """The loss of a micro-batch of rollouts. `num_items_in_batch`: N of the whole step; that of the batch when `None`."""
         if return_outputs:
             raise ValueError("The logits are never built, so compute_loss has no outputs to return.")
         mode = "train" if model.training else "eval"
@@ -309,14 +308,14 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             num_items = batch.scored_tokens if num_items_in_batch is None else num_items_in_batch
             loss, metrics = checked(self._loss_for(inputs["on_policy"])(batch, torch.as_tensor(num_items).clamp(min=1)))
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # N counts every process, and DDP averages over them
+                loss = loss * self.accelerator.num_processes  # N counts all processes, and DDP averages over them
 
             if batch.imbalance is not None:
                 self._meters[mode].add({"aux_loss": (batch.imbalance.detach(), 1)})
-                if model.training:  # a mean over micro-batches, as the loss of SFTTrainer has it
+                if model.training:  # a mean over micro-batches, as in SFTTrainer
                     loss = loss + self.router_aux_loss_coef * batch.imbalance / self.current_gradient_accumulation_steps
             self._meters[mode].add(metrics)
-            if batch.old_log_probs is None:  # text of the student as it is now
+            if batch.old_log_probs is None:  # the student has not been updated since it wrote
                 if inputs["on_policy"]:
                     self._meters[mode].add(sampling_metrics(batch, entropy))
                 self._meters[mode].add(chunk_metrics(batch, entropy, inputs["padding_rows"]))
@@ -355,18 +354,18 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         with timer("student"), torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(batch))
         tokens = (batch["student_chunks"] >= 0).sum().item()
-        self._meters["eval"].add({"loss": (loss * tokens, torch.tensor(tokens))})  # Trainer's own mean is one over rows
+        self._meters["eval"].add({"loss": (loss * tokens, torch.tensor(tokens))})  # Trainer's own is a mean over rows
         timer.end()
         return loss.detach(), None, None
 
     def predict(self, test_dataset, *args, **kwargs):
-        """As `evaluate`, it takes rows as they come."""
+        """Takes an unrendered dataset, as `evaluate` does."""
         rendered = self._prepare_dataset(test_dataset, self.processing_class, self.args, False, None, "test")
         return super().predict(rendered, *args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
-        self._meters["eval"].clear()  # of one before that was interrupted, or that nothing was logged of
-        # the same draws at every evaluation, so that two of them compare
+        self._meters["eval"].clear()  # may hold metrics of an earlier evaluation that was interrupted or not logged
+        # the same seed for every evaluation, so that two of them can be compared
         with left_unprepared(self.model, self.accelerator), self.rollouts.seeded(-1):
             return super().evaluation_loop(*args, **kwargs)
 
@@ -387,15 +386,15 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self, prompts: Sequence[str | list[dict] | Mapping], max_new_tokens: int | None = None
     ) -> list[dict[str, str | list[dict]]]:
         """
-        Prints the greedy answers of the student before its training, of the student now and of the teacher side by side.
+        Prints the greedy answers of the untrained student, of the student now and of the teacher side by side.
 
         Args:
             prompts: plain texts, conversations (lists of messages) or dataset rows, rendered as in training.
-            max_new_tokens: of each answer; as in training when `None`. Never past a model's context.
+            max_new_tokens: length of each answer; as in training when `None`. Never beyond a model's context.
 
         Returns:
-            A `dict` a prompt: `prompt`, `student_before` (with an adapter only, which is switched off for it),
-            `student_now`, `teacher`. Every process of a distributed run must call it.
+            A `dict` for each prompt: `prompt`, `student_before` (only with an adapter, which is switched off for it),
+            `student_now`, `teacher`. Every process of a distributed run must call this method.
         """
         return compare(self, prompts, max_new_tokens)
 
@@ -410,9 +409,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         folder = output_dir or self.args.output_dir
-        if self.args.should_save:  # every process comes here under DDP
-            card.remove_unreadable(folder)  # PEFT would read it, before it has saved a weight
+        if self.args.should_save:  # under DDP every process comes here
+            card.remove_unreadable(folder)  # PEFT reads the card before it saves the weights, and would fail
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            # over the placeholder card that PEFT leaves, which names the base model's folder
+            # replaces PEFT's placeholder card, which names the base model's folder
             self._card.write(self, folder)

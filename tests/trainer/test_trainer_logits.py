@@ -207,7 +207,7 @@ def test_vocabularies_without_a_shared_token_are_refused_before_training(build, 
             "off_policy_loss_kwargs has no effect",
         ),
         ({"off_policy_loss": "bpm"}, "'bpm' cannot learn from text .*: choose one of alm, uld, .*sft"),
-        ({"off_policy_loss": "alme"}, "'alme' is no loss known here by name: choose one of alm"),
+        ({"off_policy_loss": "alme"}, "'alme' is not the name of a loss: choose one of alm"),
         ({"logit_tile_tokens": 0}, "logit_tile_tokens must be at least 1, got 0"),
     ],
 )

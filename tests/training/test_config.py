@@ -100,7 +100,7 @@ def test_the_old_name_of_dtype_is_taken_with_one_warning(name):
         args = config(**{name: {"torch_dtype": "bfloat16", "revision": "main"}})
     assert getattr(args, name) == {"revision": "main", "dtype": "bfloat16"}
     assert len([warning for warning in said if "torch_dtype" in str(warning.message)]) == 1
-    with pytest.raises(ValueError, match="dtype='float32' and torch_dtype='bfloat16': say `dtype` alone"):
+    with pytest.raises(ValueError, match="dtype='float32' and torch_dtype='bfloat16': set only `dtype`"):
         config(**{name: {"torch_dtype": "bfloat16", "dtype": "float32"}})
 
 
