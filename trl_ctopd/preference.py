@@ -296,6 +296,7 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
         if not self._weighers:
             return [torch.full((rollout.num_chunks,), args.weight_scale) for rollout in rollouts]
         texts = [r.teacher_prompt_ids for r in rollouts], [r.teacher_ids for r in rollouts]
+        texts = *texts, [r.other_ends for r in rollouts]
         positive, negative = (teacher.log_probs(*texts) for teacher in self._weighers)
         weights = []
         for row, rollout in enumerate(rollouts):

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from trl_ctopd import TextAligner, token_bytes
 from trl_ctopd.losses import DPCA, ScoredChunks
-from trl_ctopd.rollouts.pairing import Prompt, collate, pad_scores, pair
+from trl_ctopd.rollouts.pairing import Frame, Prompt, collate, pad_scores, pair
 
 
 CORPUS = ["the seven hens then saw that there were three", "zwölf Hühner sahen dreißig Häuser", "1 + 12 = 13, 456"] * 9
@@ -134,6 +134,18 @@ def test_a_completion_cut_off_has_no_end_on_either_side(eos_policy):
     assert len(rollout.student_chunks) == len(rollout.student_ids) and min(rollout.student_chunks) == 0
     assert not set(TURN_END) & set(rollout.teacher_ids)
     assert max(rollout.student_chunks) == max(rollout.teacher_chunks) == rollout.num_chunks - 1
+
+
+@pytest.mark.parametrize(("is_text", "ids", "others"), [(True, TURN_END[1:], (9,)), (False, TURN_END, ())])
+def test_a_plain_text_ends_with_any_stop_of_the_teachers_and_a_turn_as_its_template_writes_it(is_text, ids, others):
+    prompt = replace(PROMPT, frame=Frame(is_text=is_text).to_json())
+    ends = {EOS: [TURN_END[1], 9]}
+    cut, whole = paired([ids_of("the hens"), [*ids_of("the hens"), EOS]], [prompt, prompt], text_ends=ends)
+    assert (whole.teacher_ids, whole.other_ends) == ([*cut.teacher_ids, *ids], others)
+    assert cut.other_ends == ()
+    for own in ({"teacher_context": 3}, {"eos_policy": "mask"}):
+        [left] = paired([[*ids_of("the hens"), EOS]], [prompt], text_ends=ends, **own)
+        assert left.other_ends == (), own
 
 
 def test_a_stop_token_that_is_not_the_last_ends_nothing_and_takes_no_part():

@@ -75,6 +75,29 @@ def test_log_probs_are_those_of_the_same_teacher_in_this_process_in_the_order_of
     assert_right(scores(connect(server.url)), right)
 
 
+@pytest.mark.parametrize("served", [False, True])
+def test_a_last_token_that_stands_for_several_has_the_log_prob_of_any_of_them(serve, right, served):
+    teacher = (
+        connect(serve().url) if served else LocalTeacher(teacher_model(**SHARP), Accelerator(cpu=True), batch_size=3)
+    )
+
+    def read(completions, others=None):
+        asked = texts()[0], completions, others
+        if not served:
+            return teacher.log_probs(*asked)
+        found = teacher.start(*asked)
+        return [found.row(row) for row in range(len(found))]
+
+    others = [(7, 9), (), (11,), *[()] * 5]
+    found = read(texts()[1], others)
+    assert_right([own[:-1] for own in found], [own[:-1] for own in right])
+    for row, own in enumerate(others):
+        alone = [read([c[:-1] + [end] for c in texts()[1]])[row][-1] for end in (texts()[1][row][-1], *own)]
+        expected = torch.stack(alone).double().logsumexp(0).float()
+        torch.testing.assert_close(found[row][-1], expected, rtol=0, atol=1e-5)
+    assert found[0][-1] > right[0][-1]
+
+
 def test_requests_are_bounded_in_number_and_share_their_connections(serve, right):
     server = serve(fault=lambda n, payload: "delay", delay=0.03)
     teacher = connect(server.url, concurrency=3)

@@ -559,10 +559,33 @@ def test_a_prefilled_think_that_is_closed_again_is_no_prefill():
 @pytest.mark.parametrize("name", [*CHATTERS, "gpt2"])
 def test_a_reference_is_its_text_and_the_turn_end(name):
     side = speaker(name)
-    for conversation in (Conversation([USER], REFERENCE), Conversation(USER["content"], REFERENCE["content"])):
-        ids = side.reference_ids(conversation)
-        assert ids[-1:] == side.turn_end
-        assert side.tokenizer.decode(ids[:-1]).strip() == REFERENCE["content"]
+    ids = side.reference_ids(Conversation([USER], REFERENCE))
+    assert ids[-1:] == side.turn_end
+    assert side.tokenizer.decode(ids[:-1]).strip() == REFERENCE["content"]
+
+
+@pytest.mark.parametrize("name", [*CHATTERS, "gpt2"])
+def test_a_reference_in_plain_text_ends_with_the_eos_token_and_no_templates_turn_end(name):
+    side = speaker(name)
+    ids = side.reference_ids(Conversation(USER["content"], REFERENCE["content"]))
+    assert ids[-1] == side.tokenizer.eos_token_id
+    assert side.tokenizer.decode(ids[:-1]).strip() == REFERENCE["content"]
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("qwen2.5", ["<|im_end|>", "<|endoftext|>"]),
+        ("llama-3.2", ["<|eot_id|>", "<|end_of_text|>"]),
+        ("phi-3-mini", ["<|endoftext|>", "<|end|>"]),
+        ("mistral-v3", ["</s>"]),
+        ("smollm2-instruct", ["<|im_end|>", "<|endoftext|>"]),
+        ("gpt2", ["<|endoftext|>"]),
+    ],
+)
+def test_a_plain_text_may_end_as_a_turn_does_or_as_texts_of_pretraining_do(name, ends):
+    side = speaker(name)
+    assert side.tokenizer.convert_ids_to_tokens(side.text_ends(side.stop_ids())) == ends
 
 
 def test_a_control_string_in_a_reference_is_text():

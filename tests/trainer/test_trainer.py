@@ -326,8 +326,8 @@ def test_nan_teacher_log_probs_never_reach_the_weights(build):
     trainer = fix_rollouts(build(**SGD))
     score = trainer.teacher.log_probs
 
-    def broken(prompts, completions):
-        scores = score(prompts, completions)
+    def broken(*texts):
+        scores = score(*texts)
         scores[0][:] = float("nan")
         scores[1][0] = float("-inf")
         return scores
@@ -338,6 +338,29 @@ def test_nan_teacher_log_probs_never_reach_the_weights(build):
     assert torch.isfinite(weights(trainer)).all()
     assert torch.isfinite(torch.tensor([log["loss"], log["gap/nats_per_byte"]])).all()
     assert 0 < log["alignment/neutralised_fraction"] < 1
+
+
+def test_a_plain_rows_end_is_scored_as_any_of_the_teachers_stops(build):
+    teacher = teacher_model(initializer_range=0.3)
+    stops = [teacher_tokenizer().eos_token_id, 100]
+    teacher.generation_config.eos_token_id = stops
+    rows = Dataset.from_list([{"prompt": f"What is {n} plus" + " and two" * n} for n in range(4)])
+    trainer = fix_rollouts(build(teacher=teacher, dataset=rows, length_grouped=False))
+    prompts = trainer.data_collator(list(trainer.train_dataset))["prompts"]
+    [batch] = trainer._roll_out(trainer.model, [prompts], "train")
+    ended = 0
+    for row, prompt in enumerate(prompts):
+        chunks = batch["teacher_chunks"][row]
+        last = int((chunks >= 0).nonzero()[-1])
+        if batch["teacher_ids"][row, last] not in stops:
+            continue
+        ids = torch.tensor([[*prompt.teacher_ids, *batch["teacher_ids"][row, :last].tolist()]])
+        with torch.no_grad():
+            expected = teacher.double()(ids).logits[0, -1].log_softmax(-1)[stops].logsumexp(0)
+        teacher.float()
+        assert batch["teacher_log_probs"][row, last].item() == pytest.approx(expected.item(), abs=1e-4)
+        ended += 1
+    assert ended
 
 
 def test_a_text_beyond_the_teachers_context_is_masked_and_counted(build):

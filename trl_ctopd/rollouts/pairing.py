@@ -48,6 +48,7 @@ class Frame:
         stem: edit of the teacher's prompt to the one that all its turns begin with.
         reference: edit of the student's prompt to the one before its reference.
         student, teacher: how each template writes the turn (`Turn.to_json`); "" where the student's turns are only answers.
+        is_text: whether the row is plain text, which no template writes.
     """
 
     plain: Reopened = Reopened()
@@ -55,6 +56,7 @@ class Frame:
     reference: Reopened = Reopened()
     student: str = ""
     teacher: str = ""
+    is_text: bool = False
 
     @classmethod
     def of(cls, student: Opened, teacher: Opened, reference_prompt: list[int]) -> "Frame":
@@ -63,22 +65,27 @@ class Frame:
             Reopened.of(teacher.ids, teacher.stem),
             Reopened.of(student.ids, reference_prompt),
             *(("", "") if student.is_simple else (student.turn.to_json(), teacher.turn.to_json())),
+            is_text=teacher.is_text,
         )
 
     def to_json(self) -> str:
         """ "" for the default frame."""
         if self == Frame():
             return ""
-        parts = {name: [part.dropped, part.added] for name, part in vars(self).items() if isinstance(part, Reopened)}
-        return json.dumps({**parts, "student": self.student, "teacher": self.teacher}, ensure_ascii=False)
+        parts = {
+            name: [part.dropped, part.added] if isinstance(part, Reopened) else part
+            for name, part in vars(self).items()
+        }
+        return json.dumps(parts, ensure_ascii=False)
 
 
 @lru_cache(maxsize=4096)
 def _read_frame(text: str) -> Frame:
     parts = json.loads(text) if text else {}
-    for name in parts.keys() - {"student", "teacher"}:
-        dropped, added = parts[name]
-        parts[name] = Reopened(dropped, tuple(added))
+    for name, part in parts.items():
+        if isinstance(part, list):
+            dropped, added = part
+            parts[name] = Reopened(dropped, tuple(added))
     return Frame(**parts)
 
 
@@ -124,6 +131,7 @@ class Rollout:
         unread: whether the teacher's context is too short. The row then keeps one teacher token and nothing to score, so that
             all processes run the same number of forward passes.
         teacher_prompt_ids: what the teacher reads before the completion, its turn opened as in a finished turn.
+        other_ends: the ids with which the teacher might have ended the text, besides its last one.
     """
 
     prompt: Prompt
@@ -137,6 +145,7 @@ class Rollout:
     unread: bool
     alignment: TextAlignment
     teacher_prompt_ids: list[int]
+    other_ends: tuple[int, ...] = ()
 
 
 def pair(
@@ -145,6 +154,7 @@ def pair(
     aligner: TextAligner,
     *,
     turn_ends: Mapping[int, Sequence[int]],
+    text_ends: Mapping[int, Sequence[int]] | None = None,
     eos_policy: str = "bridge",
     teacher_context: int | None = None,
     sections: SectionAligner | None = None,
@@ -154,7 +164,8 @@ def pair(
 
     The end of the turn is one event with two spellings: with `eos_policy="bridge"` the student's stop token and the
     teacher's turn end are one chunk; with `"mask"` the student's stop token takes no part and the teacher reads no end.
-    A completion that was cut off has no end on either side. Rows that exceed `teacher_context`, prompt included, take no
+    A plain text has no turn, so that it ends with any of the teacher's stop ids: what counts is the log-prob of all of them
+    together (`Rollout.other_ends`). A completion that was cut off has no end on either side. Rows that exceed `teacher_context`, prompt included, take no
     part, nor do padding rows.
 
     Args:
@@ -162,6 +173,8 @@ def pair(
         completions: B lists of student ids, up to and including the first stop token.
         aligner: of the two tokenizers.
         turn_ends: for each student id that ends a turn, the teacher's ids for a turn end, at least one.
+        text_ends: for each student id that ends a turn, the teacher's ids of which any one ends a plain-text row; None where
+            such a row ends as a turn does.
         eos_policy: `"bridge"` or `"mask"`.
         teacher_context: tokens the teacher can read, None for no limit.
         sections: aligns completions that have sections (thought, answer, calls), by the markup of their prompt's frame. None
@@ -201,7 +214,11 @@ def pair(
             teacher_prompt_ids=before,
         )
         if end and not parsed:
-            rollout = _with_turn_end(rollout, turn_ends[ids[-1]] if eos_policy == "bridge" else ())
+            turn_end = turn_ends[ids[-1]] if eos_policy == "bridge" else ()
+            if turn_end and text_ends and frame.is_text:
+                first, *others = text_ends[ids[-1]]
+                turn_end, rollout = [first], replace(rollout, other_ends=tuple(others))
+            rollout = _with_turn_end(rollout, turn_end)
         rollouts.append(_within(rollout, teacher_context))
     return rollouts
 
@@ -238,6 +255,7 @@ def _within(rollout: Rollout, teacher_context: int | None) -> Rollout:
         num_chunks=0,
         unread=unread,
         teacher_prompt_ids=rollout.teacher_prompt_ids[:1] if unread else rollout.teacher_prompt_ids,
+        other_ends=(),
     )
 
 

@@ -223,14 +223,18 @@ class RolloutSource:
             config.max_new_tokens = min(limit, seat.context - longest)
         ids = [prompt.teacher_ids for prompt in prompts]
         written = write(seat.teacher.model, ids, config, self._accelerator, self._args)
-        return [self._respell(own, seat)[:limit] for own in written]
+        return [
+            self._respell(own, seat, prompt.framed.is_text)[:limit]
+            for prompt, own in zip(prompts, written, strict=True)
+        ]
 
-    def _respell(self, teacher_ids: list[int], seat: WritingSeat) -> list[int]:
+    def _respell(self, teacher_ids: list[int], seat: WritingSeat, is_text: bool) -> list[int]:
         """What the student would write for the teacher's completion."""
         ended = bool(teacher_ids) and teacher_ids[-1] in seat.stop_ids
         text = align_text(teacher_ids[:-1] if ended else teacher_ids, seat.tokenizer, seat.tokenizer).text
         ids = self._student.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return ids + self._student.turn_end[-1:] if ended else ids
+        end = self._student.text_end if is_text else self._student.turn_end[-1:]
+        return ids + end if ended else ids
 
     # Rows
 

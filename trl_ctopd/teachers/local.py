@@ -1,6 +1,7 @@
 """A teacher in this process: token ids in, log-probs of those tokens out, without a (B, T, V) tensor; and, for the losses
 that compare whole distributions, the hidden states that these are projected from."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -43,38 +44,50 @@ class LocalTeacher:
             return self._accelerator.device  # the shards may wait on the CPU
         return next(self.model.parameters()).device
 
-    def log_probs(self, prompts: list[list[int]], completions: list[list[int]]) -> list[torch.Tensor]:
+    def log_probs(
+        self,
+        prompts: list[list[int]],
+        completions: list[list[int]],
+        other_ends: Sequence[Sequence[int]] | None = None,
+    ) -> list[torch.Tensor]:
         """
         Log-probs of each completion's tokens given its prompt and the tokens before.
 
         Args:
             prompts, completions: token ids, B of each. Prompts have at least one id.
+            other_ends: of each row, ids in whose place its last one stands too: its log-prob is that of any of them, by a
+                logsumexp. None for none.
 
         Returns:
             B float32 tensors on the teacher's device, the b-th of shape (len(completions[b]),), in nats. Rows are scored
             `batch_size` at a time, long ones together and first, and come back in the order given.
         """
-        return [log_probs for log_probs, _ in self._score(prompts, completions, with_hidden=False)]
+        return [log_probs for log_probs, _ in self._score(prompts, completions, other_ends, with_hidden=False)]
 
     def log_probs_and_hidden(
-        self, prompts: list[list[int]], completions: list[list[int]]
+        self,
+        prompts: list[list[int]],
+        completions: list[list[int]],
+        other_ends: Sequence[Sequence[int]] | None = None,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`log_probs`, and for each completion the (len(completions[b]), H) states that its tokens' distributions are
         projected from, which are large and wait on the CPU."""
-        return self._score(prompts, completions, with_hidden=True)
+        return self._score(prompts, completions, other_ends, with_hidden=True)
 
     @torch.no_grad()
-    def _score(self, prompts, completions, with_hidden):
+    def _score(self, prompts, completions, other_ends, with_hidden):
+        other_ends = [()] * len(prompts) if other_ends is None else other_ends
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]) - len(completions[row]))
         scores = [None] * len(prompts)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            found = self._forward([prompts[r] for r in rows], [completions[r] for r in rows], with_hidden)
+            own = ([texts[r] for r in rows] for texts in (prompts, completions, other_ends))
+            found = self._forward(*own, with_hidden)
             for row, score in zip(rows, found, strict=True):
                 scores[row] = score
         return scores
 
-    def _forward(self, prompts, completions, with_hidden):
+    def _forward(self, prompts, completions, other_ends, with_hidden):
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         counts = [len(completion) for completion in completions]
         width = max(map(len, rows))
@@ -82,15 +95,20 @@ class LocalTeacher:
         scored = torch.stack(
             [torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)), torch.cat(columns) - width]
         )
+        targets = [token for completion in completions for token in completion]
+        ends = [(row, token) for row, own in enumerate(other_ends) for token in own]
+        last = torch.tensor([(row, len(rows[row]) - 2 - width) for row, _ in ends], dtype=torch.long).reshape(-1, 2).T
         inputs = {
             "input_ids": pad_rows(rows, width, 0),  # padded at the end, which no token before can see: any id will do
-            "scored": scored,
-            "targets": torch.tensor([token for completion in completions for token in completion], dtype=torch.long),
+            "scored": torch.cat([scored, last], dim=1),
+            "targets": torch.tensor([*targets, *(token for _, token in ends)], dtype=torch.long),
         }
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         capture = hidden_states(self.base_model) if with_hidden else nullcontext([])
         with self._accelerator.autocast(), capture as states:  # the precision the student is scored in
-            log_probs = self.model(**inputs).log_probs.split(counts)
+            *log_probs, others = self.model(**inputs).log_probs.split([*counts, len(ends)])
+        for (row, _), other in zip(ends, others, strict=True):
+            log_probs[row][-1] = torch.logaddexp(log_probs[row][-1], other)
         if not with_hidden:
             return [(own, None) for own in log_probs]
         hidden = states[0][tuple(scored.to(states[0].device))]

@@ -48,12 +48,14 @@ class Seat:
         context: the tokens it can read, None for no limit.
         stop_ids: what ends its turn.
         turn_ends: for each student id that ends a turn, the teacher's ids that do.
+        text_ends: for each of them, the teacher's ids of which any one ends a text that no template writes.
     """
 
     teacher: LocalTeacher | RemoteTeacher
     context: int | None
     stop_ids: list[int]
     turn_ends: dict[int, list[int]]
+    text_ends: dict[int, list[int]]
 
     def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase | None, args: CrossTokenizerGKDConfig):
         self._model, self._args = model, args
@@ -102,6 +104,8 @@ class Seat:
         # a teacher of the same tokenizer reads the student's own stop token, if it is one of its own
         shared = self.stop_ids if isinstance(self.aligner, OneTokenizer) else []
         self.turn_ends = {stop: [stop] if stop in shared else turn_end for stop in student_stop_ids}
+        text_ends = self.side.text_ends(self.stop_ids)
+        self.text_ends = {stop: [stop] if stop in shared else text_ends for stop in student_stop_ids}
 
     @cached_property
     def aligner(self) -> TextAligner | OneTokenizer:
@@ -247,6 +251,7 @@ class Panel:
                 [completions[row] for row in rows],
                 seat.aligner,
                 turn_ends=seat.turn_ends,
+                text_ends=seat.text_ends,
                 eos_policy=self._eos_policy,
                 teacher_context=seat.context,
                 sections=seat.sections,
@@ -275,7 +280,8 @@ class Panel:
         readings.padding_rows = {row for row, rollout in enumerate(rollouts) if rollout.prompt.is_padding}
         for name, seat in sorted(self.seats.items(), key=lambda named: not named[1].remote):
             rows = [row for row, rollout in enumerate(rollouts) if rollout.prompt.teacher == name]
-            texts = [rollouts[row].teacher_prompt_ids for row in rows], [rollouts[row].teacher_ids for row in rows]
+            own = [rollouts[row] for row in rows]
+            texts = [r.teacher_prompt_ids for r in own], [r.teacher_ids for r in own], [r.other_ends for r in own]
             if not rows:
                 continue
             if seat.remote:

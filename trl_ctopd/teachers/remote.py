@@ -211,10 +211,16 @@ class RemoteTeacher:
 
     # Scoring
 
-    def start(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> "RemoteScores":
-        """Begins to score B completions, each after its prompt (token ids), and comes back at once."""
+    def start(
+        self,
+        prompts: Sequence[list[int]],
+        completions: Sequence[list[int]],
+        other_ends: Sequence[Sequence[int]] | None = None,
+    ) -> "RemoteScores":
+        """Begins to score B completions, each after its prompt (token ids), and comes back at once. `other_ends` as for
+        `LocalTeacher.log_probs`; each costs a request."""
         self._servers.begin()
-        return RemoteScores(self, prompts, completions)
+        return RemoteScores(self, prompts, completions, [()] * len(prompts) if other_ends is None else other_ends)
 
     def score(self, prompt: list[int], completion: list[int]) -> tuple[torch.Tensor, Server | None]:
         """Log-probs (len(completion),) in nats, on the CPU, and the server they are from."""
@@ -262,7 +268,13 @@ class RemoteTeacher:
 class RemoteScores:
     """The scores of a step's rows, on their way. `failed` counts the rows left out so far."""
 
-    def __init__(self, teacher: RemoteTeacher, prompts: Sequence[list[int]], completions: Sequence[list[int]]):
+    def __init__(
+        self,
+        teacher: RemoteTeacher,
+        prompts: Sequence[list[int]],
+        completions: Sequence[list[int]],
+        other_ends: Sequence[Sequence[int]],
+    ):
         self._teacher = teacher
         self._lengths = [len(completion) for completion in completions]
         self._asked = sum(length > 0 for length in self._lengths)
@@ -271,7 +283,7 @@ class RemoteScores:
         self._reasons: dict[int, str] = {}
         self._settled: dict[int, torch.Tensor] = {}
         self._end = Future()  # of the probe that ends the step
-        rows = zip(prompts, completions, strict=True)
+        rows = zip(prompts, completions, other_ends, strict=True)
         self._futures = [teacher.submit(self._score, row, *texts) for row, texts in enumerate(rows)]
 
     def __len__(self) -> int:
@@ -297,16 +309,20 @@ class RemoteScores:
     def failed(self, row: int) -> bool:
         return row in self._reasons
 
-    def _score(self, row: int, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    def _score(self, row: int, prompt: list[int], completion: list[int], other_ends: Sequence[int]) -> torch.Tensor:
         try:
-            scores, server = self._teacher.score(prompt, completion)
+            scores, *servers = self._teacher.score(prompt, completion)
+            for token in other_ends:
+                other, server = self._teacher.score([*prompt, *completion[:-1]], [token])
+                scores[-1:] = torch.logaddexp(scores[-1:], other)
+                servers.append(server)
         except (AnswerError, RequestRefusedError) as error:
             logger.warning(f"A completion could not be scored by the teacher and takes no part: {error}")
-            scores, server = torch.full((len(completion),), float("nan")), None
+            scores, servers = torch.full((len(completion),), float("nan")), []
             self._reasons[row] = str(error)
         with self._lock:
             self._open -= 1
-            self._servers |= {server} - {None}
+            self._servers |= {*servers} - {None}
             last = not self._open
         if last:
             self._finish()

@@ -42,6 +42,9 @@ from .turns import (
 
 __all__ = ["Conversation", "Opened", "Speaker", "read_example", "unshared_markup"]
 
+# the usual names of the token between two texts of pretraining, which a chat model's generation config may leave out
+_TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -53,6 +56,7 @@ class Opened:
         stem: up to the turn's stem (see `turns`).
         plain: up to where the answer of a finished turn begins.
         is_simple: whether the template knows only turns of an answer and one token that ends it.
+        is_text: whether the row is plain text, which no template writes.
     """
 
     ids: list[int]
@@ -60,6 +64,7 @@ class Opened:
     stem: list[int]
     plain: list[int]
     is_simple: bool = True
+    is_text: bool = False
 
 
 class Speaker(Template):
@@ -86,7 +91,7 @@ class Speaker(Template):
         """`prompt_ids`, and where the template opens a finished turn after the same messages."""
         ids = self.prompt_ids(conversation)
         if isinstance(conversation.prompt, str) or not self.template:
-            return Opened(ids, Turn(), ids, ids)
+            return Opened(ids, Turn(), ids, ids, is_text=isinstance(conversation.prompt, str))
         turn = self.turn(conversation)
         is_simple = turn.is_simple and not (turn.plain and len(self.end_ids(turn.plain)) > 1)
         if not turn.tail and not (turn.plain and turn.plain.opening):
@@ -126,7 +131,7 @@ class Speaker(Template):
         """The ids before the reference, and the ids of the reference as this model would write it, with the end of its turn.
 
         The ids before it are those of the prompt. Where a finished turn lacks what the generation prompt writes, they end at
-        the turn's stem. Control strings in the reference are encoded as plain text.
+        the turn's stem. Control strings in the reference are encoded as plain text. A plain-text row ends with the EOS token.
 
         Raises `ValueError` where the template leaves out a part of the reference, or where its writing of the reference does
         not go on from the prompt.
@@ -136,7 +141,8 @@ class Speaker(Template):
             return self._rendered_reference(conversation)
         text = _content(reference) if isinstance(reference, Mapping) else reference
         text = text.removesuffix(self.tokenizer.eos_token or "")
-        return self.prompt_ids(conversation), self._encode_text(text) + self.turn_end
+        end = self.text_end if isinstance(conversation.prompt, str) else self.turn_end
+        return self.prompt_ids(conversation), self._encode_text(text) + end
 
     def stop_ids(self, generation_config: GenerationConfig | None = None) -> list[int]:
         """All ids that end this model's turn: `eos_token_id` of tokenizer and generation config, and the last token of every
@@ -168,6 +174,19 @@ class Speaker(Template):
                 "token: set `tokenizer.eos_token`"
             )
         return [self.tokenizer.eos_token_id]
+
+    @cached_property
+    def text_end(self) -> list[int]:
+        """The id that ends a plain text: the EOS token, or the last id of a turn's end where there is none."""
+        eos = self.tokenizer.eos_token_id
+        return self.turn_end[-1:] if eos is None else [eos]
+
+    def text_ends(self, stop_ids: Sequence[int]) -> list[int]:
+        """All ids with which this model may end a plain text: `stop_ids`, and the control tokens that end a text of its
+        pretraining."""
+        special, vocabulary = token_table(self.tokenizer).special, self.tokenizer.get_vocab()
+        named = [vocabulary[name] for name in _TEXT_ENDS if vocabulary.get(name) in special]
+        return list(dict.fromkeys([*stop_ids, *named]))
 
     def end_ids(self, form: Form) -> list[int]:
         """The ids of a form's end."""
