@@ -3,7 +3,8 @@
 It knows what a teacher's client needs of each, by its public definition:
 - `vllm serve`: `POST /v1/completions` with `prompt` (text or token ids), `prompt_logprobs`, `add_special_tokens`,
   `return_token_ids`, `n`;
-- SGLang: `POST /generate` with `text` or `input_ids`, `sampling_params`, `return_logprob`, `logprob_start_len`
+- SGLang: `POST /generate` with `text` or `input_ids`, `sampling_params`, `return_logprob`, `logprob_start_len`,
+  `top_logprobs_num`
   (https://docs.sglang.io); its `/v1/completions` knows no `prompt_logprobs`;
 - Fireworks: `POST /v1/completions` with `prompt`, `echo`, `logprobs`, `max_tokens` from 0 on (https://docs.fireworks.ai);
 - "none": an engine that scores only what it writes.
@@ -122,7 +123,8 @@ class ProtocolServer:
         entries = [None]
         for row, token in zip(values, prompt[1:], strict=True):
             top = row.topk(payload["prompt_logprobs"]).indices.tolist()
-            entries.append({str(i): {"logprob": row[i].item(), "rank": 1} for i in dict.fromkeys([token, *top])})
+            told = dict.fromkeys([token, *top])
+            entries.append({str(i): {"logprob": row[i].item(), "rank": 1, "likeliest": i in top} for i in told})
         choice = {"index": 0, "text": "", "prompt_logprobs": entries}
         if payload.get("return_token_ids"):
             choice["prompt_token_ids"] = prompt
@@ -138,7 +140,9 @@ class ProtocolServer:
             return {
                 "model": self.name,
                 "prompt": payload["input_ids"] if "input_ids" in payload else payload["text"],
-                "prompt_logprobs": 0 if payload.get("logprob_start_len") == 0 else None,
+                "prompt_logprobs": payload.get("top_logprobs_num", 0)
+                if payload.get("logprob_start_len") == 0
+                else None,
                 "return_token_ids": True,
                 "max_tokens": sampling["max_new_tokens"],
                 "temperature": sampling["temperature"],
@@ -172,6 +176,12 @@ class ProtocolServer:
         triples = [[None if v is None or math.isnan(v) else v, i, None] for i, v in zip(ids, values, strict=True)]
         scored = "prompt_logprobs" in choice
         meta = {"prompt_tokens": len(ids), "input_token_logprobs" if scored else "output_token_logprobs": triples}
+        if scored and any(len(entry) > 1 for entry in choice["prompt_logprobs"][1:]):
+            # of the likeliest alone, and without the token that was sent where it is not one of them
+            meta["input_top_logprobs"] = [None] + [
+                [[score["logprob"], int(token), None] for token, score in entry.items() if score["likeliest"]]
+                for entry in choice["prompt_logprobs"][1:]
+            ]
         return {"text": "", "meta_info": meta}
 
     def _written(self, logits: torch.Tensor, payload: dict) -> dict:

@@ -64,12 +64,15 @@ class ScoredChunks:
             of the tokens with which the teacher's tokenizer would not cut there), under the distribution that the student
             token was drawn from; 0 elsewhere. For a loss with `event = "closed"`.
         old_close_log_probs (`torch.Tensor` of shape (B, S), *optional*): `close_log_probs` as `old_log_probs` are.
-
+        teacher_likeliest (`tuple` of a `torch.LongTensor` and a `torch.Tensor` of shape (B, T, k), *optional*): ids and
+            log-probs of the k likeliest teacher tokens at each position, for a loss with `likeliest` and a teacher behind a
+            server; -inf where nothing is known.
         imbalance (scalar `torch.Tensor`, *optional*): of a student that is a mixture of experts, how unevenly its routers share out
             the tokens; the trainer adds it to the loss.
 
     And where the loss asks for distributions (`signal = "logits"`):
-        student, teacher (`Distributions`): of the two models, over (B, S) and (B, T).
+        student, teacher (`Distributions`): of the two models, over (B, S) and (B, T); no teacher's where there is
+            `teacher_likeliest`.
         vocabulary (`VocabularyPair`): what their vocabularies have in common.
         tile_tokens (`int`): how many tokens' worth of both models' float32 logits may be alive at once.
     """
@@ -86,6 +89,7 @@ class ScoredChunks:
     importance: torch.Tensor | None = None
     close_log_probs: torch.Tensor | None = None
     old_close_log_probs: torch.Tensor | None = None
+    teacher_likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
     imbalance: torch.Tensor | None = None
     student: Distributions | None = None
     teacher: Distributions | None = None
@@ -246,6 +250,12 @@ class Loss:
             The loss (scalar, a sum over the micro-batch divided by N) and the method's own metrics.
         """
         raise TypeError(f"{type(self).__name__} does not define __call__")
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the teacher's likeliest tokens a position are enough for a loss with `signal = "logits"`, so that a server
+        will do; `None` where it has to be the whole distribution."""
+        return None
 
     def tile(self, batch: ScoredChunks) -> int:
         """Rows of a tile."""

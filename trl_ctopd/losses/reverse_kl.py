@@ -15,9 +15,14 @@ Decisions.
   *un*conditional distribution it depends on the token that was drawn, and the expectation would not be kept.
 - A student token that no teacher token stands for (one that spans two of the teacher's) has the guess −`advantage_clip`, and
   the sample corrects it.
+- At a chunk's end beside text that takes no part, and only there, nothing is known of the closing but its log-prob
+  (`ScoredChunks.close_log_probs`): its guess is 0.
+- A token that goes on by the table, and yet the teacher's tokenizer cut before it, is counted, and nothing goes on there: DPCA leaves
+  that one token out of those that go on.
 - Guesses, and what is left to the sample, are each clipped: a guess that is far off is not repeated by its correction.
-- With `top_k`, the teacher is known by its likeliest tokens, and all that none of them stands for is one outcome. `top_k=0` is
-  closed DPCA with credit "macro".
+- With `top_k`, the teacher is known by its likeliest tokens, and all that none of them stands for is one outcome: a server tells
+  as much (`ScoredChunks.teacher_likeliest`). The token that was read is not one of them for having been read: a guess rests on
+  the text before it. `top_k=0` is closed DPCA with credit "macro".
 """
 
 from dataclasses import dataclass
@@ -93,6 +98,29 @@ def _heads(batch: ScoredChunks, teacher_ids, written, inside, before) -> torch.T
     return torch.where(before >= 0, batch.teacher_ids.flatten()[batch.chunks.teacher_last[before]], begun)
 
 
+class Closings(NamedTuple):
+    """(m,) positions, log p_close with gradient, and the chunks, as rows of `ScoredChunks.chunks`, that end before or begin there."""
+
+    position: torch.Tensor
+    score: torch.Tensor
+    chunk: torch.Tensor
+
+
+def _closings_beside(batch: ScoredChunks, at: Places) -> tuple[Closings, Closings]:
+    """Those beside text that takes no part: of chunks that end before it, and of chunks that begin after it."""
+    chunks, shape = batch.chunks, batch.student_ids.shape
+    close = batch.student_log_probs.new_zeros(shape) if batch.close_log_probs is None else batch.close_log_probs
+    beside = (close.detach() != 0).flatten().index_fill(0, at.student[at.before >= 0], False)
+    found = []
+    for position in (chunks.student_last + 1, chunks.student_first):
+        chunk = (beside[position.clamp(max=shape.numel() - 1)] & (position < shape.numel())).nonzero()[:, 0]
+        position = position[chunk]
+        found.append(Closings(position, close.flatten()[position], chunk))
+    ended, begun = found
+    in_row = ended.position % shape[1] > 0
+    return Closings(*(column[in_row] for column in ended)), begun
+
+
 def log_ratio(log_t: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     """log t − log p, each at least e^-80; 0 where the student has nothing."""
     return (log_t.clamp(min=_FLOOR) - log_p.clamp(min=_FLOOR)).masked_fill(log_p == -torch.inf, 0)
@@ -111,7 +139,8 @@ class ReverseKL(Loss):
     Args:
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on guesses and corrections in nats; `None` for none but
             that of probabilities at e^-80.
-        top_k (`int`, *optional*): how many of the teacher's likeliest tokens are known at each position. `None`: all.
+        top_k (`int`, *optional*): how many of the teacher's likeliest tokens are known at each position. `None`: all, which a
+            teacher behind a server does not tell.
     """
 
     signal: ClassVar[str] = "logits"
@@ -128,14 +157,33 @@ class ReverseKL(Loss):
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"reverse_kl's top_k must not be negative, got {self.top_k}.")
 
+    @property
+    def likeliest(self) -> int | None:
+        return self.top_k
+
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         at = places(batch)
         ids = batch.student_ids.flatten()[at.student]
-        student, teacher = (batch.student, at.student), (batch.teacher, at.teacher)
+        student, teacher = (batch.student, at.student), None
         per_row = (at.teacher_ids, at.written, at.told, at.head, at.before >= 0, ids)
+        if batch.teacher is not None:
+            teacher = batch.teacher, at.teacher
+        elif batch.teacher_likeliest is None or self.top_k is None:
+            raise ValueError(
+                "reverse_kl with top_k=None reads the teacher's whole distributions, and the batch has none: set top_k, and give "
+                "as many of the teacher's likeliest tokens (`ScoredChunks.teacher_likeliest`)."
+            )
+        else:
+            per_row += tuple(told.flatten(0, 1)[at.teacher] for told in batch.teacher_likeliest)
 
-        def decisions(*rows):
-            return self._decisions(batch, *rows)
+        def decisions(log_p, *rows):
+            if teacher is None:
+                *rows, likeliest, log_q = rows
+                known = self._told_by_server(likeliest, log_q, len(batch.vocabulary.prefixes.place))
+            else:
+                log_q, *rows = rows
+                known = self._known(log_q)
+            return self._decisions(batch, log_p, *known, *rows)
 
         closed, opened, tokens, guess, sharp, close_told, open_told, own_close, own_open, contradicted = over_tiles(
             decisions, self.tile(batch), student, teacher, *per_row
@@ -156,6 +204,8 @@ class ReverseKL(Loss):
         leaving = (closed.exp() * close_guess + opened.exp().masked_fill(~known, 0) * open_guess)[known]
 
         gap = self._gaps(batch, at, closed.detach(), closes)
+        ended, begun = _closings_beside(batch, at)
+        gap = gap.index_add(0, ended.chunk, -ended.score.detach()).index_add(0, begun.chunk, begun.score.detach())
         # each chunk's decisions in the order of the text: to go on (inside), which token; at its end, to leave it
         open_sharp, open_guess = open_sharp * inside, open_guess * inside
         by_row = (open_sharp + sharp).double()
@@ -169,10 +219,12 @@ class ReverseKL(Loss):
             (left - past, self._scores(batch, at, closed, opened, closes, inside)),
             ((left - past + sharp)[inside], opened[inside]),
             (gap[where] - total[where] - close_sharp[closes], closed[closes]),
+            ((gap - total)[ended.chunk], ended.score),
+            (gap[begun.chunk], -begun.score),
         )
         value = tokens.sum() + leaving.sum()
         cut, size = 0, 0
-        weights = (at.student, at.student[inside], at.student[closes])
+        weights = (at.student, at.student[inside], at.student[closes], ended.position, begun.position)
         for (rest, score), positions in zip(corrections, weights, strict=True):
             bounded = self._bounded(rest.detach())
             cut, size = cut + (bounded != rest).sum(), size + bounded.abs().sum()
@@ -214,7 +266,7 @@ class ReverseKL(Loss):
         bounded = self._bounded(sharp)
         return bounded, torch.where(log_t == -torch.inf, bounded, sharp)
 
-    def _decisions(self, batch, log_p, log_q, teacher_ids, written, told, head, closes, ids):
+    def _decisions(self, batch, log_p, known_q, rest, teacher_ids, written, told, head, closes, ids):
         """
         A tile's rows (n,): log-probs of leaving what lies there and of going on, Σ_o p(o) g(o) over the next token, g of the
         sampled one and the same without bounds; the teacher's log-probs of leaving and going on, of `head` and of its whole
@@ -233,7 +285,6 @@ class ReverseKL(Loss):
         p = p.new_zeros(len(p), p.shape[1] + 1).index_add(1, prefixes.student_outcome, p)
 
         with torch.no_grad():
-            known_q, rest = self._known(log_q)
             t, unknown = _told(prefixes, known_q, rest, teacher_ids, written)
             log_p_outcome = p.log()
             if unknown is not None:  # what no known token stands for is one outcome
@@ -257,6 +308,18 @@ class ReverseKL(Loss):
             return log_q, None
         top = log_q.topk(self.top_k, dim=1)
         known = torch.full_like(log_q, -torch.inf).scatter(1, top.indices, top.values)
+        return known, (1 - known.exp().sum(1)).clamp(min=0)
+
+    def _told_by_server(
+        self, ids: torch.Tensor, log_probs: torch.Tensor, size: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`_known` of the likeliest tokens (n, k); those that the tokenizer does not know are not known either."""
+        log_probs, best = log_probs.topk(min(self.top_k, log_probs.shape[1]), dim=1)
+        ids = ids.gather(1, best)
+        log_probs = log_probs.masked_fill(ids >= size, -torch.inf)
+        known = log_probs.new_full((len(ids), size), -torch.inf).scatter_reduce(
+            1, ids.clamp(max=size - 1), log_probs, "amax"
+        )
         return known, (1 - known.exp().sum(1)).clamp(min=0)
 
 

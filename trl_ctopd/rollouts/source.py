@@ -37,7 +37,8 @@ _STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds 
 class Readings(Protocol):
     """The teachers' scores of a step's rollouts, by row."""
 
-    hidden: Mapping[int, torch.Tensor]  # (T, H) states that the teacher's LM head reads, where they were asked for
+    # (T, H) states that the LM head of a teacher in this process reads, where they were asked for
+    hidden: Mapping[int, torch.Tensor]
 
     def log_probs(self, rows: Sequence[int], length: int) -> Any:
         """(len(rows), `length`) log-probs, 0 past a row's end: a tensor, or a promise of one."""
@@ -164,7 +165,7 @@ class RolloutSource:
             batch["teacher_places"] = torch.tensor([names.index(rollout.prompt.teacher) for rollout in own])
             teacher_length = batch["teacher_chunks"].shape[1]
             batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)
-            if self._reads_distributions(on):
+            if self._reads_distributions(on) and readings.hidden:
                 batch["teacher_hidden"] = pad_scores([readings.hidden[row] for row in rows], teacher_length)
             if sampled[rows[0]] is not None:
                 batch["sampled_log_probs"] = on_columns([sampled[row] for row in rows], batch)

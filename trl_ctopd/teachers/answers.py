@@ -31,6 +31,23 @@ def scores(entries: Sequence[dict[int, object] | None], ids: Sequence[int], firs
     return torch.tensor(values)
 
 
+def likeliest(entries: Sequence[dict[int, object] | None], first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Ids and log-probs, both (T, `count`), of the tokens that were likeliest at each place from `first` on. A token that is told of
+    because it was sent is one of them only where it is as likely as they are. Raises `AnswerError` where fewer are told.
+    """
+    ids, values = [], []
+    for place in range(first, len(entries)):
+        entry = entries[place] or {}
+        if len(entry) < count:
+            raise AnswerError(f"token {place} has {len(entry)} log-probs, and the {count} likeliest were asked for")
+        found = sorted(((_log_prob(value, place), -token) for token, value in entry.items()), reverse=True)[:count]
+        ids.append([-token for _, token in found])
+        values.append([value for value, _ in found])
+    shape = len(ids), count
+    return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(values).view(shape)
+
+
 def come_as_often(hits: int, draws: int, probability: float) -> bool:
     """Whether `hits` of `draws` are what an event of that `probability` gives, but for a chance below one in a million."""
     variance = draws * max(probability * (1 - probability), 0.0)

@@ -7,7 +7,9 @@
 | echo | `POST /v1/completions` with `echo` and `logprobs`, as Fireworks has it | `choices[0].logprobs`: `token_ids`, `token_logprobs` |
 
 A kind is found by asking for the scores of a few tokens in each of these ways. An answer is read into one dict a token: the
-log-probs that are told, by id. Nothing is told of the first token.
+log-probs that are told, by id. Nothing is told of the first token. Those of the likeliest tokens, which a request asks for by
+their number, are told by vLLM (in the same place) and SGLang (`top_logprobs_num`: `meta_info.input_top_logprobs`); `echo` tells
+them by their text, which is no id.
 
 Left out: engines that score only what they write.
 """
@@ -36,10 +38,12 @@ class VLLM:
     path = "/v1/completions"
     names_model = True  # in each answer
     adds_special_tokens = False  # to a text it reads
+    tells_likeliest = True
 
-    def request(self, model: str, prompt: str | list[int], temperature: float = 1.0) -> dict:
+    def request(self, model: str, prompt: str | list[int], temperature: float = 1.0, likeliest: int = 0) -> dict:
         # of no others than asked for: vLLM 0.32 ends when it comes to name a row past the tokenizer
-        payload = {"model": model, "prompt": prompt, "prompt_logprobs": 0, "max_tokens": 1, "temperature": temperature}
+        own = {"prompt_logprobs": likeliest, "max_tokens": 1, "temperature": temperature}
+        payload = {"model": model, "prompt": prompt, **own}
         return (
             payload if isinstance(prompt, list) else {**payload, "add_special_tokens": False, "return_token_ids": True}
         )
@@ -78,9 +82,11 @@ class SGLang:
     path = "/generate"
     names_model = False
     adds_special_tokens = True
+    tells_likeliest = True
 
-    def request(self, model: str, prompt: str | list[int], temperature: float = 1.0) -> dict:
+    def request(self, model: str, prompt: str | list[int], temperature: float = 1.0, likeliest: int = 0) -> dict:
         return {
+            **({"top_logprobs_num": likeliest} if likeliest else {}),
             "text" if isinstance(prompt, str) else "input_ids": prompt,
             "sampling_params": {"max_new_tokens": 0, "temperature": temperature},
             "return_logprob": True,
@@ -92,7 +98,11 @@ class SGLang:
         found = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
         if not isinstance(found, list) or not all(isinstance(one, list) and len(one) >= 2 for one in found):
             raise AnswerError("an answer without `meta_info.input_token_logprobs`")
-        return [None, *({own[1]: own[0]} for own in found[1:])]
+        told = [{own[1]: own[0]} for own in found[1:]]
+        likeliest = meta.get("input_top_logprobs")
+        for entry, others in zip(told, (likeliest or [])[1:], strict=False):
+            entry.update({one[1]: one[0] for one in others or []})
+        return [None, *told]
 
     def ids(self, answer: dict, expected: Sequence[int]) -> list[int]:
         self.entries(answer)
@@ -120,8 +130,9 @@ class Echo:
     path = "/v1/completions"
     names_model = True
     adds_special_tokens = True
+    tells_likeliest = False
 
-    def request(self, model: str, prompt: str | list[int], temperature: float = 1.0) -> dict:
+    def request(self, model: str, prompt: str | list[int], temperature: float = 1.0, likeliest: int = 0) -> dict:
         own = {"echo": True, "logprobs": 1, "max_tokens": 0, "temperature": temperature}
         return {"model": model, "prompt": prompt, **own}
 

@@ -235,6 +235,12 @@ class Panel:
         for seat in self.seats.values():
             seat.sit(accelerator, student, student_stop_ids)
 
+    def ask_likeliest(self, counts: Sequence[int]):
+        """The losses read so many of the likeliest tokens at each place: servers are asked for the most of them. Raises
+        `ValueError` where one does not tell them."""
+        if counts and self.only is not None and self.only.remote:
+            self.only.teacher.ask_likeliest(max(counts))
+
     def check_heads(self):
         """Raises `ValueError` where a teacher in this process has an LM head that cannot be read apart from it."""
         for seat in self.seats.values():
@@ -318,6 +324,18 @@ class Readings:
         scores, place = self.awaited[row]
         return scores.row(place).to(self._device)
 
+    def likeliest(self, rows: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(len(rows), `length`, k) ids and log-probs of the tokens that servers told to be likeliest, where a loss reads them;
+        -inf past a row's end. Waits."""
+        scores = [self.awaited[row] for row in rows if row in self.awaited]
+        found = [own.likeliest(place) for own, place in scores]
+        if len(found) < len(rows) or found[0] is None:
+            return None
+        ids, values = (pad_scores(list(side), length).to(self._device) for side in zip(*found, strict=True))
+        lengths = torch.tensor([len(own) for own, _ in found], device=self._device)
+        past = torch.arange(length, device=self._device) >= lengths[:, None]
+        return ids, values.masked_fill(past[..., None], -torch.inf)
+
     def failed(self, rows: Sequence[int]) -> tuple[int, int]:
         """How many of `rows`, which have been waited for, no server could score, and how many they are, without
         padding rows."""
@@ -335,6 +353,11 @@ class Awaited:
     def log_probs(self) -> torch.Tensor:
         """(B, T), NaN in rows that could not be scored; waits. Raises `TeacherServerError`."""
         return pad_scores([self._readings.row(row) for row in self._rows], self._length)
+
+    @cached_property
+    def likeliest(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`Readings.likeliest` of these rows."""
+        return self._readings.likeliest(self._rows, self._length)
 
     @property
     def metrics(self) -> Metrics:

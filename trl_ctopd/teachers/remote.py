@@ -3,7 +3,8 @@
 
 Decisions
 - One request a completion, many at a time. The server is asked for the log-prob of each token it was sent, for those of no
-  others, and for a single new token or none. Results come in the order of the rows.
+  others unless the loss reads the likeliest ones too (`ask_likeliest`), and for a single new token or none. Results come in
+  the order of the rows.
 - Nothing is believed unchecked. At the start: one model, by name; the same token ids as the tokenizer's for a probe text,
   special tokens included, and up to the tokenizer's highest id; log-probs that are at most 0, the same at any sampling
   temperature, and of tokens that are drawn as often as they say. In each answer: the model's name, the length, the ids sent,
@@ -35,6 +36,7 @@ PROBE = (
 _SAME_MODEL = 0.2  # nats a token, in the mean over the probe; the noise of half precision stays below
 COUNT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17,"  # what comes next leaves little doubt
 _DRAWS = (16, 64)  # tokens drawn to be scored, and to be counted
+Likeliest = tuple[torch.Tensor, torch.Tensor] | None  # ids and log-probs, (T, k)
 _SYSTEMATIC = 8  # completions in a row without a score: no matter of their texts
 
 
@@ -54,7 +56,7 @@ class RemoteTeacher:
         TeacherServerError: where none answers.
     """
 
-    signals = ("logprobs",)
+    signals = ("logprobs", "likeliest")
 
     def __init__(self, servers: Servers, model: str | None = None, unlisted: bool = False):
         self._servers = servers
@@ -62,6 +64,9 @@ class RemoteTeacher:
         self._probe_ids: list[int] = []
         self._probe_scores: torch.Tensor | None = None
         self._unscored = 0  # completions since the last step with one that was scored
+        self._likeliest: int | None = (
+            None  # of the tokens at each place, those that are asked for; None: no loss reads them
+        )
         self._named, self._wanted, self._unlisted = "", model, unlisted
         self.name, self.root, self.context = "", "", None
         servers.each(self._meet)
@@ -132,6 +137,36 @@ class RemoteTeacher:
 
         self._servers.each(check)
         self._servers.confirm = self._confirm
+
+    def ask_likeliest(self, count: int):
+        """
+        From now on the `count` likeliest tokens at each place are asked for too.
+
+        Raises `ValueError` where a server does not tell them.
+        """
+        self._likeliest = count
+
+        def check(server: Server):
+            if not count:
+                return
+            way = (
+                "Lower the loss's `top_k` (0: log-probs of the text alone), or start vLLM with `--max-logprobs` as high"
+            )
+            if not server.engine.tells_likeliest:
+                raise ValueError(
+                    f"The teacher's server {server.url} is asked by {server.engine.name}, which does not tell the ids of the "
+                    f"{count} likeliest tokens. {way}."
+                )
+            try:
+                path, payload = self._request(server, self._probe_ids, likeliest=count)
+                answer = self._servers.send(server, "POST", path, payload)
+                answers.likeliest(server.engine.entries(answer), 1, count)
+            except (AnswerError, RequestRefusedError) as error:
+                raise ValueError(
+                    f"The teacher's server {server.url} does not tell the {count} likeliest tokens: {error}. {way}."
+                ) from error
+
+        self._servers.each(check)
 
     def _check_ids(self, server: Server, tokenizer, text: str):
         engine = server.engine
@@ -222,13 +257,24 @@ class RemoteTeacher:
         self._servers.begin()
         return RemoteScores(self, prompts, completions, [()] * len(prompts) if other_ends is None else other_ends)
 
-    def score(self, prompt: list[int], completion: list[int]) -> tuple[torch.Tensor, Server | None]:
-        """Log-probs (len(completion),) in nats, on the CPU, and the server they are from."""
+    def score(self, prompt: list[int], completion: list[int]) -> tuple[torch.Tensor, Likeliest, Server | None]:
+        """Log-probs (len(completion),) in nats, on the CPU; the likeliest tokens at each place, where these are asked for, (T,
+        count) ids and log-probs; and the server they are from."""
+        count = self._likeliest
         if not completion:
-            return torch.zeros(0), None
+            return torch.zeros(0), self.no_likeliest(0), None
         ids = [*prompt, *completion]
-        answer, server = self._servers.post(lambda server: self._request(server, ids))
-        return self._scores(server, answer, ids, len(prompt)), server
+        answer, server = self._servers.post(lambda server: self._request(server, ids, likeliest=count or 0))
+        scores = self._scores(server, answer, ids, len(prompt))
+        found = answers.likeliest(server.engine.entries(answer), len(prompt), count) if count else None
+        return scores, found or self.no_likeliest(len(completion)), server
+
+    def no_likeliest(self, tokens: int) -> Likeliest:
+        """In the place of those that are not told; None where they are not asked for."""
+        if self._likeliest is None:
+            return None
+        shape = tokens, self._likeliest
+        return torch.zeros(shape, dtype=torch.long), torch.full(shape, -torch.inf)
 
     def submit(self, task: Callable, *arguments) -> Future:
         """`task` on one of the threads that wait for the servers."""
@@ -281,7 +327,7 @@ class RemoteScores:
         self._lock, self._open = Lock(), len(self._lengths)
         self._servers: set[Server] = set()
         self._reasons: dict[int, str] = {}
-        self._settled: dict[int, torch.Tensor] = {}
+        self._settled: dict[int, tuple[torch.Tensor, Likeliest]] = {}
         self._end = Future()  # of the probe that ends the step
         rows = zip(prompts, completions, other_ends, strict=True)
         self._futures = [teacher.submit(self._score, row, *texts) for row, texts in enumerate(rows)]
@@ -295,6 +341,14 @@ class RemoteScores:
 
         Raises `TeacherServerError` where no server answers, and what ends the step raises (`RemoteTeacher.end_step`).
         """
+        return self._wait(row)[0]
+
+    def likeliest(self, row: int) -> Likeliest:
+        """(T, k) ids and log-probs of the likeliest tokens at each place of that completion, where they were asked for; waits
+        as `row` does."""
+        return self._wait(row)[1]
+
+    def _wait(self, row: int) -> tuple[torch.Tensor, Likeliest]:
         if row not in self._settled:
             try:
                 self._settled[row] = self._futures[row].result()
@@ -309,16 +363,19 @@ class RemoteScores:
     def failed(self, row: int) -> bool:
         return row in self._reasons
 
-    def _score(self, row: int, prompt: list[int], completion: list[int], other_ends: Sequence[int]) -> torch.Tensor:
+    def _score(
+        self, row: int, prompt: list[int], completion: list[int], other_ends: Sequence[int]
+    ) -> tuple[torch.Tensor, Likeliest]:
         try:
-            scores, *servers = self._teacher.score(prompt, completion)
+            scores, likeliest, *servers = self._teacher.score(prompt, completion)
             for token in other_ends:
-                other, server = self._teacher.score([*prompt, *completion[:-1]], [token])
+                other, _, server = self._teacher.score([*prompt, *completion[:-1]], [token])
                 scores[-1:] = torch.logaddexp(scores[-1:], other)
                 servers.append(server)
         except (AnswerError, RequestRefusedError) as error:
             logger.warning(f"A completion could not be scored by the teacher and takes no part: {error}")
             scores, servers = torch.full((len(completion),), float("nan")), []
+            likeliest = self._teacher.no_likeliest(len(completion))
             self._reasons[row] = str(error)
         with self._lock:
             self._open -= 1
@@ -326,7 +383,7 @@ class RemoteScores:
             last = not self._open
         if last:
             self._finish()
-        return scores
+        return scores, likeliest
 
     def _finish(self):
         try:

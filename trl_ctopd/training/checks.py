@@ -306,11 +306,15 @@ def signal_of(loss: Callable) -> str:
 def check_signal(loss: Callable, signals: Sequence[str]):
     """Raises `ValueError` where `loss` asks for more than a teacher that gives `signals` can."""
     wanted = signal_of(loss)
+    if wanted == "logits" and getattr(loss, "likeliest", None) is not None and "likeliest" in signals:
+        return
     if wanted != "none" and wanted not in signals:
         able = [name for name, known in LOSSES.items() if known.signal in ("none", *signals)]
+        if "likeliest" in signals:
+            able += ["reverse_kl with a `top_k`"]
         raise ValueError(
             f"{loss_name(loss)} needs the teacher's {wanted}, and a teacher behind a server, or one of several, gives "
-            f"{', '.join(signals)} only. Choose one of {', '.join(able)}, or a single teacher in this process."
+            f"{', '.join(signal for signal in signals if signal != 'likeliest')} only. Choose one of {', '.join(able)}, or a single teacher in this process."
         )
 
 
@@ -323,6 +327,7 @@ def check_losses(losses: Sequence[Callable], model: nn.Module, panel: Panel, voc
         check_signal(loss, panel.signals)
         for structure in getattr(loss, "structures", ()):
             getattr(vocabulary(), structure)
+    panel.ask_likeliest([loss.likeliest for loss in losses if getattr(loss, "likeliest", None) is not None])
     check_head("student", base_model(model))
     panel.check_heads()
 

@@ -99,7 +99,7 @@ class Scorer:
         log_probs, entropy = (on_grid(values, scored, inputs["input_ids"]) for values in scores[:2])
         close = None if scores[3] is None else on_grid(scores[3], scored, inputs["input_ids"])
         old, old_close = (None, None) if old_scores is None else (*old_scores.to(log_probs.device), None)[:2]
-        teacher_log_probs, metrics = self._settled(inputs["teacher_log_probs"], phase)
+        teacher_log_probs, likeliest, metrics = self._settled(inputs["teacher_log_probs"], phase)
         batch = ScoredChunks(
             student_log_probs=log_probs,
             teacher_log_probs=teacher_log_probs,
@@ -113,6 +113,7 @@ class Scorer:
             imbalance=scores[2],
             close_log_probs=close,
             old_close_log_probs=old_close,
+            teacher_likeliest=likeliest,
         )
         if "sampled_log_probs" in inputs:
             sampled = inputs["sampled_log_probs"].to(log_probs.device)
@@ -121,7 +122,8 @@ class Scorer:
         if on_distributions:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
             batch.student = self._distributions(student, states[0][:, :-1][:, -length:], log_probs)
-            batch.teacher = self._distributions(self._panel.only.teacher.base_model, inputs["teacher_hidden"])
+            if "teacher_hidden" in inputs:
+                batch.teacher = self._distributions(self._panel.only.teacher.base_model, inputs["teacher_hidden"])
             batch.vocabulary, batch.tile_tokens = self._vocabulary(), self._args.logit_tile_tokens
         return batch, entropy.detach(), metrics
 
@@ -134,13 +136,14 @@ class Scorer:
 
     def _settled(
         self, scores: torch.Tensor | Awaited, phase: Callable[[str], AbstractContextManager]
-    ) -> tuple[torch.Tensor, Metrics]:
-        """The teacher's log-probs; waits for those that a server still works on."""
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None, Metrics]:
+        """The teacher's log-probs, and its likeliest tokens where a server tells them; waits for those that one still works
+        on."""
         if not isinstance(scores, Awaited):
-            return scores, {}
+            return scores, None, {}
         with phase("teacher_wait"):
-            log_probs = scores.log_probs
-        return log_probs, scores.metrics
+            log_probs, likeliest = scores.log_probs, scores.likeliest
+        return log_probs, likeliest, scores.metrics
 
     def _distributions(
         self, model: PreTrainedModel, hidden: torch.Tensor, output: torch.Tensor | None = None
