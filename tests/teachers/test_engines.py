@@ -85,7 +85,7 @@ def test_another_model_is_an_error_before_the_step_ends(serve, kind):  # noqa: F
     server = serve(protocol=kind)
     teacher = connect(server.url)
     server.model = teacher_model(seed=7, **SHARP).eval()
-    with pytest.raises(TeacherServerError, match="another model than was found at the start"):
+    with pytest.raises(TeacherServerError, match="another model than at the start"):
         scores(teacher)
 
 

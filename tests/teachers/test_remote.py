@@ -221,7 +221,7 @@ def test_where_no_text_of_a_step_is_scored_the_servers_are_asked_who_they_are(se
     teacher = connect(server.url)
     server.model = teacher_model(seed=7, **SHARP).eval()
     server.fault_from_now_on(["nan"])
-    with pytest.raises(TeacherServerError, match="another model than was found at the start"):
+    with pytest.raises(TeacherServerError, match="another model than at the start"):
         scores(teacher, rows=1)
 
 
@@ -243,7 +243,7 @@ def test_a_server_restarted_with_another_model_is_an_error_before_the_step_ends(
     scores(teacher)
     server.close()
     serve(teacher_model(seed=7, **SHARP), port=server.port)
-    with pytest.raises(TeacherServerError, match="another model than was found at the start.*nats a token"):
+    with pytest.raises(TeacherServerError, match="another model than at the start.*nats a token"):
         scores(teacher)
 
 
@@ -251,7 +251,7 @@ def test_a_model_swapped_behind_an_open_connection_is_an_error_too(serve):
     server = serve()
     teacher = connect(server.url)
     server.model = teacher_model(seed=7, **SHARP).eval()
-    with pytest.raises(TeacherServerError, match="another model than was found at the start"):
+    with pytest.raises(TeacherServerError, match="another model than at the start"):
         scores(teacher)
 
 
@@ -380,12 +380,12 @@ def test_scores_that_are_never_above_0_but_sum_to_more_than_1_are_refused(serve)
 
 def test_a_server_that_tells_no_ids_of_what_it_draws_is_taken_with_a_warning(serve, right, caplog):
     assert_right(scores(connect(serve(tells_ids=False).url)), right)
-    assert "whether they come as often as its log-probs say is not checked" in caplog.text
+    assert "Whether they come as often as its log-probs say is not checked" in caplog.text
 
 
 def test_servers_with_unlike_models_are_refused(serve):
     urls = serve().url, serve(teacher_model(seed=7, **SHARP)).url
-    with pytest.raises(ValueError, match="another model than was found at the start"):
+    with pytest.raises(ValueError, match="another model than at the start"):
         connect(*urls)
     with pytest.raises(ValueError, match="serves 'other', and another one serves 'toy'"):
         connect(urls[0], serve(name="other").url)

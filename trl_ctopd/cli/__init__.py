@@ -1,4 +1,4 @@
-"""`ctopd`: the package's commands, one a file. None loads torch to print its help."""
+"""`ctopd`: the package's commands, one in each file. None of them loads torch to print its help."""
 
 import argparse
 import sys
@@ -9,9 +9,9 @@ from .. import __version__
 
 _ABOUT = """On-policy distillation of language models across tokenizers.
 
-  ctopd distill   train a student on its own writing, which a teacher with another tokenizer scores
-  ctopd align     how two tokenizers cut a text, or how far apart they are over a file
-  ctopd plan      what a GPU has to hold, before it has to
+  ctopd distill   train a student on its own completions, scored by a teacher with another tokenizer
+  ctopd align     how two tokenizers cut a text, or how much they differ over a file
+  ctopd plan      estimate the GPU memory of a run before it starts
 
 `ctopd COMMAND --help` explains each one."""
 

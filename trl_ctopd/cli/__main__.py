@@ -1,4 +1,4 @@
-"""`python -m trl_ctopd.cli`, and `accelerate launch -m trl_ctopd.cli`, which take a module in place of a command."""
+"""`python -m trl_ctopd.cli`, and `accelerate launch -m trl_ctopd.cli`, which needs a module instead of a command."""
 
 from . import main
 

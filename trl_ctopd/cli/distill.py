@@ -16,7 +16,7 @@ From a file of settings, which options on the command line override; on four GPU
     ctopd distill --config settings.yaml --max_steps 100
     accelerate launch --num_processes 4 -m trl_ctopd.cli distill --config settings.yaml
 
-A teacher behind a vLLM server in place of one in this process:
+A teacher behind a vLLM server instead of one in this process:
 
     ctopd distill ... --teacher_server_url http://host:port --teacher_model_name_or_path Qwen/Qwen2.5-72B-Instruct
 """
@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from importlib.resources import files
 
 
-# Of the some 250 options that come from TRL and Transformers, those that most runs set.
+# Of some 250 options of TRL and Transformers, those that most runs set.
 INHERITED = {
     "model_name_or_path": "student: a folder or a name on the hub",
     "dtype": "of the student's weights: bfloat16, float16, float32. The teacher keeps the one it was saved in, unless "
@@ -40,12 +40,12 @@ INHERITED = {
     "output_dir": "where the model, its card and the checkpoints go",
     "use_peft": "train a LoRA adapter",
     "lora_r": "its rank",
-    "lora_target_modules": "modules that get one; all-linear: every linear layer",
+    "lora_target_modules": "modules that get an adapter; all-linear: every linear layer",
     "load_in_4bit": "load the student in 4 bits, with --use_peft",
     "per_device_train_batch_size": "prompts in a micro-batch of one process",
     "gradient_accumulation_steps": "micro-batches in an optimizer step",
-    "num_train_epochs": "times through the dataset",
-    "max_steps": "optimizer steps, in place of epochs",
+    "num_train_epochs": "passes over the dataset",
+    "max_steps": "optimizer steps, instead of epochs",
     "bf16": "compute in bfloat16; on by default",
     "gradient_checkpointing": "save memory by computing activations twice; on by default",
     "use_cpu": "train without a GPU",
@@ -54,8 +54,8 @@ INHERITED = {
     "save_steps": "optimizer steps between two checkpoints",
     "report_to": "tensorboard, wandb, trackio, none",
     "push_to_hub": "upload the model and its card at the end",
-    "resume_from_checkpoint": "True: go on from the newest whole checkpoint of output_dir",
-    "seed": "of everything that is drawn",
+    "resume_from_checkpoint": "True: resume from the newest complete checkpoint in output_dir",
+    "seed": "random seed",
 }
 
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _short_help() -> argparse.ArgumentParser:
-    """A parser that is only printed: the real one's options come from TRL, whose import takes ten seconds."""
+    """A parser that only prints help. The real one gets its options from TRL, whose import takes ten seconds."""
     shown = argparse.ArgumentParser(
         prog="ctopd distill",
         usage="ctopd distill [--config FILE.yaml] [--OPTION VALUE ...]",
@@ -82,7 +82,7 @@ def _short_help() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shown.add_argument("--config", metavar="FILE.yaml", help="options from a file; those on the command line win")
-    shown.add_argument("--help-all", action="store_true", help="every option, those of TRL and Transformers too")
+    shown.add_argument("--help-all", action="store_true", help="show every option, those of TRL and Transformers too")
     group = shown.add_argument_group("most used options of TRL and Transformers")
     for name, text in INHERITED.items():
         group.add_argument(f"--{name}", metavar="", help=text)
@@ -94,8 +94,8 @@ def _short_help() -> argparse.ArgumentParser:
 
 
 def declared(file: str, class_name: str) -> Iterator[tuple[str, str, str]]:
-    """Name, default and help of each field that a dataclass in one of this package's files declares, from its source:
-    to import the class would load torch and TRL."""
+    """Name, default and help of each field that a dataclass in one of this package's files declares. Read from its source,
+    since importing the class would load torch and TRL."""
     [found] = [node for node in _source(file) if isinstance(node, ast.ClassDef) and node.name == class_name]
     for node in found.body:
         if isinstance(node, ast.AnnAssign):
@@ -110,7 +110,7 @@ def _source(file: str) -> list[ast.stmt]:
 
 
 def _text(node: ast.expr) -> str:
-    """What a help text says, which may list the losses and nothing else that has to be computed."""
+    """The help text. Of all that it may compute, only the list of losses is supported."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.JoinedStr):

@@ -2,10 +2,10 @@
 What `ctopd distill` runs: options in, a trained student out.
 
 Decisions:
-- `--dataset_name` is a name on the hub, a local folder, or a local .jsonl, .json or .parquet file (no test split then).
-- `--prompt_column` is for rows without `prompt` and `messages`: one column's text becomes a user message, and the
-  others, with whatever answers they hold, are left out.
-- `--dtype`, `--load_in_4bit` and `--load_in_8bit` are the student's. The teacher keeps the dtype it was saved in,
+- `--dataset_name` is a name on the hub, a local folder, or a local .jsonl, .json or .parquet file (without a test split).
+- `--prompt_column` is for rows without `prompt` and `messages`: the text of one column becomes a user message. The other
+  columns, which may hold answers, are left out.
+- `--dtype`, `--load_in_4bit` and `--load_in_8bit` are for the student. The teacher keeps the dtype it was saved in,
   unless `--teacher_model_init_kwargs '{"dtype": "float16"}'` says otherwise.
 """
 
@@ -31,13 +31,13 @@ class DistillArguments(ScriptArguments):
     max_eval_samples: int | None = field(
         default=None,
         metadata={
-            "help": "The first so many rows of the test split alone; at every evaluation the student answers all of them."
+            "help": "Use only the first so many rows of the test split: at every evaluation the student answers all of them."
         },
     )
 
 
 def parser(**options) -> TrlParser:
-    """The command's options: those of the dataset, of the training and of the student."""
+    """The command's options: those of dataset, training and student."""
     return TrlParser((DistillArguments, CrossTokenizerGKDConfig, ModelConfig), **options)
 
 
@@ -57,7 +57,7 @@ def load_splits(args: DistillArguments):
     columns = splits[args.dataset_train_split].column_names
     if args.prompt_column not in columns:
         raise ValueError(
-            f"--prompt_column {args.prompt_column!r} is none of the dataset's columns: {', '.join(columns)}."
+            f"--prompt_column {args.prompt_column!r} is not a column of the dataset: {', '.join(columns)}."
         )
     return splits.map(
         lambda row: {"prompt": [{"role": "user", "content": row[args.prompt_column]}]},

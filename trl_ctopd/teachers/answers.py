@@ -1,4 +1,4 @@
-"""What a server's answer says of the tokens it was sent, or why it says nothing."""
+"""Reads the log-probs in a server's answer, or says why it holds none."""
 
 import math
 from collections.abc import Sequence
@@ -6,17 +6,21 @@ from collections.abc import Sequence
 import torch
 
 
-_ZERO_PROBABILITY = -9999.0  # vLLM's stand-in for -inf
+_ZERO_PROBABILITY = -9999.0  # what vLLM sends for -inf
 _ROUNDING = 1e-3
-_FLOOR = -100.0  # in comparisons
+_FLOOR = -100.0  # lower log-probs count as this in comparisons
 
 
 class AnswerError(Exception):
-    """An answer that is no score of what was asked."""
+    """An answer that does not hold the scores that were requested."""
 
 
 def scores(entries: Sequence[dict[int, object] | None], ids: Sequence[int], first: int) -> torch.Tensor:
-    """The log-probs of `ids[first:]`, by what is told of each token. Raises `AnswerError` where that is of others, or none."""
+    """
+    The log-probs of `ids[first:]`, in nats, on the CPU. `entries`: one dict a token, log-probs by id.
+
+    Raises `AnswerError` where the scores are missing, are those of other tokens, or are not log-probs.
+    """
     if len(entries) != len(ids):
         raise AnswerError(f"{len(entries)} scores for {len(ids)} tokens")
     values = []
@@ -49,13 +53,13 @@ def likeliest(entries: Sequence[dict[int, object] | None], first: int, count: in
 
 
 def come_as_often(hits: int, draws: int, probability: float) -> bool:
-    """Whether `hits` of `draws` are what an event of that `probability` gives, but for a chance below one in a million."""
+    """Whether `hits` of `draws` agree with an event of that `probability`; wrong by chance less than once in a million times."""
     variance = draws * max(probability * (1 - probability), 0.0)
     return abs(hits - draws * probability) <= 6 * math.sqrt(variance) + 3
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Nats a token, in the mean."""
+    """Mean absolute difference in nats a token."""
     return (one.clamp(min=_FLOOR) - other.clamp(min=_FLOOR)).abs().mean().item()
 
 

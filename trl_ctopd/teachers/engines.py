@@ -1,4 +1,4 @@
-"""How each kind of engine is asked for the log-probs of a text, and how its answer reads; which one a server is.
+"""How each kind of server is asked for the log-probs of a text, how its answer is read, and how its kind is found.
 
 | kind | request | scores |
 |---|---|---|
@@ -6,12 +6,12 @@
 | SGLang | `POST /generate` with `input_ids`, `return_logprob`, `logprob_start_len` 0, `max_new_tokens` 0 | `meta_info.input_token_logprobs`: [log-prob, id, text] |
 | echo | `POST /v1/completions` with `echo` and `logprobs`, as Fireworks has it | `choices[0].logprobs`: `token_ids`, `token_logprobs` |
 
-A kind is found by asking for the scores of a few tokens in each of these ways. An answer is read into one dict a token: the
-log-probs that are told, by id. Nothing is told of the first token. Those of the likeliest tokens, which a request asks for by
-their number, are told by vLLM (in the same place) and SGLang (`top_logprobs_num`: `meta_info.input_top_logprobs`); `echo` tells
-them by their text, which is no id.
+The kind is found by requesting the scores of a few tokens in each of these ways. An answer is read into one dict for each
+token, of log-probs by id. The first token has none. A request may also ask for the k most likely tokens at each place. vLLM
+returns them in the same field, SGLang in `meta_info.input_top_logprobs` (`top_logprobs_num` in the request). `echo` returns
+their texts, not their ids.
 
-Left out: engines that score only what they write.
+Left out: servers that score only what they generate.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .servers import FailedTryError, RequestRefusedError, Server, Servers
 _NO_SUCH_WAY = (404, 405, 501)
 Entry = dict[int, object]
 _UNCUT = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-_UNABLE = {  # by the `owned_by` of `GET /v1/models`
+_UNABLE = {  # by `owned_by` in `GET /v1/models`
     "llamacpp": "llama.cpp's server",
     "lmdeploy": "LMDeploy",
     "tensorrt_llm": "TensorRT-LLM over HTTP",
@@ -36,12 +36,12 @@ class VLLM:
 
     name = "vLLM's completions (`prompt_logprobs`)"
     path = "/v1/completions"
-    names_model = True  # in each answer
-    adds_special_tokens = False  # to a text it reads
+    names_model = True  # whether each answer names the model
+    adds_special_tokens = False  # to a text that it reads
     tells_likeliest = True
 
     def request(self, model: str, prompt: str | list[int], temperature: float = 1.0, likeliest: int = 0) -> dict:
-        # of no others than asked for: vLLM 0.32 ends when it comes to name a row past the tokenizer
+        # no scores of further tokens: vLLM 0.32 exits when it has to name a row past the tokenizer
         own = {"prompt_logprobs": likeliest, "max_tokens": 1, "temperature": temperature}
         payload = {"model": model, "prompt": prompt, **own}
         return (
@@ -55,20 +55,20 @@ class VLLM:
         return [_by_id(entry) if isinstance(entry, dict) else None for entry in found]
 
     def ids(self, answer: dict, expected: Sequence[int]) -> list[int]:
-        """What it read."""
+        """The token ids that the server read."""
         told = _choice(answer).get("prompt_token_ids")
         if told is not None:
             return told
-        # an older server: the first token has no score, and so no id
+        # an older server: the first token has no score, so its id is not sent
         return [*expected[:1], *(token for entry in self.entries(answer)[1:] for token in entry or {})]
 
     def drawing(self, model: str, prompt: list[int], count: int) -> dict:
-        # no seed: vLLM 0.32 on a CPU ends when it is given one
+        # without a seed: vLLM 0.32 on a CPU exits when it gets one
         own = {"n": count, "max_tokens": 1, "return_token_ids": True, "prompt_logprobs": None}
         return {"model": model, "prompt": prompt, **own, **_UNCUT}
 
     def drawn(self, answer: dict) -> list[int] | None:
-        """The new token of each choice; None where they have no ids."""
+        """The new token of each choice; None where the answer has no ids."""
         choices = answer.get("choices")
         if not (isinstance(choices, list) and choices and all(isinstance(choice, dict) for choice in choices)):
             raise AnswerError("an answer without choices")
@@ -164,11 +164,11 @@ ENGINES: tuple[Engine, ...] = (VLLM(), SGLang(), Echo())
 
 def find_engine(servers: Servers, server: Server, model: str, owner: object) -> Engine:
     """
-    Which kind `server` is, by the scores that it gives of a few tokens; `owner` is what it says of itself.
+    The kind of `server`, by the scores that it returns for a few tokens. `owner`: its `owned_by`.
 
-    Raises `ValueError` where it is of no kind that can be a teacher.
+    Raises `ValueError` where no kind works, so that it cannot be a teacher.
     """
-    reasons, ids = [], list(range(10, 18))  # that every vocabulary has
+    reasons, ids = [], list(range(10, 18))  # ids that every vocabulary has
     for engine in ENGINES if owner not in _UNABLE else ():
         try:
             answer = servers.send(server, "POST", engine.path, engine.request(model, ids))
@@ -201,7 +201,7 @@ def _is_ollama(servers: Servers, server: Server) -> bool:
 
 
 def _choice(answer: dict) -> dict:
-    """The only one."""
+    """The only choice of an answer."""
     choices = answer.get("choices")
     if not (isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict)):
         raise AnswerError("an answer without one choice")

@@ -1,5 +1,5 @@
-"""A teacher in this process: token ids in, log-probs of those tokens out, without a (B, T, V) tensor; and, for the losses
-that compare whole distributions, the hidden states that these are projected from."""
+"""A teacher in this process: token ids in, log-probs of those tokens out, without a (B, T, V) tensor. For losses on whole
+distributions, it also returns the hidden states that the logits are computed from."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,12 +15,12 @@ from ..rollouts.pairing import pad_rows
 
 class LocalTeacher:
     """
-    A frozen causal language model, sharded as the student is (ZeRO-3, FSDP), that scores text it did not write.
+    A frozen causal language model that scores text it did not write. It is sharded like the student (ZeRO-3, FSDP).
 
     Args:
-        model (`PreTrainedModel`): the teacher; it is put in eval mode and its parameters are frozen.
-        accelerator (`accelerate.Accelerator`): the run's.
-        temperature (`float`): the logits are divided by it, as the student's are.
+        model (`PreTrainedModel`): the teacher. It is put in eval mode, and its parameters are frozen.
+        accelerator (`accelerate.Accelerator`): that of the run.
+        temperature (`float`): the logits are divided by it, like the student's.
         batch_size (`int`): rows in one forward pass.
     """
 
@@ -41,7 +41,7 @@ class LocalTeacher:
     @property
     def device(self) -> torch.device:
         if is_sharded(self.model, self._accelerator):
-            return self._accelerator.device  # the shards may wait on the CPU
+            return self._accelerator.device  # the shards may be offloaded to the CPU
         return next(self.model.parameters()).device
 
     def log_probs(
@@ -51,16 +51,16 @@ class LocalTeacher:
         other_ends: Sequence[Sequence[int]] | None = None,
     ) -> list[torch.Tensor]:
         """
-        Log-probs of each completion's tokens given its prompt and the tokens before.
+        Log-probs of each completion's tokens, given its prompt and the tokens before them.
 
         Args:
             prompts, completions: token ids, B of each. Prompts have at least one id.
-            other_ends: of each row, ids in whose place its last one stands too: its log-prob is that of any of them, by a
-                logsumexp. None for none.
+            other_ends: for each row, further ids that its last token may be. Its log-prob becomes that of any of them (a
+                logsumexp). None: no such ids.
 
         Returns:
-            B float32 tensors on the teacher's device, the b-th of shape (len(completions[b]),), in nats. Rows are scored
-            `batch_size` at a time, long ones together and first, and come back in the order given.
+            B float32 tensors on the teacher's device, the b-th of shape (len(completions[b]),), in nats, in the order given.
+            Rows are scored `batch_size` at a time, sorted by length, the longest first.
         """
         return [log_probs for log_probs, _ in self._score(prompts, completions, other_ends, with_hidden=False)]
 
@@ -70,8 +70,8 @@ class LocalTeacher:
         completions: list[list[int]],
         other_ends: Sequence[Sequence[int]] | None = None,
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """`log_probs`, and for each completion the (len(completions[b]), H) states that its tokens' distributions are
-        projected from, which are large and wait on the CPU."""
+        """`log_probs`, and for each completion the (len(completions[b]), H) hidden states that its tokens' logits are computed
+        from. These are large, and stay on the CPU."""
         return self._score(prompts, completions, other_ends, with_hidden=True)
 
     @torch.no_grad()
@@ -99,13 +99,13 @@ class LocalTeacher:
         ends = [(row, token) for row, own in enumerate(other_ends) for token in own]
         last = torch.tensor([(row, len(rows[row]) - 2 - width) for row, _ in ends], dtype=torch.long).reshape(-1, 2).T
         inputs = {
-            "input_ids": pad_rows(rows, width, 0),  # padded at the end, which no token before can see: any id will do
+            "input_ids": pad_rows(rows, width, 0),  # no token sees the padding after it, so any id will do
             "scored": torch.cat([scored, last], dim=1),
             "targets": torch.tensor([*targets, *(token for _, token in ends)], dtype=torch.long),
         }
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         capture = hidden_states(self.base_model) if with_hidden else nullcontext([])
-        with self._accelerator.autocast(), capture as states:  # the precision the student is scored in
+        with self._accelerator.autocast(), capture as states:  # the precision that the student is scored in
             *log_probs, others = self.model(**inputs).log_probs.split([*counts, len(ends)])
         for (row, _), other in zip(ends, others, strict=True):
             log_probs[row][-1] = torch.logaddexp(log_probs[row][-1], other)
@@ -117,9 +117,9 @@ class LocalTeacher:
 
 def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, distributed: bool) -> PreTrainedModel:
     """
-    The teacher from a hub name or folder; `init_kwargs` go to `from_pretrained` (dtype, quantization_config,
-    device_map, revision, ...), in the dtype it was saved in unless they say otherwise. Each process of a distributed
-    run places the whole teacher itself unless `device_map` does.
+    The teacher from a hub name or folder. `init_kwargs` go to `from_pretrained` (dtype, quantization_config, device_map,
+    revision, ...). Without a dtype there, it keeps the one it was saved in. Each process of a distributed run places the whole
+    teacher itself, unless `device_map` does.
     """
     kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if distributed:

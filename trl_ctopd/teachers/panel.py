@@ -1,9 +1,9 @@
-"""The teachers of a run: one, or several by name, among which each row of the dataset chooses.
+"""The teachers of a run: a single one, or several by name, of which each row of the dataset chooses one.
 
-Each has a seat: what scores, how it is spoken to, and how its tokens meet the student's. Servers are asked for their scores
-first, so that they read while a teacher in this process does.
+Each teacher has a seat: the model or server, its tokenizer and templates, and its alignment with the student. Requests to
+servers are sent first, so that they work while a teacher in this process does.
 
-Left out: losses on whole distributions with several teachers, whose vocabularies would all have to be compared.
+Left out: losses on whole distributions with several teachers, which would need a comparison of all vocabularies.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,24 +31,26 @@ from .remote import RemoteScores, RemoteTeacher
 from .servers import Servers, is_url
 
 
-ONLY = ""  # the name of a teacher that is the only one
+ONLY = ""  # the name of a single teacher
 Model = str | PreTrainedModel | Sequence[str]
 
 
 class Seat:
     """
+    One teacher of a run.
+
     Args:
-        model: a module, a hub name or folder, or the address (or addresses) of a server. A server is asked at once; a model
-            is loaded by `sit`, since its tokenizer alone is needed before.
-        tokenizer: the teacher's; loaded from the model, or from what the server loaded it from, where it is None.
+        model: a module, a hub name or folder, or the address (or addresses) of a server. A server is contacted here. A model
+            is loaded later, by `sit`; only its tokenizer is needed before.
+        tokenizer: the teacher's. If None, it is loaded from the model, or from the name that the server loaded it from.
 
     Attributes:
-        teacher: what scores.
-        name: of the model: a hub name or folder, or "".
-        context: the tokens it can read, None for no limit.
-        stop_ids: what ends its turn.
-        turn_ends: for each student id that ends a turn, the teacher's ids that do.
-        text_ends: for each of them, the teacher's ids of which any one ends a text that no template writes.
+        teacher: scores text.
+        name: hub name or folder of the model, or "".
+        context: number of tokens that the teacher can read, None for no limit.
+        stop_ids: the ids that end its turn.
+        turn_ends: for each student id that ends a turn, the teacher's ids for a turn end.
+        text_ends: for each student id that ends a turn, the teacher's ids of which any one ends a text without a template.
     """
 
     teacher: LocalTeacher | RemoteTeacher
@@ -86,7 +88,7 @@ class Seat:
             ) from error
 
     def sit(self, accelerator, student: Speaker, student_stop_ids: list[int]):
-        """What needs the student and the run's processes."""
+        """Does all that needs the student and the run's processes."""
         model, args, generation_config = self._model, self._args, None
         if not self.remote:
             if isinstance(model, str):
@@ -101,7 +103,7 @@ class Seat:
         self.student = student
         self.stop_ids = self.side.stop_ids(generation_config)
         turn_end = self.side.turn_end
-        # a teacher of the same tokenizer reads the student's own stop token, if it is one of its own
+        # a teacher with the same tokenizer reads the student's own stop token, if that ends the teacher's turn too
         shared = self.stop_ids if isinstance(self.aligner, OneTokenizer) else []
         self.turn_ends = {stop: [stop] if stop in shared else turn_end for stop in student_stop_ids}
         text_ends = self.side.text_ends(self.stop_ids)
@@ -121,7 +123,7 @@ class Seat:
         )
 
     def vocabulary(self, student_size: int, device: torch.device) -> VocabularyPair:
-        """What the student's vocabulary, `student_size` rows of its LM head, and this teacher's have in common."""
+        """What the student's vocabulary (`student_size` rows of its LM head) and this teacher's have in common."""
         turn_end_is_one_token = all(len(ids) == 1 for ids in self.turn_ends.values())
         if self.remote:
             teacher_size = len(token_bytes(self.tokenizer))
@@ -140,7 +142,7 @@ class Seat:
 
     @property
     def _markup_is_comparable(self) -> bool:
-        """Losses on whole distributions compare what the next bytes are, and markup has other ones on either side."""
+        """Losses on whole distributions compare the next bytes, and the two templates' markup has different bytes."""
         chosen = [self._args.distillation_loss, *([self._args.off_policy_loss] if self._args.lmbda < 1 else [])]
         return all(
             getattr(LOSSES.get(loss, loss) if isinstance(loss, str) else loss, "signal", "logprobs") == "logprobs"
@@ -149,7 +151,7 @@ class Seat:
 
     @cached_property
     def sections(self) -> SectionAligner | None:
-        """None where both models are of one tokenizer, and the teacher reads the student's own ids."""
+        """None where both models have the same tokenizer, since the teacher then reads the student's own ids."""
         if isinstance(self.aligner, OneTokenizer):
             return None
         controls = {name: self.tokenizer.convert_tokens_to_ids(name) for name in self.side.controls}
@@ -166,7 +168,7 @@ class Seat:
         )
 
     def continuations(self, student_size: int) -> Continuations | None:
-        """With what this teacher's tokens go on; None where it has the student's tokenizer, and reads its very tokens."""
+        """What continues this teacher's tokens. None where it has the student's tokenizer and reads the student's ids."""
         if isinstance(self.aligner, OneTokenizer):
             return None
         return self.vocabulary(student_size, torch.device("cpu")).continuations
@@ -174,9 +176,11 @@ class Seat:
 
 class Panel:
     """
+    The teachers of a run, each in its seat.
+
     Args:
-        models: the only teacher, or teachers by name.
-        tokenizers: the only teacher's tokenizer, or tokenizers by name; None where they are to be loaded.
+        models: the single teacher, or teachers by name.
+        tokenizers: the single teacher's tokenizer, or tokenizers by name; None to load them.
     """
 
     def __init__(
@@ -205,12 +209,12 @@ class Panel:
 
     @property
     def context(self) -> int | None:
-        """Tokens that every teacher can read, None for no limit."""
+        """The number of tokens that every teacher can read, None for no limit."""
         return min((seat.context for seat in self.seats.values() if seat.context is not None), default=None)
 
     @property
     def contexts_of_servers(self) -> dict[str, int]:
-        """By name, those that are known."""
+        """Contexts of the teachers behind servers, by name, where known."""
         remote = {name: seat.context for name, seat in self.seats.items() if seat.remote}
         return {name: context for name, context in remote.items() if context is not None}
 
@@ -220,17 +224,20 @@ class Panel:
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """What every teacher gives, for every loss."""
+        """The inputs for losses that every teacher can give."""
         return self.only.teacher.signals if self.only else ("logprobs",)
 
     def sit(self, accelerator, student: Speaker, student_stop_ids: list[int]):
-        """What needs the student and the run's processes. Raises `ValueError` where its processes would not all do alike."""
+        """
+        Does all that needs the student and the run's processes. Raises `ValueError` for several teachers under DeepSpeed or
+        FSDP, where the processes would not all run the same forward passes.
+        """
         self._device = accelerator.device
         sharded = accelerator.state.deepspeed_plugin is not None or getattr(accelerator.state, "fsdp_plugin", None)
         if sharded and len(self.seats) > 1 and not all(seat.remote for seat in self.seats.values()):
             raise ValueError(
-                "Several teachers under DeepSpeed or FSDP: rows choose their teacher, so that processes would make unlike "
-                "numbers of forward passes, and hang. Put the teachers behind servers."
+                "Several teachers under DeepSpeed or FSDP: rows choose their teacher, so processes would run different numbers of "
+                "forward passes, and hang. Put the teachers behind servers."
             )
         for seat in self.seats.values():
             seat.sit(accelerator, student, student_stop_ids)
@@ -242,13 +249,13 @@ class Panel:
             self.only.teacher.ask_likeliest(max(counts))
 
     def check_heads(self):
-        """Raises `ValueError` where a teacher in this process has an LM head that cannot be read apart from it."""
+        """Raises `ValueError` where the LM head of a teacher in this process cannot be used apart from its backbone."""
         for seat in self.seats.values():
             if not seat.remote:
                 check_head("teacher", seat.teacher.base_model)
 
     def pair(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[Rollout]:
-        """Sets each completion beside its own teacher's tokenization of it."""
+        """Pairs each completion with its own teacher's tokens of the same text."""
         rollouts: dict[int, Rollout] = {}
         for name, seat in self.seats.items():
             rows = [row for row, prompt in enumerate(prompts) if prompt.teacher == name]
@@ -271,8 +278,10 @@ class Panel:
         teachers: Sequence[int] | None = None,
         frames: Sequence[str] | None = None,
     ) -> list[Rollout]:
-        """Of completions alone, the places of their teachers among the seats, and the frames of their prompts: prompts bear on
-        nothing else but the teacher's context."""
+        """
+        Pairs completions that have no prompts. `teachers`: index of each one's seat; `frames`: the frames of their prompts.
+        Nothing else depends on prompts, but for the teacher's context.
+        """
         names, count = list(self.seats), len(completions)
         prompts = [
             Prompt([], [], teacher=names[place], frame=frame)
@@ -281,7 +290,7 @@ class Panel:
         return self.pair(prompts, completions)
 
     def read(self, rollouts: Sequence[Rollout], with_hidden: bool) -> "Readings":
-        """Each teacher reads its rows; a server's scores may still be on their way when this comes back."""
+        """Each teacher scores its rows. Returns at once: a server's scores may still be on their way."""
         readings = Readings(self._device, any(seat.remote for seat in self.seats.values()))
         readings.padding_rows = {row for row, rollout in enumerate(rollouts) if rollout.prompt.is_padding}
         for name, seat in sorted(self.seats.items(), key=lambda named: not named[1].remote):
@@ -303,7 +312,7 @@ class Panel:
 
 
 class Readings:
-    """The teachers' scores of a step's rollouts, `found` and still `awaited`, by row; and hidden states where asked for."""
+    """The teachers' scores of a step's rollouts by row, `found` or still `awaited`, and hidden states where requested."""
 
     def __init__(self, device: torch.device, some_remote: bool):
         self._device, self._some_remote = device, some_remote
@@ -313,7 +322,7 @@ class Readings:
         self.padding_rows: set[int] = set()
 
     def log_probs(self, rows: Sequence[int], length: int) -> "torch.Tensor | Awaited":
-        """(len(rows), `length`) log-probs of these rows, 0 past their ends: now, or once a server has them."""
+        """(len(rows), `length`) log-probs of these rows, 0 past their ends; or an [`Awaited`], if a server still has them."""
         if not self._some_remote:
             return pad_scores([self.found[row] for row in rows], length)
         return Awaited(self, list(rows), length)
@@ -337,21 +346,21 @@ class Readings:
         return ids, values.masked_fill(past[..., None], -torch.inf)
 
     def failed(self, rows: Sequence[int]) -> tuple[int, int]:
-        """How many of `rows`, which have been waited for, no server could score, and how many they are, without
-        padding rows."""
+        """For `rows` that have been waited for: how many of them no server could score, and how many there are. Padding rows do
+        not count."""
         places = [self.awaited[row] for row in rows if row in self.awaited]
         return sum(scores.failed(place) for scores, place in places), len(set(rows) - self.padding_rows)
 
 
 class Awaited:
-    """A micro-batch's log-probs that a server may still be working on."""
+    """A micro-batch's log-probs that a server may still be computing."""
 
     def __init__(self, readings: Readings, rows: list[int], length: int):
         self._readings, self._rows, self._length = readings, rows, length
 
     @cached_property
     def log_probs(self) -> torch.Tensor:
-        """(B, T), NaN in rows that could not be scored; waits. Raises `TeacherServerError`."""
+        """Waits for the log-probs (B, T); NaN in rows that could not be scored. Raises `TeacherServerError`."""
         return pad_scores([self._readings.row(row) for row in self._rows], self._length)
 
     @cached_property
@@ -365,7 +374,7 @@ class Awaited:
 
 
 def settled(batch: dict) -> dict:
-    """`batch` with the log-probs themselves where a server had still to give them; waits."""
+    """`batch` with all log-probs in place. Waits for those that servers are still computing."""
     scores = batch["teacher_log_probs"]
     return {**batch, "teacher_log_probs": scores.log_probs} if isinstance(scores, Awaited) else batch
 

@@ -1,19 +1,18 @@
-"""A teacher behind a server: token ids go out, log-probs of those tokens come back, in the way that the server's kind has
-(engines.py).
+"""A teacher behind a server: token ids go out, log-probs of those tokens come back. engines.py knows each kind of server.
 
 Decisions
-- One request a completion, many at a time. The server is asked for the log-prob of each token it was sent, for those of no
-  others unless the loss reads the likeliest ones too (`ask_likeliest`), and for a single new token or none. Results come in
-  the order of the rows.
-- Nothing is believed unchecked. At the start: one model, by name; the same token ids as the tokenizer's for a probe text,
-  special tokens included, and up to the tokenizer's highest id; log-probs that are at most 0, the same at any sampling
-  temperature, and of tokens that are drawn as often as they say. In each answer: the model's name, the length, the ids sent,
-  numbers at most 0.
-- An answer that fails its check, or a request that the server refuses as such, costs its row alone: NaN, so that the row
-  takes no part, and it is counted. If that is so for all rows of a step, or of several small ones, it is an error.
-- A step ends with the probe, at every server that answered: one that has another model by now is an error before that
-  step's update. A server that was gone has to pass the same probe before it gets work again.
-- A zero probability is -inf, vLLM's -9999 too; its chunk is neutralised, as with a teacher in this process.
+- One request for each completion, many in flight. The server is asked only for the log-probs of the tokens it was sent, for
+  those of the most likely tokens where the loss reads them (`ask_likeliest`), and to generate one token or none. Results come
+  in the order of the rows.
+- Everything is checked. At the start: the server has one model of that name; it reads a probe text as the same token ids as the
+  tokenizer, special tokens included, up to the tokenizer's highest id; its log-probs are at most 0, the same at any sampling
+  temperature, and agree with how often it samples tokens. In each answer: the model's name, the length, the ids sent, log-probs
+  of at most 0.
+- An answer that fails its check, or a request that the server refuses, costs only its row: the row becomes NaN, takes no part,
+  and is counted. If no row of a step can be scored, or of several small steps, that is an error.
+- Each step ends with the probe, at every server that answered. A server that has another model by then is an error before that
+  step's update. A server that was down has to pass the probe before it gets work again.
+- A zero probability is -inf (vLLM sends -9999), and its chunk is neutralised, as with a teacher in this process.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,27 +32,29 @@ from .transport import DaemonPool
 PROBE = (
     "The quick brown fox, 1234.5 times: «où est l'élève ?» Съешь ещё. 敏捷的棕色狐狸。\n\tdef f(x): return x ** 2  # 🙂"
 )
-_SAME_MODEL = 0.2  # nats a token, in the mean over the probe; the noise of half precision stays below
-COUNT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17,"  # what comes next leaves little doubt
-_DRAWS = (16, 64)  # tokens drawn to be scored, and to be counted
-Likeliest = tuple[torch.Tensor, torch.Tensor] | None  # ids and log-probs, (T, k)
-_SYSTEMATIC = 8  # completions in a row without a score: no matter of their texts
+_SAME_MODEL = 0.2  # nats a token, mean over the probe; half precision differs by less
+COUNT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17,"  # the next token is nearly certain
+_DRAWS = (16, 64)  # number of sampled tokens that are scored, and that are counted
+Likeliest = tuple[torch.Tensor, torch.Tensor] | None  # (T, k) ids and log-probs of the k most likely tokens at each place
+_SYSTEMATIC = 8  # so many completions in a row without a score are not the fault of their texts
 
 
 class RemoteTeacher:
     """
-    Args:
-        servers (`Servers`): where it is served.
-        model (`str`, *optional*): its name there, or the name or folder it was loaded from; needed where a server has
-            several.
-        unlisted (`bool`): it may have that name though the server does not list it.
+    A teacher that servers score for.
 
-    Attributes: `name` and `root`, what the servers call the model and loaded it from; `context`, the tokens of prompt and
-    completion that they take.
+    Args:
+        servers (`Servers`): the servers that have it.
+        model (`str`, *optional*): its name there, or the name or folder it was loaded from. Needed where a server has
+            several models.
+        unlisted (`bool`): accept the name even if the server does not list it.
+
+    Attributes: `name` and `root`, the model's name at the servers and what they loaded it from; `context`, the tokens of prompt
+    and completion that they accept.
 
     Raises:
-        ValueError: where a server has several models and none of that name, or another than the others.
-        TeacherServerError: where none answers.
+        ValueError: a server has several models and none of that name, or another model than the other servers.
+        TeacherServerError: no server answers.
     """
 
     signals = ("logprobs", "likeliest")
@@ -63,10 +64,8 @@ class RemoteTeacher:
         self._pool = DaemonPool(servers.concurrency, "teacher")
         self._probe_ids: list[int] = []
         self._probe_scores: torch.Tensor | None = None
-        self._unscored = 0  # completions since the last step with one that was scored
-        self._likeliest: int | None = (
-            None  # of the tokens at each place, those that are asked for; None: no loss reads them
-        )
+        self._unscored = 0  # completions since the last step in which one was scored
+        self._likeliest: int | None = None  # how many of the most likely tokens are requested; None: no loss reads them
         self._named, self._wanted, self._unlisted = "", model, unlisted
         self.name, self.root, self.context = "", "", None
         servers.each(self._meet)
@@ -74,23 +73,23 @@ class RemoteTeacher:
     # At the start
 
     def _meet(self, server: Server):
-        """What `server` calls the model and loaded it from, how long a text it takes, and how it is asked for scores."""
+        """Finds `server`'s name for the model, what it loaded it from, its context, and its kind."""
         entry = self._entry(server)
         if self.name not in ("", entry["id"]):
             raise ValueError(
-                f"The teacher's server {server.url} serves {entry['id']!r}, and another one serves {self.name!r}: several "
-                "addresses are those of one model."
+                f"The teacher's server {server.url} serves {entry['id']!r}, and another one serves {self.name!r}: all "
+                "addresses must be those of one model."
             )
         self.name, self.root = entry["id"], entry.get("root") or entry["id"]
         length = entry.get("max_model_len") or entry.get("context_length")
         if isinstance(length, int):
-            room = length - 1  # the server may write one token
+            room = length - 1  # the server may generate one token
             self.context = room if self.context is None else min(room, self.context)
         server.engine = find_engine(self._servers, server, self.name, entry.get("owned_by"))
         logger.info(f"The teacher's server {server.url} is asked for scores by {server.engine.name}.")
 
     def _entry(self, server: Server) -> dict:
-        """What it says of the model."""
+        """The server's entry for the model."""
         found, wanted = self._servers.send(server, "GET", "/v1/models").get("data"), self._wanted
         models = {
             entry["id"]: entry for entry in found or [] if isinstance(entry, dict) and isinstance(entry.get("id"), str)
@@ -111,7 +110,7 @@ class RemoteTeacher:
         """
         Compares every server that is up with `tokenizer`, and all of them with each other.
 
-        Raises `ValueError` for token ids that differ, for scores that are no raw log-probs, and for servers with unlike
+        Raises `ValueError` for token ids that differ, for scores that are not raw log-probs, and for servers with different
         models.
         """
         text = PROBE + "".join(tokenizer.all_special_tokens)
@@ -184,7 +183,7 @@ class RemoteTeacher:
             )
 
     def _check_scores(self, server: Server):
-        """Only log-probs are never above 0, and only raw ones stay what they are under other sampling settings."""
+        """Only log-probs are never above 0, and only raw ones stay the same under other sampling settings."""
         one, other = (self._probe(server, temperature=temperature) for temperature in (1.0, 2.0))
         if not answers.distance(one, other) <= _SAME_MODEL:
             raise ValueError(
@@ -194,15 +193,15 @@ class RemoteTeacher:
 
     def _check_draws(self, server: Server, prompt: list[int]):
         """
-        Of tokens that the server draws after `prompt`, some are scored, and the others are among them as often as the scores
-        say: it draws from what it scores with, and this sums to 1.
+        Compares the tokens that the server samples after `prompt` with its scores. A few are scored; the others must be among
+        those as often as the scores say. So the server samples from what it scores with, and that sums to 1.
         """
         engine = server.engine
         payload = engine.drawing(self.name, prompt, sum(_DRAWS))
         ids = engine.drawn(self._servers.send(server, "POST", engine.path, payload, kind=dict | list))
         if ids is None or len(ids) != sum(_DRAWS):
             logger.warning(
-                f"The teacher's server {server.url} does not tell the ids of tokens that it draws: whether they come as often "
+                f"The teacher's server {server.url} does not return the ids of tokens that it samples. Whether they come as often "
                 "as its log-probs say is not checked."
             )
             return
@@ -220,7 +219,7 @@ class RemoteTeacher:
         return self._read(server, self._probe_ids, 1, **settings)
 
     def _read(self, server: Server, ids: list[int], first: int, **settings) -> torch.Tensor:
-        """The log-probs of `ids[first:]`, in one try."""
+        """The log-probs of `ids[first:]`, from a single request."""
         answer = self._servers.send(server, "POST", *self._request(server, ids, **settings))
         return self._scores(server, answer, ids, first)
 
@@ -240,8 +239,8 @@ class RemoteTeacher:
         difference = answers.distance(scores, self._probe_scores)
         if not difference <= _SAME_MODEL:
             raise error(
-                f"The teacher's server {server.url} serves another model than was found at the start: its log-probs of a "
-                f"probe text differ by {difference:.2g} nats a token from those of {self.name!r}."
+                f"The teacher's server {server.url} serves another model than at the start: its log-probs of a probe text differ "
+                f"by {difference:.2g} nats a token from those of {self.name!r}."
             )
 
     # Scoring
@@ -252,14 +251,14 @@ class RemoteTeacher:
         completions: Sequence[list[int]],
         other_ends: Sequence[Sequence[int]] | None = None,
     ) -> "RemoteScores":
-        """Begins to score B completions, each after its prompt (token ids), and comes back at once. `other_ends` as for
+        """Begins to score B completions, each after its prompt (token ids), and returns at once. `other_ends` as for
         `LocalTeacher.log_probs`; each costs a request."""
         self._servers.begin()
         return RemoteScores(self, prompts, completions, [()] * len(prompts) if other_ends is None else other_ends)
 
     def score(self, prompt: list[int], completion: list[int]) -> tuple[torch.Tensor, Likeliest, Server | None]:
-        """Log-probs (len(completion),) in nats, on the CPU; the likeliest tokens at each place, where these are asked for, (T,
-        count) ids and log-probs; and the server they are from."""
+        """Log-probs (len(completion),) in nats on the CPU; ids and log-probs (T, count) of the most likely tokens at each place,
+        if requested; and the server that computed them."""
         count = self._likeliest
         if not completion:
             return torch.zeros(0), self.no_likeliest(0), None
@@ -270,22 +269,22 @@ class RemoteTeacher:
         return scores, found or self.no_likeliest(len(completion)), server
 
     def no_likeliest(self, tokens: int) -> Likeliest:
-        """In the place of those that are not told; None where they are not asked for."""
+        """A placeholder for tokens that the server did not return; None where they are not requested."""
         if self._likeliest is None:
             return None
         shape = tokens, self._likeliest
         return torch.zeros(shape, dtype=torch.long), torch.full(shape, -torch.inf)
 
     def submit(self, task: Callable, *arguments) -> Future:
-        """`task` on one of the threads that wait for the servers."""
+        """Runs `task` on one of the threads that wait for the servers."""
         return self._pool.submit(task, *arguments)
 
     def end_step(self, servers: Iterable[Server], asked: int, reasons: Sequence[str]):
         """
-        Of the completions `asked` for, `servers` have scored all but those that `reasons` are of.
+        Ends a step in which `servers` have scored all of the `asked` completions but those with a reason in `reasons`.
 
-        Raises `TeacherServerError` where one of them has another model by now, and where it can no longer be a matter of
-        single texts that none is scored.
+        Raises `TeacherServerError` where a server has another model by now, and where so many completions in a row were not
+        scored that their texts cannot be the reason.
         """
         if reasons and len(reasons) == asked:
             self._unscored += asked
@@ -303,16 +302,16 @@ class RemoteTeacher:
         return server.engine.path, server.engine.request(self.name, prompt, **settings)
 
     def _scores(self, server: Server, answer: dict, ids: list[int], first: int) -> torch.Tensor:
-        """The log-probs of `ids[first:]`. Raises `AnswerError` where `answer` has others, or none."""
+        """The log-probs of `ids[first:]`. Raises `AnswerError` where `answer` does not hold them."""
         named = answer.get("model", self.name)
-        self._named = self._named or named  # a service may call the model by a longer name than it is asked for by
+        self._named = self._named or named  # a service may answer with a longer name than the one in the request
         if server.engine.names_model and named != self._named:
             raise AnswerError(f"an answer of the model {named!r} instead of {self._named!r}")
         return answers.scores(server.engine.entries(answer), ids, first)
 
 
 class RemoteScores:
-    """The scores of a step's rows, on their way. `failed` counts the rows left out so far."""
+    """The scores of a step's rows, which may still be on their way."""
 
     def __init__(
         self,
@@ -328,7 +327,7 @@ class RemoteScores:
         self._servers: set[Server] = set()
         self._reasons: dict[int, str] = {}
         self._settled: dict[int, tuple[torch.Tensor, Likeliest]] = {}
-        self._end = Future()  # of the probe that ends the step
+        self._end = Future()  # of the probe at the end of the step
         rows = zip(prompts, completions, other_ends, strict=True)
         self._futures = [teacher.submit(self._score, row, *texts) for row, texts in enumerate(rows)]
 
@@ -337,15 +336,14 @@ class RemoteScores:
 
     def row(self, row: int) -> torch.Tensor:
         """
-        Log-probs of that completion's tokens, NaN where it could not be scored; waits for them.
+        Waits for the log-probs of that completion's tokens; NaN where it could not be scored.
 
-        Raises `TeacherServerError` where no server answers, and what ends the step raises (`RemoteTeacher.end_step`).
+        Raises `TeacherServerError` where no server answers, and the errors of `RemoteTeacher.end_step`.
         """
         return self._wait(row)[0]
 
     def likeliest(self, row: int) -> Likeliest:
-        """(T, k) ids and log-probs of the likeliest tokens at each place of that completion, where they were asked for; waits
-        as `row` does."""
+        """Waits for the ids and log-probs (T, k) of the most likely tokens at each place of that completion, if requested."""
         return self._wait(row)[1]
 
     def _wait(self, row: int) -> tuple[torch.Tensor, Likeliest]:

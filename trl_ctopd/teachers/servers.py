@@ -1,15 +1,15 @@
-"""The servers of one teacher: requests shared among them, with pauses and further tries where they fail.
+"""The servers of one teacher: shares requests among them, and retries with pauses.
 
 Decisions
-- A request goes to the server with the fewest in flight. A failure that may pass (a dropped or refused connection, no whole
-  answer in time, 408, 425, 429, any 5xx, an answer that is no JSON) lets that server rest, for as long as its `Retry-After`
-  says or else twice as long as the last time, and the request goes to another one, or waits.
-- A server that was gone is asked who it is (`confirm`) before it gets work again; so is one that refused the model or the
-  key. That is done beside the work, which it keeps nobody from.
-- Failures are counted for each server, not for each request: all requests wait for the same one. Where every server has
-  failed too often in a row, or none has answered for `patience` seconds, that is an error for all of them at once. A request
-  that fails alone, while others are answered, is at fault itself.
-- The API key stands in the header of the connections, and nowhere else: no message and no attribute holds it.
+- A request goes to the server with the fewest in flight. After a failure that may pass (a dropped or refused connection, no
+  complete answer in time, 408, 425, 429, any 5xx, an answer that is not JSON) that server rests: as long as its `Retry-After`
+  says, or else twice as long as the last time. The request goes to another server, or waits.
+- A server that was down is checked (`confirm`) before it gets work again. So is one that refused the model or the key. That
+  runs beside the work and delays nobody.
+- Failures are counted by server, not by request, since all requests wait for the same servers. Where every server has failed
+  too often in a row, or none has answered for `patience` seconds, all requests end with an error. A request that fails
+  while others are answered is at fault itself.
+- The API key is only in the header of the connections. No message and no attribute holds it.
 
 Left out: streaming, HTTP/2, redirects.
 """
@@ -34,8 +34,8 @@ from .transport import client, deadline, proxy_for
 
 logger = logging.getLogger(__name__)
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; a third more or less by chance, so that processes don't return as one
-_IDLE = 4.0  # seconds that an unused connection is kept: vLLM cuts it after 5
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; jittered by a third, so that processes do not return at the same time
+_IDLE = 4.0  # seconds that an unused connection is kept: vLLM closes it after 5
 _PASSING = (408, 425, 429)
 _UNFIT = (401, 403, 404, 405, 407, 501)
 _SHOWN = 300  # characters of an answer in a message
@@ -43,15 +43,15 @@ _LARGEST = 1 << 28  # bytes of an answer; those of a million tokens are 1 << 27
 
 
 class TeacherServerError(RuntimeError):
-    """No server of the teacher answers, or none as it should."""
+    """No server of the teacher answers, or none gives valid answers."""
 
 
 class RequestRefusedError(Exception):
-    """The server takes this request for wrong (a 4xx that is no matter of model, key or load): to repeat it is no use."""
+    """The server rejects this request (a 4xx that is not about model, key or load). Repeating it would not help."""
 
 
 class FailedTryError(Exception):
-    """This server did not answer; `unfit` where time alone won't mend it."""
+    """This server did not answer. `unfit`: waiting will not help."""
 
     def __init__(self, message: str, pause: float | None = None, status: int | None = None, unfit: bool = False):
         super().__init__(message)
@@ -60,7 +60,7 @@ class FailedTryError(Exception):
 
 @dataclass(eq=False)
 class Server:
-    """One address, and what is known of it. `rests_until` is in seconds of `time.monotonic`."""
+    """One address, and its state. `rests_until` is in seconds of `time.monotonic`."""
 
     url: str
     proxy: str | None = None
@@ -68,24 +68,26 @@ class Server:
     rests_until: float = 0.0
     failures: int = 0  # in a row
     failure: str = ""  # the last one
-    suspect: bool = False  # to be asked who it is before it gets work
-    asked: bool = False  # that is being done
-    unfit: bool = False  # for a reason that time alone won't mend
+    suspect: bool = False  # has to be checked before it gets work
+    asked: bool = False  # a check is running
+    unfit: bool = False  # for a reason that waiting does not remove
     answered: int = 0  # requests
-    engine: object = None  # how it is asked for scores, once that is known
+    engine: object = None  # its kind, once known
 
 
 class Servers:
     """
+    The servers of one teacher.
+
     Args:
-        urls: where the teacher is served, `http://host:port` each.
-        api_key_env: name of the environment variable that holds the API key; without it, none is sent.
-        timeout: seconds a try may take, from its beginning to the end of the answer.
+        urls: addresses of the servers, `http://host:port` each.
+        api_key_env: name of the environment variable that holds the API key. Without that variable, no key is sent.
+        timeout: seconds that one try may take, up to the end of the answer.
         retries: failures in a row, after the first, that every server may have.
         concurrency: requests in flight at the same time.
-        patience: seconds without an answer from any server, while there are requests.
+        patience: seconds without an answer from any server, while requests wait.
 
-    Raises `ValueError` for an address that is none, and for a key that is none.
+    Raises `ValueError` for an address or a key that is not valid.
     """
 
     def __init__(
@@ -104,9 +106,9 @@ class Servers:
         self._key_env = api_key_env
         self._change = threading.Condition()
         self._open = 0  # requests
-        self._quiet_since = 0.0  # the last answer, or the first request after none
-        self._answers = 0  # of this step
-        self._given_up = ""  # why
+        self._quiet_since = 0.0  # time of the last answer, or of the first request since then
+        self._answers = 0  # in this step
+        self._given_up = ""  # the reason
         key = _key(api_key_env)
         self._clients = {proxy: client(proxy, concurrency, _IDLE) for proxy in {own.proxy for own in self.servers}}
         for own in self._clients.values():
@@ -114,8 +116,8 @@ class Servers:
 
     def each(self, check: Callable[[Server], None]):
         """
-        `check` at every server; one that does not answer is left out, and asked again when it gets work. Where none does,
-        all are tried again. `check` calls `send`.
+        Runs `check` at every server. A server that does not answer is left out, and checked later, before it gets work. Where
+        none answers, all are tried again. `check` calls `send`.
 
         Raises `TeacherServerError` where none answers after the last try.
         """
@@ -142,7 +144,7 @@ class Servers:
         raise TeacherServerError(f"The teacher's server does not answer: {'; '.join(map(str, failures))}")
 
     def begin(self):
-        """Of a step: servers that were given up are tried again."""
+        """Begins a step: servers that were given up are tried again."""
         with self._change:
             self._answers = 0
             if self._given_up:
@@ -151,7 +153,7 @@ class Servers:
                     server.failures, server.rests_until = 0, 0.0
 
     def recheck(self, server: Server):
-        """`confirm` for a server that has answered; one that is gone by now is asked when it gets work again."""
+        """Runs `confirm` for a server that has answered. One that is down by now is checked before it gets work again."""
         if server.suspect:
             return
         try:
@@ -161,19 +163,19 @@ class Servers:
 
     def post(self, request: Callable[[Server], tuple[str, dict]]) -> tuple[dict, Server]:
         """
-        The JSON answer to `request`, the path and the payload for a server, and the server that gave it.
+        The JSON answer and the server that gave it. `request` returns the path and the payload for a server.
 
         Raises:
-            TeacherServerError: where every server has failed too often in a row, or none answers for too long, or none is
-                left that knows model and key.
-            RequestRefusedError: where the request itself is at fault.
+            TeacherServerError: every server has failed too often in a row, or none answers for too long, or none is left
+                that knows model and key.
+            RequestRefusedError: the request itself is at fault.
         """
         with self._requests():
             return self._post(request)
 
     @contextmanager
     def _requests(self) -> Iterator[None]:
-        """From here on someone waits."""
+        """Counts an open request, and starts the time without answers if it is the first."""
         with self._change:
             if not self._open:
                 self._quiet_since = time.monotonic()
@@ -212,7 +214,7 @@ class Servers:
     def send(
         self, server: Server, method: str, path: str, payload: dict | None = None, kind: type = dict
     ) -> dict | list:
-        """One try at one server, whose answer is a JSON object, or of another `kind`."""
+        """One try at one server. The answer is a JSON object, or of another `kind`."""
         place = f"{method} {server.url}{path}"
         try:
             status, headers, body = self._request(server, method, path, payload)
@@ -243,7 +245,7 @@ class Servers:
         raise RequestRefusedError(message)
 
     def _request(self, server: Server, method: str, path: str, payload: dict | None):
-        """Status, headers and body."""
+        """Returns status, headers and body."""
         body = bytearray()
         with (
             deadline(self._time_for_a_try()),
@@ -278,7 +280,7 @@ class Servers:
                 self._change.notify_all()
 
     def _take(self) -> Server:
-        """The least busy of those that do not rest; waits for one. Suspect ones are asked meanwhile."""
+        """The least busy server that does not rest. Waits for one. Suspect servers are checked meanwhile."""
         with self._change:
             while True:
                 self._give_up_if_due()
@@ -296,7 +298,7 @@ class Servers:
                 self._change.wait(max(0.01, min([*waits, self._patience_left()])))
 
     def _give_up_if_due(self):
-        """Raises `TeacherServerError` for every request there is."""
+        """Raises `TeacherServerError` in every open request."""
         if self._given_up:
             self._give_up(self._given_up)
         seconds = time.monotonic() - self._quiet_since
@@ -338,7 +340,7 @@ class Servers:
             server.unfit, server.failure = failure.unfit, str(failure)
             server.suspect |= suspect or failure.status != 429
             if server.rests_until > now:
-                return  # with others that were under way
+                return  # it already rests, because of another request that was in flight
             pause = min(FIRST_PAUSE * 2**server.failures, LONGEST_PAUSE) * random.uniform(0.67, 1.33)
             pause = LONGEST_PAUSE if failure.unfit else pause if failure.pause is None else failure.pause
             server.rests_until = now + pause
@@ -359,7 +361,7 @@ def is_url(text: object) -> bool:
 
 
 def is_url_without_scheme(text: str) -> bool:
-    """`host:port`, which is no model's name."""
+    """Whether it is `host:port`, which is no model's name."""
     return re.fullmatch(r"\s*(?:[\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}(?:/[^\s:]*)?\s*", text) is not None
 
 
@@ -383,7 +385,7 @@ def _checked(url: str) -> str:
 
 
 def _key(variable: str) -> str | None:
-    """What the environment variable of that name holds, without the line's end that a file leaves."""
+    """The value of that environment variable, without the newline at its end that a file leaves."""
     if variable not in os.environ:
         if variable == "TEACHER_SERVER_API_KEY":
             return None
@@ -413,7 +415,7 @@ def json_text(value: object) -> str:
 
 
 def _status_of(answer: dict, error: object) -> int:
-    """Of an error that came as a success: what it says itself, else that the request is at fault."""
+    """The status of an error that came with status 200: its own, or else one that blames the request."""
     for code in (error.get("code") if isinstance(error, dict) else None, answer.get("code"), answer.get("status")):
         if isinstance(code, int) and 400 <= code < 600:
             return code
@@ -425,7 +427,7 @@ def _cut(text: str) -> str:
 
 
 def _retry_after(headers: httpx2.Headers) -> float | None:
-    """Seconds, from a number of them or a date; None where there is neither."""
+    """Seconds, from a number or a date; None where there is neither."""
     value = headers.get("Retry-After", "")
     try:
         seconds = float(value)

@@ -1,8 +1,8 @@
-"""HTTP whose requests end: each has a deadline for all of it, which httpx counts anew for every packet.
+"""HTTP requests with a deadline for the whole request. httpx's own timeouts begin again with every packet.
 
-A server that sends a byte now and then keeps such a request for ever. So the sockets here read and write with what is left of
-`deadline`, name look-ups apart. And threads that wait for an answer are no reason for the process to stay: they are daemons,
-which those of `ThreadPoolExecutor` are not.
+A server that sends one byte now and then would keep such a request open for ever. So the sockets here read and write only for
+what is left until `deadline`, name look-ups excepted. The threads that wait for answers are daemons, unlike those of
+`ThreadPoolExecutor`, so they do not keep the process alive.
 """
 
 import queue
@@ -23,7 +23,7 @@ _mine = threading.local()  # the deadline of this thread's request, in seconds o
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """What this thread asks for within ends after so many seconds, with `httpx2.TimeoutException`."""
+    """Requests of this thread in the block end after so many seconds, with `httpx2.TimeoutException`."""
     _mine.ends = time.monotonic() + seconds
     try:
         yield
@@ -32,12 +32,12 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 def client(proxy: str | None, keepalive: int, idle: float) -> httpx2.Client:
-    """With at most `keepalive` unused connections, `idle` seconds each; through `proxy`, where there is one."""
+    """A client with at most `keepalive` unused connections, each kept `idle` seconds; through `proxy`, if given."""
     return httpx2.Client(transport=_Transport(proxy, keepalive, idle), timeout=None, trust_env=False)
 
 
 def proxy_for(url: str) -> str | None:
-    """The one that the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) names for this address."""
+    """The proxy for this address from the environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY)."""
     parts, proxies = httpx2.URL(url), getproxies_environment()
     found = proxies.get(parts.scheme) or proxies.get("all")
     host = parts.host if parts.port is None else f"{parts.host}:{parts.port}"
@@ -96,7 +96,7 @@ class _Body(httpx2.SyncByteStream):
 
 @contextmanager
 def _as_httpx() -> Iterator[None]:
-    """httpcore's errors by the names that httpx has for them."""
+    """Turns httpcore's errors into httpx's."""
     try:
         yield
     except (
@@ -155,7 +155,7 @@ class _Backend(httpcore2.NetworkBackend):
 
 
 class DaemonPool:
-    """At most `size` threads, which end with the process whatever they wait for."""
+    """At most `size` daemon threads, which end with the process whatever they wait for."""
 
     def __init__(self, size: int, name: str):
         self._size, self._name, self._threads = size, name, 0
