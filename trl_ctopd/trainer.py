@@ -1,13 +1,14 @@
 """`CrossTokenizerGKDTrainer`: the wiring between TRL's GKD trainer and the maths of this package."""
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import trl
 from accelerate.logging import get_logger
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import broadcast_object_list, send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -132,6 +133,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self._samples, self._card = Samples(), RunCard()
         self._sampling = SamplingWatch(args)
         self._lineage = checkpoints.Lineage([("", None)])  # replaced when a run begins
+        self._write_day(*broadcast_object_list([date.today()]))  # processes may start around midnight
+        self._given_datasets = train_dataset, eval_dataset
 
         finite = FiniteWeights()
         reports = [DistillationReportCallback()] if args.report else []
@@ -180,7 +183,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     @cached_property
     def student_side(self) -> Speaker:
-        return Speaker(self._tokenizer, self.args.chat_template_kwargs)
+        return Speaker(self._tokenizer, self.args.chat_template_kwargs, day=self._today)
 
     @property
     def teacher(self) -> LocalTeacher | RemoteTeacher:
@@ -208,6 +211,40 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         """Renders and tokenizes every row for both models, once."""
         contexts = self.student_context, self.panel.contexts_of_servers
         return render_dataset(dataset, args, self.student_side, self.panel.sides, *contexts, dataset_name)
+
+    @property
+    def _day(self) -> date | None:
+        """The day that is written in prompts; None where no template writes it."""
+        sides = [self.student_side, *self.panel.sides.values()]
+        return self._today if any(side.writes_day for side in sides) else None
+
+    def _write_day(self, day: date):
+        self._today = day
+        known = [self.student_side] if "student_side" in self.__dict__ else []
+        for side in (*known, *self.panel.sides.values()):
+            side.day = day
+
+    def _keep_day(self, checkpoint: str | None):
+        """Before a resume: renders the datasets again with the day on which the run of `checkpoint` began, if it is another day."""
+        day = checkpoints.day_of(checkpoint)
+        if self._day is None or day in (None, self._day):
+            return
+        logger.warning(
+            f"A chat template writes the day. The run of {checkpoint} began on {day}, so its prompts go on to say {day} and not "
+            f"{self._day}."
+        )
+        self._write_day(day)
+
+        def render(dataset, name: str):
+            return self._prepare_dataset(dataset, self.processing_class, self.args, False, None, name)
+
+        train, evaluated = self._given_datasets
+        self.train_dataset = render(train, "train")
+        if isinstance(evaluated, Mapping):
+            self.eval_dataset = {name: render(dataset, name) for name, dataset in evaluated.items()}
+        elif evaluated is not None:
+            self.eval_dataset = render(evaluated, "eval")
+        self.__dict__.pop("_identity", None)
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = COLUMNS
@@ -261,6 +298,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         found = checkpoints.to_resume_from(resume_from_checkpoint, self.args.output_dir)
         self._meters["train"].clear()  # may hold metrics of an earlier run that was interrupted
+        self._keep_day(found)
         self._lineage = checkpoints.begin(found, self.args, self._identity)
         return super().train(found, *args, **kwargs)
 
@@ -274,7 +312,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     @cached_property
     def _identity(self) -> dict:
-        return identity(self.args, self.panel, self.train_dataset)
+        return identity(self.args, self.panel, self.train_dataset, self._day)
 
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)

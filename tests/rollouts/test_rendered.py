@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset, IterableDataset
-from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
+from toys import TEACHER_TEMPLATE, prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
 from trl_ctopd.rollouts.pairing import Prompt
 from trl_ctopd.rollouts.prompts import COLUMNS, RENDERED_FOR, render_row
@@ -41,6 +41,28 @@ def test_a_dataset_that_was_rendered_for_the_same_models_is_taken_as_it_is(build
     tokenizer = student_tokenizer()
     tokenizer(["one", "two three"], padding=True, truncation=True, max_length=2)  # it keeps how it was called
     build(dataset=rendered, processing_class=tokenizer)
+
+
+TRIMS = TEACHER_TEMPLATE.replace("message['content']", "message['content'] | trim")
+
+
+@pytest.mark.parametrize(
+    ("template", "begun", "refused"),
+    [(TRIMS, "It is  ", True), (TRIMS, "It is", False), (TRIMS, " ", False), (TEACHER_TEMPLATE, "It is\n", False)],
+)
+def test_a_begun_answer_whose_blanks_one_template_leaves_out_is_refused(build, template, begun, refused):
+    tokenizer = teacher_tokenizer()
+    tokenizer.chat_template = template
+    rows = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": begun}]}]
+    )
+    if not refused:
+        build(dataset=rows, teacher_processing_class=tokenizer)
+        return
+    with pytest.raises(
+        ValueError, match=r"Row 0 of the train dataset: .*'It is  '.* leaves '  ' and the teacher's ''.*rstrip"
+    ):
+        build(dataset=rows, teacher_processing_class=tokenizer)
 
 
 def test_a_dataset_that_was_rendered_without_saying_for_whom_is_refused(build):

@@ -4,9 +4,13 @@ import copy
 import functools
 import itertools
 import json
+import pickle
+from datetime import date
+from pathlib import Path
 
 import needs
 import pytest
+import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from trl import maybe_convert_to_chatml
@@ -551,6 +555,27 @@ def test_a_prefilled_think_stays_on_its_side_and_masks_the_tags():
 def test_a_prefilled_think_that_is_closed_again_is_no_prefill():
     closed = CHATML.replace("<think>\n", "<think>\n\n</think>\n\n")
     assert not Speaker(toy(closed)).prefills_thinking
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "gptoss", "muse_glimmer"])
+def test_a_template_that_writes_the_day_writes_the_day_it_is_given_whatever_day_it_is(name):
+    source = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer, asked = real("llama-3.2"), Conversation([USER])
+    sides = [Speaker(tokenizer, {"chat_template": source}, day=day) for day in (date(2001, 2, 3), date(2002, 3, 4))]
+    texts = [side.tokenizer.decode(side.prompt_ids(asked)) for side in sides]
+    spelled = [
+        [day.strftime(form) for form in ("%d %b %Y", "%Y-%m-%d")] for day in (date(2001, 2, 3), date(2002, 3, 4))
+    ]
+    for text, own, other in zip(texts, spelled, spelled[::-1], strict=True):
+        assert any(day in text for day in own) and not any(day in text for day in other)
+    again = pickle.loads(pickle.dumps(sides[0]))
+    assert again.prompt_ids(asked) == sides[0].prompt_ids(asked), "what a dataset is rendered by in other processes"
+    assert sides[0].fingerprint == sides[1].fingerprint, "another day is no other model"
+
+
+def test_the_day_is_no_part_of_what_a_dataset_is_cached_by_where_no_template_writes_it():
+    states = [Speaker(real("qwen2.5"), day=date(2001, 2, day)).__getstate__() for day in (3, 4)]
+    assert states[0] == states[1]
 
 
 # --- references

@@ -8,16 +8,19 @@ import shutil
 import signal
 import socket
 import time
+from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
+import toys
 import transformers
 from accelerate import Accelerator, skip_first_batches
 from resume_run import MOMENTS, Death, train
-from toys import prompts, teacher_model
+from toys import SGD, fix_rollouts, prompts, student_tokenizer, teacher_model
 from transformers import TrainerCallback
 
+import trl_ctopd.trainer as trainer_module
 from trl_ctopd.models.sharding import own_rows
 from trl_ctopd.training.checkpoints import MANIFEST, RUN, is_whole, to_resume_from
 
@@ -391,6 +394,37 @@ def test_a_resume_under_other_circumstances_says_what_has_changed(build, trained
 
 def test_a_resume_under_the_same_circumstances_says_nothing(build, trained, caplog):
     build(**SAVED, output_dir=str(trained), logging_steps=3).train(resume_from_checkpoint=True)
+    assert "saved with" not in caplog.text
+
+
+class Calendar(date):
+    now = date(2024, 2, 29)
+
+    @classmethod
+    def today(cls):
+        return cls.now
+
+
+def test_a_run_that_is_resumed_on_another_day_goes_on_with_the_prompts_of_the_day_it_began(
+    build, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(trainer_module, "date", Calendar)
+    dated = student_tokenizer()
+    dated.chat_template = dated.chat_template.replace("assistant\n", 'assistant on {{ strftime_now("%d of %m") }}\n')
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "processing_class": dated, **SGD}
+    settings |= {"eval_dataset": {"few": prompts(3)}}
+    whole = fix_rollouts(build(**settings, output_dir=str(tmp_path / "whole")))
+    whole.train()
+    Calendar.now = date(2024, 3, 1)
+    late = fix_rollouts(build(**settings, output_dir=str(tmp_path / "late")))
+    assert "29 of 02" in dated.decode(whole.train_dataset[0]["prompt_ids"])
+    assert "01 of 03" in dated.decode(late.train_dataset[0]["prompt_ids"])
+    late.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    assert (
+        late.train_dataset[:] == whole.train_dataset[:] and late.eval_dataset["few"][:] == whole.eval_dataset["few"][:]
+    )
+    torch.testing.assert_close(toys.weights(late), toys.weights(whole), rtol=0, atol=0)
+    assert "began on 2024-02-29, so its prompts go on to say 2024-02-29 and not 2024-03-01" in caplog.text
     assert "saved with" not in caplog.text
 
 

@@ -111,6 +111,13 @@ def render_row(
         opened = student.opened(conversation.for_student)
         teacher_opened = teachers[name].opened(conversation.for_teacher)
         prompt_ids, teacher_prompt_ids = opened.ids, teacher_opened.ids
+        blanks = student.blanks(conversation.for_student), teachers[name].blanks(conversation.for_teacher)
+        if blanks[0] != blanks[1]:
+            raise ValueError(
+                f"its prompt ends in the begun answer {conversation.begun!r}, after which the student's template leaves {blanks[0]!r} "
+                f"and the teacher's {blanks[1]!r}, so that the two would go on from different texts: take the whitespace off its "
+                "end (`str.rstrip`)"
+            )
         if needs_reference and conversation.reference is None:
             raise ValueError(
                 "no completion and no final assistant message, which `lmbda` < 1 learns from: add one, or set lmbda=1.0, "

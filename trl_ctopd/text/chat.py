@@ -87,6 +87,16 @@ class Speaker(Template):
             raise ValueError(f"the prompt is empty and {self._name} writes no BOS, so there is nothing to go on from")
         return ids
 
+    def blanks(self, conversation: Conversation) -> str:
+        """The whitespace at the end of a prompt that ends in an answer which the assistant has begun; "" for other prompts."""
+        if isinstance(conversation.prompt, str) or not (conversation.begun or "").strip():
+            return ""
+        if self.template:
+            text = self._render(conversation.prompt, conversation, open_ended=True)
+        else:
+            text = _plain_text(conversation.prompt, conversation.tools)
+        return text[len(text.rstrip()) :]
+
     def opened(self, conversation: Conversation) -> Opened:
         """`prompt_ids`, and where the template opens a finished turn after the same messages."""
         ids = self.prompt_ids(conversation)

@@ -34,6 +34,12 @@ class Conversation:
     teacher_prompt: str | list[dict] | None = None
 
     @property
+    def begun(self) -> str | None:
+        """The text of an answer that the prompt ends in, which is to be continued; None where it ends otherwise."""
+        last = {} if isinstance(self.prompt, str) else self.prompt[-1]
+        return last.get("content", "") if last.get("role") == "assistant" else None
+
+    @property
     def for_teacher(self) -> "Conversation":
         """As the teacher reads it."""
         if self.teacher_prompt is None:

@@ -4,6 +4,8 @@
 - The template writes the BOS, if there is one: what it writes is encoded without special tokens. Plain text gets the
   tokenizer's own opening (BOS, [CLS]) once, and never its closing.
 - Calls and thoughts are given to each template in the form that it takes.
+- A template that writes the day (`strftime_now`) writes one day, whenever it renders: else a run that is resumed tomorrow has
+  other prompts. transformers makes text of a function given as a variable, so the calls in the source are replaced.
 """
 
 import hashlib
@@ -11,6 +13,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
+from datetime import date
 from functools import cached_property
 
 import jinja2
@@ -39,13 +42,15 @@ from .turns import (
 
 
 THINKING = ("<think>", "</think>")
+_DAY = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 _OF_THE_LAST_CALL = ("truncation", "padding")  # what a tokenizer keeps of how it was called
 
 
 class Template:
     """A tokenizer, its chat template, and the template's kwargs.
 
-    `chat_template_kwargs` hold for all rows; a row's own override them, unless `own_kwargs_win`.
+    `chat_template_kwargs` hold for all rows; a row's own override them, unless `own_kwargs_win`. `day`: the one that a template
+    writes which asks for it (today when None).
     """
 
     def __init__(
@@ -53,10 +58,12 @@ class Template:
         tokenizer: PreTrainedTokenizerBase,
         chat_template_kwargs: dict | None = None,
         own_kwargs_win: bool = False,
+        day: date | None = None,
     ):
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.own_kwargs_win = own_kwargs_win
+        self.day = date.today() if day is None else day
 
     def __getstate__(self):
         # what a dataset's cache is keyed by, so without the properties worked out so far
@@ -64,6 +71,7 @@ class Template:
             "tokenizer": self.tokenizer,
             "chat_template_kwargs": self.chat_template_kwargs,
             "own_kwargs_win": self.own_kwargs_win,
+            **({"day": self.day} if self.writes_day else {}),
         }
 
     def __setstate__(self, state):
@@ -120,6 +128,11 @@ class Template:
         """The source of the chat template, of all of them where there are several, "" where there is none."""
         template = self.chat_template_kwargs.get("chat_template") or self.tokenizer.chat_template or ""
         return "\n".join(template.values()) if isinstance(template, Mapping) else template
+
+    @property
+    def writes_day(self) -> bool:
+        """Whether the template asks for the day."""
+        return "strftime_now" in self.template
 
     @cached_property
     def _name(self) -> str:
@@ -284,7 +297,11 @@ class Template:
 
     def _apply(self, messages: list[dict], **kwargs) -> str:
         messages = [_with_thought(message) for message in messages]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **{**self.chat_template_kwargs, **kwargs})
+        kwargs = {**self.chat_template_kwargs, **kwargs}
+        if self.writes_day:
+            source = self.tokenizer.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
+            kwargs["chat_template"] = _DAY.sub(lambda call: f'"{self.day.strftime(call[1] or call[2])}"', source)
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
 def _with_thought(message: dict) -> dict:

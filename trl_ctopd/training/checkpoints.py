@@ -17,6 +17,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -170,6 +171,13 @@ def changes(checkpoint: str, settings: Mapping) -> list[str]:
         for name in now
         if name in before and before[name] != now[name]
     ]
+
+
+def day_of(checkpoint: str | None) -> date | None:
+    """The day that the prompts of a checkpoint's run write, where their templates write one."""
+    manifest = (_read(Path(checkpoint) / MANIFEST) if checkpoint else None) or {}
+    day = manifest.get("settings", {}).get("prompt_date")
+    return date.fromisoformat(day) if day else None
 
 
 def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from datetime import date
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -24,13 +25,20 @@ _WITHOUT_BEARING = re.compile(
 _ROWS, _WEIGHTS = 1024, 64  # that a digest reads at most
 
 
-def identity(args: CrossTokenizerGKDConfig, panel: Panel, train_dataset: Dataset | IterableDataset | None) -> dict:
-    """What a resumed run must have in common with the one that it goes on from."""
+def identity(
+    args: CrossTokenizerGKDConfig,
+    panel: Panel,
+    train_dataset: Dataset | IterableDataset | None,
+    day: date | None = None,
+) -> dict:
+    """What a resumed run must have in common with the one that it goes on from. `day`: the one that prompts write, None where
+    none do."""
     teachers = {
         name: seat.name if seat.remote else f"{seat.name} {model_digest(seat.teacher.base_model)}".strip()
         for name, seat in panel.seats.items()
     }
-    return {**settings_that_matter(args), "teacher": teachers, "train_dataset": dataset_digest(train_dataset)}
+    found = {**settings_that_matter(args), "teacher": teachers, "train_dataset": dataset_digest(train_dataset)}
+    return found if day is None else {**found, "prompt_date": day.isoformat()}
 
 
 def settings_that_matter(args: CrossTokenizerGKDConfig) -> dict:
