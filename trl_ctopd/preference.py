@@ -1,4 +1,4 @@
-"""`CrossTokenizerDPOTrainer`: preference pairs, a student, and a teacher with another tokenizer as DPO's reference."""
+"""`CrossTokenizerDPOTrainer`: DPO on preference pairs, with a teacher that has another tokenizer as the reference."""
 
 import os
 import textwrap
@@ -35,9 +35,8 @@ _LOSSES_OF_TOKENS = {"sft", "sigmoid_norm", "ipo"}
 @dataclass
 class CrossTokenizerDPOConfig(DPOConfig):
     r"""
-    Configuration of [`CrossTokenizerDPOTrainer`]: only what is new or has another default than in [`~trl.DPOConfig`].
-
-    The teacher's settings are those of [`CrossTokenizerGKDConfig`], by the same names.
+    Configuration of [`CrossTokenizerDPOTrainer`]. It lists only fields that are new or have another default than in
+    [`~trl.DPOConfig`]. The teacher's settings have the names that they have in [`CrossTokenizerGKDConfig`].
     """
 
     _VALID_DICT_FIELDS = DPOConfig._VALID_DICT_FIELDS + [
@@ -49,9 +48,7 @@ class CrossTokenizerDPOConfig(DPOConfig):
     # Other defaults
     precompute_ref_log_probs: bool = field(
         default=True,
-        metadata={
-            "help": "The teacher's columns are computed once, before training, and kept in the cache: always True."
-        },
+        metadata={"help": "Always True: the teacher's columns are computed once, before training, and cached."},
     )
     max_length: int | None = field(
         default=None,
@@ -98,34 +95,34 @@ class CrossTokenizerDPOConfig(DPOConfig):
             _LOSSES_OF_TOKENS & {*([self.loss_type] if isinstance(self.loss_type, str) else self.loss_type)}
         ):
             raise ValueError(
-                f"loss_type {', '.join(unfit)} counts tokens, and chunks have weights: choose another, such as 'sigmoid'."
+                f"loss_type {', '.join(unfit)} counts tokens, but here chunks have weights: choose another, such as 'sigmoid'."
             )
         for name in ("ld_alpha", "use_weighting"):
             if getattr(self, name):
-                raise ValueError(f"{name} weighs tokens, and so do the chunks: leave it at its default.")
+                raise ValueError(f"{name} weights tokens, and here the chunks have weights: leave it at its default.")
         if self.weight_low > self.weight_high:
             raise ValueError(f"weight_low={self.weight_low} is above weight_high={self.weight_high}.")
 
 
 class CrossTokenizerDPOTrainer(DPOTrainer):
     """
-    CTPD (arXiv 2601.11865): DPO whose reference is a teacher with another tokenizer and chat template, chunk by chunk.
+    CTPD (arXiv 2601.11865): DPO by chunks, whose reference is a teacher with another tokenizer and chat template.
 
-    Rows have `prompt`, `chosen` and `rejected`, as TRL's `DPOTrainer` takes them. Both completions are cut into the chunks that
-    both tokenizers share; the teacher's log-prob of a chunk stands in the place of the reference's. With two further teachers,
-    one that has learned the preference and one that has learned the opposite, a chunk counts by how far these two part.
+    Rows have `prompt`, `chosen` and `rejected`, as for TRL's `DPOTrainer`. Both completions are cut into the chunks that both
+    tokenizers share. The teacher's log-prob of a chunk replaces the reference model's. With two further teachers, one trained
+    on the preference and one on its opposite, a chunk's weight depends on the difference between their log-probs.
 
     Overrides of `DPOTrainer`: `_prepare_dataset` (two conversations), `_precompute_ref_logps` (the teacher's columns) and
-    `_compute_loss` (a weight a token). All else is inherited.
+    `_compute_loss` (a weight for each token). All else is inherited.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
-        teacher_model (`str` or `PreTrainedModel`): the reference: in the paper a teacher after SFT.
+        teacher_model (`str` or `PreTrainedModel`): the reference; in the paper, a teacher after SFT.
         args ([`CrossTokenizerDPOConfig`], *optional*): the settings.
         positive_teacher, negative_teacher (`str` or `PreTrainedModel`, *optional*): T⁺ and T⁻, with the tokenizer of
-            `teacher_model`; both or none. Without them every chunk counts alike, times `weight_scale`.
+            `teacher_model`; both or neither. Without them all chunks have the same weight, `weight_scale`.
         processing_class, teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the two tokenizers.
-        kwargs: as in `DPOTrainer`; `ref_model` is taken by the teacher.
+        kwargs: as in `DPOTrainer`, but not `ref_model`: the teacher is the reference.
     """
 
     _tag_names = ["trl", "ctopd", "preference-distillation"]
@@ -160,9 +157,11 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
         if not isinstance(args, CrossTokenizerDPOConfig):
             raise TypeError(f"`args` must be a CrossTokenizerDPOConfig, got {type(args).__name__}.")
         if (positive_teacher is None) != (negative_teacher is None):
-            raise ValueError("A chunk's weight needs both positive_teacher and negative_teacher: pass both, or none.")
+            raise ValueError(
+                "A chunk's weight needs both positive_teacher and negative_teacher: pass both, or neither."
+            )
         if kwargs.get("ref_model") is not None:
-            raise ValueError("`ref_model` is taken by the teacher: leave it out.")
+            raise ValueError("`ref_model` cannot be set, since the teacher is the reference: leave it out.")
         if isinstance(train_dataset, IterableDataset):
             raise ValueError("The teacher's columns are computed once: pass a map-style Dataset, not a stream.")
         revision = (args.model_init_kwargs or {}).get("revision")
@@ -217,8 +216,8 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
     # The teacher's columns
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """`dataset` with `ref_*_logps`, one number a completion, and `*_weights`, one a student token; from the cache where it
-        has them. Each process reads a share of the rows."""
+        """`dataset` with `ref_*_logps`, one number for each completion, and `*_weights`, one for each student token; from the
+        cache if it has them. Each process computes a share of the rows."""
         if set(dataset.column_names) >= {"ref_chosen_logps", "chosen_weights"}:
             return dataset
         self._seat_teachers()
@@ -227,7 +226,7 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
         file = dataset._get_cache_file_path(fingerprint[0])
         if not os.path.exists(file):
             process, processes = self.accelerator.process_index, self.accelerator.num_processes
-            share = -(-len(dataset) // processes)  # the same number everywhere, so that sharded teachers run alike
+            share = -(-len(dataset) // processes)  # the same on all processes, since sharded teachers run together
             rows = [(start * processes + process) % len(dataset) for start in range(share)]
             found = []
             for start in range(0, share, batch_size):
@@ -258,7 +257,7 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
         self._teachers_sit = True
 
     def _fingerprint(self) -> tuple:
-        """Of whatever the columns depend on beside the rendered rows."""
+        """Everything that the columns depend on besides the rendered rows."""
         args, seat = self.args, self._panel.only
         models = [] if seat.remote else [seat.teacher.base_model]
         models += [teacher.base_model for teacher in self._weighers]
@@ -291,7 +290,7 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
         ]
 
     def _weights(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
-        """(C,) of each rollout; those of chosen and rejected completions take turns."""
+        """(C,) weights for each rollout. Rollouts alternate between chosen and rejected completions."""
         args = self.args
         if not self._weighers:
             return [torch.full((rollout.num_chunks,), args.weight_scale) for rollout in rollouts]
@@ -316,7 +315,7 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
 
 
 class _Weighted:
-    """A student whose log-probs (B, L) come times `weights` (B, L); virtual tokens of an adapter stand before them."""
+    """Wraps a student: its log-probs (B, L) are multiplied by `weights` (B, L). An adapter's virtual tokens come before them."""
 
     def __init__(self, model, weights: torch.Tensor):
         self._model, self._weights = model, weights
@@ -330,7 +329,7 @@ class _Weighted:
 
 
 class _Collator(DataCollatorForPreference):
-    """TRL's, and `completion_weights` (2B, L), 0 on prompts and padding."""
+    """TRL's collator, plus `completion_weights` (2B, L), 0 on prompts and padding."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -344,7 +343,7 @@ class _Collator(DataCollatorForPreference):
 
 
 def _render_pair(example: dict, index: int, student: Speaker, teachers: dict[str, Speaker], dataset_name: str) -> dict:
-    """`prompt_ids`, `chosen_ids`, `rejected_ids` of the student, and what pairing needs of the teacher's prompt."""
+    """`prompt_ids`, `chosen_ids` and `rejected_ids` of the student, and the teacher's prompt for the pairing."""
     others = ("tools", "chat_template_kwargs", "teacher_prompt")
     beside = {name: example[name] for name in others if example.get(name) is not None}
     found = {}
@@ -375,7 +374,7 @@ def _prompt(pair: dict) -> Prompt:
 
 
 def _teacher_settings(args: CrossTokenizerDPOConfig) -> SimpleNamespace:
-    """What a [`Panel`] reads of a `CrossTokenizerGKDConfig`: the same fields, by default where this trainer has none."""
+    """The fields of a `CrossTokenizerGKDConfig` that a [`Panel`] reads, with its defaults for those that this trainer lacks."""
     found = {}
     for setting in fields(CrossTokenizerGKDConfig):
         default = setting.default if setting.default is not MISSING else None

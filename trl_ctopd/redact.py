@@ -1,12 +1,11 @@
-"""What is secret, taken out of all that is printed, logged, saved or put on a card.
+"""Removes secrets from everything that is printed, logged, saved or put on a card.
 
 Decisions
-- A secret is known by its value, where an environment variable with a secret's name holds it; by its form (`hf_…`, `sk-…`,
-  a JWT); by what stands before it (`Bearer`, `--api_key`, `"token":`, `?key=`); or by its place in an address
+- A secret is recognised by its value, where an environment variable with a secret's name holds it; by its form (`hf_…`,
+  `sk-…`, a JWT); by what precedes it (`Bearer`, `--api_key`, `"token":`, `?key=`); or by its place in an address
   (`user:password@`).
-- What names a token of text (`eos_token`, `max_new_tokens`) is no secret, nor is a number, a truth value or None.
-- It is replaced whole, by `HIDDEN`: neither its length nor its ends are left. A word too many is hidden rather than a
-  secret shown.
+- Names of text tokens (`eos_token`, `max_new_tokens`) are not secret, nor are numbers, truth values and None.
+- A secret is replaced as a whole by `HIDDEN`, which shows neither its length nor its ends. In doubt, a word is hidden.
 """
 
 import base64
@@ -18,12 +17,12 @@ from urllib.parse import quote
 
 
 HIDDEN = "…"
-_SHORTEST = 8  # characters of a variable's value that is looked for anywhere: a shorter one may be an ordinary word
+_SHORTEST = 8  # characters; a shorter value of a variable may be an ordinary word, and is not searched for
 _ALWAYS = {
     "apikey", "accesskey", "secretkey", "authtoken", "accesstoken", "hubtoken", "password", "passwd", "passphrase", "pwd",
     "secret", "credential", "authorization", "auth", "bearer", "cookie", "signature", "sig",
 }  # fmt: skip
-_AMONG_OTHERS = {"token", "key"}  # secret by themselves, or after one of:
+_AMONG_OTHERS = {"token", "key"}  # secret as whole names, or after one of these words:
 _OWNERS = {
     "api", "access", "auth", "hub", "hf", "id", "refresh", "session", "bearer", "secret", "private", "security", "server",
     "service", "account", "aws", "azure", "github", "gitlab", "wandb", "openai", "anthropic", "fireworks", "user", "admin",
@@ -47,7 +46,7 @@ _NOTHING = re.compile(r"""\\*["']?(?:-?\d+(?:\.\d*)?|true|false|none|null|…|\*
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether what has this name (of an option, a variable, a header, a field) is to be kept to oneself."""
+    """Whether the value of an option, variable, header or field with this name must be hidden."""
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name.strip()).lower()
     *before, last = [word for word in re.split(r"[^a-z0-9]+", words) if word] or [""]
     one = last.removesuffix("s")
@@ -59,7 +58,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(text: str, *secrets: str) -> str:
-    """`text` without secrets, and without these `secrets` in any of the spellings that a program may give them."""
+    """`text` without secrets, and without the given `secrets` in any spelling that a program may give them."""
     for spelling in sorted({form for held in (*secrets, *_held()) for form in _spellings(held)}, key=len, reverse=True):
         text = text.replace(spelling, HIDDEN)
     text = _BY_FORM.sub(HIDDEN, _USERINFO.sub(rf"\1{HIDDEN}@", text))
@@ -68,7 +67,7 @@ def redact(text: str, *secrets: str) -> str:
 
 
 def redacted(value: object, name: str = "") -> object:
-    """`value` of the field `name`, and all within it (in dicts and lists), without secrets."""
+    """`value` of the field `name`, with all secrets hidden, also inside dicts and lists."""
     if isinstance(value, Mapping):
         return {key: redacted(own, str(key)) for key, own in value.items()}
     if type(value) in (list, tuple):
@@ -79,7 +78,7 @@ def redacted(value: object, name: str = "") -> object:
 
 
 def redacted_arguments(arguments: Sequence[str]) -> list[str]:
-    """Of a command line: the values of options with a secret's name, however many follow, and what `redact` finds."""
+    """A command line without secrets: without the values of options with a secret's name, and without what `redact` finds."""
     shown, hide = [], False
     for argument in arguments:
         option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
@@ -93,13 +92,13 @@ def redacted_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _is_nothing(name: str, value: str) -> bool:
-    """A number is no token, and may be a password."""
+    """Whether a value cannot be a secret. A number is not a token, but may be a password."""
     number = any(character.isdigit() for character in value)
     return _NOTHING.fullmatch(value) is not None and not (number and re.search("pass|pwd|secret", name, re.IGNORECASE))
 
 
 def _argument(value: str) -> str:
-    """JSON stays JSON."""
+    """Redacts one argument. JSON stays JSON."""
     if value.lstrip()[:1] in ("{", "["):
         try:
             return json.dumps(redacted(json.loads(value)), ensure_ascii=False)
@@ -109,16 +108,18 @@ def _argument(value: str) -> str:
 
 
 def _held() -> list[str]:
-    """What this process's environment holds that is secret."""
+    """The secrets in this process's environment."""
     return [
         value.strip()
         for name, value in os.environ.items()
-        if len(value.strip()) >= _SHORTEST and is_secret_name(name) and not name.endswith("PWD")  # folders, in a shell
+        if len(value.strip()) >= _SHORTEST
+        and is_secret_name(name)
+        and not name.endswith("PWD")  # PWD: a shell's folders
     ]
 
 
 def _spellings(secret: str) -> set[str]:
-    """As it is, and as addresses, JSON, `repr` and basic authentication write it."""
+    """The secret as it is, and as addresses, JSON, `repr` and basic authentication spell it."""
     forms = {secret, secret.strip()}
     forms |= {spelled for form in forms for spelled in (quote(form, safe=""), base64.b64encode(form.encode()).decode())}
     forms |= {repr(secret)[1:-1], json.dumps(secret)[1:-1], repr(secret.encode())[2:-1]}

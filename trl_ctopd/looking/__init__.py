@@ -1,1 +1,1 @@
-"""What a person looks at: model card, report, viewer, samples, comparisons. Nothing that training needs."""
+"""Views of a run: model card, report, viewer, samples, comparisons. Training needs none of them."""

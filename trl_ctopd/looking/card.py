@@ -1,7 +1,7 @@
-"""The model card: what the student is, from whom and how it learned, with the figures of the run.
+"""The model card: the student, its teachers, how it was trained, and the run's metrics.
 
-- It states what the run knows. No license, language or intended use is made up.
-- What is on the hub is linked and enters the metadata. A folder is named by its last part alone, and stays out of both.
+- It states only what the run knows. License, language and intended use are never made up.
+- Models and datasets on the hub are linked and enter the metadata. A local folder is shown by its name only, and enters neither.
 """
 
 import re
@@ -26,8 +26,8 @@ from .provenance import describe, hub_name, on_hub, step, versions
 
 
 class Paper(NamedTuple):
-    """Where a method comes from: on arXiv, or at `url` with its `year`. `authors` are in BibTeX's form, "" where they are
-    not known here."""
+    """The source of a method: on arXiv, or at `url` with its `year`. `authors` are in BibTeX's form, "" where they are not
+    known."""
 
     title: str
     authors: str
@@ -46,7 +46,7 @@ PAPERS = {
         "Niu, Yifan and Xiao, Han and Liu, Dongyi and Wang, Zelong and Gong, Dihong and Wang, Yasheng and Li, Jia",
         "2606.09456",
     ),
-    "reverse_kl": Paper(  # whose reverse KL it is, told across tokenizers
+    "reverse_kl": Paper(  # the same reverse KL, here across tokenizers
         "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
         "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and Ramos, Sabela and Geist, Matthieu and "
         "Bachem, Olivier",
@@ -161,12 +161,12 @@ def model_card(
     The card of a run.
 
     Args:
-        student, teachers: hub names, folders, or "" for a model made in place; each teacher with its tokenizer.
-        log_history: the trainer state's; the last value logged of each figure is shown.
-        prompts: rows of the training set, where it has a length.
-        licenses: what the own cards of the student and of each teacher say of theirs; the student's is the card's too.
-        command: what the run was started with.
-        picture: file of the learning curve, beside the card.
+        student, teachers: hub names, folders, or "" for a model created in memory; each teacher with its tokenizer.
+        log_history: the trainer state's. The last logged value of each metric is shown.
+        prompts: number of rows of the training set, if it has a length.
+        licenses: the licenses on the model cards of the student and of each teacher. The student's becomes the new card's.
+        command: the command that started the run.
+        picture: file name of the learning curve, in the card's folder.
     """
     student = hub_name(student)
     template_kwargs = redacted(args.chat_template_kwargs or {})
@@ -216,7 +216,7 @@ def _link(name: str, kind: str = "") -> str:
 
 
 def _story(args: CrossTokenizerGKDConfig, one_tokenizer: list[bool]) -> str:
-    """Who wrote, and how the teacher's judgement reached the student."""
+    """Who wrote the completions, and how the teacher's scores reached the student."""
     given = "the teacher's" if args.seq_kd else "the dataset's"
     if args.lmbda >= 1:
         written = "The student wrote completions itself"
@@ -237,7 +237,7 @@ def _story(args: CrossTokenizerGKDConfig, one_tokenizer: list[bool]) -> str:
 
 
 def _paper(args: CrossTokenizerGKDConfig) -> Paper:
-    """A loss of one's own works on the chunks of the default method."""
+    """The paper of the run's loss. A custom loss is used on the chunks of the default method."""
     return PAPERS["dpca" if callable(args.distillation_loss) else args.distillation_loss]
 
 
@@ -250,7 +250,7 @@ def _method(args: CrossTokenizerGKDConfig) -> str:
 
 
 def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
-    """What shaped the result, by the names of the config: no knob of a method that did not run."""
+    """The settings that shaped the result, by their names in the config. Settings of methods that did not run are left out."""
     loss, kwargs = args.distillation_loss, args.distillation_loss_kwargs or {}
     settings = {}
     own = () if callable(loss) else [field.name for field in fields(LOSSES[loss])]
@@ -271,7 +271,7 @@ def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
 
 
 def _metrics(log_history: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
-    """Training and the evaluations as columns, and for each figure its last value in each of them and its meaning."""
+    """The columns (training, each evaluation), and for each metric its last value in each column and its meaning."""
     logged = figures(log_history)
     others = [name for name, sets in logged.items() if not (OURS.fullmatch(name) or BOOKKEEPING.fullmatch(name))]
     meanings = {**METRICS, **{name: "" for name in others if set(logged[name]) != {"training"}}}
@@ -294,17 +294,17 @@ def _prompts(dataset_name: str | None, prompts: int | None) -> str:
 
 
 def _license(license: dict[str, str]) -> str:
-    """By its own name, where the hub has none for it."""
+    """By its own name, if the hub has none for it."""
     name, link = license.get("license_name") or license.get("license", ""), license.get("license_link")
     return f"[{name}]({link})" if link and link.startswith("https://") else name
 
 
 def learning_curve(log_history: list[dict]) -> bytes | None:
-    """The gap as a PNG picture, if there are two of its points and matplotlib to draw them."""
+    """The gap as a PNG picture, if it has at least two points and matplotlib is installed."""
     sets = figures(log_history).get("gap/nats_per_byte", {})
     if find_spec("matplotlib") is None or not any(len(points) > 1 for points in sets.values()):
         return None
-    from matplotlib.figure import Figure  # without pyplot, which would set up the user's session
+    from matplotlib.figure import Figure  # pyplot would set up a backend in the user's session
 
     picture, data = Figure(figsize=(6.4, 3.2), layout="constrained"), BytesIO()
     axes = picture.subplots()
@@ -321,7 +321,7 @@ def learning_curve(log_history: list[dict]) -> bytes | None:
 
 
 class Written(NamedTuple):
-    """A card and its picture, for every folder that is to have them as long as `key` is the same."""
+    """A card and its picture. They are valid for every folder as long as `key` does not change."""
 
     key: tuple
     card: ModelCard
@@ -335,7 +335,7 @@ class Written(NamedTuple):
 
 
 def remove_unreadable(folder: str | Path):
-    """Removes a card that is there and cannot be read. It would be replaced anyway."""
+    """Removes a card that cannot be read. A new one would replace it anyway."""
     path, readable = Path(folder, "README.md"), False
     if not path.is_file():
         return
@@ -347,7 +347,7 @@ def remove_unreadable(folder: str | Path):
 
 
 def _cell(value) -> str:
-    """In a Markdown table."""
+    """A cell of a Markdown table."""
     if isinstance(value, dict):
         value = ", ".join(f"{name}={item!r}" for name, item in value.items() if item is not None)
     return re.sub(r"\s+", " ", str(value)).replace("|", "\\|")

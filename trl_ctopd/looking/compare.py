@@ -1,7 +1,7 @@
-"""Answers side by side: the student before and now, and its teacher.
+"""Answers side by side: the student before training and now, and its teacher.
 
-Decisions: greedy, through the templates of training; "before" is the student with its adapter switched off, and left out
-where the whole student is trained, since its first weights are gone.
+Decisions: answers are greedy, and use the chat templates of training. "Before" is the student with its adapter switched off.
+It is left out where the whole student is trained, since its original weights are gone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
     def answers(
         model, side: Speaker, stop_ids: list[int], context: int | None, read: Sequence[Conversation]
     ) -> list[tuple[str, bool]]:
-        """Each with whether it has ended."""
+        """Each answer, and whether it has ended."""
         ids = [side.prompt_ids(conversation) for conversation in read]
         longest = max(map(len, ids), default=0)
         if context is not None and longest >= context:
@@ -64,7 +64,7 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
             columns["student_before"] = answers(*student)
     columns["student_now"] = answers(*student)
     for name, seat in trainer.panel.seats.items():
-        if not seat.remote:  # a server reads, and writes nothing
+        if not seat.remote:  # servers score, but do not generate here
             columns[f"teacher_{name}" if name else "teacher"] = answers(
                 seat.teacher.model,
                 seat.side,

@@ -1,4 +1,4 @@
-"""What a run has logged, by figure and by the set that it is of."""
+"""What a run has logged, by metric and by dataset."""
 
 import re
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 BOOKKEEPING = re.compile(
     r"epoch|total_flos|num_input_tokens_seen|train_\w+|compute_overhead|seconds/\w+|off_policy_fraction|runtime"
     r"|(samples|steps)_per_second|model_preparation_time|alignment/(student|teacher)_tokens_per_chunk"
-)  # figures that are logged, but say nothing of how well the student does
+)  # metrics that say nothing about how well the student does
 
 
 def evaluation_prefix(entry: dict) -> str:
-    """Of an evaluation's figures in what is logged, that of its runtime: `eval_math_` for the dataset "math" of several."""
+    """The prefix of an evaluation's metrics, found by its runtime: `eval_math_` for the dataset "math" of several."""
     runtimes = (name for name in entry if name.endswith("_runtime") and name != "train_runtime")
     return next(runtimes, "eval_runtime").removesuffix("runtime")
 
 
 def figures(log_history: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """{figure: {"training", or which evaluation: [(step, value)]}}."""
+    """{metric: {"training" or the name of an evaluation: [(step, value)]}}."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for entry in log_history:
         prefix = evaluation_prefix(entry)

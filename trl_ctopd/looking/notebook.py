@@ -1,4 +1,4 @@
-"""Trainer's progress table in a notebook, with the figures that matter beside the loss. Needs IPython."""
+"""Trainer's progress table in a notebook, with the most important metrics beside the loss. Needs IPython."""
 
 from IPython.display import HTML, display
 from transformers import Trainer
@@ -22,13 +22,13 @@ COLUMNS = {
 
 
 def show_figures(trainer: Trainer) -> None:
-    """Puts `FigureTable` in the place of Trainer's own table, where there is one."""
+    """Replaces Trainer's own table, if there is one, by `FigureTable`."""
     if trainer.pop_callback(NotebookProgressCallback) is not None:
         trainer.add_callback(FigureTable())
 
 
 def figures(logs: dict[str, float]) -> dict[str, str]:
-    """What the table shows of a log, by heading: `COLUMNS` of training, the gap of each evaluation set."""
+    """What the table shows of a log, by heading: `COLUMNS` of training, and the gap of each evaluation set."""
     shown = {heading: form.format(logs[name]) for name, (heading, form) in COLUMNS.items() if name in logs}
     for name, value in logs.items():
         if name.startswith("eval_") and name.endswith(GAP):
@@ -38,7 +38,7 @@ def figures(logs: dict[str, float]) -> dict[str, str]:
 
 
 class FigureTable(NotebookProgressCallback):
-    """A row for each step that something is logged at; evaluations stand in the row of their step."""
+    """A row for each step at which something is logged. An evaluation goes into the row of its step."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.training_tracker = NotebookTrainingTracker(state.max_steps)

@@ -1,6 +1,6 @@
-"""What a run is looked at by, and never stopped by: the card, its picture, the licences, the report, the table of completions.
+"""The parts of a run that must never stop it: card, learning curve, licenses, report, table of completions.
 
-Decisions: whatever goes wrong in one is said with its reason, and training goes on; so `Exception` is caught here, and nowhere
+Decisions: a failure in one of them is logged with its reason, and training continues. `Exception` is caught here, and nowhere
 else.
 """
 
@@ -16,9 +16,9 @@ logger = get_logger(__name__)
 
 @contextmanager
 def ornament(name: str) -> Iterator[None]:
-    """What fails within costs the run `name`, and one line in its log."""
+    """If the block fails, `name` is left out, and the log says so in one line."""
     try:
         yield
     except Exception as error:
-        PartialState()  # which the logger asks whether this is the main process
+        PartialState()  # the logger needs it to find out whether this is the main process
         logger.warning(f"{name} is left out, and the run goes on without it: {type(error).__name__}: {error}")

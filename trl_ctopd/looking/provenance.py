@@ -1,7 +1,7 @@
-"""Where a run comes from: its models, its data, its versions and its command, as the card and the report name them.
+"""Where a run comes from: models, data, versions and command, as the card and the report name them.
 
-- What is on the hub is named as there. A folder is named by its last part alone.
-- A command is given without what is secret, and without the folders of this machine.
+- Models and datasets on the hub have their names there. A local folder is shown by its last part only.
+- A command is shown without secrets, and without this machine's folders.
 """
 
 import os
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def hub_name(name: str) -> str:
-    """The hub's name of a model read from its cache folder; any other name as it is."""
+    """The hub name of a model that was read from the cache folder; any other name unchanged."""
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", name)
     return "/".join(cached.groups()) if cached else name
 
@@ -52,20 +52,20 @@ def on_hub(name: str | None) -> bool:
 
 
 def short_name(name: str) -> str:
-    """The hub's name, or the folder's; "" for a model made in place."""
+    """The hub name, or the folder's name; "" for a model created in memory."""
     name = hub_name(name)
     return name if on_hub(name) else Path(name).name
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Its family and size."""
+    """The tokenizer's family and size."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kind = type(tokenizer).__name__ if backend is None else type(backend.model).__name__
     return f"{kind}, {len(tokenizer):,} tokens"
 
 
 def dataset_source(dataset: Dataset | IterableDataset | None) -> str | None:
-    """The hub's name of what `load_dataset` fetched from there, as far as it says so."""
+    """The hub name of a dataset that `load_dataset` fetched, as far as the dataset knows it."""
     info = getattr(dataset, "info", None)
     files = list(getattr(info, "download_checksums", None) or {})
     names = {match[1] for file in files if (match := re.match(r"hf://datasets/([^@]+)@", file))}
@@ -74,7 +74,7 @@ def dataset_source(dataset: Dataset | IterableDataset | None) -> str | None:
 
 @cache
 def license_of(name: str) -> dict[str, str]:
-    """`LICENSE_FIELDS` of a model's own card, in its folder or on the hub, as far as they are there."""
+    """`LICENSE_FIELDS` from the model's own card, in its folder or on the hub; those that it has."""
     name, folder = hub_name(name), Path(name)
     source = folder / "README.md" if folder.is_dir() else name
     if not (on_hub(name) or os.path.isfile(source)):
@@ -90,11 +90,11 @@ def license_of(name: str) -> dict[str, str]:
 
 
 def command() -> str | None:
-    """What this process was started with, or None in a notebook or a shell."""
+    """The command that started this process; None in a notebook or a shell."""
     program, *arguments = sys.orig_argv
     if hasattr(sys, "ps1") or "ipykernel" in sys.modules or "-c" in arguments[:2] or not arguments:
         return None
-    if Path(arguments[0]).stem == "ctopd":  # the installed command, which its interpreter is started with
+    if Path(arguments[0]).stem == "ctopd":  # the installed command; its interpreter is not part of it
         program, *arguments = arguments
     shown = []
     for argument in redacted_arguments(arguments):
@@ -104,7 +104,7 @@ def command() -> str | None:
 
 
 def without_folder(value: str) -> str:
-    """A path of this machine as it is seen from the working folder, or by its last part; a secret nowhere."""
+    """A path relative to the working folder, or only its last part; other values unchanged. Secrets are hidden."""
     value = redact(value)
     if not os.path.isabs(os.path.expanduser(value)):
         return value
@@ -113,7 +113,7 @@ def without_folder(value: str) -> str:
 
 
 def step(args: CrossTokenizerGKDConfig) -> str:
-    """What an optimizer step is made of."""
+    """The size of an optimizer step, in words."""
     prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     each = "one completion" if args.num_generations == 1 else f"{args.num_generations} completions"
     again = f", used for {args.rollout_reuse} steps" if args.rollout_reuse > 1 else ""

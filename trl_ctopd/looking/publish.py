@@ -1,4 +1,4 @@
-"""Where the completions of a log go: a table, on the screen and to the trackers that the run reports to, and the report."""
+"""Sends a log's completions to a table on the screen, to the run's trackers, and to the report."""
 
 from .ornaments import ornament
 from .report import DistillationReportCallback
@@ -11,10 +11,10 @@ def reports_of(trainer) -> list[DistillationReportCallback]:
 
 def publish(trainer, samples: Samples, prefix: str):
     """
-    Shows what was kept, on the main process, once its figures are logged.
+    Shows the kept samples, on the main process, after their metrics are logged.
 
     Args:
-        prefix: of the figures: "" of training, `eval_`, `eval_math_`.
+        prefix: of the metrics: "" for training, `eval_`, `eval_math_`.
     """
     if trainer.is_world_process_zero():
         args, taken = trainer.args, _taken(trainer, samples)

@@ -1,4 +1,4 @@
-"""The card of a run: what its trainer knows, put on the card."""
+"""The model card of a trainer's run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from .ornaments import ornament
 
 
 class RunCard:
-    """Makes the card anew only once there is more to say: a checkpoint has the card of the output folder."""
+    """Makes a new card only when there is something new. A checkpoint gets the card of the output folder."""
 
     def __init__(self):
         self._last: card.Written | None = None
@@ -25,7 +25,7 @@ class RunCard:
         dataset_name: str | None = None,
         tags: Sequence[str] = (),
     ):
-        """Puts the card of `trainer`'s run and the learning curve into `folder`; a card that fails is left out."""
+        """Writes the card of `trainer`'s run and the learning curve into `folder`. A card that fails is left out."""
         with ornament("The model card"):
             folder_of_run = Path(trainer.args.hub_model_id or trainer.args.output_dir)
             model_name = model_name or folder_of_run.name or folder_of_run.resolve().name
@@ -40,7 +40,7 @@ def _made(trainer, key: tuple, model_name: str, dataset_name: str | None, tags: 
     history, dataset = trainer.state.log_history, trainer.train_dataset
     picture = command = None
     with ornament("The run's command"):
-        command = provenance.command()  # asks for the working folder, which may be gone
+        command = provenance.command()  # reads the working folder, which may be deleted
     with ornament("The picture of the learning curve"):
         picture = card.learning_curve(history)
     made = card.model_card(

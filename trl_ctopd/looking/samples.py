@@ -1,7 +1,7 @@
-"""A few of a step's completions, kept to be looked at: as a table, and token by token in the report.
+"""A few of a step's completions, kept for the table of completions and, token by token, for the report.
 
-Decisions: rows stay tensors where they are until something is logged, so that keeping them waits for no device; chunks are
-not kept, since a text has the same ones whenever it is aligned; nothing is run through a model again.
+Decisions: rows stay tensors on their device until something is logged, so that keeping them does not wait for the device.
+Chunks are not kept, since aligning the text again gives the same ones. No model is run again.
 """
 
 import importlib
@@ -27,18 +27,17 @@ from .viewer.visible import legible
 @dataclass(frozen=True)
 class Sample:
     """
-    A completion that both models have scored, in values that JSON knows.
+    A completion that both models have scored, in values that JSON can hold.
 
     Attributes:
-        step: optimizer steps taken when it was logged.
-        prompt: what the student read, markers and all.
+        step: number of optimizer steps when it was logged.
+        prompt: what the student read, markup included.
         ids: of the completion, its stop token included.
         student_log_probs: nats, one for each of `ids`; 0 for those that take no part.
-        teacher_log_probs: nats, one for each token of the teacher, its turn end included where that is compared; empty
-            where nothing is scored.
-        gap: student minus teacher log-probability, nats a byte of scored text; `None` where none is scored.
-        teacher: its place among several teachers.
-        frame: of its prompt, a `Frame` as JSON.
+        teacher_log_probs: nats, one for each teacher token, the turn end included if it is scored; empty if nothing is scored.
+        gap: student minus teacher log-prob, in nats a byte of scored text; `None` if nothing is scored.
+        teacher: index of its teacher, where there are several.
+        frame: the frame of its prompt, a `Frame` as JSON.
     """
 
     step: int
@@ -63,7 +62,7 @@ class Samples:
         self._frames.clear()
 
     def keep(self, inputs: dict, batch: ScoredChunks, rows: int):
-        """The first `rows` of a micro-batch."""
+        """Keeps the first `rows` of a micro-batch."""
         tensors = (
             inputs["input_ids"],
             inputs["prompt_lengths"],
@@ -73,7 +72,9 @@ class Samples:
             batch.scorable,
             inputs["teacher_places"],
         )
-        self._kept += zip(*(tensor[:rows].clone() for tensor in tensors), strict=True)  # not views of a whole batch
+        self._kept += zip(
+            *(tensor[:rows].clone() for tensor in tensors), strict=True
+        )  # a view would keep the whole batch
         self._frames += inputs["frames"][:rows]
 
     def __len__(self) -> int:
@@ -85,7 +86,7 @@ class Samples:
         tokenizer: PreTrainedTokenizerBase,
         read: Callable[[list[list[int]], list[int], list[str]], list[Rollout]],
     ) -> list[Sample]:
-        """What was kept; `read` sets completions beside their teachers' tokens, as when they were written."""
+        """The samples. `read` pairs completions with their teachers' tokens, as in training."""
         rows, frames = [[tensor.tolist() for tensor in row] for row in self._kept], list(self._frames)
         self.clear()
         samples = []
@@ -102,7 +103,7 @@ class Samples:
 
 
 def _per_byte(rollout: Rollout, student: list[float], teacher: list[float]) -> float | None:
-    """The gap as it is logged, of one completion; `None` where what is scored has no bytes."""
+    """The gap of one completion in nats a byte, computed as in the log; `None` if the scored text has no bytes."""
     student_chunks, teacher_chunks, widths = (
         torch.from_numpy(values)[None]
         for values in (rollout.student_chunks, rollout.teacher_chunks, rollout.student_widths)
@@ -120,8 +121,8 @@ def show(
     num_samples: int,
     name: str = "completions",
 ) -> None:
-    """Prints samples as a table, and sends it by `name` to those of TensorBoard, wandb and trackio that `callbacks` report
-    to."""
+    """Prints samples as a table, and sends the table under `name` to those of TensorBoard, wandb and trackio that `callbacks`
+    report to."""
     step = samples[0].step
     columns = {
         "prompt": [sample.prompt for sample in samples],
@@ -141,7 +142,7 @@ def show(
 def _print(columns: dict[str, list], step: int, num_samples: int):
     table = Table(title=f"Step {step}", title_justify="left", show_lines=True, expand=True)
     for name in list(columns)[:2]:
-        table.add_column(name.capitalize(), overflow="fold")  # nothing is left out, and no ellipsis stands for it
+        table.add_column(name.capitalize(), overflow="fold")  # show the whole text, without an ellipsis
     table.add_column("Gap, nats/byte", justify="right")
     for prompt, completion, gap in list(zip(*columns.values(), strict=True))[:num_samples]:
         table.add_row(Text(legible(prompt)), Text(legible(completion)), f"{gap:.3f}")
@@ -149,7 +150,7 @@ def _print(columns: dict[str, list], step: int, num_samples: int):
 
 
 def _markdown(columns: dict[str, list]) -> str:
-    """A table in which no text is markup."""
+    """A Markdown table in which no text acts as markup."""
     rows = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
     return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
 

@@ -1,4 +1,4 @@
-"""What was found of a chat template, in words: its turns' openings, sections and ends, and what it takes and leaves out."""
+"""Explains what was found in a chat template: how turns open, their sections and ends, what it accepts and what it drops."""
 
 import json
 import warnings
@@ -9,13 +9,13 @@ from ..text.turns import TOOLS, USER, Form, Turn
 
 
 def explain(speaker: Speaker) -> str:
-    """Of a tokenizer's own template. Raises `ValueError` where it has none, or cannot render a question at all."""
+    """For a tokenizer's own template. Raises `ValueError` where it has none, or cannot render a question."""
     if not speaker.template:
         raise ValueError(
             "this tokenizer has no chat template: conversations are plain text, a turn ends with the EOS token"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say stands below
+        warnings.simplefilter("ignore")  # the lines below say the same
         plain = speaker.turn(Conversation([USER], tools=TOOLS if speaker.needs_tools else None))
         tools = speaker.turn(Conversation([USER], tools=TOOLS))
         takes = {name: "yes" if taken else "no" for name, taken in speaker.takes().items()}

@@ -1,1 +1,1 @@
-"""What a device has to hold, before it has to: `ctopd plan`."""
+"""An estimate of the memory that a run needs on each device: `ctopd plan`."""

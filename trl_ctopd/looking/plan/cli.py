@@ -1,5 +1,5 @@
 """
-What a device has to hold under each strategy, and whether it fits.
+Estimates the memory that a run needs on each device under each strategy, and whether it fits.
 
 ctopd plan --student meta-llama/Llama-3.2-1B --teacher Qwen/Qwen2.5-7B \\
     --prompt-tokens 512 --new-tokens 1024 --batch 4 --accumulation 8 --lora-rank 16 --devices 8 --memory-gib 80
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--activation-checkpointing",
         action="store_true",
-        help="for gradient checkpointing, which training has on unless told otherwise",
+        help="for gradient checkpointing, which training has on by default",
     )
     parser.add_argument("--dtype", choices=DTYPES, default=Work.dtype, help=f"of weights (default: {Work.dtype})")
     parser.add_argument("--memory-gib", type=float, default=80, metavar="GIB", help="of one device (default: 80)")

@@ -1,17 +1,17 @@
 """
-What a device holds: bytes for weights, gradients, optimizer, and each phase of a step, by strategy.
+Estimates device memory: bytes for weights, gradients and optimizer, and for each phase of a step, by strategy.
 
 Decisions:
-- What a pass holds is no formula: the model is built without its numbers (PyTorch's `FakeTensorMode`), the pass that the
-  trainer makes is run on it, and what is alive is added up, for any architecture.
-- A phase's peak is what is always there and what it adds: while writing, the cache of keys and values of all the step's
-  prompts; while the teacher reads, one forward pass; while the student learns, its activations and gradients; then the
-  optimizer. Phases don't overlap, so the greatest counts.
-- Sharding divides: ZeRO-2 the gradients and the optimizer, ZeRO-3 and FSDP2 the weights too, the teacher's as well; two
-  layers are whole at a time (one is used, the next one comes), and the student as long as it writes, unless
-  `gather_for_generation=False`. Of trained weights in half precision, DeepSpeed keeps a copy in float32, and under autocast
-  Accelerate puts float32 in their place for FSDP2, whose gradients are whole until the last of several micro-batches.
-- It counts tensors. A process takes some 0.5 GiB more for CUDA itself, and the allocator loses some to gaps.
+- There is no formula for the memory of a forward or backward pass. The model is built without data (PyTorch's
+  `FakeTensorMode`), the trainer's own pass is run on it, and the live tensors are added up. This works for any architecture.
+- The peak of a phase is what is always allocated, plus what the phase adds: for generation, the KV cache of all prompts of the
+  step; for the teacher, one forward pass; for the student's training step, its activations and gradients; then the optimizer
+  step. Phases do not overlap, so the largest peak counts.
+- Sharding divides: ZeRO-2 the gradients and the optimizer, ZeRO-3 and FSDP2 also the weights, the teacher's too. Two layers are
+  gathered at a time (the current and the next one), and the whole student during generation, unless
+  `gather_for_generation=False`. DeepSpeed keeps a float32 copy of trained weights in half precision. Under autocast,
+  Accelerate replaces them by float32 for FSDP2, where gradients are unsharded until the last of several micro-batches.
+- Only tensors count. CUDA itself takes some 0.5 GiB a process, and the allocator loses some memory to fragmentation.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ from .work import Work
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes. `peak` is what a pass holds at its fullest beside weights and buffers, gradients included."""
+    """Bytes. `peak`: the largest memory of a pass besides weights and buffers, gradients included."""
 
     weights: int
-    layer: int  # the largest module that is brought together by itself under sharding
-    trained: int  # weights that have gradients
-    trained_in_float32: int  # the same, were they all in float32
+    layer: int  # the largest module that sharding gathers at once
+    trained: int  # weights with gradients
+    trained_in_float32: int  # the same weights, if all were float32
     peak: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of one device: what is always there, and what each phase adds to it; the optimizer's step the gradients alone."""
+    """Bytes of one device: what is always allocated, and what each phase adds. For the optimizer step that is the gradients."""
 
     student: int
     teacher: int
@@ -64,7 +64,7 @@ class Plan:
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the tensors that were made within and are alive, and the most there were."""
+    """Counts bytes of the tensors that are created inside and still alive, and their maximum."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +96,7 @@ class Alive(TorchDispatchMode):
 def run_pass(
     config: PretrainedConfig, work: Work, rows: int, learns: bool, lora_rank: int | None = None, micro_batches: int = 1
 ) -> Pass:
-    """What a forward pass over `rows` full rows holds that scores their completions, and the backward pass if it learns."""
+    """The memory of a forward pass over `rows` full rows that scores their completions, and of the backward pass if it learns."""
     length, scored = work.prompt_tokens + work.new_tokens, rows * work.new_tokens
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, work.dtype)).requires_grad_(learns)
@@ -133,7 +133,7 @@ def run_pass(
 
 
 def _materialize(model: nn.Module) -> None:
-    """Parameters and buffers on the meta device become fake ones, tied ones together."""
+    """Turns parameters and buffers on the meta device into fake ones. Tied ones stay tied."""
     new = {}
     for module in model.modules():
         for parts in (module._parameters, module._buffers):
@@ -157,8 +157,8 @@ def _shared_out(model: nn.Module) -> list[nn.Module]:
 
 
 def cache_bytes(config: PretrainedConfig, work: Work) -> int:
-    """Keys and values of all prompts of a step, one layer of them twice while it grows, and a token's logits in float32
-    with what sampling makes of them."""
+    """Keys and values for all prompts of a step, with one layer's counted twice while it grows; and float32 logits of one token
+    with the copies that sampling makes."""
     text = config.get_text_config()
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -175,7 +175,7 @@ def passes(student: PretrainedConfig, teacher: PretrainedConfig, work: Work) -> 
 
 
 def plan(own: Pass, read: Pass, cache: int, work: Work, strategy: str, devices: int) -> Plan:
-    """Of one device, under one of `STRATEGIES`."""
+    """The memory of one device under one of `STRATEGIES`."""
     sharded, deepspeed = strategy in ("zero3", "zero3_offload", "fsdp2"), strategy.startswith("zero")
     over = devices if sharded else 1
     states_over = 1 if strategy == "ddp" else devices
@@ -185,22 +185,22 @@ def plan(own: Pass, read: Pass, cache: int, work: Work, strategy: str, devices: 
     if strategy == "fsdp2" and work.autocast:
         weights, trained = weights - trained + own.trained_in_float32, own.trained_in_float32
     gradients = trained // states_over
-    # AdamW has two numbers a trained weight, of its kind; DeepSpeed's are float32, and so is a copy of the weight
+    # AdamW has two numbers for each trained weight, of the same dtype. DeepSpeed's are float32, with a float32 copy of the weight.
     optimizer = (3 * own.trained_in_float32 if deepspeed and half else 2 * trained) // states_over
     student = weights // over
     if strategy == "zero3_offload":
         optimizer, student = 0, 0
     learning = own.peak + (gradients - own.trained) + (2 * own.layer if whole else 0)
     if strategy == "ddp" and devices > 1:
-        learning += own.trained  # the buckets that are summed over the devices
+        learning += own.trained  # buckets for the reduction over the devices
     if strategy == "fsdp2" and whole and work.accumulation > 1:
-        learning += own.trained  # Trainer has them summed over the devices once, at the end
+        learning += own.trained  # Trainer has them reduced over the devices once, at the end
     return Plan(
         student=student,
         teacher=0 if strategy == "zero3_offload" else read.weights // over,
         gradients=gradients,
         optimizer=optimizer,
-        writing=cache + (own.weights if whole else 0),  # beside its share
+        writing=cache + (own.weights if whole else 0),  # besides its own shard
         reading=read.peak + (2 * read.layer if whole else 0),
         learning=learning,
     )

@@ -1,4 +1,4 @@
-"""What is planned for; apart from the counting, so that the command's help needs no torch."""
+"""The workload that is planned for. A module of its own, so that the command's help does not load torch."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Work:
-    """One device's part of an optimizer step. Lengths are of the longest row; `batch` is in prompts."""
+    """One device's part of an optimizer step. Lengths are those of the longest row; `batch` counts prompts."""
 
     prompt_tokens: int = 512
     new_tokens: int = 1024

@@ -1,4 +1,4 @@
-"""`DistillationReportCallback`: the run as one page that a person can look at while it goes on."""
+"""`DistillationReportCallback`: a page about the run that is updated while it goes on."""
 
 import os
 import time
@@ -13,21 +13,23 @@ from ..ornaments import ornament
 from ..samples import Sample
 
 
-MOST_OF_THE_TIME = 0.02  # that writing the page may take; a log that comes sooner is in the next page
+MOST_OF_THE_TIME = (
+    0.02  # share of the run's time that writing the page may take; a log that comes sooner waits for the next
+)
 
 
 class DistillationReportCallback(TrainerCallback, ExportableState):
     """
-    Writes `report.html` into the output folder, anew as the run logs: curves, sample completions with their credit, settings,
-    versions, and warnings in words. The page is one file that loads nothing from elsewhere.
+    Writes `report.html` into the output folder, again as the run logs: curves, sample completions with their credit,
+    settings, versions, and warnings in words. The page is one file that loads nothing from elsewhere.
 
     `CrossTokenizerGKDConfig(report=True)` adds one, and so does `callbacks=[DistillationReportCallback()]`. A resumed run
-    goes on with its curves and its first completions. The page shows prompts and completions, and goes with
-    `push_to_hub`, as everything in the output folder does.
+    continues its curves and keeps its first completions. The page shows prompts and completions. `push_to_hub` uploads it
+    with the rest of the output folder.
     """
 
     def __init__(self):
-        # samples as JSON has them, by the prefix of their figures: "" of training, "eval_", "eval_math_"
+        # samples as JSON values, by the prefix of their metrics: "" for training, "eval_", "eval_math_"
         self.first: dict[str, list[dict]] = {}
         self.last: dict[str, list[dict]] = {}
         self._not_before = 0.0
@@ -39,7 +41,7 @@ class DistillationReportCallback(TrainerCallback, ExportableState):
         known = state.stateful_callbacks.setdefault(
             type(self).__name__, self.state()
         )  # Trainer asks for it when it saves
-        if state.global_step:  # a resumed run
+        if state.global_step:  # the run is resumed
             kept = (known[0] if isinstance(known, list) else known)["attributes"]
             self.first, self.last = dict(kept["first"]), dict(kept["last"])
 
@@ -57,7 +59,7 @@ class DistillationReportCallback(TrainerCallback, ExportableState):
         ends = "train_runtime" in trainer.state.log_history[-1]
         if now < self._not_before and not ends:
             return
-        from .page import page  # reads the viewer, which nobody else needs
+        from .page import page  # loads the viewer, which nothing else here needs
 
         path = Path(trainer.args.output_dir) / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)

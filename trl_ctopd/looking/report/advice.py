@@ -1,4 +1,4 @@
-"""What a person who knows the method would say of a run's figures, in words."""
+"""Warnings in words about a run's metrics, as an expert in the method would give them."""
 
 import math
 from collections.abc import Sequence
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from ...config import CrossTokenizerGKDConfig
 
 
-RECENT = 5  # logs whose mean is judged
+RECENT = 5  # logs; their mean is judged
 GAP = "gap/nats_per_byte"
 
 
 def advice(log_history: Sequence[dict], args: CrossTokenizerGKDConfig, teacher_context: int | None = None) -> list[str]:
     """
-    One sentence or two for each figure of training that is out of bounds in the last few logs, with what to do.
+    One or two sentences for each training metric that is out of bounds in the last few logs, with what to do about it.
 
     Args:
         log_history: the trainer state's.
-        args: the run's settings, whose values are named.
-        teacher_context: in tokens, if it is known.
+        args: the run's settings, whose values are quoted.
+        teacher_context: in tokens, if known.
     """
     kept = {
         name: [entry[name] for entry in log_history if isinstance(entry.get(name), int | float)]
@@ -83,7 +83,7 @@ def advice(log_history: Sequence[dict], args: CrossTokenizerGKDConfig, teacher_c
 
 
 def _growth(gaps: Sequence[float]) -> tuple[float, float] | None:
-    """Means of the first and the last quarter, where the last is larger by more than the noise of both can explain."""
+    """Means of the first and the last quarter, if the last is larger by more than the noise of both explains; else None."""
     count = len(gaps) // 4
     if count < 2:
         return None

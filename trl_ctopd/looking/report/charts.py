@@ -1,8 +1,8 @@
 """Curves as inline SVG.
 
-Drawn here and not by matplotlib: a curve in the page follows the reader's light or dark theme and width by CSS, costs a
-millisecond at each log, and asks nothing of the environment that trains. Series differ in their dashes as well as in
-colour, and every point says its figures when it is pointed at.
+Drawn here rather than by matplotlib: a curve follows the reader's light or dark theme and page width through CSS, takes a
+millisecond at each log, and needs no further package. Series differ in their dashes as well as in colour, and every point
+shows its values when the pointer is over it.
 """
 
 import math
@@ -19,7 +19,7 @@ MOST_POINTS = 200
 
 @dataclass
 class Series:
-    """`points` are (step, value); NaN and infinite values are left out."""
+    """`points` are (step, value). NaN and infinite values are left out."""
 
     label: str
     points: Sequence[tuple[int, float]]
@@ -29,7 +29,7 @@ class Series:
 
 
 def curves(series: Sequence[Series], form: Callable[[float], str]) -> Markup:
-    """One chart; `form` writes a value. The y axis starts at 0 unless a value is below."""
+    """One chart. `form` formats a value. The y axis starts at 0 unless a value is below."""
     points = [point for own in series for point in own.points]
     if not points:
         return Markup('<p class="none">nothing logged yet</p>')
@@ -83,7 +83,7 @@ def curves(series: Sequence[Series], form: Callable[[float], str]) -> Markup:
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most `MOST_POINTS`, each in the place of as many neighbours: their mean, at the last one's step."""
+    """At most `MOST_POINTS` points. Each is the mean of a group of neighbours, at the last one's step."""
     size = -(-len(points) // MOST_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)] if size > 1 else []
     if not groups:
@@ -92,7 +92,7 @@ def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Three to five round numbers from `low` or below to `high` or above."""
+    """Three to five round numbers that cover `low` to `high`."""
     span = high - low or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= 4)

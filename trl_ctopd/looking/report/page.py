@@ -1,4 +1,4 @@
-"""The report's page: what the run has logged, in the words and pictures of `template.html`."""
+"""The report's page: what the run has logged, put into `template.html`."""
 
 import math
 import re
@@ -31,7 +31,7 @@ NOT_SHOWN = ("output_dir", "hub_token", "base_model_name_or_path", "auto_mapping
 
 
 def plain(value: float) -> str:
-    """Three digits, and none of them in vain."""
+    """Three significant digits, without trailing zeros."""
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.1e}".replace("-", "−")
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
@@ -45,7 +45,7 @@ def percent(value: float) -> str:
 
 @dataclass
 class Chart:
-    """Figures drawn together: {name of the figure: label}. `everywhere`: of the evaluation sets too."""
+    """Metrics drawn together: {name: label}. `everywhere`: also those of the evaluation sets."""
 
     title: str
     unit: str
@@ -124,7 +124,7 @@ PHASES = {
 
 
 def page(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]]) -> str:
-    """The whole document. `first` and `last` are the first and last samples by the prefix of their figures."""
+    """The whole document. `first` and `last`: the first and last samples, by the prefix of their metrics."""
     args, state = trainer.args, trainer.state
     logged = figures(state.log_history)
     drawn = {name for chart in MAIN + MORE for name in chart.figures}
@@ -165,7 +165,7 @@ def _template() -> jinja2.Template:
 
 
 def _name(model: PreTrainedModel) -> str:
-    """The hub's or the folder's, or the kind of a model made in place."""
+    """The hub's or the folder's name, or the class of a model created in memory."""
     return provenance.short_name(get_config_model_id(model.config)) or type(model).__name__
 
 
@@ -179,7 +179,7 @@ def _status(state) -> str:
 
 
 def _tiles(logged: dict) -> list[dict[str, str]]:
-    """The figures that one looks at first: what they are now, and what they were at first."""
+    """The most important metrics: their current and their first values."""
     tiles = []
     for name, title, form in (
         (GAP, "gap, nats a byte", plain),
@@ -195,7 +195,7 @@ def _tiles(logged: dict) -> list[dict[str, str]]:
 
 
 def _charts(charts: Iterable[Chart], logged: dict) -> list[dict]:
-    """Those with something to draw."""
+    """The charts that have something to draw."""
     shown = []
     for chart in charts:
         series = [
@@ -212,7 +212,7 @@ def _charts(charts: Iterable[Chart], logged: dict) -> list[dict]:
 
 
 def _phases(logged: dict) -> list[dict]:
-    """Mean seconds of each phase of a step, and of what lies between them."""
+    """Mean seconds of each phase of a step, and of the time between phases."""
     means = {
         name: sum(value for _, value in sets["training"]) / len(sets["training"])
         for name, sets in logged.items()
@@ -229,7 +229,7 @@ def _phases(logged: dict) -> list[dict]:
 
 
 def _samples(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]]) -> list[dict]:
-    """Those of evaluations, where the same prompts come again, or else of training."""
+    """Samples of evaluations, where the same prompts come again, or else of training."""
     groups = []
     for prefix in [name for name in first if name] or list(first):
         dataset = prefix.removeprefix("eval_").strip("_")
@@ -246,7 +246,7 @@ def _samples(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]])
 
 def _views(trainer, samples: list[dict]) -> list[Markup]:
     loss = trainer.distillation_loss
-    by = loss if isinstance(loss, Loss) and loss.signal == "logprobs" else None  # else dpca's credit is shown
+    by = loss if isinstance(loss, Loss) and loss.signal == "logprobs" else None  # None: dpca's credit is shown
     samples = [Sample(**sample) for sample in samples]
     shown = []
     rollouts = trainer.panel.align_completions(
@@ -274,7 +274,7 @@ def _table(logged: dict) -> list[list[str]]:
 
 
 def _facts(trainer) -> dict[str, str]:
-    """Who, on what, with what."""
+    """Models, dataset, step size, versions, devices."""
     args, dataset = trainer.args, trainer.train_dataset
     source = provenance.dataset_source(dataset)
     rows = f"{len(dataset):,} prompts" if hasattr(dataset, "__len__") else "streamed"
@@ -293,7 +293,7 @@ def _facts(trainer) -> dict[str, str]:
 
 
 def _settings(args) -> dict[str, str]:
-    """Those that shape every run, and those that are not as they come."""
+    """Settings that shape every run, and those that differ from their defaults."""
     values = args.to_dict()
     defaults = {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()

@@ -1,8 +1,8 @@
-"""One completion through two tokenizers, made to be looked at: in a notebook, in a browser, in a terminal.
+"""Shows one completion under two tokenizers: in a notebook, in a browser, in a terminal.
 
-`TextAlignment` shows itself (`alignment` as a notebook cell's last line, `.to_html(path)`, `.print()`), and so does a
-`ScoredRollout`: the same with both models' log-probs and each student token's credit. `ctopd align` is the command
-line. Nothing here is loaded before it is asked for.
+`TextAlignment` shows itself (`alignment` as the last line of a notebook cell, `.to_html(path)`, `.print()`). So does
+`ScoredRollout`: the same with both models' log-probs and each student token's credit. The command line is `ctopd align`.
+Modules here are loaded on first use.
 """
 
 __all__ = ["ScoredRollout", "alignment_of", "stylesheet", "with_turn_end"]

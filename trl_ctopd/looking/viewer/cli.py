@@ -1,4 +1,4 @@
-"""How two tokenizers cut a text, or how far apart they are over a file of texts, from a shell.
+"""How two tokenizers cut a text, or how much they differ over a file of texts.
 
 ctopd align --student Qwen/Qwen2.5-0.5B --teacher meta-llama/Llama-3.2-1B "twenty-three" [--html out.html]
 ctopd align --student path/to/one --teacher path/to/other --file data.jsonl --column text [--json]
@@ -74,7 +74,7 @@ def _parser(prog: str) -> _Parser:
 
 
 def _explain(parser: _Parser, args: argparse.Namespace) -> None:
-    # loads transformers
+    # loads transformers, which `--help` must not
     from ...text.chat import Speaker
     from ..templates import explain
 
@@ -88,7 +88,7 @@ def _explain(parser: _Parser, args: argparse.Namespace) -> None:
 
 
 class _InputError(ValueError):
-    """What the user gave cannot be read."""
+    """The user's input cannot be read."""
 
 
 def _texts(file: Path, column: str | None) -> list[str]:
@@ -134,7 +134,7 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
             raise _InputError(f"{name!r} is no folder, and no name that a tokenizer on the hub could have") from error
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of a dozen kinds, by what is wrong with the folder, the name or the network
+    except Exception as error:  # a dozen classes, depending on whether folder, name or network is at fault
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise _InputError(f"no tokenizer could be loaded from {name!r}: {reason}") from error
 

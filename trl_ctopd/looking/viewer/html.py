@@ -1,15 +1,16 @@
 """An alignment, or a scored rollout, as HTML and CSS without a script.
 
 Decisions.
-- The text runs on top; under each piece of it stand the student's tokens, then the teacher's. A row is as high as any other, so
-  that the names of the rows can be painted beside them by one repeated mask, wherever a line wraps.
-- What colour tells is also written: a token's credit as a figure, a merged chunk as `2 : 3`, a masked stretch by its reason.
-  Orange and blue are told apart by colour-blind readers.
-- Each chunk has one box of figures, shown for the token that is pointed at or has the keyboard's focus: below it where
-  the browser knows CSS anchors, else, and on a phone, at the bottom of the screen.
-- A viewer of notebooks may take the style away, as Jupyter does until a notebook is trusted. What is left reads from top to
-  bottom, with the boxes shut.
-- Everything from outside goes through `visible.pieces` and `html.escape`. The page forbids itself to load or run anything.
+- The text is on top; below each piece of it are the student's tokens, then the teacher's. All rows have the same height, so
+  that one repeated mask paints the names of the rows beside them, wherever a line wraps.
+- Everything that colour shows is also written: a token's credit as a number, a merged chunk as `2 : 3`, a masked stretch by its
+  reason. Colour-blind readers can tell orange and blue apart.
+- Each chunk has one box of figures, shown for the token under the pointer or with the keyboard's focus. It is below the token
+  where the browser supports CSS anchors, else, and on a phone, at the bottom of the screen.
+- A notebook viewer may strip the style, as Jupyter does until a notebook is trusted. What is left can be read from top to
+  bottom, with the boxes closed.
+- Everything from outside goes through `visible.pieces` and `html.escape`. The page's own policy forbids loading or running
+  anything.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
     from .scored import ScoredRollout
 
 _SIDES = ("student", "teacher")
-_HIGHLIGHTED = 24  # tokens of a chunk whose row in the box is marked while they are pointed at
+_HIGHLIGHTED = 24  # so many tokens of a chunk have their row in the box marked under the pointer
 
 
 @cache
 def stylesheet() -> str:
-    """The CSS of all fragments; every rule is about what is in a `.ctopd` alone."""
+    """The CSS of all fragments. Every rule is limited to the inside of a `.ctopd`."""
     css = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
     pointed = ",".join(
         f".ctopd .c:has(.{side}>.t:nth-child({n}):is(:hover,:focus)) .of-{side}:nth-child({n} of .of-{side})"
@@ -58,7 +59,7 @@ def page(shown: "TextAlignment | ScoredRollout") -> str:
 
 
 def fragment(shown: "TextAlignment | ScoredRollout", explained: bool = False) -> str:
-    """One `<div class="ctopd">`; needs `stylesheet()` on the page. `explained`: with the guide open."""
+    """One `<div class="ctopd">`. The page needs `stylesheet()`. `explained`: with the guide open."""
     scored = None if isinstance(shown, TextAlignment) else shown
     alignment = shown if scored is None else scored.alignment
     parts = [_facts(alignment, scored)]
@@ -72,7 +73,7 @@ def fragment(shown: "TextAlignment | ScoredRollout", explained: bool = False) ->
 
 
 def number(value: float) -> str:
-    """A figure in nats, with its sign: `+0.48`, `−2.13`, `0`."""
+    """A number in nats, with its sign: `+0.48`, `−2.13`, `0`."""
     if not isfinite(value):
         return str(value)
     text = f"{value:+.2f}" if abs(value) < 9.995 else f"{value:+.1f}"
@@ -80,7 +81,7 @@ def number(value: float) -> str:
 
 
 def probability(log_prob: float) -> str:
-    """`exp(log_prob)` as a person says it."""
+    """`exp(log_prob)` in words or per cent."""
     if not isfinite(log_prob):
         return "not finite"
     percent = 100 * exp(min(log_prob, 0.0))
@@ -90,7 +91,7 @@ def probability(log_prob: float) -> str:
 
 
 def facts(alignment: TextAlignment, scored: "ScoredRollout | None") -> list[tuple[str, str]]:
-    """What stands above the text: a figure and what it is."""
+    """The line above the text: pairs of a number and what it counts."""
     found = figures([alignment])
     shown = [
         (f"{found['student_tokens']:,}", "student tokens"),
@@ -122,7 +123,7 @@ def _line(line: Line, alignment: TextAlignment, scored: "ScoredRollout | None") 
 
 
 def _joins(left: str, right: str) -> bool:
-    """Whether a border falls between letters that are written joined (Arabic's kind)."""
+    """Whether the boundary falls between letters that are joined in writing (as in Arabic)."""
     return bool(left and right) and bidirectional(left) == bidirectional(right) == "AL"
 
 
@@ -172,7 +173,7 @@ def _pieces(data: bytes) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text that is no completion: its spaces and line breaks as they are, all else as `visible` has it."""
+    """A text that is not a completion: spaces and line breaks unchanged, all else as in `visible`."""
     return (
         _pieces(text.encode("utf-8", "replace")).replace('<i class="w">␣</i>', " ").replace('<i class="w">⏎</i>', "\n")
     )
@@ -255,7 +256,7 @@ def _token_figures(side: int, token: int, segment: Segment, scored) -> list[str]
     return [number(scored.student_log_probs[token]), *share, f"<b>{number(scored.advantages[token])}</b>"]
 
 
-# --- what the signs mean
+# --- the legend
 
 
 def _legend(alignment: TextAlignment, scored) -> str:

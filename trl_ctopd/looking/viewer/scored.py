@@ -1,8 +1,8 @@
-"""A completion with both models' log-probs: what each chunk's gap is, and what a loss makes of it for each student token.
+"""A completion with both models' log-probs: each chunk's gap, and the credit that a loss gives to each student token.
 
 The credit of a student token is minus the derivative of the loss by the token's log-prob, with N = 1. For `dpca` that is
-the advantage A_i itself; for any other loss that reads log-probs it is what plays its part. Nothing is computed here that
-the losses do not compute.
+the advantage A_i itself; for any other loss on log-probs it has the same meaning. Nothing is computed here that the losses
+do not compute.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,16 +22,18 @@ from .shown import Shown
 @dataclass(frozen=True, eq=False)
 class ScoredRollout(Shown):
     """
+    A completion with both models' log-probs and each student token's credit.
+
     Attributes:
-        alignment (`TextAlignment`): the completion, the turn's end included as a last chunk without bytes where it is
-            scored.
+        alignment (`TextAlignment`): the completion. If the turn's end is scored, it is a last chunk without bytes.
         student_log_probs (S,), teacher_log_probs (T,): of its tokens, in nats.
-        student_budget, teacher_budget, gap (C,): each chunk's L_S, L_T and L_T − L_S, 0 in a chunk that is `neutral` (C,):
-            one whose teacher log-probs are not finite.
-        advantages (S,): each student token's credit, 0 where it takes no part. Above 0 it is made likelier.
+        student_budget, teacher_budget, gap (C,): each chunk's L_S, L_T and L_T − L_S, in nats; 0 in a chunk that is `neutral`
+            (C,): one whose teacher log-probs are not finite.
+        advantages (S,): each student token's credit, 0 where it takes no part. Above 0, the token becomes more likely.
         shares (S,): its share w_i of the gap, for a loss that shares gaps (`dpca`); else None.
-        nats_per_byte: student minus teacher log-prob of the text, a byte; None for a text without a byte that is compared.
-        method: what gave the credit.
+        nats_per_byte: student minus teacher log-prob of the text, a byte; None if no byte of the text is scored.
+        method: name of the loss that gave the credit.
+        prompt: what the student answers, if it is to be shown.
         prompt: what the student answers, if it is to be shown.
     """
 
@@ -61,19 +63,21 @@ class ScoredRollout(Shown):
         close_log_probs: Sequence[float] | None = None,
     ) -> "ScoredRollout":
         """
+        Scores an alignment with given log-probs.
+
         Args:
-            alignment: the completion; `with_turn_end` for one whose end is scored.
-            student_log_probs: one for each of `alignment.student_ids`, in nats; what takes no part may have any.
+            alignment: the completion; use `with_turn_end` if its end is scored.
+            student_log_probs: one for each of `alignment.student_ids`, in nats; any value where a token takes no part.
             teacher_log_probs: one for each of `alignment.teacher_ids`.
-            credit, advantage_clip: of [`~trl_ctopd.losses.DPCA`], where `loss` is None.
+            credit, advantage_clip: of [`~trl_ctopd.losses.DPCA`], if `loss` is None.
             prompt: shown above the completion.
-            loss: one of [`~trl_ctopd.losses.build_loss`] that reads log-probs, or a function of your own.
+            loss: a loss on log-probs from [`~trl_ctopd.losses.build_loss`], or a function of your own.
             close_log_probs: one for each of `alignment.student_ids`, as in `ScoredChunks`. Without them, a loss of closed
-                chunks is shown as that of open ones, and `method` says so.
+                chunks is shown as that of open chunks, and `method` says so.
 
         Raises:
-            ValueError: where the numbers of tokens and log-probs differ, where a scored student log-prob is not finite,
-                and for a loss that does not depend on the student's log-probs.
+            ValueError: the numbers of tokens and log-probs differ, a scored student log-prob is not finite, or the loss does
+                not depend on the student's log-probs.
         """
         loss = DPCA(credit=credit, advantage_clip=advantage_clip, event="open") if loss is None else loss
         method = _method(loss)
@@ -137,13 +141,13 @@ class ScoredRollout(Shown):
         prompt: str | None = None,
     ) -> "ScoredRollout":
         """
-        Of a row of the trainer's scored micro-batch.
+        Shows a row of the trainer's scored micro-batch.
 
         Args:
-            rollout: what `rollouts.pair` gave for that row, or gives again for the same ids.
-            batch: as the loss gets it: student positions are those of prompt and completion but the first.
-            row: which.
-            loss, prompt: of `from_log_probs`.
+            rollout: what `rollouts.pair` returned for that row; calling it again with the same ids gives the same.
+            batch: as the loss gets it. Student positions are those of prompt and completion without the first token.
+            row: index of the row.
+            loss, prompt: as in `from_log_probs`.
         """
         first = len(rollout.prompt.student_ids) - 1
         own, close = slice(first, first + len(rollout.student_ids)), batch.close_log_probs
@@ -158,7 +162,7 @@ class ScoredRollout(Shown):
 
 
 def alignment_of(rollout: Rollout) -> TextAlignment:
-    """The rollout's alignment as it is scored: with the end of the turn, and with nothing where the teacher cannot read."""
+    """The rollout's alignment as it is scored: with the turn end, and without any chunk where the teacher cannot read it."""
     content, end = rollout.alignment, len(rollout.alignment._spelled)
     ends = rollout.num_chunks - content.num_chunks
     if rollout.unread:
@@ -179,7 +183,7 @@ def alignment_of(rollout: Rollout) -> TextAlignment:
 
 
 def with_turn_end(alignment: TextAlignment, student_id: int, teacher_ids: Sequence[int]) -> TextAlignment:
-    """`alignment` and the end of the turn: a chunk without bytes of the student's stop token and what the teacher's
+    """`alignment` with the end of the turn added: a chunk without bytes, of the student's stop token and of what the teacher's
     template writes there."""
     if not teacher_ids:
         raise ValueError("teacher_ids is empty: a turn end without tokens would cost the teacher nothing.")

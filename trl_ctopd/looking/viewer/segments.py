@@ -1,4 +1,4 @@
-"""What stands where: a text as a row of segments, each with its tokens on both sides, in the order of the text."""
+"""Cuts a text into segments for display, each with its tokens on both sides, in the order of the text."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ...text.altered_text import REASONS
 from .visible import graphemes, is_rtl, num_bytes
 
 
-WHY = {  # a word or two for below the stretch, and the sentence
+WHY = {  # a short label for below the stretch, and a sentence
     "invalid_utf8": ("not UTF-8", "these bytes are no UTF-8 text; the teacher reads U+FFFD in their place"),
     "whitespace": ("lost space", "the student's tokenizer does not keep this whitespace"),
     "unknown_token": ("unknown", "the teacher's vocabulary has no token for this"),
@@ -32,10 +32,10 @@ class Segment:
     A chunk, or a stretch between two chunks that takes no part.
 
     Attributes:
-        start, end: its bytes of the text.
+        start, end: its bytes in the text.
         chunk: its number, -1 for a stretch that takes no part.
-        student, teacher: positions of its tokens on either side.
-        reasons: why it takes no part, names of `WHY`.
+        student, teacher: positions of its tokens on each side.
+        reasons: why it takes no part, keys of `WHY`.
     """
 
     start: int
@@ -52,7 +52,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring segments that begin and end between graphemes: what can be shown as one piece of text."""
+    """Neighbouring segments that begin and end at grapheme boundaries, so that they can be shown as one piece of text."""
 
     data: bytes
     segments: list[Segment]
@@ -60,14 +60,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Line:
-    """Groups up to a line break. `rtl`: whether they are read from right to left."""
+    """Groups up to a line break. `rtl`: read from right to left."""
 
     groups: list[Group]
     rtl: bool
 
 
 def lines(alignment: TextAlignment) -> list[Line]:
-    """The text, its lines as they are, each group with its segments."""
+    """The lines of the text, each group with its segments."""
     found, groups = [], []
     for group in _groups(alignment):
         groups.append(group)
@@ -90,8 +90,8 @@ def _groups(alignment: TextAlignment) -> Iterator[Group]:
 
 
 def segments(alignment: TextAlignment) -> list[Segment]:
-    """Every byte of the text and every token of both sides in one segment each. A token without text that stands between
-    two segments gets one of its own."""
+    """Segments that hold every byte of the text and every token of both sides once. A token without text between two segments
+    gets one of its own."""
     spans = [(start, end, chunk) for chunk, (start, end) in enumerate(alignment._spans.tolist())]
     pieces, at = [], 0
     for start, end, chunk in [*spans, (len(alignment._spelled), 0, None)]:
@@ -110,7 +110,7 @@ def segments(alignment: TextAlignment) -> list[Segment]:
         for token, (low, high) in enumerate(zip(before, after, strict=False)):
             if placed[token] is not None:
                 tokens[placed[token]][side].append(token)
-            elif low == high:  # within a chunk
+            elif low == high:  # inside a chunk
                 tokens[low][side].append(token)
             else:
                 gap = next((place for place in range(low + 1, high) if pieces[place][2] < 0), None)
@@ -126,7 +126,7 @@ def segments(alignment: TextAlignment) -> list[Segment]:
 
 
 def _split(alignment: TextAlignment, segment: Segment) -> Iterator[Segment]:
-    """A stretch that takes no part knows why; where the teacher reads none of it, each student token is one."""
+    """Splits a stretch that takes no part by reason. If the teacher reads none of it, each student token is a segment."""
     if segment.chunk >= 0:
         yield segment
         return
@@ -145,7 +145,7 @@ def _reasons(alignment: TextAlignment, start: int, end: int) -> tuple[str, ...]:
 
 
 def token_data(alignment: TextAlignment, side: int, token: int) -> tuple[bytes, str]:
-    """The bytes that a token stands for, and where it stands for none its name. `side`: 0 student, 1 teacher."""
+    """The bytes that a token stands for, and its name if it stands for none. `side`: 0 student, 1 teacher."""
     table, i = alignment._tables[side], (alignment.student_ids, alignment.teacher_ids)[side][token]
     row = table.rows[i] if i < len(table.rows) else b""
     return row, "" if row else table.names.get(i, f"id {i}")
@@ -153,13 +153,13 @@ def token_data(alignment: TextAlignment, side: int, token: int) -> tuple[bytes, 
 
 def figures(alignments: Iterable[TextAlignment]) -> dict:
     """
-    How far apart two tokenizers are over some texts.
+    How much two tokenizers differ over some texts.
 
     Returns:
         Counts of `texts`, `bytes`, `student_tokens`, `teacher_tokens`, `chunks`, `one_to_one_chunks`; `coverage`, the share
-        of the bytes that some chunk holds; `one_to_one_fraction`, the share of all student tokens that are in a chunk of
-        one token on each side; `student_tokens_per_chunk`, `teacher_tokens_per_chunk`; `masked_bytes` by reason. A share
-        of nothing is None.
+        of bytes inside chunks; `one_to_one_fraction`, the share of all student tokens in a chunk of one token on each side;
+        `student_tokens_per_chunk`, `teacher_tokens_per_chunk`; `masked_bytes` by reason. A share with nothing to divide by is
+        None.
     """
     names = ("texts", "bytes", "student_tokens", "teacher_tokens", "chunks", "one_to_one_chunks")
     counts, inside, covered, masked = dict.fromkeys(names, 0), [0, 0], 0, {}

@@ -1,4 +1,4 @@
-"""What every object that the viewer shows can do."""
+"""What every object of the viewer can do."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Shown:
-    """A `TextAlignment` or a `ScoredRollout`, as a person sees it."""
+    """Base of `TextAlignment` and `ScoredRollout` for display."""
 
     def html_fragment(self) -> str:
         """One `<div>`, for a page that has `trl_ctopd.looking.viewer.stylesheet()` in a `<style>`."""
@@ -31,12 +31,12 @@ class Shown:
         Path(path).write_text(page(self), encoding="utf-8")
 
     def print(self, console: "Console | None" = None) -> None:
-        """The same in a terminal, as wide as the console is."""
+        """Prints it in a terminal, at the width of the console."""
         from .terminal import print_shown
 
         print_shown(self, console)
 
 
-# The text package knows nothing of how its alignments look
+# Added here, because the text package must not know how alignments are shown.
 for _name in ("html_fragment", "_repr_html_", "to_html", "print"):
     setattr(TextAlignment, _name, getattr(Shown, _name))

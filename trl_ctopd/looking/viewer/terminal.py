@@ -1,4 +1,4 @@
-"""The same in a terminal: rows of text, student's tokens, teacher's tokens, wrapped at the console's width."""
+"""The view in a terminal: rows of text, student tokens and teacher tokens, wrapped at the console's width."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +22,7 @@ _DOWN, _UP = (214, 112, 20), (46, 124, 214)
 
 
 class _Column(NamedTuple):
-    """A segment or a group of them, whose rows are `width` cells wide at most."""
+    """A segment or a group of them, whose rows are at most `width` cells wide."""
 
     width: int
     rows: dict[str, Text]
@@ -62,7 +62,7 @@ def _wrapped(columns: list[_Column], width: int) -> Iterator[list[_Column]]:
 
 
 def _group(group: Group, alignment: TextAlignment, scored) -> _Column:
-    """The group's text over its segments."""
+    """The group's text above its segments."""
     columns = [_column(segment, alignment, scored) for segment in group.segments]
     rows = {
         name: Text.assemble(("┊", "dim")).join(_centred(column.rows[name], column.width) for column in columns)
@@ -111,7 +111,7 @@ def _name(alignment: TextAlignment, side: int, token: int) -> str:
 
 
 def _style(scored, segment: Segment, token: int) -> Style:
-    """White on orange or blue, the stronger the credit; a credit near 0 has no colour."""
+    """White on orange or blue, stronger for a larger credit. A credit near 0 has no colour."""
     if scored is None or segment.chunk < 0 or number(scored.advantages[token]) == "0":
         return Style()
     credit = scored.advantages[token]

@@ -1,8 +1,8 @@
-"""Bytes as a person can read them: invisible characters get a sign or a name, bytes that are no character are written
-in hexadecimal, and what is readable stays as it is.
+"""Makes bytes readable: invisible characters get a sign or a name, bytes that are not a character are written in hexadecimal,
+and readable text stays as it is.
 
-Nothing that comes out can hide, reorder or imitate text: control and format characters are never passed on, but an
-emoji's own.
+The output cannot hide, reorder or imitate text: control and format characters are never passed on, except for those inside
+an emoji.
 """
 
 import unicodedata
@@ -14,8 +14,8 @@ import regex
 
 
 class Piece(NamedTuple):
-    """A part of what some bytes show. `kind`: "text" (as it stands), "sign" (stands for whitespace), "name" (of an
-    invisible character), "hex" (bytes that are no character)."""
+    """A part of what some bytes show. `kind`: "text" (unchanged), "sign" (for whitespace), "name" (of an invisible character),
+    "hex" (bytes that are not a character)."""
 
     kind: str
     text: str
@@ -30,16 +30,25 @@ _NAMES = {
     "\u001b": "ESC",
 }  # fmt: skip
 _INVISIBLE = {"Cc", "Cf", "Cn", "Co", "Zl", "Zp", "Zs"}
-_BLANK = {"\u034f", "\u115f", "\u1160", "\u17b4", "\u17b5", "\u2800", "\u3164", "\uffa0"}  # letters and marks of no ink
+_BLANK = {
+    "\u034f",
+    "\u115f",
+    "\u1160",
+    "\u17b4",
+    "\u17b5",
+    "\u2800",
+    "\u3164",
+    "\uffa0",
+}  # letters and marks that look empty
 _SELECTOR = regex.compile(r"\p{Variation_Selector}")
-# an emoji and all that shapes it, a keycap, a flag; a joiner at the end joins nothing
+# an emoji with its modifiers, a keycap, a flag; a joiner at the end joins nothing and is left out
 _EMOJI = regex.compile(r"[0-9#*]\ufe0f?\u20e3|(?=\p{Extended_Pictographic}).(?:.*[^\u200c\u200d])?", regex.DOTALL)
-_BYTES = regex.compile(r"[\udc80-\udcff]")  # as Python has bytes that are no characters
+_BYTES = regex.compile(r"[\udc80-\udcff]")  # Python's surrogates for bytes that are not characters
 _JOINED = {"text": "", "hex": " "}
 
 
 def pieces(data: bytes) -> list[Piece]:
-    """What `data` shows, neighbouring text joined, and neighbouring bytes."""
+    """What `data` shows, with neighbouring text merged, and neighbouring bytes too."""
     found: list[Piece] = []
     for piece in chain.from_iterable(map(_read, graphemes(data))):
         if found and found[-1].kind == piece.kind and piece.kind in _JOINED:
@@ -50,12 +59,12 @@ def pieces(data: bytes) -> list[Piece]:
 
 
 def plain(data: bytes) -> str:
-    """`pieces` as one string, names and hexadecimal in angle brackets."""
+    """`pieces` as one string, with names and hexadecimal in angle brackets."""
     return "".join(piece.text if piece.kind in ("text", "sign") else f"⟨{piece.text}⟩" for piece in pieces(data))
 
 
 def legible(text: str) -> str:
-    """`text` for a terminal: its spaces and line breaks as they are, all else as `plain` has it."""
+    """`text` for a terminal: spaces and line breaks unchanged, all else as in `plain`."""
     kept = {("sign", "␣"): " ", ("sign", "⏎"): "\n"}
     found = pieces(text.encode("utf-8", "surrogateescape" if _BYTES.search(text) else "surrogatepass"))
     return "".join(
@@ -64,7 +73,7 @@ def legible(text: str) -> str:
 
 
 def graphemes(data: bytes) -> list[str]:
-    """What a person calls one character each; a byte that belongs to none is a lone surrogate."""
+    """The user-perceived characters (graphemes). A byte that belongs to none is a lone surrogate."""
     return regex.findall(r"\X", data.decode("utf-8", "surrogateescape"))
 
 
@@ -79,11 +88,11 @@ def is_rtl(text: str) -> bool:
 
 
 def _read(grapheme: str) -> Iterator[Piece]:
-    reserved = unicodedata.category(grapheme[0]) == "Cn"  # for an emoji to come: no font has it
+    reserved = unicodedata.category(grapheme[0]) == "Cn"  # unassigned, for a future emoji: no font has it
     emoji = None if reserved else _EMOJI.match(grapheme)
     if emoji:
         yield Piece("text", emoji[0])
-    stands = emoji is not None  # whether there is something for a combining mark to stand on
+    stands = emoji is not None  # whether a combining mark has a base character
     for character in grapheme[emoji.end() if emoji else 0 :]:
         category = unicodedata.category(character)
         if "\udc80" <= character <= "\udcff":
