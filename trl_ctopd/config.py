@@ -272,6 +272,18 @@ class CrossTokenizerGKDConfig(GKDConfig):
         },
     )
 
+    max_tool_calling_iterations: int | None = field(
+        default=None,
+        metadata={
+            "help": "With `tools`: how often a completion's calls are executed at most. None: as long as `max_new_tokens`, which "
+            "counts results too, leaves room."
+        },
+    )
+    tools_in_evaluation: bool = field(
+        default=False,
+        metadata={"help": "Execute calls in evaluation too. False: a completion ends with its first call there."},
+    )
+
     # Use of the rollouts
     length_grouped: bool = field(
         default=True,
@@ -406,7 +418,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         ):
             if getattr(self, name) not in known and not (name in ("credit", "event") and getattr(self, name) is None):
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
-        optional = ("teacher_batch_size", "generation_batch_size")
+        optional = ("teacher_batch_size", "generation_batch_size", "max_tool_calling_iterations")
         counts = (
             "max_new_tokens",
             "num_generations",

@@ -33,6 +33,8 @@ from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
 from .rollouts.prompts import COLUMNS, RepeatedWindows, collate_prompts, render_dataset
 from .rollouts.source import RolloutSource, student_writer
+from .rollouts.tools import ToolLoop
+from .rollouts.tools import schemas as tool_schemas
 from .teachers.local import LocalTeacher
 from .teachers.panel import Model, Panel
 from .teachers.remote import RemoteTeacher
@@ -91,6 +93,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             teachers; loaded from the teacher when `None`.
         callbacks (`list` of `TrainerCallback`, *optional*), optimizers (`tuple`): as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): train an adapter instead of the whole student.
+        tools (`list` of `Callable`, *optional*): functions that the student may call while it writes, with type hints and a
+            docstring, as in `DistillationTrainer`; see docs/tools.md.
     """
 
     _tag_names = ["trl", "ctopd", "on-policy-distillation"]
@@ -110,6 +114,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
     ):
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         args = CrossTokenizerGKDConfig(f"{Path(model_id).name}-ctopd") if args is None else args
@@ -125,6 +130,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         logger.info(f"TRL {trl.__version__}: the trainer stands on {STANDS_ON}.")
         self.panel = Panel(teacher_model, teacher_processing_class, args)
         self.args = args  # the dataset is rendered before Trainer sets it
+        self._tools = tool_schemas(tools or [])
         self.distillation_loss, self.off_policy_loss = losses_by_text(args)
         self.student_context = context_length(model, args)
         self._meters = {"train": Meter(), "eval": Meter()}
@@ -158,8 +164,17 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self.generation_config = sampling_config(args, self.stop_ids, processing_class.pad_token_id)
         write = student_writer(self.model, self.accelerator, self.student_side, self.generation_config, args)
         self.panel.sit(self.accelerator, self.student_side, self.stop_ids)
+        sides = self.student_side, self.panel.sides
+        loop = ToolLoop(tools, *sides, self.stop_ids, args, self.student_context) if tools else None
         self.rollouts = RolloutSource(
-            args, self.accelerator, self.student_side, self.panel, write, self._reads_distributions, self._tables_for
+            args,
+            self.accelerator,
+            self.student_side,
+            self.panel,
+            write,
+            self._reads_distributions,
+            self._tables_for,
+            loop,
         )
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
@@ -210,7 +225,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Renders and tokenizes every row for both models, once."""
         contexts = self.student_context, self.panel.contexts_of_servers
-        return render_dataset(dataset, args, self.student_side, self.panel.sides, *contexts, dataset_name)
+        sides = self.student_side, self.panel.sides
+        return render_dataset(dataset, args, *sides, *contexts, dataset_name, self._tools)
 
     @property
     def _day(self) -> date | None:

@@ -26,7 +26,7 @@ def ends(rollout: Rollout) -> np.ndarray:
     student_first, student_last = _outer(rollout.student_chunks, rollout.num_chunks)
     teacher_first, teacher_last = _outer(rollout.teacher_chunks, rollout.num_chunks)
     there = (student_last >= 0) & (teacher_last >= 0)
-    begins = there & (teacher_first > 0)
+    begins = there & ~np.isin(teacher_first, [-1, 0, *rollout.teacher_starts])
     found[student_first[begins]] = teacher_ids[teacher_first[begins] - 1]
     found[student_last[there] + 1] = teacher_ids[teacher_last[there]]
     return found

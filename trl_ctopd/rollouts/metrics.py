@@ -8,17 +8,22 @@ from .pairing import Rollout
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
     """Metrics of completions before they are scored. `alignment/masked_fraction` counts every masked token, and each reason for
-    masking has a metric of its own, in bytes. Padding rows do not count."""
+    masking has a metric of its own, in bytes. Padding rows do not count, nor does what tools
+    return between two turns."""
     rollouts = [rollout for rollout in rollouts if not rollout.prompt.is_padding]
     rows = len(rollouts)
-    tokens = sum(len(rollout.student_ids) for rollout in rollouts)
+    tokens = sum(len(rollout.student_ids) - rollout.num_given for rollout in rollouts)
     num_bytes = sum(rollout.student_widths.sum() for rollout in rollouts)
     masked = {reason: 0 for reason in REASONS}
     for rollout in rollouts:
         for stretch in rollout.alignment.masked:
-            masked[stretch.reason] += stretch.end - stretch.start
+            if stretch.reason != "tool":
+                masked[stretch.reason] += stretch.end - stretch.start
     return {
-        "alignment/masked_fraction": (sum((rollout.student_chunks < 0).sum() for rollout in rollouts), tokens),
+        "alignment/masked_fraction": (
+            sum((rollout.student_chunks < 0).sum() - rollout.num_given for rollout in rollouts),
+            tokens,
+        ),
         **{f"masked_bytes/{reason}": (count, num_bytes) for reason, count in masked.items()},
         "alignment/teacher_context_exceeded_fraction": (sum(rollout.unread for rollout in rollouts), rows),
         "completions/mean_length": (tokens, rows),

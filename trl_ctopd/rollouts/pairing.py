@@ -4,119 +4,31 @@ Lists of ids in, padded tensors out. Rows are prompt + completion padded on the 
 every kind of position embedding. Index i of a chunk tensor belongs to the token at i + 1, as for log-probs.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import islice
 
 import numpy as np
 import torch
 
-from ..text.aligner import TextAligner, TextAlignment
-from ..text.chat import Opened
-from ..text.sections import SectionAligner
+from ..text.aligner import AlignedTokens, TextAligner, TextAlignment
+from ..text.altered_text import MaskedStretch
+from ..text.sections import SectionAligner, named
+from .frames import Frame, Prompt, TurnOf
 
 
-@dataclass(frozen=True)
-class Reopened:
-    """An edit of a prompt's end: drops the last `dropped` ids and appends `added`."""
-
-    dropped: int = 0
-    added: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, ids: Sequence[int], others: Sequence[int]) -> "Reopened":
-        """The edit that turns `ids` into `others`."""
-        shared = 0
-        for ours, theirs in zip(ids, others, strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        return cls(len(ids) - shared, tuple(others[shared:]))
-
-    def __call__(self, ids: list[int]) -> list[int]:
-        return [*ids[: len(ids) - self.dropped], *self.added] if self.dropped or self.added else ids
-
-
-@dataclass(frozen=True)
-class Frame:
-    """How the two templates write the turn after a prompt, where it does not begin with the answer on both sides.
-
-    Attributes:
-        plain: edit of the teacher's prompt to the one before the answer of a finished turn.
-        stem: edit of the teacher's prompt to the one that all its turns begin with.
-        reference: edit of the student's prompt to the one before its reference.
-        student, teacher: how each template writes the turn (`Turn.to_json`); "" where the student's turns are only answers.
-        is_text: whether the row is plain text, which no template writes.
-    """
-
-    plain: Reopened = Reopened()
-    stem: Reopened = Reopened()
-    reference: Reopened = Reopened()
-    student: str = ""
-    teacher: str = ""
-    is_text: bool = False
-
-    @classmethod
-    def of(cls, student: Opened, teacher: Opened, reference_prompt: list[int]) -> "Frame":
-        return cls(
-            Reopened.of(teacher.ids, teacher.plain),
-            Reopened.of(teacher.ids, teacher.stem),
-            Reopened.of(student.ids, reference_prompt),
-            *(("", "") if student.is_simple else (student.turn.to_json(), teacher.turn.to_json())),
-            is_text=teacher.is_text,
-        )
-
-    def to_json(self) -> str:
-        """ "" for the default frame."""
-        if self == Frame():
-            return ""
-        parts = {
-            name: [part.dropped, part.added] if isinstance(part, Reopened) else part
-            for name, part in vars(self).items()
-        }
-        return json.dumps(parts, ensure_ascii=False)
-
-
-@lru_cache(maxsize=4096)
-def _read_frame(text: str) -> Frame:
-    parts = json.loads(text) if text else {}
-    for name, part in parts.items():
-        if isinstance(part, list):
-            dropped, added = part
-            parts[name] = Reopened(dropped, tuple(added))
-    return Frame(**parts)
-
-
-@dataclass
-class Prompt:
-    """
-    One dataset row, rendered for both models.
-
-    Attributes:
-        student_ids, teacher_ids: the prompt in the tokens of each.
-        reference_ids: the reference completion in student ids, if there is one.
-        teacher: name of the teacher that reads it, where there are several.
-        frame: a `Frame` as JSON.
-        is_padding: whether the row only fills up its batch. Another process or an earlier batch has it too, and nothing of it
-            is scored.
-    """
-
-    student_ids: list[int]
-    teacher_ids: list[int]
-    reference_ids: list[int] | None = None
-    teacher: str = ""
-    frame: str = ""
-    is_padding: bool = False
-
-    @property
-    def framed(self) -> Frame:
-        return _read_frame(self.frame)
-
-    def before_reference(self) -> "Prompt":
-        """The prompt as the student reads it before the reference."""
-        return replace(self, student_ids=self.framed.reference(self.student_ids))
+__all__ = [
+    "Frame",
+    "Prompt",
+    "Rollout",
+    "collate",
+    "grouped_by_length",
+    "on_columns",
+    "on_grid",
+    "pad_rows",
+    "pad_scores",
+    "pair",
+]
 
 
 @dataclass
@@ -132,6 +44,9 @@ class Rollout:
             all processes run the same number of forward passes.
         teacher_prompt_ids: what the teacher reads before the completion, its turn opened as in a finished turn.
         other_ends: the ids with which the teacher might have ended the text, besides its last one.
+        given: with tools, the stretches of `student_ids` that the student did not write: results, and the header of the turn
+            after them.
+        teacher_starts: places in `teacher_ids` where a turn after results begins.
     """
 
     prompt: Prompt
@@ -146,6 +61,12 @@ class Rollout:
     alignment: TextAlignment
     teacher_prompt_ids: list[int]
     other_ends: tuple[int, ...] = ()
+    given: tuple[tuple[int, int], ...] = ()
+    teacher_starts: tuple[int, ...] = ()
+
+    @property
+    def num_given(self) -> int:
+        return sum(stop - start for start, stop in self.given)
 
 
 def pair(
@@ -165,8 +86,11 @@ def pair(
     The end of the turn is one event with two spellings: with `eos_policy="bridge"` the student's stop token and the
     teacher's turn end are one chunk; with `"mask"` the student's stop token takes no part and the teacher reads no end.
     A plain text has no turn, so that it ends with any of the teacher's stop ids: what counts is the log-prob of all of them
-    together (`Rollout.other_ends`). A completion that was cut off has no end on either side. Rows that exceed `teacher_context`, prompt included, take no
-    part, nor do padding rows.
+    together (`Rollout.other_ends`). A completion that was cut off has no end on either side. Rows that exceed
+    `teacher_context`, prompt included, take no part, nor do padding rows.
+
+    A completion of several turns (`Frame.later`) is paired turn by turn. Each model reads what stands between two turns as its
+    own template writes it, and nobody is scored on that.
 
     Args:
         prompts: B prompts.
@@ -181,19 +105,39 @@ def pair(
             where the teacher reads the student's own ids and its turn begins after the generation prompt.
     """
     assert all(turn_ends.values()), "a turn end without tokens would cost the teacher nothing"
-    ended = [bool(ids) and ids[-1] in turn_ends for ids in completions]
+    turns = [prompt.turns(ids) for prompt, ids in zip(prompts, completions, strict=True)]
+    flat = [turn for own in turns for turn in own]
+    found = iter(_pair_turns(flat, aligner, turn_ends, text_ends, eos_policy, sections))
+    rollouts = [
+        _joined(prompt, ids, [next(found) for _ in own], eos_policy)
+        for prompt, ids, own in zip(prompts, completions, turns, strict=True)
+    ]
+    return [_within(rollout, teacher_context) for rollout in rollouts]
+
+
+def _pair_turns(
+    turns: Sequence[TurnOf],
+    aligner: TextAligner,
+    turn_ends: Mapping[int, Sequence[int]],
+    text_ends: Mapping[int, Sequence[int]] | None,
+    eos_policy: str,
+    sections: SectionAligner | None,
+) -> list[Rollout]:
+    """Each turn by itself. If another turn follows, the teacher reads the end of the turn whatever `eos_policy` says."""
+    ended = [bool(turn.student_ids) and turn.student_ids[-1] in turn_ends for turn in turns]
     found = [
         sections.parse(ids, end, prompt.framed.student) if sections and prompt.framed.student else None
-        for prompt, ids, end in zip(prompts, completions, ended, strict=True)
+        for (prompt, ids, _), end in zip(turns, ended, strict=True)
     ]
     contents = [
-        [] if parsed else ids[:-1] if end else ids for ids, end, parsed in zip(completions, ended, found, strict=True)
+        [] if parsed else turn.student_ids[:-1] if end else turn.student_ids
+        for turn, end, parsed in zip(turns, ended, found, strict=True)
     ]
     rollouts = []
-    for prompt, ids, end, alignment, parsed in zip(prompts, completions, ended, aligner(contents), found, strict=True):
+    for (prompt, ids, calls), end, alignment, parsed in zip(turns, ended, aligner(contents), found, strict=True):
         frame = prompt.framed
         if parsed:
-            whole = sections(ids, end, parsed, frame.student, frame.teacher)
+            whole = sections(ids, end, parsed, frame.student, frame.teacher, calls)
             alignment, widths = whole.alignment, whole.widths
             before = prompt.teacher_ids if whole.on_tail else frame.stem(prompt.teacher_ids)
             before = [*before, *whole.opening]
@@ -214,12 +158,12 @@ def pair(
             teacher_prompt_ids=before,
         )
         if end and not parsed:
-            turn_end = turn_ends[ids[-1]] if eos_policy == "bridge" else ()
+            turn_end = turn_ends[ids[-1]] if eos_policy == "bridge" or calls is not None else ()
             if turn_end and text_ends and frame.is_text:
                 first, *others = text_ends[ids[-1]]
                 turn_end, rollout = [first], replace(rollout, other_ends=tuple(others))
             rollout = _with_turn_end(rollout, turn_end)
-        rollouts.append(_within(rollout, teacher_context))
+        rollouts.append(rollout)
     return rollouts
 
 
@@ -241,6 +185,91 @@ def _with_turn_end(rollout: Rollout, turn_end: Sequence[int]) -> Rollout:
     )
 
 
+def _joined(prompt: Prompt, ids: list[int], turns: Sequence[Rollout], eos_policy: str) -> Rollout:
+    """The rollouts of a conversation's turns as one."""
+    if len(turns) == 1:
+        return turns[0]
+    given = tuple((later.start, later.stop) for later in prompt.framed.later)
+    student_chunks, teacher_chunks, num_chunks = np.full(len(ids), -1), [], 0
+    student_widths = np.zeros(len(ids), dtype=np.int64)
+    teacher_ids: list[int] = []
+    starts: list[int] = []
+    places = zip([0, *(stop for _, stop in given)], turns, strict=True)
+    for place, turn in places:
+        if place:
+            teacher_ids += turn.teacher_prompt_ids
+            teacher_chunks.append(np.full(len(turn.teacher_prompt_ids), -1))
+            starts.append(len(teacher_ids))
+        teacher_ids += turn.teacher_ids
+        own, theirs = turn.student_chunks, turn.teacher_chunks
+        if eos_policy == "mask" and turn is not turns[-1] and own[-1] >= 0:
+            own, theirs = (np.where(chunks == own[-1], -1, chunks) for chunks in (own, theirs))
+        student_chunks[place : place + len(own)] = np.where(own >= 0, own + num_chunks, -1)
+        teacher_chunks.append(np.where(theirs >= 0, theirs + num_chunks, -1))
+        student_widths[place : place + len(own)] = turn.student_widths
+        num_chunks += turn.num_chunks
+    return Rollout(
+        prompt,
+        ids,
+        student_chunks,
+        student_widths,
+        teacher_ids,
+        np.concatenate(teacher_chunks),
+        num_chunks,
+        turns[-1].ended,
+        False,
+        _joined_alignment(ids, given, turns),
+        turns[0].teacher_prompt_ids,
+        given=given,
+        teacher_starts=tuple(starts),
+    )
+
+
+def _joined_alignment(ids: list[int], given: Sequence[tuple[int, int]], turns: Sequence[Rollout]) -> TextAlignment:
+    """What each turn's alignment says, with the text between them as the student reads it."""
+    tables = turns[0].alignment._tables
+    texts, spelled, masked, spans, student, teacher = [], b"", [], [], [], []
+    num_chunks = 0
+    for n, turn in enumerate(turns):
+        if n:
+            text, widths = named(ids[slice(*given[n - 1])], tables[0])
+            texts.append(text)
+            masked.append(MaskedStretch(len(spelled), len(spelled) + len(text.encode()), "tool"))
+            spelled += text.encode()
+            count = len(turn.teacher_prompt_ids)
+            student.append((np.full(len(widths), -1), widths))
+            teacher.append((np.full(count, -1), np.zeros(count, dtype=np.int64)))
+        own, base, size = turn.alignment, len(spelled), len(turn.alignment._spelled)
+        whole = n < len(turns) - 1  # of a turn that another follows, the end too
+        ends = turn.num_chunks - own.num_chunks if whole else 0
+        for side, found, chunks in (
+            (student, own.student, turn.student_chunks),
+            (teacher, own.teacher, turn.teacher_chunks),
+        ):
+            chunks = chunks if whole else found.chunks
+            widths = np.append(found.widths, np.zeros(len(chunks) - len(found.widths), dtype=np.int64))
+            side.append((np.where(chunks >= 0, chunks + num_chunks, -1), widths))
+        spans.append(np.concatenate([own._spans, np.full((ends, 2), size)]) + base)
+        masked += [MaskedStretch(one.start + base, one.end + base, one.reason) for one in own.masked]
+        texts.append(own.text)
+        spelled += own._spelled
+        num_chunks += own.num_chunks + ends
+    last = turns[-1].alignment
+    teacher_ids = [
+        i
+        for n, turn in enumerate(turns)
+        for i in [
+            *(turn.teacher_prompt_ids if n else []),
+            *(last.teacher.ids if turn is turns[-1] else turn.teacher_ids),
+        ]
+    ]
+    sides = []
+    for own_ids, parts in ((ids[: sum(len(chunks) for chunks, _ in student)], student), (teacher_ids, teacher)):
+        chunks, widths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        sides.append(AlignedTokens(own_ids, chunks, widths))
+    return TextAlignment("".join(texts), *sides, num_chunks, masked, spelled, np.concatenate(spans), tables)
+
+
 def _within(rollout: Rollout, teacher_context: int | None) -> Rollout:
     """The rollout; without scored tokens if its row is padding or longer than the teacher's context."""
     length = len(rollout.teacher_prompt_ids) + len(rollout.teacher_ids)
@@ -256,6 +285,7 @@ def _within(rollout: Rollout, teacher_context: int | None) -> Rollout:
         unread=unread,
         teacher_prompt_ids=rollout.teacher_prompt_ids[:1] if unread else rollout.teacher_prompt_ids,
         other_ends=(),
+        teacher_starts=(),
     )
 
 

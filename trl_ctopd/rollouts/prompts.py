@@ -13,7 +13,8 @@ from torch.utils.data import Sampler
 from ..config import CrossTokenizerGKDConfig
 from ..text.chat import Speaker
 from ..text.conversation import read_example
-from .pairing import Frame, Prompt
+from .frames import Frame, Prompt, conversation_to_json
+from .tools import with_tools
 
 
 logger = get_logger(__name__)
@@ -32,6 +33,7 @@ def render_dataset(
     student_context: int | None,
     server_contexts: Mapping[str, int],
     dataset_name: str,
+    tools: list[dict] | None = None,
 ) -> Dataset | IterableDataset:
     """
     The rows of `dataset`, rendered and tokenized for both models: `COLUMNS`, and for which two. A dataset that has these comes
@@ -41,6 +43,7 @@ def render_dataset(
         student_context: tokens of prompt and completion, `None` for no limit.
         server_contexts: the same of teachers behind servers, by name, as far as they are known.
         dataset_name: for messages; references are read of "train" alone.
+        tools: schemas of what is executed when the student calls it, shown to both models.
 
     Prompts that leave no room for a completion are an error, or dropped (`args.overlong_prompts`), which is logged.
 
@@ -70,6 +73,7 @@ def render_dataset(
                 "needs_reference": args.lmbda < 1 and not args.seq_kd and dataset_name == "train",
                 "dataset_name": dataset_name,
                 "fingerprints": fingerprints,
+                "tools": tools,
             },
             remove_columns=dataset.column_names or list(next(iter(dataset))),
             **options,
@@ -90,6 +94,7 @@ def render_row(
     needs_reference: bool,
     dataset_name: str = "train",
     fingerprints: Mapping[str, str] | None = None,
+    tools: list[dict] | None = None,
 ) -> dict[str, list[int] | str]:
     """
     The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`. Among
@@ -102,6 +107,8 @@ def render_row(
     """
     try:
         conversation = read_example(example)
+        if tools:
+            conversation = with_tools(conversation, tools)
         name = "" if "" in teachers else example.get("teacher")
         if name not in teachers:
             raise ValueError(
@@ -133,7 +140,8 @@ def render_row(
             f"Row {index} of the {dataset_name} dataset: its prompt has {len(prompt_ids)} student tokens, and context and max_new_tokens "
             f"leave room for {longest_prompt}. Filter such rows out, lower max_new_tokens or raise max_length."
         )
-    frame = Frame.of(opened, teacher_opened, before).to_json()
+    asked = conversation_to_json(conversation) if tools else ""
+    frame = Frame.of(opened, teacher_opened, before, asked).to_json()
     rendered = dict(zip(COLUMNS, (prompt_ids, teacher_prompt_ids, reference_ids, name, frame), strict=True))
     return rendered if fingerprints is None else {**rendered, RENDERED_FOR: fingerprints[name]}
 

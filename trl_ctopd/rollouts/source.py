@@ -28,6 +28,7 @@ from .closing import add_going_on, without_unclosed
 from .generation import TransformersWriter, Writer, Written, sampling_config, write
 from .metrics import rollout_metrics
 from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns, pad_scores
+from .tools import ToolLoop
 from .vllm import VLLMWriter
 
 
@@ -95,6 +96,7 @@ class RolloutSource:
             hidden states.
         continuations: by a teacher's name, with what its tokens go on, where the loss on text of the student (True) or on
             other text (False) reads how chunks close; else nothing.
+        tools: executes the student's calls of tools, in training, and in evaluation with `tools_in_evaluation`.
     """
 
     def __init__(
@@ -106,11 +108,12 @@ class RolloutSource:
         write: Writer,
         reads_distributions: Callable[[bool], bool],
         continuations: Callable[[bool], Mapping[str, Continuations | None]] = lambda on_policy: {},
+        tools: ToolLoop | None = None,
     ):
         self._args, self._accelerator = args, accelerator
         self._student, self._teachers = student, teachers
         self.write, self._reads_distributions = write, reads_distributions
-        self._continuations = continuations
+        self._continuations, self._tools = continuations, tools
 
     def roll_out(
         self,
@@ -146,9 +149,11 @@ class RolloutSource:
                 for prompts, on in zip(window, on_policy, strict=True)
             ]
         with phase("generation"):
-            completions, sampled = zip(*self._draw(model, window, on_policy, step), strict=True)
+            tools = self._tools if mode == "train" or args.tools_in_evaluation else None
+            drawn, figures = self._draw(model, window, on_policy, step, tools)
+        prompts, (completions, sampled) = [prompt for prompt, _ in drawn], zip(*(own for _, own in drawn), strict=True)
         with phase("alignment"):
-            rollouts = self._teachers.pair([prompt for prompts in window for prompt in prompts], completions)
+            rollouts = self._teachers.pair(prompts, completions)
         with phase("teacher"):
             readings = self._teachers.read(rollouts, any(map(self._reads_distributions, on_policy)))
 
@@ -172,6 +177,7 @@ class RolloutSource:
             batches.append({**batch, "on_policy": on, "index": index})
         return batches, {
             **rollout_metrics(rollouts),
+            **figures,
             "off_policy_fraction": (on_policy.count(False), len(on_policy)),
             "closing/unclosed_fraction": (unclosed, len(rollouts)),
         }
@@ -194,13 +200,25 @@ class RolloutSource:
     # Text
 
     def _draw(
-        self, model: nn.Module, window: Sequence[Sequence[Prompt]], on_policy: Sequence[bool], step: int
-    ) -> list[Written]:
-        """A completion for each prompt of `window`, in its order: the student's own, or one it did not write."""
+        self,
+        model: nn.Module,
+        window: Sequence[Sequence[Prompt]],
+        on_policy: Sequence[bool],
+        step: int,
+        tools: ToolLoop | None,
+    ) -> tuple[list[tuple[Prompt, Written]], dict[str, tuple[float, float]]]:
+        """Each prompt of `window`, in its order, with a completion: the student's own, or one it did not write. And what is told
+        of the tools that were called."""
         groups = list(zip(window, on_policy, strict=True))
-        written = iter(self.write(model, [prompt for prompts, on in groups if on for prompt in prompts], step))
+        own, figures = [prompt for prompts, on in groups if on for prompt in prompts], {}
+        if tools is None:
+            own = zip(own, self.write(model, own, step), strict=True)
+        else:
+            own, figures = tools(self.write, model, own, step)
+        written = iter(own)
         given = iter(self.references([prompt for prompts, on in groups if not on for prompt in prompts]))
-        return [next(written) if on else (next(given), None) for prompts, on in groups for _ in prompts]
+        drawn = [next(written) if on else (prompt, (next(given), None)) for prompts, on in groups for prompt in prompts]
+        return drawn, figures
 
     def references(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """

@@ -31,7 +31,8 @@ class MaskedStretch:
     "whitespace": the student's WordPiece tokenizer lost it;
     "unknown_token": the teacher's vocabulary has no token for it;
     "normalized": the teacher's tokens do not spell the text, because its normalizer changed it or dropped whitespace;
-    "markup", "thought", "call": the teacher's template has no place for it.
+    "markup", "thought", "call": the teacher's template has no place for it;
+    "tool": between two turns of one completion, a result and the markup around it, which nobody is scored on.
     """
 
     start: int

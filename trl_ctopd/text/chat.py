@@ -28,6 +28,7 @@ from .turns import (
     CALL,
     CALLS,
     KINDS,
+    RESULT_PROBE,
     THOUGHT,
     THOUGHT_PROBE,
     TOOLS,
@@ -270,6 +271,35 @@ class Speaker(Template):
             start = text.rindex(before) + len(before)
         end = form.unwritten if form.end else self.tokenizer.eos_token or ""
         return text[start : len(text) - len(form.rest or "")] + end
+
+    def calls_text(self, calls: Sequence[Mapping]) -> str:
+        """`write_calls` from the first call's name on.
+
+        Raises `Unrenderable` where the template writes no calls, or does not open these as others.
+        """
+        turn = self._turn_after(Conversation([USER], None, TOOLS))
+        kinds = next((kind for kind in sorted(turn.forms, key=len) if kind[-1] == CALLS), (CALLS,))
+        text, opening = self.write_calls(kinds, calls), turn.forms[kinds].literals[-2]
+        if not text.startswith(opening):
+            raise Unrenderable(
+                f"the chat template of {self._name} opens a call of {calls[0]} otherwise than of other tools"
+            )
+        return text.removeprefix(opening)
+
+    def after_calls(self, conversation: Conversation) -> list[int]:
+        """The ids from the end of the last calls to the end of the prompt, of a conversation that ends with results of tools.
+
+        Raises `Unrenderable` where they cannot be told apart.
+        """
+        messages = conversation.prompt
+        last = max(n for n, message in enumerate(messages) if message.get("tool_calls"))
+        calls = self.calls_text(messages[last]["tool_calls"])
+        probed = [*messages[: last + 1], *({**one, "content": RESULT_PROBE} for one in messages[last + 1 :])]
+        text, other = (self._render(turns, conversation, open_ended=True) for turns in (messages, probed))
+        at = other.rfind(calls) + len(calls)
+        if at < len(calls) or text[:at] != other[:at]:
+            raise Unrenderable(f"the chat template of {self._name} writes calls otherwise where results follow")
+        return self._encode_after(text[:at], text[at:])
 
     @cached_property
     def call_reader(self) -> CallReader | None:

@@ -363,12 +363,29 @@ class SectionAligner:
         return written, widths, parsed
 
     def __call__(
-        self, ids: Sequence[int], ended: bool, found: tuple[str, np.ndarray, Parsed], student: str, teacher: str
+        self,
+        ids: Sequence[int],
+        ended: bool,
+        found: tuple[str, np.ndarray, Parsed],
+        student: str,
+        teacher: str,
+        executed: Sequence[dict] | None = None,
     ) -> Sectioned:
-        """Aligns one completion. `found`: what `parse` returned for it. `student`, `teacher`: both turns as JSON."""
+        """
+        Aligns one completion.
+
+        Args:
+            found: what `parse` returned for it.
+            student, teacher: both turns as JSON.
+            executed: the calls at its end, where results follow. The teacher reads them in its own markup, however the student
+                spelled them, and the end of the turn.
+        """
         written, widths, parsed = found
-        calls = self._calls(written, parsed, student, read_turn(teacher)) if ended and CALLS in parsed.kinds else None
-        planned = plan(parsed, written, ended, read_turn(teacher), self._eos, calls=calls, **self._policies)
+        policies = self._policies if executed is None else {**self._policies, "eos_policy": "bridge"}
+        calls = None
+        if ended and CALLS in parsed.kinds:
+            calls = self._calls(written, parsed, student, read_turn(teacher), executed, policies)
+        planned = plan(parsed, written, ended, read_turn(teacher), self._eos, calls=calls, **policies)
         self._say({unit.reason for unit in planned.units})
         grid = _Grid(planned.units, written, self._aligner)
         # a tokenizer that puts a space before a text writes that of the opening itself
@@ -402,7 +419,15 @@ class SectionAligner:
         opening = [i for part in self._fragments(literal) for i in self._literal_ids(part)]
         return Sectioned(alignment, grid.content[stops] - grid.content[starts], planned.on_tail, opening)
 
-    def _calls(self, written: str, parsed: Parsed, student: str, turn: Turn) -> list[Unit] | None:
+    def _calls(
+        self,
+        written: str,
+        parsed: Parsed,
+        student: str,
+        turn: Turn,
+        executed: Sequence[dict] | None,
+        policies: Mapping[str, str],
+    ) -> list[Unit] | None:
         """Units from the first call's name to the end of the turn; None where the calls cannot be read, or where one of the
         templates cannot write them."""
         if self._speakers is None:
@@ -410,10 +435,8 @@ class SectionAligner:
         ours, theirs = self._speakers
         lost = lost_kinds(parsed.kinds, turn, False)
         kinds = tuple(kind for kind in parsed.kinds if kind not in lost)
-        start = parsed.sections[-1][1]
-        names = self._aligner.student_table.names
-        text = "".join(_name(run, names) for run in _runs(written[start:]))
-        calls = ours.call_reader and ours.call_reader.read(text)
+        start, grammar = parsed.sections[-1][1], self._grammars[student]
+        calls = executed or read_calls(parsed, written, ours, self._aligner.student_table)
         if not calls or kinds not in turn.forms:
             return None
         try:
@@ -422,29 +445,29 @@ class SectionAligner:
                 for side, sections in ((ours, parsed.kinds), (theirs, kinds))
             ]
         except Unrenderable:
-            return None
-        if None in sides:
-            return None
-        grammar = self._grammars[student]
-        if grammar.symbols("".join(piece.text for piece in sides[0][1:])) != written[start:]:
-            return None
+            sides = [None, None]
+        alike = None not in sides and grammar.symbols("".join(piece.text for piece in sides[0][1:])) == written[start:]
+        if not alike:
+            if executed is None:
+                return None
+            return self._ended(Unit(start, len(written), theirs.calls_text(executed), False, "call"), policies)
         units = []
         for mine, other, kind in beside(*(side[1:] for side in sides)):
             size, plain = len(grammar.symbols(mine)), not self._pattern or not self._pattern.search(other)
             shared = mine == other and plain and all(ord(symbol) < 256 for symbol in grammar.symbols(mine))
-            masked = "markup" if self._policies.get("markup_policy") == "mask" else None
+            masked = "markup" if policies.get("markup_policy") == "mask" else None
             reason = masked if kind == MARKUP else "call"
             units.append(Unit(start, start + size, "" if shared else other, shared, None if shared else reason))
             start += size
-        return [*units[:-1], *self._ended(units[-1])]
+        return [*units[:-1], *self._ended(units[-1], policies)]
 
-    def _ended(self, last: Unit) -> list[Unit]:
+    def _ended(self, last: Unit, policies: Mapping[str, str]) -> list[Unit]:
         """The last unit of a turn, cut before its stop token."""
         controls = list(self._pattern.finditer(last.teacher)) if self._pattern else []
         if last.shared or not controls or controls[-1].end() != len(last.teacher):
             return [last]
         head, stop = last.teacher[: controls[-1].start()], controls[-1][0]
-        bridged = self._policies.get("eos_policy", "bridge") == "bridge"
+        bridged = policies.get("eos_policy", "bridge") == "bridge"
         units = [
             Unit(last.start, last.end - 1, head, False, last.reason),
             Unit(last.end - 1, last.end, stop if bridged else "", False),
@@ -608,6 +631,27 @@ def _section(written: str) -> tuple[str, np.ndarray, list[int]]:
     if not invalid:
         return text, raw, []
     return text, in_text(raw, invalid), in_text(np.array([start for start, _ in invalid]), invalid).tolist()
+
+
+def read_calls(parsed: Parsed, written: str, student: Speaker, table: TokenTable) -> list[dict] | None:
+    """The calls at the end of a completion of these symbols, whose last section they are; None where they cannot be read."""
+    text = "".join(_name(run, table.names) for run in _runs(written[parsed.sections[-1][1] :]))
+    return student.call_reader.read(text) if student.call_reader else None
+
+
+def text_of(written: str) -> str:
+    """The text of a section of symbols, with U+FFFD for invalid bytes; without control tokens."""
+    return _section(written)[0]
+
+
+def named(ids: Sequence[int], table: TokenTable) -> tuple[str, np.ndarray]:
+    """The text of ids (N,), control tokens by their names, and how many of its bytes each stands for (N,)."""
+    written, counts = symbols(np.array(ids, dtype=np.int64), table)
+    sizes = [len(_name(symbol, table.names).encode()) if ord(symbol) > 255 else 1 for symbol in written]
+    stops = np.cumsum(counts)
+    widths = np.append(0, np.cumsum(sizes, dtype=np.int64))
+    parts = [_name(run, table.names) for run in _runs(written)]
+    return "".join(parts), widths[stops] - widths[stops - counts]
 
 
 def _runs(written: str) -> list[str]:

@@ -19,11 +19,12 @@ WHY = {  # a short label for below the stretch, and a sentence
     "markup": ("markup", "chat markup without an equivalent on the other side"),
     "thought": ("thought", "the teacher's template has no place for a thought"),
     "call": ("call", "the teacher's template has no place for this call of a tool, or writes it otherwise"),
+    "tool": ("tool", "what a tool returned, with the template's markup around it: the student did not write it"),
     "teacher_context": ("too long", "prompt and completion are longer than the teacher's context"),
     "no_text": ("no text", "these tokens stand for no text"),
     "no_part": ("no part", "these tokens have no counterpart"),
 }
-_ORDER = {reason: place for place, reason in enumerate((*REASONS, "teacher_context"))}
+_ORDER = {reason: place for place, reason in enumerate((*REASONS, "tool", "teacher_context"))}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,506 @@
+"""Conversations in which the student calls tools, for real templates: TRL's own, and a student whose text is given."""
+
+import functools
+import json
+import math
+import runpy
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from toys import SGD
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+from trl_ctopd.rollouts.closing import ends
+from trl_ctopd.rollouts.metrics import rollout_metrics
+from trl_ctopd.rollouts.pairing import Prompt, pair
+from trl_ctopd.rollouts.prompts import COLUMNS, render_row
+from trl_ctopd.rollouts.source import RolloutSource
+from trl_ctopd.rollouts.tools import ToolLoop, schemas
+from trl_ctopd.text.aligner import TextAligner
+from trl_ctopd.text.calls import a_call
+from trl_ctopd.text.chat import Conversation, Speaker, unshared_markup
+from trl_ctopd.text.one_tokenizer import OneTokenizer
+from trl_ctopd.text.sections import SectionAligner
+
+
+census = runpy.run_module("benchmarks.templates.census")
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+# Templates whose finished turns are rendered in a longer conversation as they were alone.
+CALLERS = ["qwen2_5", "llama3_2", "gptoss", "lfm2_2_5", "qwen3_5_nothink", "gemma4_v5", "muse_glimmer"]
+ASKED = {"role": "user", "content": "What is 2 plus 3, and then 1?"}
+SECRET = "the tool says"
+
+
+def add(a: int, b: int) -> str:
+    """Adds two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    return f"{SECRET} {a + b}, {SECRET}"
+
+
+def divide(a: int, b: int) -> float:
+    """Divides two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    return a / b
+
+
+TOOLS = [add, divide]
+
+
+@functools.cache
+def side(name):
+    return Speaker(census["tokenizer_for"]((FOLDER / f"{name}.jinja").read_text()))
+
+
+def called(name, *calls, **beside):
+    """The ids with which a model of this template calls."""
+    message = {"role": "assistant", "content": "", **beside, "tool_calls": list(calls)}
+    return side(name).reference(Conversation([ASKED], message, schemas(TOOLS)))[1]
+
+
+def said(name, text):
+    return side(name).reference(Conversation([ASKED], {"role": "assistant", "content": text}, schemas(TOOLS)))[1]
+
+
+def given(*turns, scores=False):
+    """Writes one of `turns` after the other, whatever it is asked."""
+    left = iter(turns)
+
+    def write(model, prompts, step):
+        write.asked.append([prompt.student_ids for prompt in prompts])
+        ids = next(left)
+        return [(list(ids), [-1.0] * len(ids) if scores else None) for _ in prompts]
+
+    write.asked = []
+    return write
+
+
+def asked(student, teacher, **row):
+    rendered = render_row(
+        {"prompt": [ASKED], **row}, 0, side(student), {"": side(teacher)}, None, False, tools=schemas(TOOLS)
+    )
+    return Prompt(*(rendered[column] for column in COLUMNS))
+
+
+def conversed(student, teacher, *turns, scores=False, tools=TOOLS, context=None, prompt=None, **settings):
+    settings = {"max_new_tokens": 2000, "max_tool_calling_iterations": None, **settings}
+    loop = ToolLoop(
+        tools, side(student), {"": side(teacher)}, side(student).stop_ids(), SimpleNamespace(**settings), context
+    )
+    [row], figures = loop(given(*turns, scores=scores), None, [prompt or asked(student, teacher)], 0)
+    return *row, figures
+
+
+def paired(student, teacher, prompt, ids, eos_policy="bridge", one_tokenizer=False, **kwargs):
+    ours, theirs = side(student), side(teacher)
+    aligner = TextAligner(
+        ours.tokenizer,
+        theirs.tokenizer,
+        masked_strings=unshared_markup(ours, theirs),
+        teacher_control_ids=theirs.control_ids,
+        teacher_continues=theirs.continues,
+    )
+    controls = {name: theirs.tokenizer.convert_tokens_to_ids(name) for name in theirs.controls}
+    end = theirs.tokenizer.convert_ids_to_tokens(theirs.turn_end[-1])
+    sections = SectionAligner(aligner, controls, end, (ours, theirs), eos_policy=eos_policy)
+    [found] = pair(
+        [prompt],
+        [ids],
+        OneTokenizer(ours.tokenizer) if one_tokenizer else aligner,
+        turn_ends=dict.fromkeys(ours.stop_ids(), theirs.turn_end),
+        eos_policy=eos_policy,
+        sections=None if one_tokenizer else sections,
+        **kwargs,
+    )
+    return found
+
+
+def whole(name, *turns):
+    """The template's own rendering: `turns` are calls, each answered by `add`, and at last a text."""
+    messages = [ASKED]
+    for n, turn in enumerate(turns[:-1]):
+        call = {**turn, "id": f"call{n:05}"}
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        content = add(**turn["function"]["arguments"])
+        messages.append({"role": "tool", "tool_call_id": call["id"], "name": "add", "content": content})
+    messages.append({"role": "assistant", "content": turns[-1]})
+    return side(name)._render(messages, Conversation(messages, None, schemas(TOOLS)))
+
+
+def scored(name, ids, chunks):
+    return [side(name).tokenizer.decode([i]) for i, chunk in zip(ids, chunks, strict=True) if chunk >= 0]
+
+
+@pytest.mark.parametrize("teacher", CALLERS)
+@pytest.mark.parametrize("student", CALLERS)
+def test_both_models_read_the_conversation_as_their_own_templates_write_it_and_no_tool_is_scored(student, teacher):
+    first, second = a_call("add", {"a": 2, "b": 3}), a_call("add", {"a": 5, "b": 1})
+    prompt, (ids, _), figures = conversed(
+        student, teacher, called(student, first), called(student, second), said(student, "It is six.")
+    )
+    assert figures == {
+        "tools/call_frequency": (2, 1),
+        "tools/failure_frequency": (0, 2),
+        "tools/unanswered_fraction": (0, 1),
+    }
+    found = paired(student, teacher, prompt, ids)
+    own = side(student).tokenizer.decode(prompt.student_ids + ids)
+    read = side(teacher).tokenizer.decode(found.teacher_prompt_ids + found.teacher_ids)
+    assert own.count(SECRET) == read.count(SECRET) == 4
+    assert whole(student, first, second, "It is six.").startswith(own)
+    assert whole(teacher, first, second, "It is six.").startswith(read)
+
+    texts = [scored(student, ids, found.student_chunks), scored(teacher, found.teacher_ids, found.teacher_chunks)]
+    for tokens in texts:
+        text = "".join(tokens)
+        assert SECRET not in text and "It is six." in text
+    assert {*found.student_chunks} - {-1} == {*found.teacher_chunks} - {-1} == {*range(found.num_chunks)}
+    for start, stop in found.given:
+        assert (found.student_chunks[start:stop] == -1).all() and (found.student_widths[start:stop] == 0).all()
+        assert SECRET in side(student).tokenizer.decode(ids[start:stop])
+
+
+def test_the_text_of_all_turns_holds_each_tools_words_where_its_tokens_stand():
+    first = a_call("add", {"a": 2, "b": 3})
+    prompt, (ids, _), _ = conversed("gptoss", "qwen2_5", called("gptoss", first), said("gptoss", "It is five."))
+    found = paired("gptoss", "qwen2_5", prompt, ids)
+    alignment = found.alignment
+    assert alignment.text == side("gptoss").tokenizer.decode(ids)
+    data, stops = alignment.text.encode(), np.cumsum(alignment.student.widths)
+    assert stops[-1] == len(data)
+    [(start, stop)] = found.given
+    for place in range(start, stop):
+        spelled = data[stops[place] - alignment.student.widths[place] : stops[place]]
+        assert spelled.decode() == side("gptoss").tokenizer.decode([ids[place]])
+    [tool] = [data[one.start : one.end].decode() for one in alignment.masked if one.reason == "tool"]
+    assert tool == side("gptoss").tokenizer.decode(ids[start:stop]) and tool.count(SECRET) == 2
+    assert len(alignment.chunk_bytes) == alignment.num_chunks
+    assert b"".join(alignment.chunk_bytes).endswith(b"It is five.<|return|>")
+
+
+def test_the_next_turn_is_written_after_the_results_and_their_header():
+    write = given(called("qwen2_5", a_call("add", {"a": 2, "b": 3})), said("qwen2_5", "Five."))
+    args = SimpleNamespace(max_new_tokens=2000, max_tool_calling_iterations=None)
+    speaker = side("qwen2_5")
+    loop = ToolLoop(TOOLS, speaker, {"": side("gptoss")}, speaker.stop_ids(), args)
+    loop(write, None, [asked("qwen2_5", "gptoss")], 0)
+    [first], [second] = write.asked
+    assert second[: len(first)] == first
+    assert speaker.tokenizer.decode(second[len(first) :]) == (
+        '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n'
+        f"{SECRET} 5, {SECRET}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_several_calls_at_once_get_their_results_in_order():
+    calls = called("qwen2_5", a_call("add", {"a": 2, "b": 3}), a_call("divide", {"a": 1, "b": 4}))
+    prompt, (ids, _), figures = conversed("qwen2_5", "qwen3_5_nothink", calls, said("qwen2_5", "Done."))
+    assert figures["tools/call_frequency"] == (2, 1)
+    found = paired("qwen2_5", "qwen3_5_nothink", prompt, ids)
+    for name, own in (("qwen2_5", ids), ("qwen3_5_nothink", found.teacher_ids)):
+        text = side(name).tokenizer.decode(own)
+        assert text.index(f"{SECRET} 5") < text.index("0.25")
+
+
+def test_a_call_that_the_teachers_template_cannot_write_ends_the_completion_and_is_told_of_once(caplog):
+    calls = called("qwen2_5", a_call("add", {"a": 2, "b": 3}), a_call("divide", {"a": 1, "b": 4}))
+    prompt, (ids, _), figures = conversed("qwen2_5", "llama3_1", calls)  # whose template writes one call a turn
+    assert ids == calls and not prompt.framed.later
+    assert figures["tools/unanswered_fraction"] == (1, 1)
+    [said_once] = [record.message for record in caplog.records if "was not answered" in record.message]
+    assert "single tool-calls" in said_once
+
+
+def test_what_is_said_and_thought_before_a_call_is_aligned_too():
+    ids = called("qwen3", a_call("add", {"a": 2, "b": 3}), reasoning_content="I add.", content="Let me see.")
+    prompt, (ids, _), _ = conversed("qwen3", "qwen3_5_nothink", ids, said("qwen3", "Five."))
+    found = paired("qwen3", "qwen3_5_nothink", prompt, ids)
+    text = "".join(scored("qwen3_5_nothink", found.teacher_ids, found.teacher_chunks))
+    assert all(part in text for part in ("I add.", "Let me see.", "Five."))
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (a_call("divide", {"a": 1, "b": 0}), "{'error': 'division by zero'}"),
+        (a_call("multiply", {"a": 1, "b": 0}), "{'error': 'Tool multiply not found.'}"),
+        (a_call("divide", {"a": 1}), "missing 1 required positional argument"),
+    ],
+)
+def test_an_error_is_given_back_as_the_result_and_counted(call, error):
+    prompt, (ids, _), figures = conversed("qwen2_5", "gptoss", called("qwen2_5", call), said("qwen2_5", "Hm."))
+    assert error in side("qwen2_5").tokenizer.decode(ids)
+    assert figures["tools/failure_frequency"] == (1, 1)
+    found = paired("qwen2_5", "gptoss", prompt, ids)
+    assert "error" not in "".join(scored("qwen2_5", ids, found.student_chunks))
+
+
+def test_calls_are_executed_no_more_often_than_asked_and_the_completion_then_ends_with_one():
+    again = called("qwen2_5", a_call("add", {"a": 2, "b": 3}))
+    prompt, (ids, _), figures = conversed("qwen2_5", "gptoss", again, again, again, max_tool_calling_iterations=2)
+    assert figures["tools/call_frequency"] == (2, 1) and figures["tools/unanswered_fraction"] == (1, 1)
+    assert ids[-len(again) :] == again
+    found = paired("qwen2_5", "gptoss", prompt, ids)
+    assert found.ended and found.student_chunks[-1] >= 0
+
+
+def test_results_without_room_are_left_out_and_a_later_turn_is_cut_at_max_new_tokens():
+    call = called("qwen2_5", a_call("add", {"a": 2, "b": 3}))
+    _, (whole_ids, _), _ = conversed("qwen2_5", "gptoss", call, said("qwen2_5", "Five."))
+    prompt, (ids, _), figures = conversed("qwen2_5", "gptoss", call, max_new_tokens=len(call) + 5)
+    assert ids == call and not prompt.framed.later
+    assert figures["tools/unanswered_fraction"] == (1, 1)
+    room = len(whole_ids) - 3
+    prompt, (ids, scores), _ = conversed(
+        "qwen2_5", "gptoss", call, said("qwen2_5", "Five."), scores=True, max_new_tokens=room
+    )
+    assert ids == whole_ids[:room] and len(scores) == room
+    assert not paired("qwen2_5", "gptoss", prompt, ids).ended
+
+
+def test_log_probs_of_the_writer_stand_beside_its_own_tokens_alone():
+    call = called("qwen2_5", a_call("add", {"a": 2, "b": 3}))
+    prompt, (ids, scores), _ = conversed("qwen2_5", "gptoss", call, said("qwen2_5", "Five."), scores=True)
+    [later] = prompt.framed.later
+    assert len(scores) == len(ids)
+    assert [math.isnan(score) for score in scores] == [later.start <= n < later.stop for n in range(len(ids))]
+
+
+def test_rows_beyond_the_context_wait_until_those_with_more_room_have_written():
+    """A row may write no further than `max_new_tokens` after its prompt, and the context ends there."""
+    call, end = called("qwen2_5", a_call("add", {"a": 2, "b": 3})), said("qwen2_5", "Five.")
+    prompts = [asked("qwen2_5", "gptoss"), asked("qwen2_5", "gptoss")]
+    context, most = len(prompts[0].student_ids) + 300, []
+
+    def write(model, rows, step):
+        most.append(max(len(row.student_ids) for row in rows))
+        first = len(most) == 1
+        return [(call if first and n == 0 else end, None) for n, _ in enumerate(rows)]
+
+    args = SimpleNamespace(max_new_tokens=300, max_tool_calling_iterations=None)
+    loop = ToolLoop(TOOLS, side("qwen2_5"), {"": side("gptoss")}, side("qwen2_5").stop_ids(), args, context)
+    done, _ = loop(write, None, prompts, 0)
+    assert [len(prompt.framed.later) for prompt, _ in done] == [1, 0]
+    assert len(most) == 2
+
+
+def test_a_call_that_is_spelled_otherwise_is_executed_and_masked_and_the_teacher_reads_its_own_spelling():
+    tokenizer = side("qwen2_5").tokenizer
+    tight = '<tool_call>\n{"name": "add", "arguments": {"a":2,"b":3}}\n</tool_call><|im_end|>'
+    ids = tokenizer.encode(tight, add_special_tokens=False)
+    prompt, (ids, _), figures = conversed("qwen2_5", "gptoss", ids, said("qwen2_5", "Five."))
+    assert figures["tools/call_frequency"] == (1, 1)
+    found = paired("qwen2_5", "gptoss", prompt, ids)
+    read = side("gptoss").tokenizer.decode(found.teacher_prompt_ids + found.teacher_ids)
+    assert whole("gptoss", a_call("add", {"a": 2, "b": 3}), "Five.").startswith(read)
+    assert "call" in {stretch.reason for stretch in found.alignment.masked}
+    assert "2" not in "".join(scored("qwen2_5", ids, found.student_chunks))
+
+
+def test_what_is_no_call_of_the_students_template_is_text():
+    ids = said("qwen2_5", 'Use add, as in {"name": "add", "arguments": {"a": 2, "b": 3}}.')
+    prompt, (found, _), figures = conversed("qwen2_5", "gptoss", ids)
+    assert found == ids and not prompt.framed.later
+    assert figures["tools/call_frequency"] == (0, 1) and figures["tools/unanswered_fraction"] == (0, 1)
+
+
+def test_with_masked_ends_the_teacher_still_reads_the_end_of_a_call():
+    call = a_call("add", {"a": 2, "b": 3})
+    prompt, (ids, _), _ = conversed("qwen2_5", "gptoss", called("qwen2_5", call), said("qwen2_5", "Five."))
+    found = paired("qwen2_5", "gptoss", prompt, ids, eos_policy="mask")
+    read = side("gptoss").tokenizer.decode(found.teacher_prompt_ids + found.teacher_ids)
+    assert whole("gptoss", call, "Five.").removesuffix("<|return|>") == read
+    names = scored("qwen2_5", ids, found.student_chunks) + scored("gptoss", found.teacher_ids, found.teacher_chunks)
+    assert not {"<|im_end|>", "<|call|>", "<|return|>"} & {*names}
+
+
+def test_a_teacher_of_the_same_tokenizer_reads_the_students_own_ids_of_every_turn():
+    call = a_call("add", {"a": 2, "b": 3})
+    prompt, (ids, _), _ = conversed("qwen2_5", "qwen2_5", called("qwen2_5", call), said("qwen2_5", "Five."))
+    found = paired("qwen2_5", "qwen2_5", prompt, ids, one_tokenizer=True)
+    assert found.teacher_ids == ids and found.teacher_prompt_ids == prompt.student_ids
+    written = [i for i, chunk in zip(ids, found.student_chunks, strict=True) if chunk >= 0]
+    assert written == called("qwen2_5", call) + said("qwen2_5", "Five.")
+    assert found.alignment.student.ids == ids[:-1]
+
+
+def test_a_conversation_beyond_the_teachers_context_takes_no_part():
+    call = a_call("add", {"a": 2, "b": 3})
+    prompt, (ids, _), _ = conversed("qwen2_5", "gptoss", called("qwen2_5", call), said("qwen2_5", "Five."))
+    found = paired("qwen2_5", "gptoss", prompt, ids)
+    length = len(found.teacher_prompt_ids) + len(found.teacher_ids)
+    assert not paired("qwen2_5", "gptoss", prompt, ids, teacher_context=length).unread
+    short = paired("qwen2_5", "gptoss", prompt, ids, teacher_context=length - 1)
+    assert short.unread and not short.teacher_ids and (short.student_chunks == -1).all()
+
+
+def test_figures_of_completions_count_no_token_of_a_tool():
+    call = called("qwen2_5", a_call("add", {"a": 2, "b": 3}))
+    prompt, (ids, _), _ = conversed("qwen2_5", "llama3_2", call, said("qwen2_5", "Five."))
+    figures = rollout_metrics([paired("qwen2_5", "llama3_2", prompt, ids)])
+    assert figures["completions/mean_length"] == (len(call) + len(said("qwen2_5", "Five.")), 1)
+    assert figures["alignment/masked_fraction"][0] == 0
+
+
+def test_no_chunk_is_asked_to_close_what_a_tool_said():
+    call = called("qwen2_5", a_call("add", {"a": 2, "b": 3}))
+    prompt, (ids, _), _ = conversed("qwen2_5", "llama3_2", call, said("qwen2_5", "Five."))
+    found = paired("qwen2_5", "llama3_2", prompt, ids)
+    [(start, stop)], places = found.given, np.flatnonzero(ends(found) >= 0)
+    assert {*places} & {*range(start, stop + 1)} <= {start}  # where the end of the call closes
+
+
+def test_a_padding_row_calls_no_tool():
+    prompt = asked("qwen2_5", "gptoss")
+    prompt.is_padding = True
+    call = called("qwen2_5", a_call("add", {"a": 2, "b": 3}))
+    _, (ids, _), figures = conversed("qwen2_5", "gptoss", call, prompt=prompt)
+    assert ids == call and figures["tools/call_frequency"] == (0, 1)
+
+
+def test_privileged_context_stays_the_teachers_after_results():
+    prompt = asked("qwen2_5", "gptoss", teacher_prompt=[{"role": "system", "content": "Hint: 5"}, ASKED])
+    call = called("qwen2_5", a_call("add", {"a": 2, "b": 3}))
+    prompt, (ids, _), _ = conversed("qwen2_5", "gptoss", call, said("qwen2_5", "Five."), prompt=prompt)
+    found = paired("qwen2_5", "gptoss", prompt, ids)
+    read = side("gptoss").tokenizer.decode(found.teacher_prompt_ids + found.teacher_ids)
+    assert "Hint: 5" in read and read.count(SECRET) == 2
+    assert "Hint" not in side("qwen2_5").tokenizer.decode(prompt.student_ids + ids)
+
+
+# --- refusals
+
+
+async def fetch(url: str) -> str:
+    """Fetches.
+
+    Args:
+        url: Of a page.
+    """
+
+
+def bare(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ([fetch], "'fetch' is asynchronous"),
+        ([bare], "'bare' cannot be described to a model"),
+        ([add, add], "several functions of the name 'add'"),
+        (["add"], "tools holds 'add': pass functions"),
+    ],
+)
+def test_tools_that_cannot_be_called_or_described_are_refused(tools, message):
+    with pytest.raises(ValueError, match=message):
+        schemas(tools)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("phi3", "qwen2_5"), ("qwen2_5", "llama3")])
+def test_a_template_that_writes_no_calls_is_refused_before_training(student, teacher):
+    whose = "student" if student == "phi3" else "teacher"
+    with pytest.raises(ValueError, match=rf"tools: the {whose} cannot go on after a call .*leaves out calls of tools"):
+        conversed(student, teacher)
+
+
+def test_plain_prompts_and_datasets_that_were_rendered_without_tools_are_refused():
+    sides = side("qwen2_5"), {"": side("gptoss")}
+    with pytest.raises(ValueError, match=r"Row 3 .*tools need a conversation"):
+        render_row({"prompt": "What is 2 plus 3?"}, 3, *sides, None, False, tools=schemas(TOOLS))
+    rendered = render_row({"prompt": [ASKED]}, 0, *sides, None, False)
+    with pytest.raises(ValueError, match="rendered without tools"):
+        conversed("qwen2_5", "gptoss", prompt=Prompt(*(rendered[column] for column in COLUMNS)))
+
+
+# --- in a run
+
+
+def model(name, config, seed):
+    torch.manual_seed(seed)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = side(name).tokenizer
+    return AutoModelForCausalLM.from_config(config(**size, num_key_value_heads=1, vocab_size=len(tokenizer)))
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    args = CrossTokenizerGKDConfig(
+        str(tmp_path / "run"),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        max_new_tokens=600,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        log_completions=True,
+        logging_steps=1,
+        report=True,
+        **SGD,
+    )
+    rows = Dataset.from_list([{"prompt": [ASKED]}, {"prompt": [{"role": "user", "content": "Hello"}]}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = CrossTokenizerGKDTrainer(
+            model=model("qwen2_5", LlamaConfig, 0),
+            teacher_model=model("gptoss", Qwen2Config, 1),
+            args=args,
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=side("qwen2_5").tokenizer,
+            teacher_processing_class=side("gptoss").tokenizer,
+            tools=TOOLS,
+        )
+    call, end = called("qwen2_5", a_call("add", {"a": 2, "b": 3})), said("qwen2_5", "Five.")
+    trainer.asked = []
+
+    def write(model, prompts, step):
+        trainer.asked.append(prompts)
+        text = [trainer.processing_class.decode(prompt.student_ids) for prompt in prompts]
+        return [(call if "2 plus 3" in own and SECRET not in own else end, None) for own in text]
+
+    trainer.rollouts.write = write
+    return trainer
+
+
+def test_a_run_scores_each_turn_once_and_its_gradient_does_not_depend_on_what_a_tool_says(trainer):
+    window = [trainer.data_collator(list(trainer.train_dataset))["prompts"]]
+    [batch] = trainer._roll_out(trainer.model, window, "train")
+    labels = [side("qwen2_5").tokenizer.decode([i]) for i in batch["labels"].unique().tolist() if i >= 0]
+    assert SECRET not in "".join(labels)
+    row = next(n for n, ids in enumerate(batch["input_ids"]) if SECRET in side("qwen2_5").tokenizer.decode(ids))
+    own = batch["labels"][row][batch["labels"][row] >= 0].tolist()
+    assert own == called("qwen2_5", a_call("add", {"a": 2, "b": 3})) + said("qwen2_5", "Five.")
+    assert json.loads(batch["frames"][row])["later"]
+    trainer.train()
+    figures = trainer.state.log_history[0]
+    assert figures["tools/call_frequency"] == 0.5 and figures["tools/failure_frequency"] == 0
+    assert figures["completions/mean_length"] == (len(own) + len(said("qwen2_5", "Five."))) / 2
+    assert "what a tool returned" in Path(trainer.args.output_dir, "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_no_tool_is_run_in_evaluation_unless_it_is_asked_for(trainer, asked_for):
+    trainer.args.tools_in_evaluation = asked_for
+    assert isinstance(trainer.rollouts, RolloutSource)
+    window = [trainer.data_collator(list(trainer.eval_dataset))["prompts"]]
+    batches, figures = trainer.rollouts.roll_out(trainer.model, window, 0, "eval", lambda name: nullcontext())
+    texts = [side("qwen2_5").tokenizer.decode(ids) for ids in batches[0]["input_ids"]]
+    assert any(SECRET in text for text in texts) == asked_for
+    assert all("add" in text for text in texts)  # both models are shown the tools
+    assert ("tools/call_frequency" in figures) == asked_for

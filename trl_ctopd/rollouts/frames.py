@@ -1,0 +1,169 @@
+"""A prompt in the ids of both models, and the frame: how the two templates write the turns that follow it.
+
+A frame travels as JSON beside its prompt's ids, so that a completion can be paired again wherever it is looked at.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..text.chat import Conversation, Opened
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """An edit of a prompt's end: drops the last `dropped` ids and appends `added`."""
+
+    dropped: int = 0
+    added: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, ids: Sequence[int], others: Sequence[int]) -> "Reopened":
+        """The edit that turns `ids` into `others`."""
+        shared = 0
+        for ours, theirs in zip(ids, others, strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        return cls(len(ids) - shared, tuple(others[shared:]))
+
+    def __call__(self, ids: list[int]) -> list[int]:
+        return [*ids[: len(ids) - self.dropped], *self.added] if self.dropped or self.added else ids
+
+
+@dataclass(frozen=True)
+class Later:
+    """A turn that the student writes after results of tools.
+
+    Attributes:
+        calls: those that were executed, as JSON. The turn before this one ends with them.
+        start, stop: the completion's student ids `start:stop` are the results and this turn's header, which nobody is scored
+            on.
+        teacher_ids: the same in the teacher's ids.
+        frame: how the two templates write this turn: a `Frame` as JSON, of `teacher_ids` in the prompt's place.
+    """
+
+    calls: str
+    start: int
+    stop: int
+    teacher_ids: tuple[int, ...]
+    frame: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How the two templates write the turn after a prompt, where it does not begin with the answer on both sides.
+
+    Attributes:
+        plain: edit of the teacher's prompt to the one before the answer of a finished turn.
+        stem: edit of the teacher's prompt to the one that all its turns begin with.
+        reference: edit of the student's prompt to the one before its reference.
+        student, teacher: how each template writes the turn (`Turn.to_json`); "" where the student's turns are only answers.
+        is_text: whether the row is plain text, which no template writes.
+        asked: the conversation as JSON, to which results of tools can be added; "" without tools.
+        later: the turns that the student wrote after results of tools.
+    """
+
+    plain: Reopened = Reopened()
+    stem: Reopened = Reopened()
+    reference: Reopened = Reopened()
+    student: str = ""
+    teacher: str = ""
+    is_text: bool = False
+    asked: str = ""
+    later: tuple[Later, ...] = ()
+
+    @classmethod
+    def of(cls, student: Opened, teacher: Opened, reference_prompt: list[int], asked: str = "") -> "Frame":
+        return cls(
+            Reopened.of(teacher.ids, teacher.plain),
+            Reopened.of(teacher.ids, teacher.stem),
+            Reopened.of(student.ids, reference_prompt),
+            *(("", "") if student.is_simple else (student.turn.to_json(), teacher.turn.to_json())),
+            teacher.is_text,
+            asked,
+        )
+
+    def to_json(self) -> str:
+        """ "" for the default frame."""
+        if self == Frame():
+            return ""
+        parts = {
+            name: [part.dropped, part.added] if isinstance(part, Reopened) else part
+            for name, part in vars(self).items()
+        }
+        parts["later"] = [list(vars(turn).values()) for turn in self.later]
+        return json.dumps(parts, ensure_ascii=False)
+
+
+@lru_cache(maxsize=4096)
+def _read_frame(text: str) -> Frame:
+    parts = json.loads(text) if text else {}
+    later = [Later(calls, start, stop, tuple(ids), frame) for calls, start, stop, ids, frame in parts.pop("later", ())]
+    for name, part in parts.items():
+        if isinstance(part, list):
+            dropped, added = part
+            parts[name] = Reopened(dropped, tuple(added))
+    return Frame(**parts, later=tuple(later))
+
+
+class TurnOf(NamedTuple):
+    """One of the turns that a completion holds: what it follows, the student's ids of it, and the calls at its end that were
+    executed; None at the end of the last turn."""
+
+    prompt: "Prompt"
+    student_ids: list[int]
+    calls: list[dict] | None
+
+
+@dataclass
+class Prompt:
+    """
+    One dataset row, rendered for both models.
+
+    Attributes:
+        student_ids, teacher_ids: the prompt in the tokens of each.
+        reference_ids: the reference completion in student ids, if there is one.
+        teacher: name of the teacher that reads it, where there are several.
+        frame: a `Frame` as JSON.
+        is_padding: whether the row only fills up its batch. Another process or an earlier batch has it too, and nothing of it
+            is scored.
+    """
+
+    student_ids: list[int]
+    teacher_ids: list[int]
+    reference_ids: list[int] | None = None
+    teacher: str = ""
+    frame: str = ""
+    is_padding: bool = False
+
+    @property
+    def framed(self) -> Frame:
+        return _read_frame(self.frame)
+
+    def before_reference(self) -> "Prompt":
+        """The prompt as the student reads it before the reference."""
+        return replace(self, student_ids=self.framed.reference(self.student_ids))
+
+    def turns(self, completion: list[int]) -> list[TurnOf]:
+        """The turns of `completion`, between which results of tools stand. A later one's prompt is what stands between it and
+        the turn before."""
+        later = self.framed.later
+        begins, ends = [0, *(turn.stop for turn in later)], [*(turn.start for turn in later), len(completion)]
+        prompts = [self, *(replace(self, teacher_ids=[*turn.teacher_ids], frame=turn.frame) for turn in later)]
+        calls = [*(json.loads(turn.calls) for turn in later), None]
+        return [
+            TurnOf(prompt, completion[begin:end], own)
+            for prompt, begin, end, own in zip(prompts, begins, ends, calls, strict=True)
+        ]
+
+
+def conversation_to_json(conversation: Conversation) -> str:
+    """For `Frame.asked`; without its reference."""
+    return json.dumps({**vars(conversation), "reference": None}, ensure_ascii=False)
+
+
+def conversation_from_json(text: str) -> Conversation:
+    return Conversation(**json.loads(text))

@@ -1,0 +1,270 @@
+"""Calls of tools are executed while the student writes: it calls, reads the results and writes on.
+
+Decisions
+- As in TRL's `DistillationTrainer`: tools are functions with type hints and a docstring, a result is given back as `str(result)`,
+  an error as `{"error": message}`, and `max_new_tokens` holds for all that follows the prompt, results included.
+- Calls are read by the student's own template (`text.calls`). What cannot be read is text, and ends the conversation.
+- Each model reads the results as its own template writes them, after its own writing of the call.
+- One conversation is one completion, whose frame says where its turns begin. Only what the student wrote is scored.
+- Where a call cannot be answered (too many rounds, no room, a template that cannot write it), the completion ends with it.
+- All processes take the same number of rounds. One that has nothing left to write writes for its first prompt, and drops it.
+
+Left out: asynchronous tools, results that are not text, tools that keep state between two calls of one conversation.
+"""
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import numpy as np
+from accelerate.utils import gather_object
+from torch import nn
+from transformers.utils import get_json_schema
+
+from ..config import CrossTokenizerGKDConfig
+from ..text.chat import Conversation, Speaker
+from ..text.sections import Grammar, lost_kinds, read_calls, symbols, text_of
+from ..text.token_bytes import token_table
+from ..text.turns import ANSWER, CALL, CALL_ID, CALLS, RESULT, THOUGHT, USER, Unrenderable, read_turn
+from .frames import Frame, Later, Prompt, conversation_from_json
+from .generation import Writer, Written
+
+
+logger = logging.getLogger(__name__)
+
+
+def schemas(tools: Sequence[Callable]) -> list[dict]:
+    """
+    JSON schemas of functions, as `apply_chat_template` takes them.
+
+    Raises `ValueError` for what is no function, is asynchronous, has no type hints or docstring, or shares its name.
+    """
+    found = []
+    for tool in tools:
+        if not callable(tool) or not hasattr(tool, "__name__"):
+            raise ValueError(
+                f"tools holds {tool!r}: pass functions, with type hints and a docstring that names each argument."
+            )
+        if inspect.iscoroutinefunction(tool):
+            raise ValueError(f"The tool {tool.__name__!r} is asynchronous: pass a function that calls it and waits.")
+        try:
+            found.append(get_json_schema(tool))
+        except Exception as error:  # of transformers, which has several kinds
+            raise ValueError(f"The tool {tool.__name__!r} cannot be described to a model: {error}") from error
+    names = [schema["function"]["name"] for schema in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"tools holds several functions of the name {twice[0]!r}: rename all but one.")
+    return found
+
+
+def with_tools(conversation: Conversation, tools: list[dict]) -> Conversation:
+    """The conversation, shown `tools` unless its row has its own. Raises `ValueError` for a prompt that is plain text."""
+    if isinstance(conversation.prompt, str):
+        raise ValueError("its prompt is text, and tools need a conversation: make it a list of messages")
+    return conversation if conversation.tools else replace(conversation, tools=tools)
+
+
+def check_sides(tools: list[dict], student: Speaker, teachers: Mapping[str, Speaker]) -> None:
+    """Raises `ValueError` where a template cannot write a call and its result, or where the student's calls cannot be read."""
+    result = Conversation([USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT], None, tools)
+    for side in (student, *teachers.values()):
+        whose = "student" if side is student else "teacher"
+        try:
+            side.prompt_ids(result)
+            side.after_calls(result)
+        except ValueError as refusal:
+            raise ValueError(
+                f"tools: the {whose} cannot go on after a call ({refusal}). Give it a template that writes calls and results "
+                f"(`chat_template` in {'' if side is student else 'teacher_'}chat_template_kwargs)."
+            ) from refusal
+    if student.call_reader is None:
+        raise ValueError(
+            "tools: the way in which the student's template writes calls is not understood, so none could be executed. Give it "
+            "another template (`chat_template` in chat_template_kwargs)."
+        )
+
+
+@dataclass
+class _Writing:
+    """A conversation so far: the completion of `prompt`, with the log-probs that its writer told, and the turns in it."""
+
+    prompt: Prompt
+    ids: list[int] = field(default_factory=list)
+    scores: list[float] | None = None
+    later: list[Later] = field(default_factory=list)
+    turn: str = ""  # the student's, that is written next
+    conversation: Conversation | None = None
+    rounds: int = 0
+
+    def take(self, written: Written, room: int) -> list[int]:
+        """Adds what was written, as far as there is room; returns it."""
+        ids, scores = written
+        if scores is not None:
+            self.scores = (self.scores or []) + scores[:room]
+        self.ids += ids[:room]
+        return ids[:room]
+
+    @property
+    def next_prompt(self) -> Prompt:
+        return replace(self.prompt, student_ids=[*self.prompt.student_ids, *self.ids])
+
+    @property
+    def done(self) -> tuple[Prompt, Written]:
+        if not self.later:
+            return self.prompt, (self.ids, self.scores)
+        frame = replace(self.prompt.framed, later=tuple(self.later)).to_json()
+        return replace(self.prompt, frame=frame), (self.ids, self.scores)
+
+
+class ToolLoop:
+    """
+    Args:
+        tools: functions that the student may call.
+        student, teachers: how they are spoken to, teachers by name.
+        stop_ids: student ids that end a turn.
+        args: the run's settings.
+        context: tokens of prompt and completion that the student can read; `None` for no limit.
+
+    Raises `ValueError` for tools or templates that cannot be used so.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Callable],
+        student: Speaker,
+        teachers: Mapping[str, Speaker],
+        stop_ids: Sequence[int],
+        args: CrossTokenizerGKDConfig,
+        context: int | None = None,
+    ):
+        check_sides(schemas(tools), student, teachers)
+        self._tools = {tool.__name__: tool for tool in tools}
+        self._student, self._teachers, self._stop_ids = student, teachers, set(stop_ids)
+        self._room, self._rounds, self._context = args.max_new_tokens, args.max_tool_calling_iterations, context
+        self._table = token_table(student.tokenizer)
+        self._grammar = cache(lambda turn: Grammar(read_turn(turn), self._table))
+        self._said: set[str] = set()
+
+    def __call__(
+        self, write: Writer, model: nn.Module, prompts: Sequence[Prompt], step: int
+    ) -> tuple[list[tuple[Prompt, Written]], dict[str, tuple[float, float]]]:
+        """
+        Returns for each prompt the prompt, whose frame tells of the turns that follow, and the completion, with results between
+        its turns; and figures.
+
+        Raises `ValueError` for prompts that were rendered without tools.
+        """
+        rows = [_Writing(prompt, turn=prompt.framed.student) for prompt in prompts]
+        for row in rows:
+            if not row.prompt.framed.asked:
+                raise ValueError(
+                    "The dataset was rendered without tools: give the trainer the one that it was rendered from."
+                )
+            row.conversation = conversation_from_json(row.prompt.framed.asked)
+        counts = {"executed": 0, "failed": 0, "unanswered": 0}
+        pending = rows
+        while True:
+            ready = self._that_fit(pending)
+            asked = [row.next_prompt for row in ready] or list(prompts[:1])
+            for row, written in zip(ready, write(model, asked, step), strict=False):
+                if not self._goes_on(row, row.take(written, self._room - len(row.ids)), counts):
+                    pending = [other for other in pending if other is not row]
+            if not any(gather_object([bool(pending)])):
+                break
+        return [row.done for row in rows], {
+            "tools/call_frequency": (counts["executed"], len(rows)),
+            "tools/failure_frequency": (counts["failed"], counts["executed"]),
+            "tools/unanswered_fraction": (counts["unanswered"], len(rows)),
+        }
+
+    def _that_fit(self, rows: Sequence[_Writing]) -> list[_Writing]:
+        """Those that can write `max_new_tokens` within the context, or as many as the one that has most room left; the others
+        wait until it has written."""
+        if self._context is None or not rows:
+            return list(rows)
+        most = max(self._room - len(row.ids) for row in rows)
+        return [row for row in rows if len(row.next_prompt.student_ids) + most <= self._context]
+
+    def _goes_on(self, row: _Writing, ids: list[int], counts: dict[str, int]) -> bool:
+        """Whether the turn `ids` ends with calls that were answered; the results are then added to `row`."""
+        if not ids or ids[-1] not in self._stop_ids or row.prompt.is_padding or not row.turn:
+            return False
+        written, _ = symbols(np.array(ids), self._table)
+        parsed = self._grammar(row.turn).parse(written, ended=True)
+        if parsed.kinds[-1] != CALLS:
+            return False
+        calls = read_calls(parsed, written, self._student, self._table)
+        if calls is None or row.rounds == self._rounds or not self._room > len(row.ids):
+            counts["unanswered"] += 1
+            return False
+        made = sum(len(json.loads(turn.calls)) for turn in row.later)
+        calls = [
+            {**call, "id": f"call{made + n:05}"} if call["id"] == CALL_ID else call for n, call in enumerate(calls)
+        ]
+        message = {"role": "assistant", "content": "", "tool_calls": calls}
+        for kind, start, end in parsed.sections:
+            if kind != CALLS:
+                message[{ANSWER: "content", THOUGHT: "reasoning_content"}[kind]] = text_of(written[start:end])
+        results = [self._execute(call, counts) for call in calls]
+        asked = _extended(row.conversation, [message, *results])
+        try:
+            student, between, later = self._after(row, parsed.without_empty_thought(written).kinds, asked, calls)
+        except ValueError as refusal:
+            if str(refusal) not in self._said:
+                self._said.add(str(refusal))
+                logger.warning(f"A call was not answered, and the completion ends with it: {refusal}")
+            counts["unanswered"] += 1
+            return False
+        if len(row.ids) + len(between) >= self._room:
+            counts["unanswered"] += 1
+            return False
+        row.ids += between
+        if row.scores is not None:
+            row.scores += [float("nan")] * len(between)
+        row.later.append(later)
+        row.turn, row.conversation, row.rounds = student, asked, row.rounds + 1
+        return True
+
+    def _after(
+        self, row: _Writing, kinds: tuple[str, ...], asked: Conversation, calls: list[dict]
+    ) -> tuple[str, list[int], Later]:
+        """The student's next turn, what it is given before that, and the same for the teacher."""
+        student, teacher = self._student, self._teachers[row.prompt.teacher]
+        before = teacher.turn(replace(row.conversation, reference=None).for_teacher)
+        kept = tuple(kind for kind in kinds if kind not in lost_kinds(kinds, before, False))
+        if kept not in before.forms:
+            raise Unrenderable(f"the teacher's template {before.missing.get(kept, 'leaves out calls of tools')}")
+        opened, theirs = student.opened(asked.for_student), teacher.opened(asked.for_teacher)
+        between, given = student.after_calls(asked.for_student), teacher.after_calls(asked.for_teacher)
+        frame = Frame.of(opened, theirs, opened.ids)
+        if max(frame.plain.dropped, frame.stem.dropped) > len(given):
+            raise Unrenderable("the teacher's template changes the results when an answer follows")
+        start = len(row.ids)
+        later = Later(json.dumps(calls), start, start + len(between), tuple(given), frame.to_json())
+        return frame.student, between, later
+
+    def _execute(self, call: Mapping, counts: dict[str, int]) -> dict:
+        """The message with a call's result, or with its error."""
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        counts["executed"] += 1
+        try:
+            if name not in self._tools:
+                raise ValueError(f"Tool {name} not found.")
+            content = str(self._tools[name](**arguments))
+        except Exception as error:  # whatever it is, it is the student's to deal with
+            counts["failed"] += 1
+            content = str({"error": str(error)})
+        return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}
+
+
+def _extended(conversation: Conversation, messages: list[dict]) -> Conversation:
+    """The conversation with `messages` after it, for both who read it."""
+    hint = conversation.teacher_prompt
+    return replace(
+        conversation,
+        prompt=[*conversation.prompt, *messages],
+        teacher_prompt=None if hint is None else [*hint, *messages],
+    )
