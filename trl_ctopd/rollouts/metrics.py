@@ -8,8 +8,7 @@ from .pairing import Rollout
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
     """Metrics of completions before they are scored. `alignment/masked_fraction` counts every masked token, and each reason for
-    masking has a metric of its own, in bytes. Padding rows do not count, nor does what tools
-    return between two turns."""
+    masking has a metric of its own, in bytes. Padding rows and results of tools do not count."""
     rollouts = [rollout for rollout in rollouts if not rollout.prompt.is_padding]
     rows = len(rollouts)
     tokens = sum(len(rollout.student_ids) - rollout.num_given for rollout in rollouts)
