@@ -1,6 +1,6 @@
-"""The benchmarks' one clock: seconds of the wall and of this process, phases of a step, and what was held at once.
+"""The benchmarks' clock: wall and processor seconds, the phases of a step, and peak memory.
 
-Processor time is given beside that of the wall because other work on the machine does not count in it.
+Processor time is reported beside wall time, since other work on the machine does not count in it.
 """
 
 import ctypes
@@ -19,10 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass
 class Spent:
-    """What a stretch of work took; filled in at its end."""
+    """The time that a stretch of work took; filled in at its end."""
 
     seconds: float = 0.0
-    cpu_seconds: float = 0.0  # of this process, whatever else ran on the machine
+    cpu_seconds: float = 0.0  # of this process only
 
 
 @contextmanager
@@ -36,15 +36,15 @@ def stopwatch() -> Iterator[Spent]:
 
 @dataclass
 class Step(Spent):
-    """What one optimizer step took. `tokens` are sums over the step, prompts included but in `written`."""
+    """The cost of one optimizer step. `tokens` are sums over the step and include prompts, except for `written`."""
 
     phases: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
-    peak_mib: float | None = None  # on a GPU all that is allocated, on the CPU what was resident beyond the start
+    peak_mib: float | None = None  # on a GPU all that is allocated, on the CPU resident memory above that at the start
 
 
 class Clock:
-    """Starts and stops a `Step`, and charges what happens in between to phases; what is within a phase is all its own."""
+    """Starts and stops a `Step`, and assigns the time in between to phases. Time inside a nested phase counts only for it."""
 
     def __init__(self, device: str):
         self._cuda = device == "cuda"
@@ -78,10 +78,10 @@ class Clock:
     def watch(
         self, owner: Any, method: str, phase: str, count: Callable[[tuple, dict, Any], dict] | None = None
     ) -> None:
-        """From now on `owner.method` is a phase; `count` of its arguments and result adds to the step's tokens."""
+        """From now on, `owner.method` is a phase. `count` of its arguments and result is added to the step's tokens."""
         original = getattr(owner, method)
 
-        @functools.wraps(original)  # `generate` checks its arguments against a forward's signature
+        @functools.wraps(original)  # `generate` validates its arguments against a forward's signature
         def watched(*args, **kwargs):
             outermost = self._phase is None
             with self.phase(phase):
@@ -95,13 +95,13 @@ class Clock:
 
 
 def start_of_peak(cuda: bool) -> float | None:
-    """Forgets the greatest use of memory so far; returns the present one in MiB, `None` where it cannot be had."""
+    """Resets the peak of memory use. Returns the current use in MiB, `None` where it cannot be measured."""
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         return 0.0
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # Linux: what was freed is not resident,
-        Path("/proc/self/clear_refs").write_text("5")  # and the peak is counted anew from here
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # Linux: freed memory is returned,
+        Path("/proc/self/clear_refs").write_text("5")  # and the peak is reset
     except OSError:
         return None
     return resident("VmRSS")
@@ -119,7 +119,7 @@ def resident(name: str) -> float:
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
-    """The most that `step` holds at once, beyond what was there before."""
+    """The peak memory of `step` in bytes, above that at its start."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,9 @@
 """
-The demo over several seeds: `make demo`'s own command, its figures gathered in `benchmarks/results/demo.json`.
+Runs the demo over several seeds (`make demo`'s own command) and collects its figures in `benchmarks/results/demo.json`.
 
     python -m benchmarks.demo_seeds --seeds 0 1 2
 
-A seed whose `demo_output/seed<n>/metrics.json` is there is not run again.
+A seed that already has `demo_output/seed<n>/metrics.json` is not run again.
 """
 
 import argparse

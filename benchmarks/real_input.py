@@ -1,19 +1,17 @@
 """
-Real input through the real script: `examples/distill.py` with published tokenizers and chat templates on GSM8K
-questions.
+Real input through the real script: `examples/distill.py` with published tokenizers and chat templates on GSM8K questions.
 
     CTOPD_ASSETS=<folder> python -m benchmarks.real_input
 
-The folder holds `tokenizers/<name>` as published on the hub and `datasets/gsm8k/{train,test}.jsonl`. Each run is a
-process of its own; figures go to `benchmarks/results/real_input.json`, and two alignments a pair are printed to be
-looked at.
+The folder holds `tokenizers/<name>` as published on the hub and `datasets/gsm8k/{train,test}.jsonl`. Each run is a process of
+its own. The results go to `benchmarks/results/real_input.json`, and two alignments of each pair are printed for inspection.
 
 Decisions:
-- Models have random weights and two narrow layers, but every row of the real vocabulary. So the student writes random
-  tokens, half characters included: the hardest text for the alignment, and no statement about learning.
-- A random student would never end its turn, so a bias at sampling makes the end as likely as 2 % a token. The scored
-  distribution knows nothing of it, which does not matter to what is measured here.
-- How the two tokenizers meet on sensible text is measured apart, on GSM8K's reference answers.
+- Models have random weights and two narrow layers, but all rows of the real vocabulary. So the student writes random tokens,
+  half characters included. That is the hardest text for the alignment, and says nothing about learning.
+- A random student would never end its turn, so a bias in sampling gives the end a probability of 2 % at each token. The scored
+  distribution does not have this bias, which does not affect what is measured here.
+- The alignment of the two tokenizers on sensible text is measured separately, on GSM8K's reference answers.
 - Peak memory is that of the whole process: Python, torch, two models, dataset.
 """
 
@@ -70,7 +68,7 @@ SECTIONS = ("alignment/", "completions/", "masked_bytes/", "seconds/", "gap/")  
 
 @dataclass(frozen=True)
 class Overlap:
-    """How two tokenizers meet on some texts. `one_to_one_fraction` is of the student tokens that are not masked."""
+    """How two tokenizers align on some texts. `one_to_one_fraction` is a share of the student tokens that are not masked."""
 
     texts: int
     student_tokens: int
@@ -81,7 +79,7 @@ class Overlap:
 
 
 def build_model(name: str, assets: Path, folder: Path) -> Path:
-    """A random model of the published vocabulary with the published tokenizer, saved as a hub repository would be."""
+    """A random model with the published vocabulary and tokenizer, saved like a hub repository."""
     config_class, rows, stop_ids = MODELS[name]
     tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / name)
     torch.manual_seed(sorted(MODELS).index(name))
@@ -95,7 +93,7 @@ def build_model(name: str, assets: Path, folder: Path) -> Path:
 
 
 def sampling(name: str) -> dict:
-    """`GenerationConfig` fields that let a random model of this vocabulary end its turn."""
+    """`GenerationConfig` fields that make a random model with this vocabulary end its turn."""
     _, rows, stop_ids = MODELS[name]
     return {"sequence_bias": [[[stop_ids[-1]], math.log(STOP_PROBABILITY * rows)]]}
 
@@ -158,7 +156,7 @@ def overlap(alignments: list[TextAlignment]) -> Overlap:
 
 
 class Pair:
-    """A student's and a teacher's tokenizer, set up as the trainer does it."""
+    """A student's and a teacher's tokenizer, set up as in the trainer."""
 
     def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase):
         self.student, self.teacher = Speaker(student), Speaker(teacher)
@@ -174,7 +172,7 @@ class Pair:
         return pair(nothing, completions, self.aligner, turn_ends=dict.fromkeys(stop_ids, self.teacher.turn_end))
 
     def show(self, rollout: Rollout) -> str:
-        """One line a chunk: its bytes, the student's tokens, the teacher's. `----` are tokens that take no part."""
+        """One line for each chunk: its bytes, the student's tokens, the teacher's. `----`: tokens that take no part."""
         students = _spelled_tokens(rollout.student_ids, rollout.student_chunks, self.student.tokenizer)
         teachers = _spelled_tokens(rollout.teacher_ids, rollout.teacher_chunks, self.teacher.tokenizer)
         labels = [_spelled(data) for data in rollout.alignment.chunk_bytes]
@@ -195,7 +193,7 @@ def _spelled_tokens(ids: list[int], chunks: list[int], tokenizer: PreTrainedToke
 
 
 def _take(tokens: list[tuple[int, str]], chunk: int) -> tuple[list[str], list[str]]:
-    """Removes from the front of `tokens`, and returns, those that take no part and then those of `chunk`."""
+    """Removes from the front of `tokens` those that take no part, then those of `chunk`. Returns both."""
     taken = []
     for wanted in (-1, chunk):
         count = next((n for n, (found, _) in enumerate(tokens) if found != wanted), len(tokens))

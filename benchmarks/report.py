@@ -1,4 +1,4 @@
-"""What the benchmarks share: what every result file says of itself, and the real data."""
+"""Shared by the benchmarks: the header of every result file, and the real data."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from trl_ctopd.looking.provenance import versions
 
 
 def machine() -> dict:
-    """The processor, its cores and, where there is one, the GPU; and how busy the machine was before."""
+    """The processor, its cores, the GPU if there is one, and the machine's load before the benchmark."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -27,7 +27,7 @@ def machine() -> dict:
 
 
 def header() -> dict:
-    """The first fields of a result file; call it before anything is measured."""
+    """The first fields of a result file. Call it before anything is measured."""
     return {
         "date": date.today().isoformat(),
         "machine": machine(),
@@ -42,13 +42,13 @@ def save(path: Path, report: dict) -> None:
 
 
 def assets_folder(parser: argparse.ArgumentParser) -> Path:
-    """The folder of real tokenizers and data that `CTOPD_ASSETS` names; ends the program where it names none."""
+    """The folder of real tokenizers and data that `CTOPD_ASSETS` names. Exits where it names none."""
     if not os.environ.get("CTOPD_ASSETS"):
         parser.error("CTOPD_ASSETS names no folder with the real tokenizers and data")
     return Path(os.environ["CTOPD_ASSETS"])
 
 
 def gsm8k(assets: Path, rows: int) -> list[dict[str, str]]:
-    """The first rows of GSM8K, each a `question` and an `answer`: real text for whatever reads or cuts text."""
+    """The first rows of GSM8K, each a `question` and an `answer`."""
     lines = (assets / "datasets" / "gsm8k" / "train.jsonl").read_text().splitlines()[:rows]
     return [json.loads(line) for line in lines]

@@ -1,15 +1,15 @@
 """
-Trainings that are killed with SIGKILL at random moments and resumed, again and again, until they end: their weights against those
-of the same training that nothing ended, bit for bit.
+Kills trainings with SIGKILL at random moments and resumes them until they end. Their weights are compared bit for bit with those
+of the same training without kills.
 
 ```bash
-python -m benchmarks.faults.kills --kills 100 --minutes 14      # again, until the count is reached: it goes on where it was
+python -m benchmarks.faults.kills --kills 100 --minutes 14      # repeat until the count is reached: it continues
 ```
 
-A run is drawn from `KINDS`, a kill from two sorts: after a random time, whatever the process does then; or at a moment of a step,
-or amid a file of a checkpoint, which is then there by half (`Death` of tests/helpers/resume_run.py). With two processes one of them
-is killed, and the other ends by itself. Every resume is `resume_from_checkpoint=True`; one that finds no checkpoint, since it was
-killed before the first, begins anew. Writes `kills.json` to `benchmarks/results/faults/`.
+A run is drawn from `KINDS`. There are two sorts of kills: after a random time, whatever the process is doing; or at a given moment
+of a step, or during the writing of a checkpoint file, of which half then exists (`Death` of tests/helpers/resume_run.py). With two
+processes, one of them is killed, and the other ends by itself. Every resume is `resume_from_checkpoint=True`. If the run was
+killed before its first checkpoint, it starts again. Writes `kills.json` to `benchmarks/results/faults/`.
 """
 
 import argparse
@@ -48,7 +48,7 @@ ADAPTERS_FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", 
 
 
 def start(context, folder: Path, processes: int, settings: dict, death=None) -> list:
-    """The processes of one life of a run, which goes on from a checkpoint if there is a whole one."""
+    """Starts the processes of a run, which resumes from a checkpoint if there is a complete one."""
     from resume_run import train
 
     port = None
@@ -95,7 +95,7 @@ def random_death(draw: random.Random, processes: int, lora: bool, step: int):
 
 
 def live(context, folder: Path, kind: str, draw: random.Random, deadline: float) -> list[str] | None:
-    """One run, killed until it has ended; where each of its kills met it, or None where the time is up."""
+    """One run, killed again and again until it ends; the moments of its kills, or None when the time is up."""
     processes, settings = KINDS[kind]
     kills: list[str] = []
     while True:

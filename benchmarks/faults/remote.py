@@ -1,21 +1,21 @@
 """
-What becomes of a training whose teacher's server takes up a bad habit: one run for each of `HABITS` (server.py), and a table.
+What happens to a training whose teacher's server misbehaves: one run for each of `HABITS` (server.py), and a table.
 
 ```bash
 python examples/small_models.py small
 python -m benchmarks.faults.remote --models small
 ```
 
-Each run is a process of its own: a few steps with the server in it, which behaves until the training has begun. A run may end in
-four ways:
+Each run is a process of its own: a few steps, with the server inside it. The server behaves until the training has begun. A run
+may end in four ways:
 
 - as with a good server: its weights are the same;
-- without some texts: its weights are those of a run whose server refuses these very texts, and their share is logged;
-- with an error that names the server and what is wrong;
-- otherwise, it is **silently wrong**.
+- without some texts: its weights are those of a run whose server refuses exactly these texts, and their share is logged;
+- with an error that names the server and the problem;
+- anything else is **silently wrong**.
 
-All that a run prints, and all files it leaves, are searched for the API key in several spellings. The longest time in which
-nothing happens (between two steps, or to the end) is to be under its bound: `PATIENCE`, a try that is under way, and twice the
+Everything that a run prints, and all files that it leaves, are searched for the API key in several spellings. The longest time in
+which nothing happens (between two steps, or to the end) must stay below its bound: `PATIENCE`, plus one try, plus twice the
 longest step with a good server.
 """
 
@@ -56,7 +56,7 @@ class Moments(TrainerCallback):
 
 
 def train(models: Path, folder: Path, habit: str | None) -> dict:
-    """A training in this process; what is to be known of it."""
+    """A training in this process; returns its weights, log and times."""
     tokenizers = {name: AutoTokenizer.from_pretrained(models / name) for name in ("student", "teacher")}
     known = {**HABITS, REFUSES: _status(400, when=_chosen), TWO: HABITS["takes requests and never answers"]}
     servers = [HabitServer(tokenizers["teacher"], known.get(habit), KEY)]
@@ -120,14 +120,14 @@ def child(models: Path, folder: Path, habit: str | None):
 
 
 def keys_shown(folder: Path) -> list[str]:
-    """Names of files with the key in one of its spellings."""
+    """Names of the files that hold the key in one of its spellings."""
     spellings = {KEY, quote(KEY, safe=""), json.dumps(KEY)[1:-1], base64.b64encode(KEY.encode()).decode()}
     files = [path for path in folder.rglob("*") if path.is_file()]
     return [path.name for path in files if any(spelled.encode() in path.read_bytes() for spelled in spellings)]
 
 
 def run(models: Path, habit: str | None) -> dict:
-    """That training in a process of its own, which has to end by itself."""
+    """The training in a process of its own, which must end by itself."""
     with tempfile.TemporaryDirectory() as name:
         folder, begin = Path(name), time.monotonic()
         process = multiprocessing.get_context("fork").Process(target=child, args=(models, folder, habit))

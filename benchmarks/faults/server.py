@@ -1,11 +1,11 @@
 """
-A teacher's server of vLLM's completions protocol, well-behaved but for one habit. It has no model: each token has a fixed
+A teacher's server with vLLM's completions protocol, correct except for one habit. It has no model: each token has a fixed
 probability, whatever comes before it.
 
-A habit is a function `(request, ids)` called for each scoring request once `misbehaves` is set. It answers itself and returns
-True, or returns what is wrong about the right answer (a function of its JSON), or returns None for the right answer.
-`request.chosen(ids)` picks one text in three, by the text, and none that was asked for before; `request.first(ids)` is True when such a text comes for the first
-time.
+A habit is a function `(request, ids)`. It is called for each scoring request once `misbehaves` is set. It either answers the
+request and returns True, or returns a function that changes the right answer's JSON, or returns None for the right answer.
+`request.chosen(ids)` is True for one text in three, by the text alone. `request.first(ids)` is True for such a text the first
+time it comes.
 """
 
 import base64
@@ -36,9 +36,9 @@ class HabitServer(ThreadingHTTPServer):
         self.tokenizer, self.habit, self.key, self.misbehaves = tokenizer, habit, key, misbehaves
         generator = torch.Generator().manual_seed(0)
         self.log_probs = (3 * torch.randn(len(tokenizer), generator=generator)).log_softmax(-1)
-        self.other = False  # another model
+        self.other = False  # True: another model
         self.seen: set = set()
-        self.probes: set = set()  # what it was asked at the start
+        self.probes: set = set()  # requests at the start
         self.last: dict = {}
         self.connections: set = set()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -63,7 +63,7 @@ class HabitServer(ThreadingHTTPServer):
         return {"model": "teacher", "choices": [{"prompt_logprobs": scores, "prompt_token_ids": ids}]}
 
     def close(self):
-        """Gone as a killed process is."""
+        """Closes the server like a killed process."""
         self.shutdown()
         self.server_close()
         for connection in list(self.connections):
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def drip(self, parts, seconds: float = 0.2):
-        """Byte by byte, until the other side has gone."""
+        """Sends byte by byte, until the other side has gone."""
         with contextlib.suppress(OSError):
             for part in parts:
                 self.wfile.write(part)
@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-# What it does instead of answering
+# Habits in place of an answer
 
 
 def hangs(request, ids):
@@ -249,7 +249,7 @@ def echoes_the_key_with_a_success(request, ids):
     return True
 
 
-# What it gets wrong in an answer
+# Errors in an answer
 
 
 def _last_score(change):
@@ -289,7 +289,7 @@ def _shifted(scores):
 
 
 def answers_the_text_before(request, ids):
-    """As a server that mixes its requests up."""
+    """Like a server that mixes up its requests."""
     server = request.server
     before, server.last = server.last, server.answer({"prompt": ids, "prompt_logprobs": 0})
     if request.chosen(ids):

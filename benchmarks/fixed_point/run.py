@@ -2,10 +2,10 @@
 
     python -m benchmarks.fixed_point.run --assets FOLDER --out benchmarks/results/fixed_point.json
 
-A text is a whole number from 0 to 999, all alike, a full stop and the end of the turn. The student has the same law of texts
-as the teacher, each in its own published tokenizer, so that their KL is 0. Then 400 steps of Adam (rate .02) on the exact
-expectation of each loss's gradient over all thousand texts: the student's free parameters are the logits at every prefix.
-Chunks, and what may go on at their ends, are those that the package finds.
+A text is a whole number from 0 to 999, all equally likely, a full stop and the end of the turn. The student has the same
+distribution of texts as the teacher, each in its own published tokenizer, so their KL is 0. Then come 400 steps of Adam (rate
+.02) on the exact expectation of each loss's gradient over all thousand texts. The student's free parameters are the logits at
+every prefix. The chunks, and the tokens that may continue at their ends, are those that the package finds.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Numbers:
     The thousand texts in two tokenizers, and the student as a table of logits.
 
     Attributes:
-        start (P, V): the student's log-probs at its P prefixes of its V tokens, of the same law of texts as the teacher's.
+        start (P, V): the student's log-probs at its P prefixes over its V tokens, with the teacher's distribution of texts.
     """
 
     def __init__(self, student, teacher):
@@ -73,7 +73,7 @@ class Numbers:
                 if share := counts[*prefix, token] / counts[prefix]:
                     self.start[row[prefix], column[token]] = math.log(share)
         texts, columns = self.batch["scored"][0].tolist(), (self.batch["scored"][1] + self.batch["input_ids"].shape[1])
-        places = [(text, at) for text, at in zip(texts, columns.tolist(), strict=True)]  # the prompt is one token
+        places = [(text, at) for text, at in zip(texts, columns.tolist(), strict=True)]  # the prompt is a single token
         self.rows = torch.tensor([row[tuple(completions[text][:at])] for text, at in places])
         self.columns = torch.tensor([column[completions[text][at]] for text, at in places])
         going_on = [(n, column[i]) for n, i in self.batch["going_on"].T.tolist() if i in column]
@@ -92,7 +92,7 @@ class Numbers:
         return padded
 
     def scored(self, logits: torch.Tensor) -> ScoredChunks:
-        """All texts as a loss is given them, of the student with these logits (P, V)."""
+        """All texts as the batch for a loss, for the student with these logits (P, V)."""
         log_probs = logits.log_softmax(-1)
         going_on = torch.zeros(len(self.rows), dtype=torch.float64).index_add(
             0, self.places, log_probs.exp()[self.rows[self.places], self.ids]
@@ -107,7 +107,7 @@ class Numbers:
         )
 
     def expected_gradient(self, loss: Callable, logits: torch.Tensor) -> torch.Tensor:
-        """(P, V) of the loss, each text weighed by its probability under the student that wrote it."""
+        """(P, V) gradient of the loss, with each text weighted by its probability under the student."""
         batch = self.scored(logits)
         p = batch.student_log_probs.detach().sum(1).exp()
         leaves = [part.detach().requires_grad_() for part in (batch.student_log_probs, batch.close_log_probs)]
@@ -128,7 +128,7 @@ class Numbers:
 
 
 def train(world: Numbers, loss: Callable, steps: int = STEPS) -> dict:
-    """The figures after `steps`, and the greatest part of the gradient at the start."""
+    """The figures after `steps`, and the largest element of the gradient at the start."""
     logits = world.start.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=RATE)
     first = None

@@ -1,18 +1,19 @@
 """
-How near each credit's gradient is to the exact one, where all that a student can write can be listed.
+How close each credit's gradient is to the exact one, in a world where all completions can be listed.
 
     python -m benchmarks.quality.gradient      # from the repository root; a minute
 
 Writes `gradient.json` to `benchmarks/results/quality/`.
 
 Decisions:
-- The student is a table of logits: five tokens over the letters a and b, three of them a completion, 125 completions. The
-  teacher is another, with tokens of up to two letters, and reads two letters a token, so that no later text moves a boundary.
-- The exact gradient is that of Σ_h p(h) · KL(p(· | h) ‖ q(· | h)), where h is the text before a chunk and · all that the chunk
-  can be; `cosine` is that between it and the expectation of the sampled gradient, over all completions.
-- `noise` is the trace of the sampled gradient's covariance for one completion, over the squared norm of its expectation: about
-  how many completions a step must have before the signal is as large as the noise. Scale-free, so the credits compare.
-- A clip of 10 nats is on, as in training; `far` draws both tables' logits with deviation 2, `near` with 0.5.
+- The student is a table of logits: five tokens over the letters a and b, three tokens a completion, 125 completions. The
+  teacher is another table, with tokens of up to two letters. It reads two letters a token, so that no later text moves a boundary.
+- The exact gradient is that of Σ_h p(h) · KL(p(· | h) ‖ q(· | h)), where h is the text before a chunk and · runs over all
+  possible chunks. `cosine` is between it and the expectation of the sampled gradient over all completions.
+- `noise` is the trace of the sampled gradient's covariance for one completion, over the squared norm of its expectation. It is
+  about the number of completions that a step needs before the signal is as large as the noise. It has no scale, so credits
+  can be compared.
+- A clip of 10 nats is on, as in training. `far` draws both tables' logits with deviation 2, `near` with 0.5.
 """
 
 import argparse
@@ -86,7 +87,7 @@ class Tables:
         )
 
     def sampled_gradients(self, loss) -> torch.Tensor:
-        """(125, logits): what the loss of each completion alone gives the student's logits."""
+        """(125, logits): gradient of each completion's loss by the student's logits."""
         batch = self.batch()
         (slopes,) = torch.autograd.grad(loss(batch, 1)[0], batch.student_log_probs)
         score = torch.nn.functional.one_hot(self.ids, len(TOKENS)) - self.log_p.detach().exp()[self.rows]  # (125, 3, 5)
@@ -95,7 +96,7 @@ class Tables:
         return found.index_put((place, self.rows), slopes[..., None] * score, accumulate=True).flatten(1)
 
     def exact_gradient(self) -> torch.Tensor:
-        """Of the reverse KL of each chunk given the text before; chunks are grown token by token until both sides end."""
+        """The gradient of each chunk's reverse KL given the text before it. Chunks grow token by token until both sides end."""
         total = torch.zeros((), dtype=torch.float64)
         heads = [((), torch.zeros((), dtype=torch.float64))]
         while heads:

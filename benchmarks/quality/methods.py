@@ -1,15 +1,15 @@
-"""The methods that are compared, and one run of any of them.
+"""The methods that are compared, and a run of each.
 
 Decisions:
-- Ours all go through `CrossTokenizerGKDTrainer`; `trl_gold…` are TRL's own `GOLDTrainer`.
+- Our methods all use `CrossTokenizerGKDTrainer`; `trl_gold…` are TRL's own `GOLDTrainer`.
 - Every run has the same number of updates, prompts and completions a prompt, AdamW with linear decay and no warm-up. A
-  method's own settings are those of its paper; the learning rate is chosen for each method and world from one grid.
-- TRL's trainer lets the teacher read the student's chat template, spelled out in the teacher's tokens. A teacher as small as
-  these knows only its own. In `trl_gold_template…` it is given its own in the student's place, by a patch here.
-- FLOPs are 2 · parameters · tokens for a forward pass, 6 for a learning one, and writing a completion counts as one forward
-  pass over prompt and completion. The teacher's are those that the method needs: none for `sft`, those of writing for
-  `seq_kd`; our trainer scores such texts too, for its log, which is in the seconds and not in the FLOPs.
-- Seconds are of the process's CPU time, without evaluation: the machine has other work.
+  method's own settings are those of its paper. The learning rate is chosen for each method and world from one grid.
+- TRL's trainer lets the teacher read the student's chat template, in the teacher's tokens. Teachers as small as these know
+  only their own template. In `trl_gold_template…` a patch in this file gives the teacher its own template instead.
+- FLOPs are 2 · parameters · tokens for a forward pass and 6 for a training step. Generation counts as one forward pass over
+  prompt and completion. The teacher's FLOPs are those that the method needs: none for `sft`, those of generation for `seq_kd`.
+  Our trainer scores such texts too, for its log; that time is in the seconds, but not in the FLOPs.
+- Seconds are CPU time of the process, without evaluation, since the machine has other work.
 """
 
 import copy
@@ -43,9 +43,9 @@ class Method:
     """
     Attributes:
         config: of our trainer, or of TRL's if `gold`.
-        decode_and_compare: whether the published aligner takes the byte-exact one's place.
+        decode_and_compare: whether the published aligner replaces the byte-exact one.
         own_template: whether GOLD's teacher reads its own chat template.
-        teacher_flops: whether the teacher is needed at all.
+        teacher_flops: whether the method needs the teacher.
     """
 
     config: dict = field(default_factory=dict)
@@ -69,7 +69,7 @@ LOGGED = (
 
 @dataclass
 class Constant(PolicyGradient):
-    """A control without a teacher's judgement: every token has the advantage -1 (arXiv 2608.31046)."""
+    """A control without a teacher: every token has the advantage -1 (arXiv 2608.31046)."""
 
     def __call__(self, batch, num_items):
         advantages = -(batch.student_chunks >= 0).to(batch.student_log_probs.dtype)
@@ -125,23 +125,23 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run's settings, all that makes it what it is besides the size of its world."""
+    """One run's settings: all that determines it, apart from the size of its world."""
 
     method: str
     task: str
     pair: str
-    teacher: str  # "cross" or "same": whether it has the student's tokenizer
+    teacher: str  # "cross" or "same": whether it has another tokenizer than the student, or the same
     seed: int
     learning_rate: float
     updates: int
-    prompts: int  # an update
-    purpose: str  # "tuning" runs are judged on prompts of their own
+    prompts: int  # for each update
+    purpose: str  # "tuning" runs are evaluated on prompts of their own
     measured_at: tuple[int, ...]  # updates after which greedy accuracy is measured
 
 
 class DecodeAndCompare:
-    """DPCA's published aligner in the place of ours: grows a slice on either side until both decode to the same text,
-    takes no chunk of more than six tokens, and gives up for good where it gets stuck."""
+    """DPCA's published aligner in place of ours: extends a slice on each side until both decode to the same text, drops
+    chunks of more than six tokens, and stops aligning a text where it gets stuck."""
 
     def __init__(self, aligner: TextAligner, student, teacher):
         self._exact, self.student, self.teacher = aligner, student, teacher
@@ -167,7 +167,7 @@ class DecodeAndCompare:
 
 
 class Watch(TrainerCallback):
-    """Measures greedy accuracy at some updates, and the CPU seconds that this takes."""
+    """Measures greedy accuracy after some updates, and the CPU seconds that this takes."""
 
     def __init__(self, run: Run, world: World, items: list[Item], clock: Clock):
         self._run, self._world, self._items, self._clock = run, world, items, clock
@@ -187,7 +187,7 @@ class Watch(TrainerCallback):
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Draws within change no draw of the training."""
+    """Sampling inside does not change the random numbers of the training."""
     training = model.training
     model.eval()
     with torch.random.fork_rng(), torch.no_grad():
@@ -197,7 +197,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def do(run: Run, world: World, folder: Path, rendered: dict) -> dict:
-    """What came of a run. `rendered` keeps a world's dataset, rendered for both models, from one run to the next."""
+    """The result of a run. `rendered` keeps a world's dataset, rendered for both models, from one run to the next."""
     items = world.validation if run.purpose == "tuning" else world.held_out
     method, clock = METHODS[run.method], Clock("cpu")
     watch = Watch(run, world, items, clock)
@@ -237,7 +237,7 @@ def _number(value):
 
 
 def _measured(run: Run, student: PreTrainedModel, world: World, items: list[Item]) -> dict:
-    """Greedy accuracy; of the second skill too; and, but for tuning runs, pass@k and the gap of sampled answers."""
+    """Greedy accuracy, also on the second skill; and, except for tuning runs, pass@k and the gap of sampled answers."""
     tokenizer, task = world.student_tokenizer, world.task
     found = {"accuracy": models.accuracy(student, tokenizer, task, items)}
     skill = second_skill()
@@ -255,7 +255,7 @@ def _measured(run: Run, student: PreTrainedModel, world: World, items: list[Item
 
 
 def _gap(student: PreTrainedModel, world: World, items: list[Item], written: list[list[int]]) -> float | None:
-    """Student minus teacher log-prob of whole sampled answers that end, a byte; the teacher reads their text."""
+    """Student minus teacher log-prob of whole sampled answers that end, in nats a byte. The teacher reads their text."""
     tokenizer, end = world.student_tokenizer, world.student_tokenizer.eos_token_id
     pairs = [(item.prompt, ids) for item, ids in zip(items, written, strict=True) if ids[-1] == end and len(ids) > 1]
     if not pairs:
@@ -277,7 +277,7 @@ def _ours_built(
 ) -> CrossTokenizerGKDTrainer:
     key = (run.task, run.pair, run.teacher)
     if key not in rendered:
-        # with references, so that the one dataset serves the off-policy methods too
+        # with references, so that the same dataset serves the off-policy methods
         rendered[key] = _trainer(Method({"distillation_loss": "sft", "lmbda": 0.0}), run, world, folder, _rows(world))
         rendered[key] = rendered[key].train_dataset
     trainer = _trainer(method, run, world, folder, rendered[key], callbacks=[watch])
@@ -292,7 +292,7 @@ def _trainer(
 ) -> CrossTokenizerGKDTrainer:
     return CrossTokenizerGKDTrainer(
         model=copy.deepcopy(world.student),
-        teacher_model=copy.deepcopy(world.teacher),  # a trainer gives its models a forward of their own
+        teacher_model=copy.deepcopy(world.teacher),  # a trainer replaces its models' forward
         args=CrossTokenizerGKDConfig(
             **_common(run, world, folder),
             max_new_tokens=world.task.max_new_tokens,
@@ -391,7 +391,7 @@ def _watch_trl(trainer: GOLDTrainer, clock: Clock) -> None:
 
 @contextmanager
 def teacher_template(world: World) -> Iterator[None]:
-    """Within, GOLD's teacher reads each question in its own chat template."""
+    """Inside, GOLD's teacher reads each question in its own chat template."""
     original: Callable = gold_trainer.build_teacher_inputs_from_texts
     sides = (world.student_tokenizer, world.teacher_tokenizer)
     mark = "QUESTION"

@@ -1,10 +1,10 @@
-"""Teacher and weak student, trained from nothing, and how well a model answers.
+"""Teacher and weak student, trained from scratch, and their accuracy.
 
 Decisions:
 - Teacher: OLMo 2; student: Llama, smaller. Both read the question through their own chat template.
-- They are made and trained as the demo's are (`examples/demo/from_nothing.py`).
-- The teacher learns right answers and, half of the time, how a derailed one goes on rightly; the student learns answers with
-  mistakes and, in a part of each batch, its second skill.
+- They are built and trained like those of the demo (`examples/demo/from_nothing.py`).
+- The teacher is trained on right answers and, half of the time, on right continuations of answers that went wrong. The student
+  is trained on answers with mistakes and, in a part of each batch, on its second skill.
 """
 
 import random
@@ -57,7 +57,7 @@ def share_right(
 def right(
     task: Task, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], written: list[list[int]]
 ) -> list[bool]:
-    """Whether each completion answers its item; one that does not end is wrong."""
+    """Whether each completion answers its item. One that does not end is wrong."""
     texts = tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [
         ids[-1:] == [tokenizer.eos_token_id] and task.is_right(item, text)
@@ -75,7 +75,7 @@ def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: T
 def total_log_probs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: list[list[int]]
 ) -> torch.Tensor:
-    """The log-prob of each whole completion, (B,), in nats."""
+    """Log-prob (B,) of each whole completion, in nats."""
     rows = [a + b for a, b in zip(prompt_ids(tokenizer, prompts), completions, strict=True)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=model.device)

@@ -1,15 +1,15 @@
 """
-How noisy each loss's gradient is, and what it costs to know the teacher by its likeliest tokens alone.
+How noisy each loss's gradient is, and the cost of knowing only the teacher's most likely tokens.
 
     python -m benchmarks.quality.noise      # from the repository root; minutes
 
 Writes `noise.json` to `benchmarks/results/quality/`; `report.py` makes the table.
 
 Decisions:
-- The gradient of all the student's weights at the start of each task, of 8 completions at a time, the same for every loss.
-- Noise is the variance of these gradients (its trace) over the squared norm of their mean, which is estimated without its own
-  variance, by products of different draws. A loss that aims elsewhere can be quiet: `cosine` is between its mean and that of
-  `reverse_kl` with nothing told (`dpca` with closed chunks), estimated alike, so that it can come out above 1.
+- The gradient of all the student's weights at the start of each task, for 8 completions at a time, the same for every loss.
+- Noise is the variance of these gradients (the trace of their covariance) over the squared norm of their mean. Products of
+  different draws estimate the squared norm without the variance. A loss with another target can be quiet: `cosine` is between
+  its mean and that of `reverse_kl` without distributions (`dpca` with closed chunks), estimated likewise, so it may exceed 1.
 """
 
 import argparse
@@ -39,7 +39,7 @@ AIM = "reverse_kl, top_k=0"
 
 
 def gradients(task: str, draws: int) -> dict[str, torch.Tensor]:
-    """(draws, weights) of each loss."""
+    """(draws, weights) for each loss."""
     pair = HOME[task]
     own = world(SCALES["cpu"].size, task, pair)
     run = Run("reverse_kl", task, pair, "cross", 1, 3e-4, draws, PROMPTS, "noise", ())
@@ -63,7 +63,7 @@ def gradients(task: str, draws: int) -> dict[str, torch.Tensor]:
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of the two means, of draws (n, weights), without products of a draw with itself."""
+    """The product of two means of draws (n, weights), without products of a draw with itself."""
     n = len(a)
     return ((a.sum(0) @ b.sum(0) - (a * b).sum()) / (n * (n - 1))).item()
 

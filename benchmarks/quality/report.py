@@ -4,8 +4,8 @@ Makes the tables and plots of `benchmarks/quality/README.md`, and the short tabl
     python -m benchmarks.quality.report                # from the repository root
     python -m benchmarks.quality.report --scale gpu
 
-Only what stands between the markers `<!-- quality: NAME -->` and `<!-- /quality -->` is replaced. A figure is the median over
-seeds, with the smallest and the greatest; `n` is the number of seeds. Runs of the tuning stage are in none of them.
+Only the text between the markers `<!-- quality: NAME -->` and `<!-- /quality -->` is replaced. A figure is the median over
+seeds, with the smallest and the largest value; `n` is the number of seeds. Runs of the tuning stage are in no table.
 """
 
 import argparse
@@ -51,7 +51,7 @@ FACTOR = 1e9
 
 
 def share(line: dict) -> float:
-    """Of the gap between the student's start and its teacher, in greedy accuracy on held-out prompts."""
+    """The share of the gap between the student's start and its teacher that is closed, in held-out greedy accuracy."""
     return (line["accuracy"] - line["start"]) / (line["teacher_accuracy"] - line["start"])
 
 
@@ -91,7 +91,7 @@ def flops(line: dict) -> float:
 
 
 def by_merit(lines: Lines, methods: Iterable[str]) -> list[str]:
-    """The methods that have runs, best first by the mean over tasks of the median share."""
+    """The methods that have runs, ordered by the mean over tasks of the median share, the best first."""
     merit = {}
     for method in methods:
         medians = [median(select(lines, "headline", method=method, task=task), share) for task in HOME]
@@ -101,7 +101,7 @@ def by_merit(lines: Lines, methods: Iterable[str]) -> list[str]:
 
 
 def sequence_curve(lines: Lines, task: str) -> tuple[list[float], list[float]]:
-    """FLOPs and median accuracy of `seq_kd` at some updates of its long runs, the start included."""
+    """FLOPs and median accuracy of `seq_kd` after some updates of its long runs, the start included."""
     runs = select(lines, "curve", task=task)
     if not runs:
         return [], []
@@ -112,7 +112,7 @@ def sequence_curve(lines: Lines, task: str) -> tuple[list[float], list[float]]:
         for update, accuracy in [*line["accuracy_curve"].items(), (updates, line["accuracy"])]:
             found[flops(line) * int(update) / updates].append(accuracy)
     merged = defaultdict(list)
-    for spent, accuracies in found.items():  # seeds differ by a few tokens at the same update
+    for spent, accuracies in found.items():  # seeds differ by a few tokens after the same update
         merged[round(spent / (flops(runs[0]) / runs[0]["run"]["updates"]))] += [(spent, a) for a in accuracies]
     points = [
         tuple(statistics.median(part) for part in zip(*pairs, strict=True)) for _, pairs in sorted(merged.items())
@@ -121,7 +121,7 @@ def sequence_curve(lines: Lines, task: str) -> tuple[list[float], list[float]]:
 
 
 def sequence_flops(lines: Lines, method: str, task: str) -> str:
-    """How many times the method's FLOPs `seq_kd` needs for the method's median accuracy."""
+    """How many times the method's FLOPs `seq_kd` needs to reach the method's median accuracy."""
     runs = select(lines, "headline", method=method, task=task)
     spent, accuracies = sequence_curve(lines, task)
     if not runs or not spent:
@@ -171,7 +171,7 @@ def short(lines: Lines) -> str:
 
 
 def rates(plan: Plan, found: dict[str, dict]) -> str:
-    """What each learning rate came to, the chosen one in bold."""
+    """The result at each learning rate, the chosen one in bold."""
     rows = []
     for method in METHODS:
         cells = []
@@ -240,7 +240,7 @@ def coverage(lines: Lines) -> str:
 
 
 def steps(lines: Lines) -> str:
-    """Shares on the way, at one learning rate for all."""
+    """Shares during the run, at one learning rate for all methods."""
     rows = []
     for method in STEPS:
         groups = [select(lines, "steps", method=method, task=task) for task in HOME]
@@ -363,7 +363,7 @@ def plot(lines: Lines, path: Path) -> None:
 
 
 def curves(lines: Lines, path: Path) -> None:
-    """Accuracy over updates, and over FLOPs beside `seq_kd`'s long runs."""
+    """Accuracy over updates and over FLOPs, with `seq_kd`'s long runs."""
     figure, panels = plt.subplots(2, len(HOME), figsize=(12, 7), squeeze=False, layout="constrained")
     for (upper, lower), task in zip(panels.T, HOME, strict=True):
         for color, method in enumerate(DRAWN):
@@ -396,7 +396,7 @@ def curves(lines: Lines, path: Path) -> None:
 
 
 def fill(path: Path, blocks: dict[str, str]) -> None:
-    """Replaces what stands between the markers of each block that the file has."""
+    """Replaces the text between the markers of each block that the file has."""
     text = path.read_text()
     for name, block in blocks.items():
         pattern = rf"(<!-- quality: {re.escape(name)} -->\n).*?(<!-- /quality -->)"
@@ -436,9 +436,9 @@ def main(scale: str) -> None:
     found = read(results_file(scale))
     plan = Plan(SCALES[scale])
     wanted = {key(scale, run) for run in plan.runs(STAGES, found) if run is not None}
-    lines = [line for own, line in found.items() if own in wanted]  # others had a learning rate that lost
+    lines = [line for own, line in found.items() if own in wanted]  # the others had a learning rate that was not chosen
     drawn = {line["run"]["task"] for line in select(lines, "curve")}
-    # the long runs are dear: one with such a rate stands in until there is a better one
+    # long runs are expensive: one at such a rate is used until there is a better one
     lines += [line for line in select(found.values(), "curve") if line["run"]["task"] not in drawn]
     gradient = json.loads((RESULTS / "gradient.json").read_text())["gradients"]
     made = blocks(lines, gradient, plan, found)

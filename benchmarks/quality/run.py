@@ -1,20 +1,20 @@
 """
-Which method, and why: trains teachers and weak students from nothing, distils with every method, and writes one JSON line a
+Compares methods: trains teachers and weak students from scratch, distils with every method, and writes one JSON line for each
 run to `benchmarks/results/quality/runs.jsonl`, from which `report.py` makes the tables.
 
     python -m benchmarks.quality.run --scale cpu      # from the repository root
     python -m benchmarks.quality.run --scale gpu      # larger models, longer answers, more seeds; runs_gpu.jsonl
 
-Stop it at any time and start it again: what is finished is skipped. Start it twice: the two share the work.
+Stop it at any time and start it again: finished runs are skipped. Two processes at the same time share the work.
 
 Decisions:
-- The runs are a list in the order of their importance, seed by seed over all stages, methods and tasks, so that one that is
-  cut off is still balanced. `--minutes` ends it after so long; `--stages` and `--methods` do parts of it. The leading methods have more
+- The runs are ordered by importance, seed by seed over all stages, methods and tasks, so that an interrupted benchmark is
+  still balanced. `--minutes` ends it after that time; `--stages` and `--methods` select parts. The leading methods have more
   seeds than the others.
-- Tuning comes first: each method meets the same grid of learning rates on each task, with a seed of its own, judged by greedy
-  accuracy on prompts that are not the held-out ones, then by the gap. What is reported has other seeds.
-- A run that cannot be done (TRL's trainer refuses some tokenizers) is a line with its error, and none of its kind is tried
-  again.
+- Tuning comes first. Each method gets the same grid of learning rates on each task, with a seed of its own. The rate is chosen by
+  greedy accuracy on prompts other than the held-out ones, then by the gap. The reported runs have other seeds.
+- A run that cannot be done (TRL's trainer rejects some tokenizers) becomes a line with its error, and no run of its kind is
+  tried again.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from .worlds import CACHE, Size, locked, world
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
-HOME = {"sums": "digits", "plurals": "families", "stories": "sizes"}  # the pair of each task in the headline
+HOME = {"sums": "digits", "plurals": "families", "stories": "sizes"}  # each task's pair of tokenizers in the headline
 MORE_PAIRS = (("plurals", "lengths"), ("sums", "coarse"))
 LEADING = [
     "dpca",
@@ -60,7 +60,11 @@ LEADING = [
 ]
 OTHERS = [name for name in METHODS if name not in LEADING and not name.endswith(("_off", "decode_and_compare"))]
 OTHERS += ["trl_gold_template_off"]
-STEPS = ["reverse_kl", "dpca_closed", "dpca"]  # how far after 10, 20 and 40 updates, at the likeliest rate for all
+STEPS = [
+    "reverse_kl",
+    "dpca_closed",
+    "dpca",
+]  # their shares after 10, 20 and 40 updates, at the rate most likely to be best
 OFF_POLICY = ["alm_off", "gold_off", "uld_off", "cdm_off"]
 
 
@@ -69,10 +73,10 @@ class Scale:
     size: Size
     updates: int
     prompts: int
-    learning_rates: tuple[float, ...]  # the likeliest first
+    learning_rates: tuple[float, ...]  # the most likely one first
     seeds: int  # of the leading methods
     other_seeds: int
-    curve: tuple[int, ...]  # updates at which seq_kd's accuracy is measured, for table 1's last column
+    curve: tuple[int, ...]  # updates at which seq_kd's accuracy is measured, for the last column of table 1
 
     @property
     def measured_at(self) -> tuple[int, ...]:
@@ -135,13 +139,13 @@ def key(scale: str, run: Run) -> str:
 
 
 class Plan:
-    """What is to be run, in order, given what has been found so far."""
+    """The runs to do, in order, given the results so far."""
 
     def __init__(self, scale: Scale):
         self.scale = scale
 
     def runs(self, stages: Sequence[str], found: dict[str, dict]) -> Iterator[Run | None]:
-        """The runs of the stages; `None` for one whose learning rate is not chosen yet."""
+        """The runs of the stages; `None` for a run whose learning rate is not chosen yet."""
         if "tuning" in stages:
             for task, rate, method in product(HOME, self.scale.learning_rates, LEADING + OTHERS):
                 yield self._run(method, task, HOME[task], "cross", 0, rate, "tuning")
@@ -184,14 +188,14 @@ class Plan:
         return Run(method, task, pair, teacher, seed, rate, updates, scale.prompts, purpose, measured_at)
 
     def tried(self, method: str, task: str, found: dict[str, dict]) -> Lines:
-        """The runs that a learning rate is chosen by."""
+        """The runs that decide on a learning rate."""
         wanted = {"method": method, "task": task, "purpose": "tuning"}
         lines = [line for line in found.values() if all(line["run"][name] == value for name, value in wanted.items())]
         return [line for line in lines if line["run"]["learning_rate"] in self.scale.learning_rates]
 
     def chosen(self, method: str, task: str, found: dict[str, dict]) -> float | None:
-        """The learning rate with the best accuracy, then the smallest gap; `None` until all were tried. A method in
-        another form has the rate of the one that was tuned."""
+        """The learning rate with the best accuracy, then the smallest gap; `None` until all were tried. A variant of a method
+        uses the rate of the method that was tuned."""
         if method not in LEADING + OTHERS:
             method = method.removesuffix("_off").removesuffix("_decode_and_compare")
         tried = self.tried(method, task, found)
@@ -213,7 +217,7 @@ def results_file(scale: str) -> Path:
 
 
 def read(path: Path) -> dict[str, dict]:
-    """The finished runs by key; a last line that was cut off in writing is as if it were not there."""
+    """The finished runs by key. A last line that is incomplete is ignored."""
     found = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -225,7 +229,7 @@ def read(path: Path) -> dict[str, dict]:
 
 
 def append(path: Path, entry: dict) -> None:
-    """One line, in one write, on the disk before this returns; after one that was cut off, a new one."""
+    """Appends one line in one write, and syncs it to the disk. Begins a new line after an incomplete one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a") as file:
@@ -262,7 +266,7 @@ def main(
             if run is None:
                 if not busy:
                     break
-                busy.clear()  # of the other process: it may have ended
+                busy.clear()  # the other process's runs: it may have ended
                 time.sleep(5)
                 continue
             own = key(scale_name, run)

@@ -1,4 +1,4 @@
-"""Three tasks with answers that can be checked, and a second skill that none of them shows.
+"""Three tasks whose answers can be checked, and a second skill that none of them uses.
 
 | task | user | assistant | what the weak student does wrong |
 |---|---|---|---|
@@ -8,12 +8,12 @@
 | second skill | `Which colour is a bax?` | `A bax is green.` | nothing: only the student has learned it |
 
 Decisions:
-- Each mistake is made with probability `MISTAKEN`, so that the student's greedy answer has it and its samples now and then
-  have not: what on-policy distillation can work with.
-- An answer is right if it is exactly the one; for `sums`, if the number after the last `=` is.
-- `derailed` is an answer that went wrong at some place, and how it goes on rightly from there. Teachers learn these too:
-  one that has only seen right answers does not know how to go on after a wrong one, and its judgement of a student's text is
-  noise after the first mistake.
+- Each mistake is made with probability `MISTAKEN`, so that the student's greedy answer has it, while some of its samples do
+  not. This is what on-policy distillation can work with.
+- An answer is right if it equals the reference; for `sums`, if the number after the last `=` does.
+- `derailed` is an answer that went wrong at some place, with its right continuation. Teachers are trained on these too. A
+  teacher that has only seen right answers cannot continue after a wrong one, and its scores after a student's first mistake
+  are noise.
 """
 
 import random
@@ -106,7 +106,7 @@ COLOURS = ("red", "blue", "green", "white", "black", "grey")
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its right answer; `facts` is what they were made of."""
+    """A question with its right answer; `facts`: the values that both were made of."""
 
     prompt: str
     answer: str
@@ -117,11 +117,11 @@ class Item:
 class Task:
     """
     Attributes:
-        draw: a random item.
-        mistaken: an answer with the weak student's mistakes.
-        derailed: the beginning of an answer, wrong in some places, and its right continuation.
+        draw: returns a random item.
+        mistaken: returns an answer with the weak student's mistakes.
+        derailed: returns the beginning of an answer, wrong in some places, and its right continuation.
         is_right: whether a completion answers the item.
-        max_new_tokens: longest completion, in tokens of the most finely cutting tokenizer used with it.
+        max_new_tokens: longest completion, in tokens of the finest tokenizer used with it.
     """
 
     name: str
@@ -159,7 +159,7 @@ def sums(addends: int = 6) -> Task:
 
 
 def _steps(numbers: Sequence[int], add: Callable[[int, int], int] = int.__add__, until: int = 10**6) -> list[str]:
-    """The first number, then a part a step; the first `until` steps add as `add` does, the others rightly."""
+    """The first number, then a part for each step. The first `until` steps use `add`, the others add correctly."""
     total, parts = numbers[0], [str(numbers[0])]
     for step, number in enumerate(numbers[1:]):
         total = add(total, number) if step < until else total + number
@@ -240,7 +240,7 @@ def _another(town: str, rng: random.Random) -> str:
 
 
 def second_skill() -> list[Item]:
-    """All of it: the colour of every beast."""
+    """All of its items: the colour of every beast."""
     rng = random.Random(0)
     colours = {beast: rng.choice(COLOURS) for beast in BEASTS}
     return [Item(f"Which colour is a {b}?", f"A {b} is {colour}.", (b,)) for b, colour in colours.items()]

@@ -1,4 +1,4 @@
-"""Pairs of tokenizers that cut the same text differently, trained in a second on text of the task.
+"""Pairs of tokenizers that cut the same text differently, each trained in a second on text of the task.
 
 | pair | student | teacher |
 |---|---|---|
@@ -9,8 +9,8 @@
 | `coarse` | as `lengths`'s teacher: phrases | one digit a token, few merges |
 
 Decisions:
-- The student's chat template is that of Phi-3, with a BOS; the teacher's is ChatML. Only with the same tokenizer, where the
-  teacher is another model on the student's own, is the template the same too.
+- The student's chat template is that of Phi-3, with a BOS; the teacher's is ChatML. If the teacher is another model with the
+  student's own tokenizer, it has the student's template too.
 """
 
 import sys
@@ -50,7 +50,7 @@ def _byte_level(texts: list[str], pattern: str, size: int, template: str) -> Pre
 
 
 def _unigram(texts: list[str], size: int) -> PreTrainedTokenizerFast:
-    """`size` counts learned pieces."""
+    """`size`: the number of learned pieces."""
     size += 1 + len(SPECIAL[PHI])
     before = [pre_tokenizers.Digits(individual_digits=True)]
     return with_template(unigram(texts, size, SPECIAL[PHI], before, max_piece_length=4), PHI, unk_token="<unk>")

@@ -1,12 +1,12 @@
-"""A world: a task, a teacher that knows it, a weak student, and what they are asked. Trained once and kept on disk.
+"""A world: a task, a teacher that knows it, a weak student, and prompts. Trained once and cached on disk.
 
 Decisions:
-- All methods and all seeds of a task and a pair of tokenizers meet the same world, so that a difference between two runs is
-  owed to the method or to the seed of the distillation.
-- Neither the held-out prompts nor those that learning rates are chosen by, two sets without a prompt in common, are seen in any
-  training, of the two models or of the distillation.
-- `teacher="same"` is another teacher, trained alike on the student's own tokenizer and template.
-- The cache is keyed by the settings, and by the code that makes a world.
+- All methods and seeds of a task and a pair of tokenizers use the same world, so that a difference between two runs is due to
+  the method or to the seed of the distillation.
+- The held-out prompts and those for choosing learning rates are disjoint. No training, of the two models or of the
+  distillation, sees any of them.
+- `teacher="same"` is another teacher, trained in the same way on the student's own tokenizer and template.
+- The cache is keyed by the settings and by the code that makes a world.
 """
 
 import fcntl
@@ -42,7 +42,7 @@ CODE.append(FOLDER.parents[1] / "examples" / "demo" / "from_nothing.py")
 
 @dataclass(frozen=True)
 class Size:
-    """How large the two models are, how long they are trained, and how long the task's answers are."""
+    """The sizes of the two models, the lengths of their trainings, and the lengths of the task's answers."""
 
     teacher_width: int
     student_width: int
@@ -73,7 +73,7 @@ class World:
 
 
 def world(size: Size, task_name: str, pair: str, teacher: str = "cross", seed: int = 0) -> World:
-    """From the cache, or trained now."""
+    """The world, from the cache or trained now."""
     task = getattr(tasks, task_name)(**size.task.get(task_name, {}))
     rng = random.Random(f"{task_name} {seed}")
     held_out = tasks.draw_different(task, size.held_out, rng)
@@ -109,7 +109,7 @@ def world(size: Size, task_name: str, pair: str, teacher: str = "cross", seed: i
 
 
 def _settings(size: Size, side: str, task: str) -> dict:
-    """What of `size` the side's training depends on."""
+    """The parts of `size` that the side's training depends on."""
     own = {"student": "student", "cross teacher": "teacher", "same teacher": "same_teacher"}[side]
     return {
         "side": side,
@@ -159,7 +159,9 @@ def _cached(settings: dict, build, held_out: list[Item]) -> tuple:
             tokenizer.save_pretrained(folder)
             figures = {"accuracy": models.accuracy(model, tokenizer, task, held_out)}
             (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-            (folder / "figures.json").write_text(json.dumps(figures) + "\n")  # last: what is there is whole
+            (folder / "figures.json").write_text(
+                json.dumps(figures) + "\n"
+            )  # written last: the folder is then complete
             print(f"{task.name}, {settings['pair']}: the {settings['side']}'s accuracy is {figures['accuracy']:.3f}")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     return model, AutoTokenizer.from_pretrained(folder), json.loads((folder / "figures.json").read_text()), folder
@@ -167,7 +169,7 @@ def _cached(settings: dict, build, held_out: list[Item]) -> tuple:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether the lock is ours, which the system takes back from a process that has ended, however it did."""
+    """Yields whether the lock is ours. The system releases it when a process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:

@@ -3,10 +3,10 @@
     python -m benchmarks.real_models.noise [--models FOLDER] [--data mbpp.jsonl] [--losses dpca hybrid bpm]
 
 Decisions:
-- The same prompts every time; a draw is a completion for each of them, from the student as it is published with a fresh LoRA
-  adapter on all linear layers. All losses see the same draws, so that their figures are of one run, side by side.
-- Of n draws' gradients g_k over the adapter's weights, with mean m: variance V = Σ|g_k − m|² / (n − 1), squared mean
-  |m|² − V / n, since |m|² alone counts a part of the noise as signal. The figure is V over that; below n it is well measured.
+- The prompts are always the same. A draw is one completion for each prompt, by the published student with a new LoRA adapter on
+  all linear layers. All losses get the same draws, so that their figures can be compared side by side.
+- For n draws with gradients g_k over the adapter's weights and mean m: variance V = Σ|g_k − m|² / (n − 1), squared mean
+  |m|² − V / n, since |m|² alone includes a part of the noise. The figure is V over that. It is well measured if it is below n.
 """
 
 import argparse
@@ -18,13 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import torch
-from datasets import Dataset
 from demo_real import problems
-from demo_real.run import STUDENT, TEACHER, named
-from peft import LoraConfig
+from demo_real.run import STUDENT, TEACHER, build, named
 
 from benchmarks import report
-from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.losses import LOSSES, build_loss
 
 
@@ -33,7 +30,7 @@ PROMPTS, TOKENS, DRAWS = 8, 64, 16
 
 
 class Noise:
-    """Sums over draws of a gradient, with the figure they give."""
+    """Sums over draws of a gradient, and the noise computed from them."""
 
     def __init__(self):
         self.draws, self.total, self.squares = 0, None, 0.0
@@ -44,7 +41,7 @@ class Noise:
         self.squares += gradient.double().square().sum().item()
 
     def figures(self) -> dict[str, float]:
-        """`noise` is None where the draws are too few to tell the mean from nothing."""
+        """`noise` is None where there are too few draws to distinguish the mean from zero."""
         mean = (self.total / self.draws).square().sum().item()
         variance = (self.squares - self.draws * mean) / (self.draws - 1)
         squared_mean = mean - variance / self.draws
@@ -53,7 +50,7 @@ class Noise:
 
 
 def configured(spec: str):
-    """`dpca:event=open,credit=semantic` is that loss with these settings."""
+    """A loss from its text form: `dpca:event=open,credit=semantic` is dpca with these settings."""
     name, _, settings = spec.partition(":")
     pairs = (setting.split("=") for setting in settings.split(",") if setting)
     return build_loss(
@@ -66,23 +63,14 @@ def measured(student: str, teacher: str, data: str, specs: list[str], draws: int
     losses = {spec: configured(spec) for spec in specs}
     reading = next((loss for loss in losses.values() if loss.signal == "logits"), next(iter(losses.values())))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = CrossTokenizerGKDTrainer(
-            model=student,
-            teacher_model=teacher,
-            args=CrossTokenizerGKDConfig(
-                output_dir=folder,
-                model_init_kwargs={"dtype": "float32"},
-                teacher_model_init_kwargs={"dtype": "float32"},
-                distillation_loss=reading,
-                per_device_train_batch_size=PROMPTS,
-                max_new_tokens=TOKENS,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                report_to="none",
-            ),
-            train_dataset=Dataset.from_list([{"prompt": task.messages} for task in tasks]),
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        trainer = build(
+            student,
+            teacher,
+            tasks,
+            Path(folder),
+            distillation_loss=reading,
+            per_device_train_batch_size=PROMPTS,
+            max_new_tokens=TOKENS,
         )
     model = trainer.model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]

@@ -1,13 +1,13 @@
 """
-What requests in flight, and a student that works meanwhile, make of a server that takes the same time for every text however
-many it has: the client alone, since a server on the cores that train takes turns with it.
+The effect of requests in flight, and of a student that works meanwhile, with a server that takes the same time for every text,
+however many it has. Only the client is measured, since a server on the training cores would compete with it.
 
 ```bash
 python examples/small_models.py small
 python -m benchmarks.remote.latency --models small
 ```
 
-The server here has no model: after `SECONDS` it says -1 of every token. The measures are those of `throughput.py`.
+The server here has no model: after `SECONDS` it returns -1 for every token. The measures are those of `throughput.py`.
 """
 
 import argparse
@@ -35,11 +35,11 @@ class Server(ThreadingHTTPServer):
 
 @contextmanager
 def fixed_latency(tokenizer):
-    """The address of such a server."""
+    """The address of a server with a fixed latency."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        wbufsize = 1 << 16  # one packet an answer
+        wbufsize = 1 << 16  # one packet for each answer
 
         def do_GET(self):
             self.answer({"data": [{"id": "none", "max_model_len": 4096}]})

@@ -1,5 +1,5 @@
 """
-How fast a server scores, and how long a training step waits for it, against the number of requests in flight.
+How fast a server scores, and how long a training step waits for it, by the number of requests in flight.
 
 ```bash
 python examples/small_models.py small
@@ -7,8 +7,8 @@ vllm serve small/teacher --port 8000 ...           # docs/remote_teacher.md
 python -m benchmarks.remote.throughput --url http://localhost:8000 --models small --server "vLLM 0.32.0, CPU, float32"
 ```
 
-Scoring: rows of 32 tokens of prompt and 128 of completion, read as the trainer has them read; tokens a second of both.
-Waiting: the share of `seconds/step` that is `seconds/teacher_wait`, in steps of 4 micro-batches of 4 prompts, medians.
+Scoring: rows of 32 prompt and 128 completion tokens, sent as in training; tokens a second of both.
+Waiting: the share of `seconds/teacher_wait` in `seconds/step`, in steps of 4 micro-batches of 4 prompts; medians.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from trl_ctopd.teachers.servers import Servers
 OUTPUT = Path(__file__).parents[1] / "results" / "remote"
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
 ROWS, PROMPT, COMPLETION, ROUNDS = 64, 32, 128, 3
-STEPS = 6  # after one to warm up
+STEPS = 6  # after a warm-up step
 
 
 def scoring(url: str, folder: Path, concurrency: int) -> list[float]:
-    """Tokens a second, each round's."""
+    """Tokens a second in each round."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
     teacher = RemoteTeacher(Servers([url], concurrency=concurrency))
     teacher.check(tokenizer)

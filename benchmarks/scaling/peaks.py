@@ -1,11 +1,11 @@
 """
-The planner's peaks beside measured ones: real steps of models with random weights, one process each.
+The planner's peaks beside measured ones: real steps of models with random weights, each in a process of its own.
 
     CTOPD_ASSETS=<folder> python -m benchmarks.scaling.peaks          # from the repository root; small models on the CPU
     CTOPD_ASSETS=<folder> python -m benchmarks.scaling.peaks --gpu    # Llama-3.2-1B <- Qwen2.5-7B by shape, bfloat16
 
-Writes `peaks.json` (`peaks_gpu.json`) to `benchmarks/results/scaling/`. The peak is what PyTorch's allocator has given out, and not
-yet taken back, at any moment of a step: the second one, since the first one makes the optimizer's numbers.
+Writes `peaks.json` (`peaks_gpu.json`) to `benchmarks/results/scaling/`. The peak is the largest memory that PyTorch's allocator
+has in use during a step. The second step is measured, since the first one creates the optimizer state.
 """
 
 import argparse
@@ -41,7 +41,7 @@ QWEN_HALF_B = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers
 
 
 def cases(assets: Path, gpu: bool) -> dict[str, tuple[Setting, bool]]:
-    """Settings, and whether activations are checkpointed."""
+    """Settings, and whether gradient checkpointing is on."""
     if gpu:
         shared = {"device": "cuda", "dtype": torch.bfloat16}
         base = Setting(published(assets), ROWS_1B_7B, 256, 8, 1, (LLAMA_1B, QWEN_7B), **shared)
@@ -61,7 +61,7 @@ def cases(assets: Path, gpu: bool) -> dict[str, tuple[Setting, bool]]:
 
 
 def measure(assets: Path, setting: Setting, checkpointing: bool) -> dict:
-    """Bytes of one case, in this process; and the teacher's longest prompt, in tokens."""
+    """Bytes of one case, measured in this process; and the teacher's longest prompt, in tokens."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         options = {"gradient_checkpointing": checkpointing, "teacher_batch_size": setting.batch}
@@ -74,7 +74,7 @@ def measure(assets: Path, setting: Setting, checkpointing: bool) -> dict:
 
 
 def held(trainer) -> int:
-    """Bytes of both models and of the optimizer's numbers."""
+    """Bytes of both models and of the optimizer state."""
     states = (value for state in trainer.optimizer.state.values() for value in state.values())
     tensors = [*trainer.model.parameters(), *trainer.teacher.model.parameters(), *filter(torch.is_tensor, states)]
     return sum(tensor.nbytes for tensor in tensors)

@@ -1,14 +1,13 @@
 """
-An optimizer step over the number of processes: weak scaling, where each brings its own prompts, and strong, where they share.
+The time of an optimizer step by the number of processes: weak scaling (each brings its own prompts) and strong (they share).
 
     CTOPD_ASSETS=<folder> python -m benchmarks.scaling.run                              # two processes on the CPU
     CTOPD_ASSETS=<folder> python -m benchmarks.scaling.run --gpu --processes 1 2 4 8    # Llama-3.2-1B <- Qwen2.5-7B by shape
 
 Writes `scaling.json` (`scaling_gpu.json`) to `benchmarks/results/scaling/`. Every run is one `accelerate launch` with a file of
-`examples/accelerate_configs`. Completions have full length, and the first of a run's steps does not count; the figure is the
-median of the others, on the first process, which waits for all. Efficiency is 1 where twice the processes write and learn twice
-as much in the same time (weak), or as much in half the time (strong). Processes that share a processor can't reach it: cores are
-in the file.
+`examples/accelerate_configs`. Completions have full length. The first step of a run does not count. The figure is the median of
+the others on the first process, which waits for all. Efficiency is 1 where twice the processes do twice the work in the same time
+(weak), or the same work in half the time (strong). Processes that share cores cannot reach it; the file records the cores.
 """
 
 import argparse
@@ -47,12 +46,12 @@ def setting(assets: Path, folder: Path, gpu: bool, prompts: int) -> Setting:
 
 
 def work(assets: Path, gpu: bool, prompts: int, processes: int, output: Path) -> None:
-    """Every process of a run; the first one writes the seconds of its steps to `output`."""
+    """Runs in every process. The first one writes the seconds of its steps to `output`."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         own = setting(assets, Path(folder), gpu, prompts)
         rows = conversations(assets, processes * own.prompts)
-        side = Ours(own, rows, Path(folder), num_train_epochs=ROUNDS + 1)  # DeepSpeed's engine outlives no `train`
+        side = Ours(own, rows, Path(folder), num_train_epochs=ROUNDS + 1)  # DeepSpeed's engine serves only one `train`
         side.trainer.train()
         if side.trainer.is_world_process_zero():
             output.write_text(json.dumps(side.seconds[1:]))

@@ -1,4 +1,4 @@
-"""How fast sampled tokens become chunks: `TextAligner` against a plain reference and the two published ways.
+"""How fast sampled tokens become chunks: `TextAligner` against a plain reference and two published implementations.
 
     CTOPD_ASSETS=<folder> python -m benchmarks.speed.alignment    # from the repository root
 
@@ -6,32 +6,32 @@ Writes `alignment.json` and `alignment.png` to `benchmarks/results/speed/`. The 
 published on the hub, `datasets/gsm8k/train.jsonl` and `datasets/multilingual/sample.jsonl`.
 
 - `ours`: one call of `TextAligner` with all completions, and the teacher's sum of each chunk.
-- `reference`: the slow and obvious one, and the check: where nothing is masked, `ours` has exactly its chunks.
-- `gold`: what TRL's `GOLDTrainer` does with sampled completions; its own functions do the work, and the loop of
-  `_maybe_add_completion_byte_offsets` is restated. Byte-level BPE on both sides only.
+- `reference`: slow and obvious. It is also the check: where nothing is masked, `ours` has exactly its chunks.
+- `gold`: what TRL's `GOLDTrainer` does with sampled completions, by its own functions; only the loop of
+  `_maybe_add_completion_byte_offsets` is restated. For byte-level BPE on both sides only.
 - `dpca_published`: DPCA as published: `retokenize_batch` and `_align_chunks` of ivanniu/On-Policy-Distill,
-  verl/workers/reward_manager/opd.py, commit 927a8264f2e303b7f82c2d331a58fd4240c8805a. The procedure in other words, with
-  the decoded slices, their order and the tensors it writes a chunk at a time kept. Of the pairs here, its caller has
-  template markers for llama-3.2 <- qwen2.5 and llama-3.2 <- deepseek-v3 alone and raises for the others; those show what
-  the procedure does with them.
+  verl/workers/reward_manager/opd.py, commit 927a8264f2e303b7f82c2d331a58fd4240c8805a. The same procedure in other words: it
+  keeps the decoded slices, their order, and the tensors written one chunk at a time. Of the pairs here, its caller has
+  template markers only for llama-3.2 <- qwen2.5 and llama-3.2 <- deepseek-v3, and raises an error for the others. For those, the
+  figures show what the procedure itself would do.
 
 Decisions.
-- Every method starts from the same lists of student ids and ends at the chunk of each token, as its own code has it;
-  `ours` and `dpca_published` also at the teacher's log-probability of each chunk (here of zeros). `gold` ends at its groups
-  of positions; numbering them for the count is not timed.
+- Every method starts from the same lists of student ids and ends with the chunk of each token, as in its own code. `ours` and
+  `dpca_published` also compute the teacher's log-prob of each chunk (here of zeros). `gold` ends with its groups of positions;
+  numbering them for the count is not timed.
 - Completions only: no prompts, no template markers to replace, no stop tokens.
-- `encode` is the teacher's tokenizer alone, one `encode_batch` of the same texts by its backend. All methods need it, so
-  times are given with and without. Without: `ours` and `dpca_published` are run again with the teacher's encoding at hand
-  (the latter without decoding the text either, as `_align_chunks` by itself); for the others it is the difference.
-- `ours` asks the teacher's tokenizer for offsets only of texts that its normalizer may alter; without them it encodes
-  faster than `encode`. Any that it asks for afterwards count as encoding.
-- Token tables are built once a run, with the aligner: their time is given apart.
-- Times are processor time of this process, single-threaded: another process on the machine does not count.
-- The methods take turns, a round at a time; a ratio is the median of the rounds' ratios. `dpca_published` gets fewer
-  rounds, one where a run takes longer than `SLOW_SECONDS`, and none at a length where it would take ten times that.
+- `encode` is the teacher's tokenizer alone: one `encode_batch` of the same texts by its backend. All methods need it, so times
+  are given with and without it. Without: `ours` and `dpca_published` are run again with the teacher's encoding given (the
+  latter also without decoding the text, as in `_align_chunks` alone); for the others it is the difference.
+- `ours` asks the teacher's tokenizer for offsets only for texts that its normalizer may alter, so it encodes faster than
+  `encode`. Offsets that it asks for later count as encoding.
+- Token tables are built once a run, with the aligner. Their time is given separately.
+- Times are processor time of this process, single-threaded. Other processes on the machine do not count.
+- The methods take turns in each round. A ratio is the median of the rounds' ratios. `dpca_published` gets fewer rounds: one
+  where a run takes longer than `SLOW_SECONDS`, and none at a length where it would take ten times that.
 - A completion is the student's encoding of joined texts, cut at a number of tokens. The cut can split a character.
-- The masked share is that of the student's tokens without a usable chunk. `dpca_published` masks in `_align_chunks`; that
-  its caller drops some completions whole is not counted. `gold` masks nothing.
+- The masked share is the share of student tokens without a usable chunk. `dpca_published` masks in `_align_chunks`; its caller
+  also drops some whole completions, which is not counted. `gold` masks nothing.
 """
 
 import argparse
@@ -87,21 +87,21 @@ BATCH_TOKENS = 16_384
 ROUNDS = {"encode": 7, "ours": 7, "reference": 7, "gold": 7, "dpca_published": 3}
 ROUNDS |= {"ours, encoded": 7, "dpca_published, encoded": 3}
 SLOW_SECONDS = 3
-LARGE_CHUNK = 6  # tokens; what `dpca_published` calls unreliable
+LARGE_CHUNK = 6  # tokens; `dpca_published` calls larger chunks unreliable
 PLOTTED = ("gsm8k", (PAIRS[0], PAIRS[2]))
 
 Completions = list[list[int]]
-Chunks = list[list[int]]  # of each completion, the chunk of each student token; -1 = none
+Chunks = list[list[int]]  # for each completion, the chunk of each student token; -1 = none
 
 
 class Pair:
-    """Two tokenizers, with all that is built once before any completion is aligned."""
+    """Two tokenizers, with everything that is built once before a completion is aligned."""
 
     def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase):
         self.student, self.teacher = student, teacher
         with stopwatch() as spent:
             self.aligner = TextAligner(student, teacher)
-            self.aligner([student.encode("a", add_special_tokens=False)])  # what is built on first use
+            self.aligner([student.encode("a", add_special_tokens=False)])  # builds what is built on first use
         self.build_seconds = spent.cpu_seconds
         self.student_rows, self.teacher_rows = token_bytes(student), token_bytes(teacher)
         self.student_adds_space = b"".join(
@@ -144,13 +144,13 @@ def reference(pair: Pair, completions: Completions) -> list[tuple[list[int], lis
 
 
 def _ends(rows: list[bytes], length: int) -> list[int]:
-    """Where each token ends in the text; one byte too many is a space put before it."""
+    """The end of each token in the text. A surplus byte is a space that was put before the text."""
     added = sum(map(len, rows)) == length + 1 and rows[0].startswith(b" ")
     return [end - added for end in accumulate(map(len, rows))]
 
 
 def _chunks(ends: list[int], shared: list[int]) -> list[int]:
-    """By where each token starts: in the first chunk that ends after that."""
+    """By the start of each token: it is in the first chunk that ends after that."""
     chunks = [bisect_right(shared, start) for start in [0, *ends[:-1]]]
     return [chunk if chunk < len(shared) else -1 for chunk in chunks]
 
@@ -170,7 +170,7 @@ def gold(pair: Pair, completions: Completions) -> list[tuple[list[list[int]], li
     _, labels, _, teacher_offsets = build_teacher_inputs_from_texts(pair.teacher, [""] * len(texts), texts)
     groups = []
     for students, row, teachers in zip(torch.tensor(student_offsets), labels, teacher_offsets, strict=True):
-        teachers = teachers[row != -100][:-1]  # without the stop token that was appended, as is GOLD's default
+        teachers = teachers[row != -100][:-1]  # without the appended stop token, which is GOLD's default
         groups.append(ULDLoss._align_by_byte_offsets(students.tolist(), teachers.tolist()))
     return groups
 
@@ -191,7 +191,7 @@ def dpca_published(
         while at[0] < len(ids) and at[1] < len(teacher_ids):
             match = next_match(pair, ids, teacher_ids, *at)
             if match is None:
-                break  # nothing after it is aligned
+                break  # the rest is not aligned
             sizes = match[0] - at[0], match[1] - at[1]
             budget = log_probs[at[1] : match[1]].sum()
             if max(sizes) <= LARGE_CHUNK:
@@ -206,7 +206,7 @@ def dpca_published(
 
 
 def next_match(pair: Pair, student_ids: list[int], teacher_ids: list[int], s0: int, t0: int) -> tuple[int, int] | None:
-    """The first ends at which both sides decode to the same text since `s0`, `t0`; None where it gets stuck."""
+    """The next ends after `s0`, `t0` at which both sides decode to the same text; None where it gets stuck."""
     s, t = s0 + 1, t0 + 1
     while s <= len(student_ids) and t <= len(teacher_ids):
         student = _decoded(pair.student, student_ids[s0:s])
@@ -240,7 +240,7 @@ METHODS: dict[str, Callable[[Pair, Completions], list]] = {
 }
 
 
-# --- what they found
+# --- the results
 
 
 def chunks_of_students(name: str, output: list) -> Chunks:
@@ -260,7 +260,7 @@ def _numbered(student_groups: list[list[int]], teacher_groups: list[list[int]]) 
 
 
 def check(alignments: list[TextAlignment], expected: list[tuple[list[int], list[int]]]) -> int:
-    """Where nothing is masked, both sides' chunks are the reference's. Returns how many completions that are."""
+    """Checks that both sides' chunks are the reference's where nothing is masked. Returns the number of such completions."""
     clean = 0
     for alignment, chunks in zip(alignments, expected, strict=True):
         if not alignment.masked:
@@ -273,7 +273,7 @@ def check(alignments: list[TextAlignment], expected: list[tuple[list[int], list[
 
 
 def read_texts(assets: Path) -> dict[str, list[str]]:
-    """In an order of their own: the files are sorted by language."""
+    """Shuffled, since the files are sorted by language."""
     files = {"gsm8k": ("gsm8k/train.jsonl", "answer"), "multilingual": ("multilingual/sample.jsonl", "text")}
     texts = {}
     for name, (path, field) in files.items():
@@ -283,7 +283,7 @@ def read_texts(assets: Path) -> dict[str, list[str]]:
 
 
 def sample(student: PreTrainedTokenizerBase, texts: list[str], length: int) -> Completions:
-    """Completions of `length` tokens, each from texts of its own."""
+    """Completions of `length` tokens, each from different texts."""
     completions, rows = [], iter(texts)
     for _ in range(BATCH_TOKENS // length):
         joined, ids, characters = "", [], 4 * length
@@ -306,7 +306,7 @@ def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def refusal(pair: Pair, completions: Completions) -> str | None:
-    """Why `gold` does not align these. It would count a SentencePiece student's bytes wrongly and not notice."""
+    """Why `gold` does not align these. It would count a SentencePiece student's bytes wrongly without an error."""
     if not is_byte_level_tokenizer(pair.student.backend_tokenizer):
         return "The student's tokenizer is not ByteLevel, which piece_byte_len documents as out of scope."
     try:
@@ -317,7 +317,7 @@ def refusal(pair: Pair, completions: Completions) -> str | None:
 
 
 def run_rounds(runs: dict[str, Callable[[], Any]]) -> tuple[dict[str, dict[int, float]], dict[str, Any]]:
-    """Seconds by round, and what the last one gave. Those with fewer rounds take part in the last ones."""
+    """Seconds by round, and the last output of each. Methods with fewer rounds take part in the last ones."""
     times: dict[str, dict[int, float]] = {name: {} for name in runs}
     outputs = {name: run() for name, run in runs.items() if not name.startswith("dpca_published")}  # warm
     for left in reversed(range(max(ROUNDS.values()))):
@@ -328,7 +328,7 @@ def run_rounds(runs: dict[str, Callable[[], Any]]) -> tuple[dict[str, dict[int, 
 
 
 def measure(pair: Pair, completions: Completions, too_slow: bool) -> tuple[list[dict], dict]:
-    """A record a method, and the ratios of the others' times to those of `ours`."""
+    """A record for each method, and the ratios of the others' times to those of `ours`."""
     texts = [pair.text(ids) for ids in completions]
     refused = {"gold": why} if (why := refusal(pair, completions)) else {}
     if too_slow:
@@ -384,7 +384,7 @@ def growth_exponent(records: list[dict]) -> float | None:
     return round(float(np.polyfit(np.log(lengths), np.log(times), 1)[0]), 3)
 
 
-# --- what is shown
+# --- output
 
 
 def plot(records: list[dict], path: Path) -> None:
@@ -444,7 +444,7 @@ def main(assets: Path) -> None:
         pair = Pair(*(AutoTokenizer.from_pretrained(assets / "tokenizers" / name) for name in names))
         sides = dict(zip(("student", "teacher"), names, strict=True))
         gc.collect()
-        gc.freeze()  # collections during a run search what the run has made, not the vocabularies
+        gc.freeze()  # collections during a run then skip the vocabularies
         builds.append({**sides, "seconds": round(pair.build_seconds, 3)})
         for text in TEXTS:
             start, next_seconds = len(records), 0.0
@@ -469,5 +469,5 @@ if __name__ == "__main__":
     parser.parse_args()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    logging.set_verbosity_error()  # a completion longer than a tokenizer's model reads is no mistake here
+    logging.set_verbosity_error()  # completions may be longer than a tokenizer's model allows
     main(assets_folder(parser))

@@ -1,5 +1,5 @@
 """
-Memory and time of every loss and of TRL's `ULDLoss`, on the same models, at real vocabularies, over the length of the text.
+Memory and time of every loss and of TRL's `ULDLoss`, on the same models with real vocabularies, by the length of the text.
 
     CTOPD_ASSETS=<folder> python -m benchmarks.speed.loss          # on the CPU
     CTOPD_ASSETS=<folder> python -m benchmarks.speed.loss --gpu    # hidden sizes of Llama-3.2-1B and Qwen2.5-7B, bf16
@@ -7,16 +7,15 @@ Memory and time of every loss and of TRL's `ULDLoss`, on the same models, at rea
 `CTOPD_ASSETS` holds `tokenizers/<name>` as published on the hub and `datasets/gsm8k/train.jsonl`.
 
 Decisions:
-- The models are an embedding, a norm and an LM head of the published number of rows, without layers between: what is left
-  is what the losses differ in. A step reads one text with both models and takes the gradient of the loss; `floor` is the
-  same backward pass from the hidden states, with no head at all. The gradient goes through the head, which is frozen as
-  under LoRA: a head's own gradient is as large for every loss, and would hide what they hold besides.
-- What counts is the greatest amount alive at once. The slope over the length is the figure: bytes that one token more
-  costs, beyond what it costs the floor.
+- The models are an embedding, a norm and an LM head with the published number of rows, without layers between, so that only
+  the losses differ. A step reads one text with both models and computes the gradient of the loss. `floor` is the same backward
+  pass from the hidden states, without a head. The gradient passes through the head, which is frozen as under LoRA: a head's own
+  gradient is equally large for every loss and would hide the differences.
+- Memory is the peak of live bytes. The figure is its slope over the length: the bytes that each further token costs, above
+  those of the floor.
 - Ours runs as in the trainer: log-probs of the sampled tokens by the fused head, whole distributions in tiles of
   `TILE_TOKENS`. TRL's loss runs as in `GOLDTrainer`: whole logits of both models.
-- The allocator counts, so the figures hold for this machine's kernels. Times are this machine's too; compare them with
-  each other alone.
+- Bytes are counted by the allocator, and times are measured on this machine: compare them only with each other.
 """
 
 import argparse
@@ -62,7 +61,7 @@ class Scene:
     models: list[PreTrainedModel]
     tokenizers: list
     device: torch.device
-    vocabulary: VocabularyPair | None = None  # of the losses on distributions
+    vocabulary: VocabularyPair | None = None  # for losses on distributions
 
     def ours(self, name: str, read: TextAlignment) -> torch.Tensor:
         on_logits, sides, scores = LOSSES[name].signal == "logits", [], []
@@ -110,7 +109,7 @@ class Scene:
         )
 
     def floor(self, read: TextAlignment) -> torch.Tensor:
-        """Both backbones, and a gradient from the student's hidden states."""
+        """Both backbones, and a backward pass from the student's hidden states."""
         student, teacher = self.models
         with torch.no_grad():
             teacher.base_model(input_ids=self.row([0, *read.teacher_ids]))
@@ -120,7 +119,7 @@ class Scene:
         return torch.tensor([values], device=self.device)
 
     def peak_bytes(self, loss: Callable[[], torch.Tensor]) -> int:
-        loss()  # what is built once is built now
+        loss()  # builds what is built on first use
         self.models[0].zero_grad()
         return peak_bytes(lambda: loss().backward())
 
@@ -164,7 +163,7 @@ def compared(where: Scene) -> VocabularyPair:
 
 
 def dpca_slope(where: Scene, text: list[int], lengths: list[int]) -> dict:
-    """Of dpca alone; ids beyond the models' rows are folded back, which changes nothing but the log-probs."""
+    """The slope of dpca alone. Ids beyond the models' rows are folded back, which only changes the log-probs."""
     peaks = []
     for length in lengths:
         read = align_text(text[:length], *where.tokenizers)
@@ -202,7 +201,7 @@ def measure(where: Scene, text: list[int], lengths: list[int], names: list[str])
 
 
 def at_longest(results: dict[str, dict], name: str, figure: str) -> float:
-    """Beyond the floor."""
+    """The figure above the floor."""
     return results[name][figure][-1] - results["floor"][figure][-1]
 
 

@@ -1,15 +1,15 @@
 """
-Models and trainers that `step.py`, `scaling.py` and the benchmarks of scaling share.
+Models and trainers shared by `step.py`, `scaling.py` and the scaling benchmarks.
 
 Decisions:
-- Models have random weights; what a step costs does not depend on what they know. A random student writes random text, so
-  only tokens of ASCII text can be drawn: none that ends the turn, so that all completions have full length; no control
-  token; nothing that a normaliser changes, which TRL's byte offsets stop at with an error. This is a matter of weights
-  (`only_text`), so neither trainer needs a logits processor for it.
-- Both trainers are driven by their own `train()`, one epoch at a time, and an epoch is one optimizer step: what is timed is
-  all from `on_epoch_begin` to `on_epoch_end`, the loading of the batch and the logging of the step included, whatever the
-  insides of the two loops are. What `train()` does before and after is not timed.
-- TRL's trainer does not time itself; its methods are wrapped, and what is inside of none of them is `rest`.
+- Models have random weights, since the cost of a step does not depend on what they know. A random student writes random text, so
+  sampling is limited to tokens of ASCII text: none that ends the turn, so that all completions have full length; no control
+  tokens; nothing that a normalizer changes, for which TRL's byte offsets raise an error. The limit is in the weights
+  (`only_text`), so neither trainer needs a logits processor.
+- Both trainers run their own `train()`, one epoch at a time, and an epoch is one optimizer step. The time is that from
+  `on_epoch_begin` to `on_epoch_end`, with loading the batch and logging the step, whatever the two loops do inside. What
+  `train()` does before and after is not timed.
+- TRL's trainer does not time itself, so its methods are wrapped. Time outside all of them is `rest`.
 """
 
 import sys
@@ -60,7 +60,7 @@ QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers":
 }
 ROWS_1B_7B = (128_256, 152_064)  # of the embeddings of these two, as published
 LEARNING_RATE = 1e-6
-TURNS = (  # chat templates of the small tokenizers; before the answer stands text, as `only_text` asks
+TURNS = (  # chat templates of the small tokenizers; text precedes the answer, which `only_text` needs
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
@@ -70,7 +70,7 @@ TURNS = (  # chat templates of the small tokenizers; before the answer stands te
 
 @dataclass(frozen=True)
 class Setting:
-    """A trainer's step: who, how much and where. Pairs are student and teacher."""
+    """The models, sizes and device of a trainer's step. Pairs are (student, teacher)."""
 
     tokenizers: tuple[Path, Path]
     rows: tuple[int, int]  # of the embeddings
@@ -79,7 +79,7 @@ class Setting:
     accumulation: int = 2
     shapes: tuple[dict, dict] = (NARROW, NARROW)
     lora: bool = False
-    hybrid: bool = True  # whether GOLD's hybrid loss takes part
+    hybrid: bool = True  # whether GOLD's hybrid loss is measured too
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
@@ -118,7 +118,7 @@ class Setting:
         )
 
     def common(self, folder: Path) -> dict:
-        """What both trainers are told in the same words."""
+        """Settings that both trainers get."""
         return {
             "output_dir": str(folder),
             "per_device_train_batch_size": self.batch,
@@ -132,7 +132,7 @@ class Setting:
             "disable_tqdm": True,
             "use_cpu": self.device == "cpu",
             "dataloader_pin_memory": self.device != "cpu",
-            "bf16": False,  # the weights are in `dtype` as they are
+            "bf16": False,  # the weights are in `dtype` already
             "gradient_checkpointing": False,
             "max_length": None,
             "lmbda": 1.0,
@@ -143,8 +143,8 @@ class Setting:
 
 
 def only_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Lets `model` draw no id but those of ASCII text, after one of them: the first number of a hidden state is the
-    token's own sign, which no layer changes, and only their rows of the tied head agree with it."""
+    """Limits sampling to ids of ASCII text, after one of them: the first element of a hidden state is the token's own mark,
+    which no layer changes, and only the rows of these ids in the tied head agree with it."""
     table, added = token_bytes(tokenizer), tokenizer.added_tokens_decoder
     text = [i for i, data in enumerate(table) if i not in added and data.isascii() and data]
     with torch.no_grad():
@@ -182,7 +182,7 @@ def small(assets: Path, folder: Path, sizes: tuple[int, int] = (1_000, 2_000)) -
 
 
 class Timed(TrainerCallback):
-    """Times each epoch, which is one step, by `clock`; keeps the seconds of all and the log of the last."""
+    """Times each epoch, which is one step, with `clock`. Keeps the seconds of all steps and the log of the last."""
 
     def __init__(self, clock: Clock):
         self._clock = clock
@@ -202,7 +202,7 @@ class Timed(TrainerCallback):
 
 
 class Ours:
-    """Our trainer. `texts` are what the teacher read in the last step: prompts and completions."""
+    """Our trainer. `texts`: what the teacher read in the last step, prompts and completions."""
 
     def __init__(self, setting: Setting, rows: list[tuple[str, str]], folder: Path, **options: Any):
         self._clock = Clock(setting.device)
@@ -244,12 +244,12 @@ class Ours:
 
     @property
     def overhead(self) -> float | None:
-        """The share of the last step that it calls its own, from its log."""
+        """The share of the last step that its log gives as its own overhead."""
         return self._timed.log.get("compute_overhead")
 
 
 class Gold:
-    """TRL's trainer, watched from outside. `student` is its forward pass and all of the backward pass."""
+    """TRL's trainer, timed from outside. `student` is its forward pass and the whole backward pass."""
 
     def __init__(self, setting: Setting, rows: list[tuple[str, str]], folder: Path, hybrid: bool = False):
         self._clock = clock = Clock(setting.device)
@@ -309,14 +309,14 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 def finished(step: Step, phases: dict[str, float]) -> Step:
-    """`step` with all its seconds in `phases`."""
+    """`step` with the rest of its seconds assigned, so that `phases` add up to all of them."""
     step.phases = {**phases, "rest": step.seconds - sum(phases.values())}
     step.tokens = {name: int(number) for name, number in step.tokens.items()}
     return step
 
 
 def quiet() -> None:
-    """Two trainers that are built again and again say the same again and again."""
+    """Silences warnings that two trainers would repeat each time they are built."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()

@@ -1,21 +1,21 @@
 """
-How a step of `CrossTokenizerGKDTrainer` (`dpca`) grows: with the length of the completions, the number of prompts and the
-rows of both vocabularies; TRL's `GOLDTrainer` beside it.
+How a step of `CrossTokenizerGKDTrainer` (`dpca`) grows with the length of the completions, the number of prompts and the
+rows of both vocabularies, beside TRL's `GOLDTrainer`.
 
     CTOPD_ASSETS=<folder> python -m benchmarks.speed.scaling    # from the repository root
 
 Writes `scaling.json` and `scaling.png` to `benchmarks/results/speed/`. The folder holds `datasets/gsm8k/train.jsonl`.
-`--quick` does the same in little, to see that it runs.
+`--quick` does the same with small sizes, to test that it runs.
 
 Decisions:
-- One thing grows at a time, from `BASE`. Models, trainers and what is timed are those of `step.py` (see `models.py`), on the
-  CPU in float32; all prompts are one micro-batch.
-- The tokenizers stay small (1,000 and 2,000 entries), so the text is alike at every number of rows; further rows are
-  computed and cannot be drawn.
+- Only one size grows at a time, from `BASE`. Models, trainers and what is timed are those of `step.py` (see `models.py`), on
+  the CPU in float32. All prompts are one micro-batch.
+- The tokenizers stay small (1,000 and 2,000 entries), so the text is the same at every number of rows. Further rows are
+  computed and cannot be sampled.
 - GOLD takes part up to `LONGEST_OF_GOLD` tokens: its step grows with the square of the length.
-- A point is the fastest of `REPEATS` steps after one that does not count: other work on the machine only ever adds.
-- An exponent is the slope of the logarithms: 1 is growth in proportion. It is of this range alone; what is the same at
-  every size (a prompt, the layers, the calls) lowers it, attention raises it.
+- A point is the fastest of `REPEATS` steps after one that does not count, since other work on the machine only adds time.
+- An exponent is the slope of the logarithms: 1 is proportional growth. It holds for this range only. Costs that are the same
+  at every size (prompt, layers, calls) lower it, attention raises it.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from matplotlib import pyplot as plt
 RESULTS = Path(__file__).parents[1] / "results" / "speed"
 BASE = {"new_tokens": 128, "batch": 4, "rows": (32_768, 32_768), "accumulation": 1}
 QUICK = {"new_tokens": 8, "batch": 1, "rows": (4_096, 4_096), "accumulation": 1}
-AXES = {  # name: what it sets, values, values of --quick
+AXES = {  # name: what it sets, values, values with --quick
     "completion length, tokens": (lambda n: {"new_tokens": n}, (64, 128, 256, 512), (8, 16)),
     "prompts": (lambda n: {"batch": n}, (2, 4, 8, 16), (1, 2)),
     "vocabulary rows": (lambda n: {"rows": (n, n)}, (8_192, 32_768, 131_072), (4_096, 8_192)),

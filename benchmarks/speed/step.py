@@ -1,39 +1,39 @@
 """
-A full optimizer step of `CrossTokenizerGKDTrainer` (`dpca`) against TRL's `GOLDTrainer`, and against what no step can
-do without.
+A full optimizer step of `CrossTokenizerGKDTrainer` (`dpca`) against TRL's `GOLDTrainer`, and against the minimum that any
+step needs.
 
     CTOPD_ASSETS=<folder> python -m benchmarks.speed.step          # from the repository root; on the CPU
     CTOPD_ASSETS=<folder> python -m benchmarks.speed.step --gpu    # Llama-3.2-1B <- Qwen2.5-7B by shape, bf16
 
 Writes `step.json` and `step.png` (`step_gpu.*`) to `benchmarks/results/speed/`. The folder holds `tokenizers/<name>` as
-published on the hub and `datasets/gsm8k/train.jsonl`. `--quick` does the same in little and without the published
-vocabularies, to see that it runs; with `--gpu` it takes the GPU's way through this file on whatever device there is.
+published on the hub and `datasets/gsm8k/train.jsonl`. `--quick` does the same with small sizes and without the published
+vocabularies, to test that it runs; with `--gpu` it runs the GPU part of this file on whatever device there is.
 
 Decisions:
 - Same models (equal weights, a copy for each), prompts, micro-batches, length, sampling (temperature 1, whole
   distribution), optimizer (Trainer's default), learning rate, precision; no gradient checkpointing. Every completion has
-  full length (`models.py` says how), and a run in which the two trainers wrote or read unlike numbers of tokens is an
-  error.
+  full length (`models.py` says how). If the two trainers write or read different numbers of tokens, the run is an error.
 - GOLD runs on-policy with the ULD loss and its byte alignment, all else by default; `hybrid` is `uld_use_hybrid_loss`.
-- On the CPU all sides are built first, take one step each that does not count, and then take turns: at least five rounds,
-  more where they are short, in an order that turns with the round. A ratio is the median of the rounds' ratios. Times are
-  of the wall; the processor time of the process is given beside them, as other processes do not count in it.
-- On the GPU each side is alone: built, warmed, timed, then built anew with twice the prompts until memory does not do.
-- The floor is three plain loops of the same sizes and nothing else: `generate` with a cache for all prompts at once; the
-  teacher's forward pass, with log-probs of the tokens of the text alone, for the very ids that it read in our trainer; the
-  student's forward and backward pass for the log-probs of the written tokens; and the optimizer's step. The heads are
-  those that were fastest: TRL's kernel for the teacher; for the student `TILE` tokens' logits at a time, whose gradient is
-  taken at once, by hand. A loss that needs all log-probs first cannot do that, and pays for the logits twice. It clips no
-  gradients, logs nothing and has no data loader. Rows are padded on the right and nothing is masked.
+- On the CPU all sides are built first and take one step each that does not count. Then they take turns: at least five rounds,
+  more if they are short, and the order changes with the round. A ratio is the median of the rounds' ratios. Times are wall
+  times; processor time is given beside them, since other processes do not count in it.
+- On the GPU each side runs alone: it is built, warmed up and timed, then built again with twice the prompts until memory
+  runs out.
+- The floor is three plain loops of the same sizes: `generate` with a KV cache for all prompts at once; the teacher's forward
+  pass with log-probs of the given tokens, for the same ids that it read in our trainer; the student's forward and backward
+  pass for the log-probs of the written tokens; then the optimizer step. The heads are the fastest ones: TRL's kernel for the
+  teacher; for the student the logits of `TILE` tokens at a time, whose gradient is computed at once, by hand. A loss that needs
+  all log-probs first cannot do that, and computes the logits twice. The floor clips no gradients, logs nothing and has no
+  data loader. Rows are padded on the right and nothing is masked.
 
-What differs between the two trainers besides the loss, each as its own code has it:
+Other differences between the two trainers, each as in its own code:
 - GOLD calls `generate` once a micro-batch, ours once a step.
-- GOLD's teacher reads the student's chat template, spelled out in its own tokens, and an end of turn; ours reads its own
-  template. So the teacher's number of tokens differs; both are recorded.
-- GOLD's data needs an answer (it is GSM8K's), which an on-policy run tokenizes once and does not train on.
-- GOLD averages micro-batches, and ours divides by the step's tokens.
-- Phases: ours are from its own log, with the loss's backward pass in `student`; GOLD's are from outside, with the backward
-  pass of all in `student`, and its alignment partly in `loss`, partly in `generation`, partly in `rest`. On a GPU both are
+- GOLD's teacher reads the student's chat template, in its own tokens, and an end of turn; ours reads its own template. So the
+  teacher's number of tokens differs; both are recorded.
+- GOLD's data needs an answer (GSM8K's), which an on-policy run tokenizes once and does not train on.
+- GOLD averages over micro-batches; ours divides by the step's tokens.
+- Phases: ours are from its own log, with the loss's backward pass in `student`. GOLD's are measured from outside, with the whole
+  backward pass in `student`, and its alignment partly in `loss`, partly in `generation`, partly in `rest`. On a GPU both are
   times of the host.
 """
 
@@ -103,8 +103,10 @@ PHASES = {  # in the order of the plot
 class Plan:
     settings: dict[str, Setting]  # by name
     rounds: int
-    seconds: float = 0  # short steps are repeated for as long
-    largest: int | None = None  # prompts tried at most where each side is alone; `None`: they take turns
+    seconds: float = 0  # short steps are repeated for this long
+    largest: int | None = (
+        None  # the largest number of prompts tried where each side runs alone; `None`: they take turns
+    )
 
 
 def cpu_plan(assets: Path, folder: Path, quick: bool) -> Plan:
@@ -114,7 +116,7 @@ def cpu_plan(assets: Path, folder: Path, quick: bool) -> Plan:
         f"small vocabularies, {length} tokens": Setting(tokenizers, rows, length)
         for length in ((32,) if quick else (32, 128, 512))
     }
-    # GOLD's time grows with the square of the length: at 512 tokens, one prompt
+    # GOLD's time grows with the square of the length: one prompt at 512 tokens
     for length, prompts in () if quick else ((128, 2), (512, 1)):
         settings[f"published vocabularies, {length} tokens"] = Setting(
             published(assets), ROWS, length, 1, prompts, hybrid=length < 512
@@ -147,7 +149,7 @@ def gpu_plan(
 
 
 class Floor:
-    """What no on-policy step can do without, in plain loops; `texts` are the teacher's prompts and completions."""
+    """The minimum of any on-policy step, in plain loops; `texts` are the teacher's prompts and completions."""
 
     def __init__(self, setting: Setting, rows: list[tuple[str, str]], texts: tuple[list[list[int]], list[list[int]]]):
         self._setting, self._clock, self._texts = setting, Clock(setting.device), list(zip(*texts, strict=True))
@@ -189,7 +191,7 @@ class Floor:
         return finished(clock.step, clock.step.phases)
 
     def _read(self, model, texts: list[tuple[list[int], list[int]]], side: str) -> Iterator[tuple[torch.Tensor, ...]]:
-        """The states (n, H) that completions' tokens are predicted from, and the tokens (n,), a micro-batch at a time."""
+        """For each micro-batch, the hidden states (n, H) that the completions' tokens are predicted from, and the tokens (n,)."""
         texts = sorted(texts, key=lambda text: -len(text[0]) - len(text[1]))
         for start in range(0, len(texts), self._setting.batch):
             micro_batch = texts[start : start + self._setting.batch]
@@ -207,8 +209,8 @@ class Floor:
 
 @torch.no_grad()
 def head_gradient(hidden: torch.Tensor, weight: torch.nn.Parameter, targets: torch.Tensor) -> torch.Tensor:
-    """The gradient of `cross_entropy(hidden @ weight.T, targets, reduction="sum")` with respect to `hidden` (n, H); what
-    `weight` gets is added to its `grad`."""
+    """The gradient of `cross_entropy(hidden @ weight.T, targets, reduction="sum")` by `hidden` (n, H). That by `weight` is
+    added to its `grad`."""
     gradient = torch.empty_like(hidden)
     if weight.requires_grad and weight.grad is None:
         weight.grad = torch.zeros_like(weight)
@@ -224,7 +226,7 @@ def head_gradient(hidden: torch.Tensor, weight: torch.nn.Parameter, targets: tor
 
 
 def builders(setting: Setting, rows: list[tuple[str, str]], folder: Path) -> dict[str, Callable]:
-    """How each side but the floor is built."""
+    """A function for each side, except the floor, that builds it."""
     found = {"ours": lambda: Ours(setting, rows, folder), "gold": lambda: Gold(setting, rows, folder)}
     if setting.hybrid:
         found["gold hybrid"] = lambda: Gold(setting, rows, folder, hybrid=True)
@@ -234,7 +236,7 @@ def builders(setting: Setting, rows: list[tuple[str, str]], folder: Path) -> dic
 def take_turns(
     setting: Setting, rows: list[tuple[str, str]], folder: Path, rounds: int, seconds: float
 ) -> dict[str, list[Step]]:
-    """The counted steps of each side: at least `rounds`, and more where they are short, until `seconds` are over."""
+    """The counted steps of each side: at least `rounds`, and more if they are short, until `seconds` have passed."""
     sides = {name: build() for name, build in builders(setting, rows, folder).items()}
     for side in sides.values():
         side.run()
@@ -254,18 +256,18 @@ def take_turns(
 
 
 def check_tokens(setting: Setting, steps: dict[str, list[Step]]) -> None:
-    """Raises `RuntimeError` where not every completion is full, or the sides read unlike numbers of tokens."""
+    """Raises `RuntimeError` where a completion is not full, or the sides read different numbers of tokens."""
     for name, own in steps.items():
         for step in own:
             expected = steps["ours"][0].tokens | {"written": setting.prompts * setting.new_tokens}
-            if name != "floor":  # each step's text is another one to the teacher; the floor reads our last one
+            if name != "floor":  # each step has another text for the teacher; the floor reads our last one
                 expected["teacher"] = step.tokens["teacher"]
             if step.tokens != expected:
                 raise RuntimeError(f"{name} had {step.tokens} in a step, expected {expected}.")
 
 
 def alone(setting: Setting, rows: list[tuple[str, str]], folder: Path, rounds: int, largest: int) -> dict:
-    """Each side's counted steps and the most prompts that fit in one micro-batch, without another side in memory."""
+    """Each side's counted steps, and the most prompts that fit in one micro-batch, with no other side in memory."""
     steps, most, texts, own = {}, {}, None, rows[: setting.prompts]
     every = builders(setting, own, folder)
     every["floor"] = lambda: Floor(setting, own, texts)
@@ -291,7 +293,7 @@ def timed_alone(build: Callable, rounds: int) -> tuple[list[Step], tuple | None]
 
 
 def most_prompts(setting: Setting, rows: list, folder: Path, name: str, largest: int) -> int:
-    """The greatest power of two of prompts in a micro-batch that a whole step has memory for; 0 if not even one."""
+    """The largest power of two of prompts in a micro-batch for which a whole step fits into memory; 0 if none does."""
     fits, batch = 0, 1
     while batch <= largest:
         larger = dataclasses.replace(setting, batch=batch, accumulation=1)
@@ -302,7 +304,7 @@ def most_prompts(setting: Setting, rows: list, folder: Path, name: str, largest:
 
 
 def within_memory(work: Callable):
-    """What `work` returns, or `None` if the device has not enough memory for it."""
+    """What `work` returns, or `None` if the device runs out of memory."""
     found = None
     with suppress(torch.OutOfMemoryError):
         found = work()
@@ -331,7 +333,7 @@ def phases_of(steps: list[Step]) -> list[str]:
 
 
 def ratio(steps: list[Step], to: list[Step]) -> dict[str, float]:
-    """How many times as long as `to` it took: median and spread of the rounds, and the median by processor time."""
+    """The time relative to `to`: median and range of the rounds, and the median by processor time."""
     wall = [own.seconds / other.seconds for own, other in zip(steps, to, strict=True)]
     cpu = [own.cpu_seconds / other.cpu_seconds for own, other in zip(steps, to, strict=True)]
     return {

@@ -1,15 +1,14 @@
-"""What the package makes of many real chat templates: right, masked or refused, and why, as a table.
+"""Tests the package on many real chat templates: whether each kind of turn is right, masked or refused, and why, as a table.
 
     python -m benchmarks.templates.census [--folder more/templates] [--out docs/templates.md]
 
-The templates are those that the installed TRL brings (`trl/chat_templates`), those of each `--folder`, and with `CTOPD_ASSETS`
-those of its folder `templates`. Each is given to a toy byte-level tokenizer to which the strings that look like control tokens
-in what the template writes are added as special tokens, and its tags as others: a template's turns do not depend on the
-vocabulary.
+The templates are those of the installed TRL (`trl/chat_templates`), those of each `--folder`, and with `CTOPD_ASSETS` those of its
+folder `templates`. Each is given to a toy byte-level tokenizer. The strings in its output that look like control tokens become
+special tokens, and its tags ordinary added tokens. A template's turns do not depend on the vocabulary.
 
 A kind of turn is *right* when, byte for byte,
-- prompt, text and end put together are the template's own rendering of the finished turn (as a student),
-- a teacher of Qwen3's template reads what the student wrote as Qwen3's own rendering of the same turn,
+- for the student, prompt, text and end together are the template's own rendering of the finished turn,
+- a teacher with Qwen3's template reads the student's text as Qwen3's own rendering of the same turn,
 - and as the teacher of a student with Qwen3's template, it reads its own rendering of the same turn.
 """
 
@@ -48,7 +47,7 @@ TAG = re.compile(r"</?[a-z_]{2,20}>")
 
 
 def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
-    """Bytes, and the control strings and tags of what the template writes."""
+    """A byte-level tokenizer with the control strings and tags that the template writes."""
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     names = {"bos_token": "<BOS>", "eos_token": "<EOS>"}
@@ -64,7 +63,7 @@ def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
                 try:
                     found.add(bare.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=True))
                     found.add(bare.apply_chat_template(turns, tools=tools, tokenize=False))
-                except Exception:  # whatever it refuses, the census will say
+                except Exception:  # the census reports it later
                     continue
     written = "\n".join([*found, template])
     backend.add_special_tokens([*sorted({match[0] for match in CONTROL.finditer(written)} | {"<BOS>", "<EOS>"})])
@@ -83,7 +82,7 @@ def rendered(side: Speaker, turn: Turn, conversation: Conversation, sections: tu
 
 
 def read(student: Speaker, teacher: Speaker, asked: Conversation) -> str | None:
-    """What the teacher reads of the reference when the student writes it; None where it goes not on from its prompt, or calls
+    """What the teacher reads of the reference when the student writes it; None where that does not continue its prompt, or calls
     are masked."""
     opened, theirs = student.opened(asked), teacher.opened(asked)
     before, ids = student.reference(asked)
@@ -133,7 +132,7 @@ def judged(side: Speaker, other: Speaker, kind: str, kwargs: dict) -> str:
         if heard is not None and heard != partner:
             return f"wrong: its teacher reads {heard[-60:]!r}"
     heard = read(other, side, asked)
-    if form.loose:  # the template itself leaves earlier thoughts out
+    if form.loose:  # the template itself drops earlier thoughts
         stem = side.tokenizer.decode(side.opened(asked).ids)
         own = stem + message["reasoning_content"] + heard[len(stem) + len(message["reasoning_content"]) :]
         if form.literals[1] not in heard or not heard.endswith(message["content"] + form.end):
@@ -164,7 +163,7 @@ def census(files: list[Path]) -> dict[str, dict[str, str]]:
 
 
 def table(found: dict[str, dict[str, str]]) -> str:
-    """In Markdown; the counts first."""
+    """The table in Markdown, with the counts first."""
     names = "\n".join(
         f"| {kind} | " + " | ".join(str(count) for count in _counts(found, kind)) + " |" for kind in TURNS
     )

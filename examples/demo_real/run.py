@@ -15,7 +15,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from datasets import Dataset
 from demo_real import problems, show
 from demo_real.answering import answers
 from demo_real.measuring import measure
+from demo_real.problems import Problem
 from peft import LoraConfig
 
 from benchmarks.report import header
@@ -76,7 +77,25 @@ def main(student: str, teacher: str, data: str, output: Path, loss: str, steps: 
     notes = Notes(output / "measured.json", settings)
     tasks = problems.load_problems(data)
     held_out, training = tasks[:HELD_OUT], tasks[HELD_OUT:]
-    trainer = build(student, teacher, training, held_out, output / "student", loss, steps, seed)
+    trainer = build(
+        student,
+        teacher,
+        training,
+        output / "student",
+        held_out[:GAP_PROMPTS],
+        distillation_loss=loss,
+        per_device_train_batch_size=PROMPTS_PER_STEP,
+        per_device_eval_batch_size=PROMPTS_PER_STEP,
+        max_steps=steps,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_new_tokens=TOKENS,
+        logging_steps=1,
+        save_steps=STEPS_BETWEEN_CHECKPOINTS,
+        save_total_limit=1,
+        report=True,
+        seed=seed,
+    )
     model = trainer.accelerator.unwrap_model(trainer.model)
 
     def solving(own_model, tokenizer) -> dict:
@@ -113,8 +132,10 @@ def main(student: str, teacher: str, data: str, output: Path, loss: str, steps: 
 
 
 def build(
-    student, teacher, training, held_out, folder: Path, loss: str, steps: int, seed: int
+    student: str, teacher: str, training: Sequence[Problem], folder: Path, held_out: Sequence[Problem] = (), **settings
 ) -> CrossTokenizerGKDTrainer:
+    """A trainer on the CPU in float32, with a LoRA adapter on all linear layers. `settings`: further ones of the config."""
+    train, evaluation = (Dataset.from_list([{"prompt": task.messages} for task in own]) for own in (training, held_out))
     return CrossTokenizerGKDTrainer(
         model=student,
         teacher_model=teacher,
@@ -122,25 +143,14 @@ def build(
             output_dir=str(folder),
             model_init_kwargs={"dtype": "float32"},
             teacher_model_init_kwargs={"dtype": "float32"},
-            distillation_loss=loss,
-            per_device_train_batch_size=PROMPTS_PER_STEP,
-            per_device_eval_batch_size=PROMPTS_PER_STEP,
-            max_steps=steps,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            max_new_tokens=TOKENS,
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
-            logging_steps=1,
-            save_steps=STEPS_BETWEEN_CHECKPOINTS,
-            save_total_limit=1,
-            report=True,
             report_to="none",
-            seed=seed,
+            **settings,
         ),
-        train_dataset=Dataset.from_list([{"prompt": task.messages} for task in training]),
-        eval_dataset=Dataset.from_list([{"prompt": task.messages} for task in held_out[:GAP_PROMPTS]]),
+        train_dataset=train,
+        eval_dataset=evaluation if held_out else None,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
 
