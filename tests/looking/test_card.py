@@ -207,11 +207,16 @@ def test_an_adapter_whose_base_is_not_on_the_hub_asks_for_the_base_in_the_quick_
     assert 'PeftModel.from_pretrained(base, "me/my-run")' in snippet
 
 
-def test_the_quick_start_chats_with_a_template_and_completes_text_without_one(make):
-    template_less = toys.student_tokenizer()
-    template_less.chat_template = None
-    assert "apply_chat_template(messages" in quick_start(make().content)
-    assert "apply_chat_template" not in quick_start(make(student_tokenizer=template_less).content)
+@pytest.mark.parametrize("on_text", [False, True])
+def test_the_quick_start_asks_as_the_training_did(make, on_text):
+    without = toys.student_tokenizer()
+    without.chat_template = None
+    chat, base = (quick_start(make(on_text=on_text, **own).content) for own in ({}, {"student_tokenizer": without}))
+    assert ("apply_chat_template(messages" in chat) == (not on_text)
+    assert "apply_chat_template" not in base
+    turns = 'tokenizer("User:\\nWhy is the sky blue?\\n\\nAssistant:\\n", return_tensors="pt")'
+    assert (turns in base) == ("# the tokenizer has no chat template" in base) == (not on_text)
+    assert ('tokenizer("The sky is blue because", return_tensors="pt")' in base) == on_text
 
 
 def test_the_quick_start_renders_prompts_with_the_template_kwargs_of_the_run(make):

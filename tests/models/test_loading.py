@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from toys import SHAPE, step_of, student_model, student_tokenizer, weights
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from toys import SHAPE, STUDENT_TEMPLATE, step_of, student_model, student_tokenizer, weights
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from trl_ctopd.models.loading import adapter_base, check_saves, load_tokenizer
@@ -196,3 +196,63 @@ def test_the_tokenizer_beside_a_gguf_file_is_preferred_and_the_one_within_is_war
     student_tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(None, str(tmp_path), None, False, "toy.gguf").get_vocab() == student_tokenizer().get_vocab()
     assert not caplog.text
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory) -> str:
+    """A tokenizer with a template whose turn markers the base student's does not have."""
+    tokenizer = student_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|start|>", "<|turn|>", "<|over|>"]})
+    tokenizer.chat_template = STUDENT_TEMPLATE.replace("<|start|>", "<|turn|>").replace("<|eot|>", "<|over|>")
+    tokenizer.eos_token = "<|over|>"
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def base_tokenizer():
+    tokenizer = student_tokenizer()
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def test_a_base_student_learns_a_cloned_template_with_an_adapter_and_is_loaded_again(build, tmp_path, chat_folder):
+    student_model().save_pretrained(tmp_path / "base")
+    base_tokenizer().save_pretrained(tmp_path / "base")
+    trainer = build(
+        model=str(tmp_path / "base"),
+        processing_class=base_tokenizer(),
+        chat_template_path=chat_folder,
+        peft_config=LoraConfig(target_modules="all-linear"),
+        max_steps=2,
+        learning_rate=0.1,
+    )
+    [rows] = [part for name, part in trainer.model.named_parameters() if "trainable_tokens_delta" in name]
+    before = rows.detach().clone()
+    trainer.train()
+    assert (rows != before).any(), "the new turn markers are learned"
+    trainer.save_model()
+    again = AutoPeftModelForCausalLM.from_pretrained(trainer.args.output_dir).eval()
+    ids = torch.tensor([trainer.train_dataset[0]["prompt_ids"]])
+    assert "<|turn|>assistant" in trainer.processing_class.decode(ids[0])
+    with torch.no_grad():
+        expected = again(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        columns = torch.arange(-ids.shape[1], -1)
+        scored = torch.stack([torch.zeros_like(columns), columns])
+        scores = trainer.model.eval()(input_ids=ids, scored=scored, targets=ids[0, 1:])
+    torch.testing.assert_close(scores.log_probs, expected, rtol=0, atol=1e-4)
+
+
+def test_tokens_added_to_a_student_whose_head_is_its_embedding_are_refused_with_what_can_be_done(
+    build, tmp_path, chat_folder
+):
+    def built(path: str, peft_config=None):
+        model = student_model(tie_word_embeddings=True)
+        return build(model=model, processing_class=base_tokenizer(), chat_template_path=path, peft_config=peft_config)
+
+    with pytest.raises(ValueError, match="its LM head is its embedding.*path of a .jinja file.*without `peft_config`"):
+        built(chat_folder, LoraConfig(target_modules="all-linear"))
+    known = tmp_path / "known.jinja"
+    known.write_text(STUDENT_TEMPLATE, encoding="utf-8")
+    built(str(known), LoraConfig(target_modules="all-linear")).train()
+    built(chat_folder).train()

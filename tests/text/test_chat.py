@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import pickle
+import warnings
 from datetime import date
 from pathlib import Path
 
@@ -384,6 +385,19 @@ def test_without_a_template_the_conversation_is_plain_text():
     assert text_of(side, Conversation(LONG[:3])) == expected.split("\n\nUser:\nQ2")[0]
     assert text_of(side, Conversation([USER], tools=[TOOL])).startswith('Tools:\n[{"type": "function"')
     assert '"name": "add"' in text_of(side, Conversation([USER, CALL, RESULT]))
+
+
+def test_without_a_template_the_format_of_conversations_is_said_once():
+    side = Speaker(real("gpt2"))
+    with pytest.warns(
+        UserWarning, match=r"has no chat template.*'User:\\nHi.*Assistant:\\n'.*chat_template_path"
+    ) as said:
+        for _ in range(2):
+            side.prompt_ids(Conversation([USER]))
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Speaker(real("gpt2")).prompt_ids(Conversation("plain text"))
 
 
 def test_without_a_template_plain_text_gets_one_bos():

@@ -227,7 +227,7 @@ def test_a_tokenizer_loaded_from_the_hub_reads_as_the_trainers_did(hub, reposito
 @pytest.mark.parametrize("repository", RUNS)
 def test_the_cards_quick_start_runs_as_it_stands_and_prints_an_answer(hub, repository):
     visited = hub.visited[repository]
-    opening = "<|start|>user\nWhy" if repository != CHECKPOINTS else "The sky"
+    opening = "<|start|>user\nWhy" if repository != CHECKPOINTS else "User:\nWhy"
     assert visited["prompt"].removeprefix("<|bos|>").startswith(opening)
     assert visited["printed"].strip()
     assert visited["prompt"] not in visited["printed"]

@@ -4,6 +4,7 @@
 - Models and datasets on the hub are linked and enter the metadata. A local folder is shown by its name only, and enters neither.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES
 from ..redact import redacted
+from ..text.chat import plain_text
 from .history import BOOKKEEPING, figures
 from .ornaments import ornament
 from .provenance import describe, hub_name, on_hub, step, versions
@@ -156,6 +158,7 @@ def model_card(
     licenses: Sequence[dict[str, str]] = (),
     command: str | None = None,
     picture: str | None = None,
+    on_text: bool = False,
 ) -> ModelCard:
     """
     The card of a run.
@@ -167,10 +170,12 @@ def model_card(
         licenses: the licenses on the model cards of the student and of each teacher. The student's becomes the new card's.
         command: the command that started the run.
         picture: file name of the learning curve, in the card's folder.
+        on_text: whether the prompts were plain text.
     """
     student = hub_name(student)
     template_kwargs = redacted(args.chat_template_kwargs or {})
     template_kwargs = {name: value for name, value in template_kwargs.items() if value is not None}
+    has_template = bool(student_tokenizer.chat_template or template_kwargs.get("chat_template"))
     sets, metrics = _metrics(log_history)
     return ModelCard.from_template(
         ModelCardData(
@@ -195,7 +200,10 @@ def model_card(
         citation=_citation(_paper(args)),
         prompts=_prompts(dataset_name, prompts),
         adapter=adapter,
-        chat=bool(student_tokenizer.chat_template or template_kwargs.get("chat_template")),
+        chat=not on_text and has_template,
+        turns=None
+        if on_text or has_template
+        else json.dumps(plain_text([{"role": "user", "content": "Why is the sky blue?"}])),
         template_kwargs={name: repr(value) for name, value in template_kwargs.items()},
         max_new_tokens=args.max_new_tokens,
         steps=max((entry.get("step", 0) for entry in log_history), default=0),

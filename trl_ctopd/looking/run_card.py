@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from trl.trainer.utils import get_config_model_id
 
+from ..rollouts.pairing import Prompt
 from . import card, provenance
 from .ornaments import ornament
 
@@ -35,6 +36,13 @@ class RunCard:
             self._last.write(folder)
 
 
+def _is_text(dataset: Dataset | IterableDataset) -> bool:
+    """Whether a rendered dataset begins with plain text; False where that is not known."""
+    if not isinstance(dataset, Dataset) or "frame" not in dataset.column_names:
+        return False
+    return Prompt([], [], frame=dataset.with_format(None)[0]["frame"]).framed.is_text
+
+
 def _made(trainer, key: tuple, model_name: str, dataset_name: str | None, tags: Sequence[str]) -> card.Written:
     student, seats = get_config_model_id(trainer.model.config), trainer.panel.seats.values()
     history, dataset = trainer.state.log_history, trainer.train_dataset
@@ -51,6 +59,7 @@ def _made(trainer, key: tuple, model_name: str, dataset_name: str | None, tags: 
         student_tokenizer=trainer.processing_class,
         args=trainer.args,
         adapter=isinstance(trainer.model, PeftModel),
+        on_text=_is_text(dataset),
         dataset_name=dataset_name or provenance.dataset_source(dataset),
         tags=[*trainer._tag_names, *tags],
         log_history=history,

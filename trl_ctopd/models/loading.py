@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 import torch
 from accelerate.logging import get_logger
 from peft import AutoPeftModelForCausalLM, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -123,13 +122,15 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None):
 
 def check_vocabulary(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
     """Raises `ValueError` where the tokenizer has ids that the model does not embed."""
-    if any(type(module).__name__ == "TrainableTokensLayer" for module in model.modules()):
+    if any(type(module).__name__ == "TrainableTokensLayer" for module in model.get_output_embeddings().modules()):
         raise ValueError(
-            f"The {side} has `trainable_token_indices`, whose rows are no part of its embedding's own weight: choose "
-            "`modules_to_save=['embed_tokens', 'lm_head']` instead."
+            f"The {side} has `trainable_token_indices` (TRL sets them for tokens that `chat_template_path` adds), and its LM head is "
+            "its embedding: PEFT keeps the trained rows beside the weight, and the head's weight is read by itself. Where the tokens "
+            "are of a `chat_template_path`, give the path of a .jinja file whose tokens the tokenizer has already, or train the "
+            "whole student, without `peft_config`. Else choose `modules_to_save=['embed_tokens', 'lm_head']` for them."
         )
-    embeddings = model.get_input_embeddings()
-    rows = (embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings).num_embeddings
+    embedding = next(module for module in model.get_input_embeddings().modules() if isinstance(module, nn.Embedding))
+    rows = embedding.num_embeddings
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ValueError(

@@ -11,6 +11,7 @@ Left out: context lengths, truncation.
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,7 +42,7 @@ from .turns import (
 )
 
 
-__all__ = ["Conversation", "Opened", "Speaker", "read_example", "unshared_markup"]
+__all__ = ["Conversation", "Opened", "Speaker", "plain_text", "read_example", "unshared_markup"]
 
 # the usual names of the token between two texts of pretraining, which a chat model's generation config may leave out
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
@@ -83,7 +84,8 @@ class Speaker(Template):
             self._refuse_what_is_left_out(conversation)
             ids = self._encode(self._render(conversation.prompt, conversation, open_ended=True))
         else:
-            ids = self._encode_plain(_plain_text(conversation.prompt, conversation.tools))
+            _ = self._writes_plain_turns
+            ids = self._encode_plain(plain_text(conversation.prompt, conversation.tools))
         if not ids:
             raise ValueError(f"the prompt is empty and {self._name} writes no BOS, so there is nothing to go on from")
         return ids
@@ -95,7 +97,7 @@ class Speaker(Template):
         if self.template:
             text = self._render(conversation.prompt, conversation, open_ended=True)
         else:
-            text = _plain_text(conversation.prompt, conversation.tools)
+            text = plain_text(conversation.prompt, conversation.tools)
         return text[len(text.rstrip()) :]
 
     def opened(self, conversation: Conversation) -> Opened:
@@ -243,6 +245,15 @@ class Speaker(Template):
             _ = self._takes_tools
         if any(message.get(name) for message in messages for name in REASONING):
             _ = self._keeps_thoughts
+
+    @cached_property
+    def _writes_plain_turns(self) -> bool:
+        warnings.warn(
+            f"{self._name} has no chat template: it reads conversations as text, {plain_text([USER])!r}, and a student learns to answer "
+            "that. To train another format, set `tokenizer.chat_template`, or `chat_template_path` for the student",
+            stacklevel=2,
+        )
+        return True
 
     # Turns
 
@@ -453,7 +464,8 @@ def unshared_markup(student: Speaker, teacher: Speaker) -> list[str]:
     return sorted(texts)
 
 
-def _plain_text(messages: list[dict], tools: list[dict] | None) -> str:
+def plain_text(messages: list[dict], tools: list[dict] | None = None) -> str:
+    """A conversation as a model without a chat template reads it."""
     turns = [f"Tools:\n{json.dumps(tools, ensure_ascii=False)}"] if tools else []
     turns += [f"{message['role'].capitalize()}:\n{_content(message)}" for message in messages]
     return "\n\n".join(turns if messages[-1]["role"] == "assistant" else [*turns, "Assistant:\n"])
