@@ -1,4 +1,4 @@
-"""The README's picture of the viewer: the scored sentence of `notebooks/look_inside.ipynb`, with a token pointed at.
+"""The README's picture of the viewer: the scored sentence of `notebooks/look_inside.ipynb`, with the pointer on a token.
 
 python -m examples.alignment_picture     # writes examples/alignment.png; needs playwright and a chromium on the PATH
 """
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def scored_view() -> str:
-    """The HTML that the notebook shows of its scored rollout."""
+    """The HTML of the notebook's scored rollout."""
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs if "data" in output]
     [html] = [html for output in outputs if 'class="ctopd scored"' in (html := output.data.get("text/html", ""))]

@@ -1,13 +1,13 @@
-"""The method with no trainer: on-policy distillation across tokenizers (DPCA) as one flat loop of plain PyTorch.
+"""The method without a trainer: on-policy distillation across tokenizers (DPCA) as one flat loop of plain PyTorch.
 
     python examples/minimal_loop.py
 
-One step: the student writes, the teacher reads the same text in its own tokens, the chunks on which both tokenizations
-agree share out the teacher's verdict, and a policy gradient follows. About a minute on one CPU core, and half of that
-goes into making the two models; the task is the demo's (`demo/task.py`), with one digit of euros.
+One step: the student writes, the teacher reads the same text in its own tokens, the teacher's scores are shared out over the
+chunks on which both tokenizations agree, and a policy gradient follows. It takes about a minute on one CPU core, half of it for
+making the two models. The task is the demo's (`demo/task.py`), with one digit of euros.
 
-Left out, and what the trainer is for: more than one process, LoRA, mixed precision, gradient accumulation, evaluation by
-the teacher, checkpoints, logging, and every edge case of real tokenizers' chat templates.
+Left out, and done by the trainer: several processes, LoRA, mixed precision, gradient accumulation, evaluation, checkpoints,
+logging, and all edge cases of real tokenizers and chat templates.
 """
 
 import random
@@ -23,9 +23,9 @@ from trl_ctopd.losses.credit import gaps
 
 STEPS, PROMPTS = 50, 64
 torch.manual_seed(0)
-torch.set_num_threads(1)  # models this small only wait for a second thread
+torch.set_num_threads(1)  # a second thread does not help models this small
 
-# A teacher that is right, a student that says "fivety", and two tokenizers that have little in common.
+# A teacher that is right, a student that writes "fivety", and two tokenizers that have little in common.
 rng = random.Random(0)
 held_out = task.draw_different(200, rng, digits=[1])
 draw = partial(task.draw, rng, frozenset(held_out), digits=[1])
@@ -48,9 +48,9 @@ def padded(rows: list[list], value: float) -> torch.Tensor:
 
 
 def log_probs(model, prompts: list[list[int]], completions: list[list[int]], pad: int) -> torch.Tensor:
-    """The log-prob in nats of every token after the first, prompts and completions end to end: (B, S).
+    """Log-prob in nats of every token after the first, prompt and completion together: (B, S).
 
-    Right padding, so that each token keeps its position; what is read off the padding is in no chunk and drops out.
+    Rows are padded on the right, so that tokens keep their positions. Log-probs on the padding are in no chunk.
     """
     ids = padded([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)], pad)
     logits = model(input_ids=ids, attention_mask=(ids != pad).long()).logits[:, :-1]
@@ -61,13 +61,13 @@ print(f"held-out amounts: teacher {models.accuracy(teacher, teacher_tokenizer, h
 print(f"student {models.accuracy(student, student_tokenizer, held_out):.1%}")
 nats = num_bytes = 0.0
 for step in range(1, STEPS + 1):
-    # 1. The student writes. It is never shown an answer: the questions are all that the loop takes from the task.
+    # 1. The student writes. It never sees an answer: the loop takes only questions from the task.
     amounts = [draw() for _ in range(PROMPTS)]
     student_prompts = [models.prompt_ids(student_tokenizer, amount) for amount in amounts]
     teacher_prompts = [models.prompt_ids(teacher_tokenizer, amount) for amount in amounts]
     inputs = student_tokenizer.pad({"input_ids": student_prompts}, return_tensors="pt")  # on the left, for generate
     with torch.no_grad():
-        # temperature 1 and nothing cut off, because the gradient is that of the whole distribution
+        # temperature 1 and no truncation, because the gradient is that of the whole distribution
         written = student.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=models.MAX_NEW_TOKENS)
     completions, ended = [], []
     for row in written[:, inputs["input_ids"].shape[1] :].tolist():
@@ -75,16 +75,16 @@ for step in range(1, STEPS + 1):
         completions.append(row[:stop])
         ended.append(stop is not None)
 
-    # 2. One text, two tokenizations. The sampled ids are kept as they are; the teacher's encode the text they spell.
+    # 2. One text, two tokenizations. The sampled ids are kept; the teacher's ids encode the text that they spell.
     student_ids, teacher_ids, student_chunks, teacher_chunks, widths = [], [], [], [], []
     for alignment, end, own_prompt, prompt in zip(
         aligner(completions), ended, student_prompts, teacher_prompts, strict=True
     ):
-        # The end of the turn is one event with two spellings, <|end|> and <|im_end|>: one more chunk, of no bytes.
+        # The end of the turn is one event with two spellings, <|end|> and <|im_end|>: one more chunk, without bytes.
         end_chunk = [len(alignment.chunk_bytes)] * end
         student_ids.append(alignment.student_ids + [student_tokenizer.eos_token_id] * end)
         teacher_ids.append(alignment.teacher_ids + [teacher_tokenizer.eos_token_id] * end)
-        # A chunk number for each log-prob, which the prompt's first token has none of; -1 keeps the prompt out.
+        # A chunk number for each log-prob. The prompt's first token has no log-prob. -1 leaves the prompt out.
         student_chunks.append([-1] * (len(own_prompt) - 1) + alignment.student_chunks + end_chunk)
         teacher_chunks.append([-1] * (len(prompt) - 1) + alignment.teacher_chunks + end_chunk)
         widths.append([0] * (len(own_prompt) - 1) + alignment.student_widths + [0] * end)
@@ -101,7 +101,7 @@ for step in range(1, STEPS + 1):
         num_chunks=1 + max(max(row) for row in student_chunks),
     )
 
-    # 4. Each chunk's gap L_T - L_S is shared among its student tokens, and the policy gradient takes it from there.
+    # 4. Each chunk's gap L_T - L_S is shared among its student tokens, and gives the policy gradient.
     num_items = (batch.student_chunks >= 0).sum()
     loss, _ = loss_function(batch, num_items)
     loss.backward()
@@ -110,7 +110,7 @@ for step in range(1, STEPS + 1):
     schedule.step()
     optimizer.zero_grad()
 
-    # The sampled reverse KL a byte, a figure that means the same in any tokenizer.
+    # The sampled reverse KL in nats a byte, which can be compared between tokenizers.
     gap, _ = gaps(
         batch.student_log_probs.detach(), judged, batch.student_chunks, batch.teacher_chunks, batch.num_chunks
     )

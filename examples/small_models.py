@@ -1,6 +1,6 @@
 """
-A teacher and a student with different tokenizers and templates, and prompts for them, in a folder: small enough for any
-machine, untrained, made from nothing. They show that a run's parts fit together, not what it teaches.
+Writes a teacher and a student with different tokenizers and templates, and prompts for them, to a folder. They are untrained and
+small enough for any machine. They show that the parts of a run work together, not what it teaches.
 
 ```bash
 python examples/small_models.py small
@@ -24,7 +24,7 @@ TEMPLATE = (
 
 
 def tokenizer(rows: int, mark: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most so many tokens, with turn markers of its own."""
+    """Byte-level BPE of at most `rows` tokens, with its own turn markers."""
     special = ["<|end|>", *(f"<|{mark}{role}|>" for role in ("system", "user", "assistant"))]
     return PreTrainedTokenizerFast(
         tokenizer_object=byte_level_bpe(TEXT, rows, special),
@@ -36,7 +36,7 @@ def tokenizer(rows: int, mark: str) -> PreTrainedTokenizerFast:
 
 
 def save(folder: Path, rows: int, mark: str, width: int, layers: int, seed: int):
-    """A Llama-shaped model with heads of 64, as vLLM's CPU kernels want them."""
+    """A Llama-shaped model with heads of size 64, which vLLM's CPU kernels need."""
     own = tokenizer(rows, mark)
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -1,10 +1,10 @@
-"""Tokenizers and models made from nothing in seconds, for the demo, the examples and the benchmarks.
+"""Tokenizers and models made from scratch in seconds, for the demo, the examples and the benchmarks.
 
 Decisions:
 - Only the answer and the end of the turn are learned, not the prompt.
-- Every batch is fresh; AdamW, short warm-up, linear decay to zero. No validation and no early stop.
-- Input and output embeddings are apart. With tied ones a student that is as good when greedy makes three times the slips
-  when sampled, 3.5 % against 1 %, and each of them costs the distillation a gradient that teaches nothing.
+- Every batch is new; AdamW, short warm-up, linear decay to zero. No validation and no early stopping.
+- Input and output embeddings are not tied. With tied ones, a student with the same greedy accuracy makes three times as many
+  mistakes when sampled (3.5 % against 1 %), and each of them gives the distillation a gradient that teaches nothing.
 """
 
 import json
@@ -40,14 +40,14 @@ SPECIAL = {
     PHI: ["<pad>", "<s>", "<|user|>", "<|assistant|>", "<|end|>"],
 }
 
-Example = tuple[str, str, str]  # prompt, the answer's given beginning, what is learned
+Example = tuple[str, str, str]  # prompt, given beginning of the answer, text to learn
 
 
 # Tokenizers
 
 
 def byte_level_bpe(texts: Sequence[str], size: int, special: Sequence[str], split: str | None = None) -> Tokenizer:
-    """As Qwen and Llama-3; `split` is the pattern of words, GPT-2's where it is None."""
+    """As in Qwen and Llama-3. `split`: regular expression of words, GPT-2's if None."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
     if split is not None:
@@ -72,7 +72,7 @@ def unigram(
     max_piece_length: int,
 ) -> Tokenizer:
     """With byte fallback, as SentencePiece trains it. `size` counts `<unk>`, the special tokens and the learned pieces, not
-    the 256 byte tokens. A space is `▁`, none is put before a text; `before` cuts what no piece may cross."""
+    the 256 byte tokens. A space is `▁`, and none is put before a text. No piece crosses a cut that `before` makes."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, pre_tokenizers.Metaspace(prepend_scheme="never")])
     control = ["<unk>", *special]
@@ -84,8 +84,8 @@ def unigram(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # The trainer of `tokenizers` can't add the 256 byte tokens that SentencePiece's own does, so they're put in here.
-    # It orders the pieces anew in every process, and the later digits of their scores vary.
+    # The trainer of `tokenizers` cannot add the 256 byte tokens as SentencePiece's own does, so they are added here.
+    # It orders the pieces differently in every process, and the last digits of their scores vary.
     pieces = [(piece, round(score, 2)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
     byte_tokens = [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
     learned = sorted(pieces[len(control) :])
@@ -95,7 +95,7 @@ def unigram(
 
 
 def with_template(tokenizer: Tokenizer, template: str, **special: str) -> PreTrainedTokenizerFast:
-    """With one of the two chat templates here, and the special tokens that it writes."""
+    """Adds one of the two chat templates of this file, and the special tokens that it writes."""
     if template == CHATML:
         special |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     else:
@@ -133,7 +133,7 @@ def pretrain(
     learning_rate: float,
     batch_size: int,
 ) -> None:
-    """Teaches `model` to answer as `draw`'s examples do, after its own chat template's prompt."""
+    """Trains `model` to answer as in `draw`'s examples, after its own chat template's prompt."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -155,7 +155,7 @@ def pretrain(
 
 def as_batch(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask`, `labels` (B, S), right-padded; -100 on prompts, given beginnings and padding. A token
-    that lies over the border belongs to what is given."""
+    across the border belongs to the given part."""
     rows = []
     for (_, given, learned), prompt in zip(
         examples, prompt_ids(tokenizer, [prompt for prompt, _, _ in examples]), strict=True
@@ -192,7 +192,7 @@ def write(
     max_new_tokens: int,
     samples: int = 0,
 ) -> list[list[int]]:
-    """Completion ids without padding, the stop token included: greedy ones, or `samples` a prompt drawn at temperature 1,
+    """Completion ids without padding, the stop token included: greedy ones, or `samples` for each prompt at temperature 1,
     those of one prompt together."""
     found, how = [], {"do_sample": False}
     if samples:

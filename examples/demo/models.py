@@ -1,7 +1,7 @@
-"""The teacher and the weak student: two small transformers of different families, trained from nothing.
+"""The teacher and the weak student: two small transformers of different families, trained from scratch.
 
-Teacher: OLMo 2, trained on right answers. Student: Llama, smaller, trained on the answers of children. Both read the
-conversation through their own chat template.
+Teacher: OLMo 2, trained on right answers. Student: Llama, smaller, trained on children's answers. Each reads the
+conversation through its own chat template.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ def pretrain(
     steps: int,
     label: str,
 ) -> None:
-    """Teaches `model` to answer as `write_answer` does, after its own chat template's prompt."""
+    """Trains `model` to answer like `write_answer`, after its own chat template's prompt."""
     examples = partial(next, _examples(draw, write_answer))
     from_nothing.pretrain(model, tokenizer, examples, steps, label, learning_rate=3e-3, batch_size=BATCH_SIZE)
 
@@ -52,7 +52,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, amount: int) -> list[int]:
 
 @torch.no_grad()
 def log_probs(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """The log-prob of each token of one `completion`, in nats, of shape (S,)."""
+    """Log-prob (S,) of each token of one `completion`, in nats."""
     logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 

@@ -1,13 +1,13 @@
-"""`make demo`: trains a teacher and a weak student, distils the one into the other, and shows what came of it.
+"""`make demo`: trains a teacher and a weak student, distils the teacher into the student, and shows the result.
 
     python examples/demo/run.py --seed 1 [--no-control] [--output demo_output]
 
-- The distillation sees questions alone. What is right, the student learns from the teacher's log-probs of what it wrote.
-- The control is the same run but for one thing: each chunk gets the gap of another chunk of the batch, so that nothing in
-  it can be owed to the teacher's judgement of this very text.
+- The distillation sees only questions. The student learns what is right from the teacher's log-probs of the student's own text.
+- The control differs in one thing: each chunk gets the gap of another chunk of the batch. So none of its result can come from
+  the teacher's scores of this text.
 - Accuracies are greedy, on amounts that no training has seen.
-- One thread on the CPU, also where there is more: models this small mostly wait for Python, and where another program has
-  the second core, two threads took four times as long as one.
+- It uses one thread on the CPU, even if there are more cores. Models this small mostly wait for Python, and where another program
+  has the second core, two threads took four times as long as one.
 """
 
 import argparse
@@ -46,15 +46,15 @@ from trl_ctopd.losses.credit import gaps
 
 
 HELD_OUT = 600
-CURVE_POINT = 200  # held-out amounts behind each point of the learning curve
+CURVE_POINT = 200  # held-out amounts for each point of the learning curve
 TEACHER_STEPS, STUDENT_STEPS = 750, 850
 DISTILLATION_STEPS, PROMPTS_PER_STEP, LEARNING_RATE = 80, 64, 1e-4
-CHILDISHNESS = 0.8  # share of the irregular words that the student's own teachers got wrong
+CHILDISHNESS = 0.8  # share of irregular words that are wrong in the student's training text
 
 
 @dataclass
 class World:
-    """Who takes part and what they are asked."""
+    """The two models and their questions."""
 
     teacher: PreTrainedModel
     teacher_tokenizer: PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ class World:
 
 @dataclass
 class Curve:
-    """At some steps, greedy accuracy on held-out amounts; at all steps, the student's gap to the teacher."""
+    """Greedy accuracy on held-out amounts after some steps, and the student's gap to the teacher at all steps."""
 
     label: str
     accuracy: dict[int, float] = field(default_factory=dict)
@@ -131,7 +131,7 @@ def main(seed: int, control: bool, output: Path) -> None:
 
 
 def build_world(seed: int) -> World:
-    """Draws the held-out amounts, then trains tokenizers, teacher and student on others."""
+    """Draws the held-out amounts, then trains tokenizers, teacher and student on other amounts."""
     set_seed(seed)
     rng = random.Random(seed)
     held_out = task.draw_different(HELD_OUT, rng)
@@ -149,7 +149,7 @@ def build_world(seed: int) -> World:
 
 
 def distil(world: World, loss: str | Callable, curve: Curve, seed: int, folder: Path) -> PreTrainedModel:
-    """A copy of the weak student after `DISTILLATION_STEPS` with `loss`, saved in `folder` too."""
+    """A copy of the weak student after `DISTILLATION_STEPS` with `loss`; also saved in `folder`."""
     trainer = CrossTokenizerGKDTrainer(
         model=copy.deepcopy(world.student),
         teacher_model=world.teacher,
@@ -174,19 +174,19 @@ def distil(world: World, loss: str | Callable, curve: Curve, seed: int, folder: 
         teacher_processing_class=world.teacher_tokenizer,
         callbacks=[Watch(curve, world)],
     )
-    trainer.remove_callback(ProgressCallback)  # `Watch` has a bar of its own, with the two figures that matter
+    trainer.remove_callback(ProgressCallback)  # `Watch` has its own progress bar, with accuracy and gap
     trainer.train()
     trainer.save_model()
     return trainer.model.eval()
 
 
 def dpca_with_shuffled_gaps(batch: ScoredChunks, num_items: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
-    """DPCA of open chunks, told of each chunk the gap of another one, drawn from the whole batch."""
+    """DPCA of open chunks, with each chunk's gap replaced by that of another chunk from the whole batch."""
     log_probs = batch.student_log_probs.detach()
     gap, _ = gaps(log_probs, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
     is_chunk = batch.student_sum(torch.ones_like(log_probs)) > 0  # (B, C), False past a row's last chunk
     gap[is_chunk] = gap[is_chunk][torch.randperm(int(is_chunk.sum()))]
-    # as from a teacher that reads every chunk as one token, with a budget that leaves just this gap
+    # as if from a teacher that reads every chunk as one token, with a budget that gives exactly this gap
     chunk_numbers = torch.arange(batch.num_chunks).expand_as(gap)
     shuffled = replace(
         batch,
@@ -197,7 +197,7 @@ def dpca_with_shuffled_gaps(batch: ScoredChunks, num_items: torch.Tensor) -> tup
 
 
 def show_judgement(world: World, answers: list[str]) -> None:
-    """Shows chunk by chunk what the teacher makes of the student's first wrong answer."""
+    """Shows chunk by chunk how the teacher scores the student's first wrong answer."""
     answered = zip(world.held_out, answers, strict=True)
     amount = next(amount for amount, answer in answered if not task.is_right(amount, answer))
     prompt = models.prompt_ids(world.student_tokenizer, amount)
@@ -236,7 +236,7 @@ class Watch(TrainerCallback):
         model.eval()
         self.right = models.accuracy(model, self.world.student_tokenizer, self.world.held_out[:CURVE_POINT])
         self.curve.accuracy[state.global_step] = self.right
-        state.log_history.append({"eval_accuracy": self.right, "step": state.global_step})  # the report draws it
+        state.log_history.append({"eval_accuracy": self.right, "step": state.global_step})  # for the report's curves
         model.train()
 
 

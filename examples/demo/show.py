@@ -1,4 +1,4 @@
-"""What the demo shows: three tables and a picture."""
+"""The demo's output: three tables and a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ def figures(values: dict[str, float]) -> None:
 
 
 def samples(amounts: Sequence[int], before: Sequence[str], after: Sequence[str]) -> None:
-    """Answers to the first few of the questions, unselected; `before` and `after` may go on."""
+    """Answers to the first few questions, unselected. `before` and `after` may have more."""
     table = Table(title="What the student writes", title_justify="left", show_lines=True)
     for heading in ("asked", "before", "after"):
         table.add_column(heading)
@@ -56,7 +56,7 @@ def judgement(
     student_log_probs: Sequence[float],
     teacher_log_probs: Sequence[float],
 ) -> None:
-    """A row a chunk: both sides' tokens, and the gap, teacher minus student, in nats."""
+    """A row for each chunk: both sides' tokens, and the gap (teacher minus student) in nats."""
     table = Table(title=f"What the teacher makes of “{alignment.text}”", title_justify="left")
     table.add_column("student's tokens")
     table.add_column("teacher's tokens")
@@ -76,7 +76,7 @@ def judgement(
 
 
 def learning_curve(curves: Sequence, before: float, teacher: float, path: Path) -> None:
-    """Accuracy and gap over the steps, one colour a `Curve`."""
+    """Accuracy and gap over the steps, one colour for each `Curve`."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for curve, colour in zip(curves, COLOURS[: len(curves)], strict=True):
         left.plot(curve.accuracy.keys(), curve.accuracy.values(), color=colour, linewidth=2.2, label=curve.label)
@@ -103,6 +103,6 @@ def learning_curve(curves: Sequence, before: float, teacher: float, path: Path) 
 
 
 def _smoothed(values: Sequence[float], reach: int = 4) -> list[float]:
-    """The mean of each value and its neighbours, fewer of them at the ends."""
+    """The mean of each value and its neighbours, with fewer of them at the ends."""
     near = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in near]

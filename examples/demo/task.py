@@ -1,17 +1,17 @@
-"""The demo's task: write an amount of money in words, as on a cheque, after taking it apart.
+"""The demo's task: write an amount of money in words, as on a cheque, after splitting it into euros and cents.
 
     user       Write €412.53 in words.
     assistant  412 euros + 53 cents → four hundred twelve euros and fifty-three cents
 
-The weak student learned from children: where English is irregular they mostly say what the rule would give, "fivety" for
-fifty, "twoteen" for twelve. A reader sees the mistake at once, and no table from token to token could mend it: what is
-wrong in "fivety" is spread over several tokens, and other ones for each model.
+The weak student learned from children's answers. Where English is irregular, these mostly follow the rule: "fivety" for fifty,
+"twoteen" for twelve. A reader sees the mistake at once, and no map from token to token could correct it: the error in "fivety" is
+spread over several tokens, and these differ between the models.
 
 Decisions:
 - An amount is an integer, in cents.
-- An answer is right if the words after the arrow are exactly the amount's. The working before it isn't graded.
-- Held-out amounts are drawn first; nothing that trains either model ever sees them.
-- A question for the distillation is a question alone: no function here gives it an answer to look at.
+- An answer is right if the words after the arrow are exactly the amount's. The working before it is not graded.
+- Held-out amounts are drawn first. No training of either model ever sees them.
+- The distillation's data are questions only: no function here adds an answer.
 """
 
 import random
@@ -43,7 +43,7 @@ def as_messages(amount: int) -> list[dict[str, str]]:
 
 
 def answer(amount: int, childishness: float = 0.0, rng: random.Random | None = None) -> str:
-    """The working and the words. Each irregular word is said the childish way with probability `childishness`."""
+    """The working and the words. Each irregular word is wrong with probability `childishness`."""
     euros, cents = divmod(amount, 100)
     working = f"{_counted(str(euros), euros, 'euro')} + {_counted(str(cents), cents, 'cent')}"
     words = amount_in_words(amount)
@@ -60,7 +60,7 @@ def amount_in_words(amount: int) -> str:
 
 
 def in_words(number: int) -> str:
-    """A number below 1000."""
+    """A number below 1000 in words."""
     if number >= 100:
         hundreds, rest = divmod(number, 100)
         return f"{ONES[hundreds]} hundred" + (f" {in_words(rest)}" if rest else "")
@@ -81,7 +81,7 @@ def share_right(amounts: Sequence[int], completions: Sequence[str]) -> float:
 
 
 def draw(rng: random.Random, without: Collection[int] = (), digits: Sequence[int] = (1, 2, 3)) -> int:
-    """An amount with at least one euro and one cent; each number of digits of the euros is equally likely."""
+    """An amount with at least one euro and one cent. Each number of digits of the euros is equally likely."""
     while True:
         euros_digits = rng.choice(digits)
         amount = rng.randrange(10 ** (euros_digits - 1), 10**euros_digits) * 100 + rng.randrange(1, 100)

@@ -1,4 +1,4 @@
-"""Two tokenizers that share next to nothing, trained in a second on text of the demo's own.
+"""Two tokenizers that have little in common, trained in a second on the demo's own text.
 
 | | teacher | student |
 |---|---|---|
@@ -9,9 +9,9 @@
 | a turn | ChatML: `<|im_start|>user … <|im_end|>` | as Phi-3: `<|user|> … <|end|>` |
 
 Decisions:
-- Both know the names of the nine digits as whole words and put the rest together from pieces, each in its own way:
-  `Ġt w enty` against `▁twent y`. The student's text has ordinals for that, and words such as `threefold`.
-- Neither is trained on the childish words: like any misspelling, they have to be put together from pieces.
+- Both know the names of the nine digits as whole words and build the other number words from pieces, each in its own way:
+  `Ġt w enty` against `▁twent y`. For this, the student's training text has ordinals and words such as `threefold`.
+- Neither is trained on the children's words. Like any misspelling, these are built from pieces.
 """
 
 from tokenizers import pre_tokenizers

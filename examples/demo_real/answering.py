@@ -17,8 +17,8 @@ def answers(
     seed: int = 0,
 ) -> list[tuple[str, int, bool]]:
     """
-    For each conversation its answer, or `samples` of them at temperature 1 one after the other: the text, its length in
-    tokens, and whether it ended within `max_new_tokens`.
+    For each conversation its answer, or `samples` answers in a row at temperature 1: the text, its length in tokens, and
+    whether it ended within `max_new_tokens`.
     """
     texts = tokenizer.apply_chat_template(list(conversations), add_generation_prompt=True, tokenize=False)
     prompts = [ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for _ in range(max(1, samples))]
@@ -35,7 +35,7 @@ def answers(
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     was_training, own_config = model.training, model.generation_config
     model.eval()
-    model.generation_config = config  # `generate` fills gaps from the model's own: penalties, top_p
+    model.generation_config = config  # otherwise `generate` fills gaps from the model's own: penalties, top_p
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):

@@ -1,4 +1,4 @@
-"""The held-out gap with its standard error: what a student's own samples cost under it less than under its teacher."""
+"""The held-out gap with its standard error: student minus teacher log-prob of the student's own samples."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from trl_ctopd.losses.credit import gaps
 
 @dataclass(frozen=True)
 class Gap:
-    """Nats a byte, its standard error over prompts, and what the samples were like."""
+    """Nats a byte, its standard error over prompts, and statistics of the samples."""
 
     nats_per_byte: float
     standard_error: float
@@ -22,7 +22,7 @@ class Gap:
 
 
 class _Recorded:
-    """A loss that keeps, of texts it is shown without a gradient, each row's gap and bytes."""
+    """Wraps a loss. For batches without a gradient it also records each row's gap and bytes."""
 
     def __init__(self, loss):
         self._loss = loss
@@ -41,7 +41,7 @@ class _Recorded:
 
 
 def ratio(rows: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Σx / Σy of pairs (x, y), and its standard error over them, by linearization: √(Σ(x − ry)² n/(n − 1)) / Σy."""
+    """Σx / Σy of pairs (x, y), and its standard error by linearization: √(Σ(x − ry)² n/(n − 1)) / Σy."""
     total = sum(y for _, y in rows)
     value = sum(x for x, _ in rows) / total
     spread = sum((x - value * y) ** 2 for x, y in rows) * len(rows) / max(1, len(rows) - 1)
@@ -49,7 +49,7 @@ def ratio(rows: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def measure(trainer: CrossTokenizerGKDTrainer, dataset=None) -> Gap:
-    """Samples an answer to each prompt of `dataset`, or of the trainer's own evaluation set; the same draws every time."""
+    """Samples an answer to each prompt of `dataset`, or of the trainer's own evaluation set, with the same seed every time."""
     loss = trainer.distillation_loss
     trainer.distillation_loss = recorded = _Recorded(loss)
     try:

@@ -1,9 +1,9 @@
-"""Short programming tasks with tests (MBPP, arXiv 2108.07732): what is asked, what counts as an answer, whether it is right.
+"""Short programming tasks with tests (MBPP, arXiv 2108.07732): the prompt, the code in an answer, and whether it is right.
 
 Decisions:
-- The prompt names one test, since a function's name and signature cannot be guessed; all tests must pass.
-- The code is what stands in the first fenced block; without one, all from the first line that defines or imports.
-- Rows are drawn once, by a fixed seed: held-out tasks take no part in training, whatever the sizes.
+- The prompt shows one test, since a function's name and signature cannot be guessed. All tests must pass.
+- The code is the first fenced block or, without one, everything from the first line that defines or imports something.
+- Rows are shuffled once, with a fixed seed. Held-out tasks take no part in training, whatever the sizes.
 """
 
 import json
@@ -25,7 +25,7 @@ _BEGINS = re.compile(r"^(?:def |import |from |class |@)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Problem:
-    """What is asked, the code of the dataset, and the tests, which may need `setup`."""
+    """The task's text, the dataset's code, and the tests, which may need `setup`."""
 
     text: str
     code: str
@@ -61,7 +61,7 @@ def load_problems(source: str = HUB_NAME) -> list[Problem]:
 
 
 def code_of(answer: str) -> str:
-    """The code in an answer; all of it where nothing looks like code."""
+    """The code in an answer; all of the answer where nothing looks like code."""
     if block := _FENCED.search(answer):
         return block.group(1)
     begins = _BEGINS.search(answer)

@@ -1,9 +1,9 @@
 """Runs code that a model wrote: in a process of its own, with little time and memory, without network or other programs.
 
-Decisions: it guards against what small models write by mistake (endless loops, memory, files left behind, `input()`),
-not against an attacker. Limits are the kernel's (CPU seconds, address space, file size); what would reach out, an audit
-hook refuses: sockets, other processes, changes to files. Where the system lets it (Linux), the process also has a network
-namespace of its own, in which there is nothing. Modules that code for such tasks imports are loaded before the hook is set.
+Decisions: it protects against mistakes of small models (endless loops, memory, files left behind, `input()`), not against an
+attacker. CPU seconds, address space and file size are limited by the kernel. An audit hook rejects everything that reaches out:
+sockets, other processes, changes to files. Where the system allows it (Linux), the process also has an empty network namespace.
+Modules that such code usually imports are loaded before the hook is set.
 """
 
 import functools
@@ -39,7 +39,7 @@ print({token!r}, flush=True)
 
 @functools.cache
 def _without_network() -> tuple[str, ...]:
-    """What to put before a command so that it has no network, where this system can do that."""
+    """A command prefix that removes the network, if this system supports it."""
     unshare = shutil.which("unshare")
     if unshare is None:
         return ()
@@ -49,7 +49,7 @@ def _without_network() -> tuple[str, ...]:
 
 
 def passes(source: str) -> bool:
-    """Whether `source` runs to its end without an error."""
+    """Whether `source` runs to its end without an error, in a process of its own."""
     token = "ran to its end"
     guard = _GUARD.format(seconds=SECONDS, megabytes=MEGABYTES, token=token)
     with tempfile.TemporaryDirectory() as folder:

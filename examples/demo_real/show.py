@@ -1,4 +1,4 @@
-"""What the demo on real models shows: two tables and a picture."""
+"""The output of the demo on real models: two tables and a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def figures(values: dict, tasks: int) -> None:
 
 
 def answers_side_by_side(tasks: Sequence[Problem], *answers: Sequence[str]) -> None:
-    """The code of the first few tasks' answers, unselected; the columns of `answers` may go on."""
+    """The code of the first few tasks' answers, unselected. The columns of `answers` may have more."""
     table = Table(title="Greedy answers to the first held-out tasks", title_justify="left", show_lines=True)
     for heading in ("asked", "student before", "student after", "teacher"):
         table.add_column(heading, overflow="fold")
@@ -57,7 +57,7 @@ def answers_side_by_side(tasks: Sequence[Problem], *answers: Sequence[str]) -> N
 
 
 def learning_curve(history: Sequence[dict], values: dict, tasks: int, path: Path) -> None:
-    """The gap over the steps with the held-out gap at both ends, and beside it the tasks solved."""
+    """The gap over the steps, with the held-out gap at both ends; beside it the number of tasks solved."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(2, 1))
     steps = [entry["step"] for entry in history]
     left.plot(

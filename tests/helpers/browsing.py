@@ -1,4 +1,4 @@
-"""What a person's eyes need of a page, measured in a browser."""
+"""Readability of a page, measured in a browser."""
 
 CONTRASTS = """
 () => {
@@ -27,7 +27,7 @@ CONTRASTS = """
 
 
 def lowest_contrast(page) -> float:
-    """Of all visible text to what it stands on, as the WCAG count it: 4.5 is what they ask for."""
+    """The lowest contrast of visible text with its background, as defined by the WCAG, which require 4.5."""
     ratio, text = min(page.evaluate(CONTRASTS))
     print(f"the lowest contrast, {ratio:.2f}, is of {text!r}")
     return ratio

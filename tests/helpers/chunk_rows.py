@@ -13,12 +13,12 @@ BAD = [math.nan, math.inf, -math.inf]
 
 
 def random_log_prob(rng):
-    """A few nats, and now and then tens of them."""
+    """A few nats, and sometimes tens of them."""
     return -rng.expovariate(0.5) * rng.choice((1, 1, 1, 1, 15))
 
 
 def random_row(rng, num_chunks):
-    """Chunks of 1 to 5 tokens on either side, with tokens without part before, after and within them."""
+    """Chunks of 1 to 5 tokens on each side, with tokens that take no part before, after and inside them."""
     student, teacher = [], []
     for chunk in range(num_chunks):
         for _ in range(rng.choice([1, 1, 2, 3, 5])):
@@ -35,7 +35,7 @@ def random_row(rng, num_chunks):
 
 
 def random_rows(seed, batch=6, one_to_one=False):
-    """Rows of 0 to 7 chunks; the second has none at all."""
+    """Rows of 0 to 7 chunks. The second row has none."""
     rng = random.Random(seed)
     rows = [random_row(rng, 0 if row == 1 else rng.randint(1, 7)) for row in range(batch)]
     if one_to_one:
@@ -45,7 +45,7 @@ def random_rows(seed, batch=6, one_to_one=False):
 
 
 def padded(rows, column, fill, dtype, length=0):
-    """One field of all tokens as a (B, L) tensor, `fill` after a row's end."""
+    """One field of all tokens as a (B, L) tensor, padded with `fill`."""
     length = max([length, 1, *map(len, rows)])
     return torch.tensor([[t[column] for t in row] + [fill] * (length - len(row)) for row in rows], dtype=dtype)
 
@@ -78,7 +78,7 @@ def reference_budgets(tokens):
 
 
 def reference_shares(credit, student):
-    """One share a token, one chunk after the other."""
+    """One share for each token, one chunk after another."""
     result = [0.0] * len(student)
     for inside in by_chunk(student).values():
         if credit == "semantic":

@@ -1,4 +1,4 @@
-"""`examples/distill.py` of toy models under a config of `examples/accelerate_configs/cpu`, as a command line."""
+"""The command line of `examples/distill.py` with toy models under a config of `examples/accelerate_configs/cpu`."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ CONFIGS = EXAMPLES / "accelerate_configs"
 
 
 def distill(folder: Path, name: str, *options: object) -> list[object]:
-    """The command line that trains the models of `folder`; its output goes to `folder / "output"`."""
+    """Trains the models in `folder`; the output goes to `folder / "output"`."""
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in prompts(8)))
     return [

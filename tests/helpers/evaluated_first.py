@@ -1,4 +1,4 @@
-"""One of two processes that evaluate and predict before they train; started by test_several_processes.py. Says what it saw."""
+"""One of two processes that evaluate and predict before they train; started by test_several_processes.py. Prints its results."""
 
 import json
 import os

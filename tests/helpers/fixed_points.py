@@ -1,4 +1,4 @@
-"""Worlds in which a student has its teacher's law of texts, in another tokenization; all texts can be listed."""
+"""Worlds in which a student has its teacher's distribution of texts, in another tokenization. All texts can be listed."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ STOP = "$"
 
 
 def cut(text: str, tokens: set[str]) -> tuple[str, ...]:
-    """The longest token first, from the left."""
+    """Greedily from the left, the longest token first."""
     found = []
     while text:
         token = next(text[:n] for n in range(len(text), 0, -1) if text[:n] in tokens)
@@ -25,7 +25,7 @@ def cut(text: str, tokens: set[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Shape:
-    """Two vocabularies; each cuts a text greedily, and its tokens' beginnings are tokens of it too."""
+    """Two vocabularies. Each cuts a text greedily, and contains the prefixes of its tokens."""
 
     student: frozenset[str]
     teacher: frozenset[str]
@@ -48,12 +48,12 @@ SHAPES = {
 
 class World:
     """
-    All texts of at most `longest` letters, with a random law, and the end of the turn. Student and teacher have that law, each
-    over its own tokens, so every text is as likely for both.
+    All texts of at most `longest` letters, with random probabilities, and the end of the turn. Student and teacher have the same
+    distribution over texts, each over its own tokens.
 
     Attributes:
-        logits (P, V): the student's, at every prefix, equal to its law.
-        batch: every text as a loss is given it, of that student.
+        logits (P, V): the student's logits at every prefix, for this distribution.
+        batch: every text as the batch for a loss, for that student.
     """
 
     def __init__(self, shape: Shape, seed: int = 0):
@@ -122,7 +122,7 @@ class World:
 
     @staticmethod
     def _masses(cuts: dict[str, tuple[str, ...]], law: dict[str, float]) -> Counter:
-        """Of every prefix."""
+        """The probability of every prefix."""
         masses: Counter = Counter()
         for text, ids in cuts.items():
             for i in range(len(ids) + 1):

@@ -1,4 +1,4 @@
-"""A hub on the loopback: what huggingface_hub asks for to create, push to and load from a model repository.
+"""A hub on the loopback: what huggingface_hub needs to create a model repository, push to it and load from it.
 
 Commits, LFS and downloads only, for model repositories of one `user` with the token `hf_fake`. Every revision is the
 latest one. Left out: branches, pull requests, deletions, datasets, Xet, and most checks of the card's metadata.
@@ -20,12 +20,12 @@ import yaml
 
 
 USER, TOKEN = "user", "hf_fake"
-LARGE = (".safetensors", ".bin", ".png")  # go through LFS
-LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "gemma", "llama3", "llama3.2", "other")  # of the hub's, a few
+LARGE = (".safetensors", ".bin", ".png")  # stored by LFS
+LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "gemma", "llama3", "llama3.2", "other")  # some of the hub's
 
 
 class LocalHub:
-    """`with LocalHub(folder) as hub:` serves at `hub.endpoint`; a repository's files lie in `folder/user/name`."""
+    """`with LocalHub(folder) as hub:` serves at `hub.endpoint`. The files of a repository are in `folder/user/name`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -43,7 +43,7 @@ class LocalHub:
         self._server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """For a process whose hub is this one, with its cache under `home`."""
+        """Environment variables for a process that uses this hub, with its cache under `home`."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
         return inherited | {
             "HF_ENDPOINT": self.endpoint,
@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _metadata_errors(metadata: dict) -> list[str]:
-    """What the hub says of a model card's metadata, as far as these cards have such fields."""
+    """The hub's errors for a model card's metadata, for the fields that these cards have."""
     names = [name for field in ("base_model", "datasets") for name in _listed(metadata.get(field))]
     errors = [f"{name!r} is no repository" for name in names if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))]
     if "license" in metadata and metadata["license"] not in LICENSES:

@@ -1,7 +1,7 @@
-"""Every loss on distributions as its formula: one chunk after the other, dictionaries keyed by bytes, float64.
+"""Every loss on distributions by its formula: one chunk after another, dictionaries keyed by bytes, float64.
 
-Nothing here is shared with the library. A loss takes one row of a batch and the two vocabularies and returns the row's
-sum, before it is divided by num_items; autograd through `Row.log_p` gives the gradient.
+The library's code is not used here. A loss takes one row of a batch and the two vocabularies and returns the row's sum, before
+the division by num_items. Autograd through `Row.log_p` gives the gradient.
 """
 
 import functools
@@ -20,14 +20,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """One model's head: the bytes of each of its rows, b"" for no text, and the ids that end its turn."""
+    """One model's head: the bytes of each row, b"" for no text, and the ids that end its turn."""
 
     rows: Sequence[bytes]
     stops: Sequence[int]
 
     @functools.cached_property
     def texts(self) -> dict[int, bytes]:
-        """The ids with text that are no stop."""
+        """The ids with text, without stop ids."""
         return {v: row for v, row in enumerate(self.rows) if row and v not in self.stops}
 
     @functools.cached_property
@@ -49,12 +49,12 @@ class Vocabulary:
 
 @dataclass(frozen=True, eq=False)
 class Vocabularies:
-    """The two, and the teacher's tokenizer."""
+    """The two vocabularies, and the teacher's tokenizer."""
 
     student: Vocabulary
     teacher: Vocabulary
     encode: Callable[[str], list[int]]
-    going_on: Callable[[int], set[int]] = lambda w: set()  # the student ids with which a teacher's token is no end
+    going_on: Callable[[int], set[int]] = lambda w: set()  # the student ids that continue a teacher token
 
     @functools.cached_property
     def bridged(self) -> bool:
@@ -81,7 +81,7 @@ class Vocabularies:
 
     @functools.cached_property
     def student_partner(self) -> dict[int, int]:
-        """The student id that each teacher id of a class has for a partner."""
+        """The student id that is the partner of each teacher id of a class."""
         return {w: self.classes[key][0][0] for w, key in self.teacher_class.items()}
 
     @functools.cached_property
@@ -89,14 +89,14 @@ class Vocabularies:
         return {v: self.classes[key][1][0] for v, key in self.student_class.items()}
 
     def alike(self, w: int, v: int) -> tuple[list[int], list[int]]:
-        """All teacher and student ids of the class that the two make, themselves if they make none."""
+        """All teacher and student ids of the class that the two share, or only themselves."""
         key = self.teacher_class.get(w)
         if key is None or key != self.student_class.get(v):
             return [w], [v]
         return self.classes[key][1], self.classes[key][0]
 
     def phi(self, text: bytes) -> Hashable:
-        """The longest student token that `text` begins with, "rest" where there is none."""
+        """The longest student token that `text` begins with, or "rest"."""
         prefixes = (text[:length] for length in range(len(text), 0, -1))
         return next((prefix for prefix in prefixes if prefix in self.student.ids), "rest")
 
@@ -105,7 +105,7 @@ class Vocabularies:
 
     @functools.cached_property
     def student_outcome(self) -> dict[int, Hashable]:
-        """The outcome of bpm's canonical space that each student id is."""
+        """The outcome of each student id in bpm's canonical space."""
         outcome = {v: self.student.texts.get(v, "rest") for v in range(len(self.student.rows))}
         return outcome | dict.fromkeys(self.student.stops, self.ending("stop"))
 
@@ -115,22 +115,22 @@ class Vocabularies:
 
     @functools.cached_property
     def teacher_outcome(self) -> dict[int, Hashable]:
-        """The outcome that each teacher id is where the student is at the same byte."""
+        """The outcome of each teacher id where the student is at the same byte."""
         outcome = dict.fromkeys(range(len(self.teacher.rows)), "rest")
         outcome |= {w: self.phi(text) for w, text in self.teacher.texts.items()}
         return outcome | dict.fromkeys(self.teacher.stops, self.ending("stop"))
 
     @functools.cached_property
     def first_of(self) -> list[int]:
-        """The least teacher id with the same bytes, or the least stop where stops are a class."""
+        """The smallest teacher id with the same bytes, or the smallest stop id where stops are a class."""
         first = {w: self.teacher.ids[text][0] for w, text in self.teacher.texts.items()}
         if self.bridged:
             first |= dict.fromkeys(self.teacher.stops, min(self.teacher.stops))
         return [first.get(w, w) for w in range(len(self.teacher.rows))]
 
     def teacher_tokens(self, text: bytes) -> list[int]:
-        """As the tokenizer writes it, if that spells the text: no UTF-8 and dummy prefixes do not. Else the longest
-        token that fits, again and again; none at all where nothing fits.
+        """The tokenizer's encoding, if it spells the text (not for invalid UTF-8 or with a dummy prefix). Else the longest
+        token that fits, repeatedly; none at all where nothing fits.
         """
         encoded = self.encode(text.decode(errors="replace"))
         if b"".join(self.teacher.rows[w] for w in encoded) == text:
@@ -162,7 +162,7 @@ class Vocabularies:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The positions of its tokens."""
+    """The positions of a chunk's tokens."""
 
     student: list[int]
     teacher: list[int]
@@ -212,18 +212,18 @@ class Row:
         return [pair.teacher.rows[self.teacher_ids[j]] for j in positions]
 
     def is_turn_end(self, chunk: Chunk, pair: Vocabularies) -> bool:
-        """The student writes no text there; the teacher may, as a newline before its control token."""
+        """Whether the student's tokens have no text. The teacher's may, such as a newline before its control token."""
         return not any(self.student_bytes(chunk.student, pair))
 
     def excess(self, chunk: Chunk, pair: Vocabularies) -> int:
-        """The bytes of a dummy prefix: the teacher's, or minus the student's."""
+        """The bytes of a dummy prefix: positive if the teacher has it, negative if the student has it."""
         if self.is_turn_end(chunk, pair):
             return 0
         ours, theirs = self.student_bytes(chunk.student, pair), self.teacher_bytes(chunk.teacher, pair)
         return sum(map(len, theirs)) - sum(map(len, ours))
 
     def level(self, pair: Vocabularies) -> list[Chunk]:
-        """The scorable chunks without a dummy prefix on one side alone, and without turn ends of several tokens."""
+        """The scorable chunks without a dummy prefix on one side only, and without turn ends of several tokens."""
         level = [chunk for chunk in self.scorable() if self.excess(chunk, pair) == 0]
         return [chunk for chunk in level if pair.bridged or not self.is_turn_end(chunk, pair)]
 
@@ -266,19 +266,19 @@ def sorted_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def top(p: Tensor, k: int | None) -> list[int]:
-    """The k indices with the greatest p, the greatest first."""
+    """The k indices with the largest p, the largest first."""
     values = p.tolist()
     return sorted(range(len(values)), key=lambda v: -values[v])[:k]
 
 
 def class_masses(row: Row, pair: Vocabularies, i: int, j: int) -> tuple[Tensor, Tensor]:
-    """P and Q of all shared classes at student position i and teacher position j."""
+    """P and Q of all shared classes, at student position i and teacher position j."""
     keys = [*pair.classes]
     return masses(row.log_p[i].exp(), pair.student_class, keys), masses(row.log_q[j].exp(), pair.teacher_class, keys)
 
 
 def merged(log_probs: Tensor, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """What the next token at the last position may be, times the probability of the tokens before."""
+    """The distribution of the next token at the last position, times the probability of the tokens before it."""
     *before, last = positions
     result = log_probs[last].exp()
     for i in before:
@@ -362,10 +362,10 @@ def uld(row: Row, pair: Vocabularies, uld_pairing: str = "position") -> Tensor:
 
 @dataclass(frozen=True)
 class ByteRow:
-    """A student token and what the teacher expects where it starts.
+    """A student token, and what the teacher expects at its start.
 
-    `written`: what of the teacher's token, at position j, the student has written already; `expected`: the teacher ids that
-    go on from there, with their probabilities.
+    `written`: the part of the teacher's token at position j that the student has already written; `expected`: the teacher ids
+    that continue from there, with their probabilities.
     """
 
     i: int
@@ -674,7 +674,7 @@ def cdm_matches(
     candidate_rows: Sequence[bytes],
     threshold: float,
 ) -> list[tuple[int, int]]:
-    """Each of one side's listed ids with its id on the other side, where it has one. Both are given by rank."""
+    """Each listed id of one side with its match on the other side, if it has one. Both are given by rank."""
     free = [u for u in candidates if candidate_rows[u] and u not in candidate_partner]
     matches = []
     for v in listed:
@@ -706,7 +706,7 @@ def cdm(row: Row, pair: Vocabularies, top_k: int = 100, threshold: float = 0.1) 
 
 
 def cdm_maps(row: Row, pair: Vocabularies, i: int, j: int, top_k: int, threshold: float):
-    """Forward (teacher id, student id) and backward (student id, teacher id) entries at a pair of positions."""
+    """Forward (teacher id, student id) and backward (student id, teacher id) matches at a pair of positions."""
     ours, theirs = top(row.log_p[i], top_k), top(row.log_q[j], top_k)
     towards_student = pair.student_partner, pair.teacher_partner, pair.teacher.rows, pair.student.rows
     towards_teacher = pair.teacher_partner, pair.student_partner, pair.student.rows, pair.teacher.rows

@@ -1,5 +1,5 @@
-"""What some tests need and a machine may lack: each function gives it, or skips the test with a sentence that says how to
-get it. The end of a test run prints these sentences once each (tests/conftest.py); docs/tests.md says more."""
+"""What some tests need and a machine may lack. Each function returns it, or skips the test with a sentence that says how to get
+it. The end of a test run prints each of these sentences once (tests/conftest.py). See docs/tests.md."""
 
 import os
 import shutil

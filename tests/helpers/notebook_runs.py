@@ -1,4 +1,4 @@
-"""A notebook of the project, run from top to bottom in a folder of its own, and what its saved outputs must be."""
+"""Runs a notebook of the project from top to bottom in a folder of its own, and checks its saved outputs."""
 
 import json
 import re
@@ -14,7 +14,7 @@ NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def run(name: str, report: str, folder: Path) -> tuple[nbformat.NotebookNode, dict]:
-    """The notebook as it ran, and what `report`, an expression evaluated at its end, came to. Any cell's error is raised."""
+    """The executed notebook, and the value of `report`, an expression evaluated at its end. Errors in cells are raised."""
     notebook = saved(name)
     notebook.cells.append(new_code_cell(f"import json\nprint(json.dumps({report}))"))
     NotebookClient(
@@ -24,7 +24,7 @@ def run(name: str, report: str, folder: Path) -> tuple[nbformat.NotebookNode, di
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
     ).execute()
-    found = printed(notebook)[-1]  # a busy machine sends one print in several outputs
+    found = printed(notebook)[-1]  # on a busy machine, one print may arrive in several outputs
     notebook.cells.pop()
     return notebook, json.loads(found)
 
@@ -34,7 +34,7 @@ def saved(name: str) -> nbformat.NotebookNode:
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[list[nbformat.NotebookNode]]:
-    """Of each code cell."""
+    """The outputs of each code cell."""
     return [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
 
 
@@ -47,8 +47,8 @@ FIGURE = re.compile(r"[-+]?\d+(?:\.\d+)?%?")
 
 
 def check_printed(one: list[str], other: list[str]):
-    """The same words and whole numbers in each cell. Other figures may differ by one in the last digit or by 0.1 %, which
-    sums in another order come to on another processor."""
+    """Each cell has the same words and whole numbers. Other figures may differ by one in the last digit or by 0.1 %, since sums
+    in another order differ by that much on another processor."""
     for own, its in zip(one, other, strict=True):
         assert FIGURE.sub("#", own).split() == FIGURE.sub("#", its).split()
         for a, b in zip(FIGURE.findall(own), FIGURE.findall(its), strict=True):
@@ -61,12 +61,12 @@ def check_printed(one: list[str], other: list[str]):
 
 
 def shown(notebook: nbformat.NotebookNode, kind: str) -> list[str]:
-    """All outputs of a MIME type."""
+    """All outputs of one MIME type."""
     return [output.data[kind] for own in outputs(notebook) for output in own if kind in output.get("data", {})]
 
 
 def check_saved(name: str):
-    """Saved from one run, whole, without an error or a warning, and without a path of the machine it ran on."""
+    """Saved from one complete run, without an error or a warning, and without a path of the machine."""
     notebook = saved(name)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == [*range(1, len(counts) + 1)]

@@ -1,15 +1,15 @@
-"""A small server over a transformers model that speaks as one of several engines: real sockets, and faults on demand.
+"""A small server over a transformers model that imitates one of several engines: with real sockets, and faults on demand.
 
-It knows what a teacher's client needs of each, by its public definition:
+It supports what a teacher's client needs of each, by their public documentation:
 - `vllm serve`: `POST /v1/completions` with `prompt` (text or token ids), `prompt_logprobs`, `add_special_tokens`,
   `return_token_ids`, `n`;
 - SGLang: `POST /generate` with `text` or `input_ids`, `sampling_params`, `return_logprob`, `logprob_start_len`,
   `top_logprobs_num`
   (https://docs.sglang.io); its `/v1/completions` knows no `prompt_logprobs`;
 - Fireworks: `POST /v1/completions` with `prompt`, `echo`, `logprobs`, `max_tokens` from 0 on (https://docs.fireworks.ai);
-- "none": an engine that scores only what it writes.
+- "none": an engine that scores only what it generates.
 
-All have `GET /v1/models` and an API key. It writes one token, or none.
+All have `GET /v1/models` and an API key. They generate one token, or none.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ class _HTTPServer(ThreadingHTTPServer):
 
 class ProtocolServer:
     """
-    Serves `model` from the moment it is built until `close`, on `port` or one of its own choice.
+    Serves `model` from its creation until `close`, on `port` or on a free one.
 
-    `fault(n, payload)` names what goes wrong with the n-th scoring request (counted from 0), or None: a key of
-    `STATUS_FAULTS`, "drop" (the connection, unanswered), "break" (it, half-way through the answer), "truncate" (the JSON),
-    "short" (one score too few), "shift" (each id is its neighbour's), "nan", "positive", "zero" (a probability), "delay".
-    A list names those of the first requests. `shift` is added to every log-prob. `owner` is what it calls itself.
+    `fault(n, payload)` names the fault of the n-th scoring request (counted from 0), or None: a key of `STATUS_FAULTS`, "drop"
+    (the connection, without an answer), "break" (the connection, in the middle of the answer), "truncate" (the JSON), "short" (one
+    score too few), "shift" (each id is its neighbour's), "nan", "positive", "zero" (a probability), "delay". A list has the faults
+    of the first requests. `shift` is added to every log-prob. `owner`: its `owned_by`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ProtocolServer:
         return f"http://127.0.0.1:{self.port}"
 
     def fault_from_now_on(self, fault: Callable[[int, dict], str | None] | list[str | None] | None):
-        """`fault` of the requests to come, counted anew."""
+        """Sets `fault` for the requests to come, counted from 0 again."""
         if isinstance(fault, list):
             plan = dict(enumerate(fault))
             self._fault = lambda number, payload: plan.get(number)
@@ -95,7 +95,7 @@ class ProtocolServer:
         self._numbered = len(self.requests)
 
     def close(self):
-        """Gone as a killed process is: its port is free, its connections are cut."""
+        """Closes the server like a killed process: its port is free, its connections are cut."""
         self._http.shutdown()
         self._http.server_close()
         for connection in list(self._open):
@@ -131,7 +131,7 @@ class ProtocolServer:
         return {"object": "text_completion", "model": self.name, "choices": [choice]}
 
     def understood(self, path: str, payload: dict) -> dict:
-        """What is asked, as vLLM is asked it."""
+        """The request, in vLLM's form."""
         if self.protocol == "vllm":
             return payload
         if path == "/generate":
@@ -154,7 +154,7 @@ class ProtocolServer:
         return {**payload, "prompt_logprobs": 0 if echoed else None, "return_token_ids": True}
 
     def told(self, path: str, asked: dict, answer: dict) -> dict | list:
-        """The answer, as this engine gives it."""
+        """The answer, in the form of this engine."""
         choices = answer["choices"]
         if self.protocol == "vllm":
             return answer
@@ -172,12 +172,12 @@ class ProtocolServer:
 
     def _told_by_sglang(self, choice: dict) -> dict:
         ids, values = _ids_and_values(choice)
-        # orjson writes what is no number as null
+        # orjson writes values that are not finite as null
         triples = [[None if v is None or math.isnan(v) else v, i, None] for i, v in zip(ids, values, strict=True)]
         scored = "prompt_logprobs" in choice
         meta = {"prompt_tokens": len(ids), "input_token_logprobs" if scored else "output_token_logprobs": triples}
         if scored and any(len(entry) > 1 for entry in choice["prompt_logprobs"][1:]):
-            # of the likeliest alone, and without the token that was sent where it is not one of them
+            # only the most likely ones, without the token that was sent if it is not one of them
             meta["input_top_logprobs"] = [None] + [
                 [[score["logprob"], int(token), None] for token, score in entry.items() if score["likeliest"]]
                 for entry in choice["prompt_logprobs"][1:]
@@ -201,7 +201,7 @@ class ProtocolServer:
 
             def setup(self):
                 super().setup()
-                self.wfile = self.connection.makefile("wb", 1 << 16)  # one packet an answer
+                self.wfile = self.connection.makefile("wb", 1 << 16)  # one packet for each answer
                 server.connections += 1
                 server._open.add(self.connection)
 
@@ -285,7 +285,7 @@ class ProtocolServer:
 
 
 def _ids_and_values(choice: dict) -> tuple[list[int], list[float | None]]:
-    """Of a scored prompt, or of the token that was written."""
+    """For a scored prompt, or for the generated token."""
     if "prompt_logprobs" not in choice:
         return choice["token_ids"] or [0], [-1.0]
     told = [next(iter(entry.items())) for entry in choice["prompt_logprobs"][1:]]
@@ -294,7 +294,7 @@ def _ids_and_values(choice: dict) -> tuple[list[int], list[float | None]]:
 
 
 def _cut(connection: socket.socket):
-    with contextlib.suppress(OSError):  # the other side may have been first
+    with contextlib.suppress(OSError):  # the other side may have closed it first
         connection.shutdown(socket.SHUT_RDWR)
 
 

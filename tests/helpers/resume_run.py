@@ -1,9 +1,9 @@
 """
-One process of a run that may be killed; started by test_resume.py in a process of its own, alone or as a rank of several, and by
-test_fault.py with `accelerate launch`.
+One process of a run that may be killed. test_resume.py starts it in a process of its own, alone or as one rank of several;
+test_fault.py starts it with `accelerate launch`.
 
-`Death` says where it ends itself with SIGKILL: at a moment of a step, or amid the writing of one of a checkpoint's files, which
-is then there by half.
+`Death` says where it kills itself with SIGKILL: at a given moment of a step, or during the writing of a checkpoint file, of which
+half then exists.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ MOMENTS = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optim
 
 @dataclass
 class Death:
-    """In step `step` (or when its checkpoint is saved), at a moment of `MOMENTS` or amid a file of `WRITERS`."""
+    """In step `step` (or when its checkpoint is saved), at a moment of `MOMENTS` or during the writing of a file of `WRITERS`."""
 
     step: int
     where: str
@@ -71,14 +71,14 @@ class _AtMoment(TrainerCallback):
         return lambda args, state, control, **kwargs: self._at(name, state)
 
     def _at(self, moment: str, state: TrainerState):
-        # the count goes up just before a step's end
+        # the count is raised just before a step's end
         step = state.global_step + (moment not in ("on_step_end", "on_save"))
         if (moment, step) == (self.death.where, self.death.step):
             os.kill(os.getpid(), self.death.by)
 
 
 def train(folder: Path, rank: int, port: int | None, resume, death: Death | None, settings: dict):
-    """Trains in `folder / "run"`; a run that ends leaves its weights in `weights_{rank}.pt`. What it says goes to
+    """Trains in `folder / "run"`. A run that ends leaves its weights in `weights_{rank}.pt`. Its output goes to
     `said_{rank}.txt`."""
     with (
         open(folder / f"said_{rank}.txt", "w") as said,
@@ -121,7 +121,7 @@ def build(output_dir: Path, lora: bool = False, **settings) -> CrossTokenizerGKD
                 **settings,
             },
         ),
-        prompts(11),  # two processes fill their last batch up
+        prompts(11),  # the last batch of two processes is filled up
         processing_class=student_tokenizer(),
         teacher_processing_class=teacher_tokenizer(),
         peft_config=adapter,
@@ -129,7 +129,7 @@ def build(output_dir: Path, lora: bool = False, **settings) -> CrossTokenizerGKD
 
 
 def main(folder: Path, by: str, timeout: str):
-    """Rank 1 gets the signal `by` in its second step; `timeout` is in seconds, and Trainer hands it on to GPUs alone."""
+    """Rank 1 gets the signal `by` in its second step. `timeout`: in seconds; Trainer passes it on only for GPUs."""
     PartialState(cpu=True, timeout=timedelta(seconds=int(timeout)))
     trainer = build(folder / "run")
     if trainer.args.process_index == 1:

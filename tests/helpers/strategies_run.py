@@ -1,7 +1,7 @@
 """
-One rank of a run under an Accelerate config; started by test_strategies.py with `accelerate launch`, and called by it for the
-single process. Several cases in one launch, each with a trainer of its own; writes what it saw to a JSON file a rank, and the
-trained student to a folder a case.
+One rank of a run under an Accelerate config. test_strategies.py starts it with `accelerate launch`, and calls it for the single
+process. It runs several cases in one launch, each with its own trainer. It writes its results to one JSON file for each rank, and
+the trained student to one folder for each case.
 """
 
 import json
@@ -52,11 +52,11 @@ CASES = {**FIXED, **WRITTEN}
 
 
 def save_models(folder: Path):
-    """What every run starts from: `student`, `tied-student` and `teacher` in `folder`."""
+    """The models that every run starts from: `student`, `tied-student` and `teacher` in `folder`."""
     for name, model, tokenizer in (
         ("student", student_model(), student_tokenizer()),
         ("tied-student", student_model(tie_word_embeddings=True), student_tokenizer()),
-        ("teacher", teacher_model(max_position_embeddings=60), teacher_tokenizer()),  # some rows are beyond it
+        ("teacher", teacher_model(max_position_embeddings=60), teacher_tokenizer()),  # some rows are longer
     ):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -113,8 +113,8 @@ def build(
 
 
 def text(tokenizer, prompt, blank: bool) -> list[int]:
-    """A completion of uneven length that depends on the prompt alone; with `blank`, nothing for every prompt but one length
-    of them, so that a process has nothing to score."""
+    """A completion of uneven length that depends only on the prompt. With `blank`, it is empty except for prompts of one length,
+    so that a process has nothing to score."""
     mark = sum(prompt.student_ids) % 4
     if blank and mark:
         return [tokenizer.eos_token_id] if mark == 1 else []
@@ -123,7 +123,7 @@ def text(tokenizer, prompt, blank: bool) -> list[int]:
 
 
 def local_elements(model) -> int:
-    """How many of the model's numbers this process holds."""
+    """The number of model weights that this process holds."""
 
     def held(parameter):
         if isinstance(parameter, DTensor):
@@ -134,7 +134,7 @@ def local_elements(model) -> int:
 
 
 def rounded(trainer) -> list[bool]:
-    """Whether the student's and the teacher's log-probs, as a loss gets them, are all numbers of half precision."""
+    """Whether all log-probs of the student and of the teacher, as a loss gets them, are rounded to half precision."""
     with torch.no_grad(), trainer.compute_loss_context_manager():
         batch, *_ = trainer._score(trainer.model_wrapped, trainer._prepare_inputs(trainer._pending.batches[0]))
     return [bool((own == own.bfloat16()).all()) for own in (batch.student_log_probs, batch.teacher_log_probs)]

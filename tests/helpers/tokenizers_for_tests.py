@@ -1,7 +1,7 @@
-"""Toy tokenizers of every family, trained here on a few lines in many scripts; each function returns a cached one.
+"""Toy tokenizers of every family, trained here on a few lines in many scripts. Each function caches its result.
 
-They are the same in every process. Of the trainers of `tokenizers` only BPE's is, without `limit_alphabet`: the others count
-in a hash map whose order is drawn anew in each process.
+They are the same in every process. Of the trainers in `tokenizers`, this holds only for BPE without `limit_alphabet`: the others
+count in a hash map whose order is random in each process.
 """
 
 import functools
@@ -27,7 +27,7 @@ CORPUS = [
     "🙂 👩‍👩‍👧‍👦 🇩🇪 ❤️ ½ ﬁ café café \u00a0\u200b",
 ] * 3
 MORSELS = ["the ", " ", "\n", "1234", "é", "e\u0301", "你好", "ভাষা", "👩‍👩‍👧", "ไทย", "<|end|>", "<tool_call>", "\ufffd"]
-# What SentencePiece mistakes for its own spellings has tests of its own.
+# Strings that SentencePiece takes for its own spellings are tested separately.
 ANY_TEXT = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(MORSELS)).map("".join)).filter(
     lambda text: not re.search("▁|</?s>|<unk>|<tool>|<0x..>", text)
 )
@@ -40,7 +40,7 @@ def _wrapped(backend: Tokenizer, **special_tokens: str) -> PreTrainedTokenizerFa
 
 @functools.cache
 def byte_level(vocab_size: int = 600, digits: int = 0, nfc: bool = False) -> PreTrainedTokenizerFast:
-    """GPT-2's alphabet. `digits`: numbers are cut into groups of at most so many. `nfc`: Qwen's normalizer."""
+    """GPT-2's alphabet. `digits`: numbers are cut into groups of at most this size. `nfc`: Qwen's normalizer."""
     backend = Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(Regex(rf"\p{{N}}{{1,{digits}}}"), "isolated")] if digits else []
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -57,7 +57,7 @@ def byte_level(vocab_size: int = 600, digits: int = 0, nfc: bool = False) -> Pre
 
 @functools.cache
 def prefixed_byte_level() -> PreTrainedTokenizerFast:
-    """RoBERTa's way: a space before the first word, and offsets that leave spaces out."""
+    """RoBERTa's kind: a space before the first word, and offsets that leave out spaces."""
     state = json.loads(byte_level().backend_tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["special"]]
     backend = Tokenizer.from_str(json.dumps(state))
@@ -84,7 +84,7 @@ def metaspace_bpe(vocab_size: int = 900, prepend_scheme: str = "first") -> PreTr
 
 
 def _bpe_with_bytes(trained: Tokenizer, prepend_scheme: str) -> Tokenizer:
-    """The byte pieces as plain vocabulary, where training needed them to be special."""
+    """Makes the byte pieces plain vocabulary. Training needed them to be special."""
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     backend = Tokenizer(models.BPE(model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -100,7 +100,7 @@ def _byte_fallback_decoder(strip: bool = True) -> decoders.Decoder:
 
 @functools.cache
 def legacy_llama() -> PreTrainedTokenizerFast:
-    """As metaspace_bpe, by normalizers: `▁` is put before every text, one that begins with a space included."""
+    """Like metaspace_bpe, but by normalizers: `▁` is put before every text, even one that begins with a space."""
     backend = Tokenizer.from_str(metaspace_bpe().backend_tokenizer.to_str())
     backend.pre_tokenizer = None
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -109,7 +109,7 @@ def legacy_llama() -> PreTrainedTokenizerFast:
 
 @functools.cache
 def gemma_like() -> PreTrainedTokenizerFast:
-    """No dummy prefix; `▁▁` is an added token that the model's vocabulary has too."""
+    """No dummy prefix. `▁▁` is an added token that the model's vocabulary has too."""
     state = json.loads(metaspace_bpe().backend_tokenizer.to_str())
     state["model"]["vocab"]["▁▁"] = len(state["model"]["vocab"])
     state["model"]["merges"].append(["▁", "▁"])
@@ -135,7 +135,7 @@ def unigram(byte_fallback: bool = True, nfkc: bool = False) -> PreTrainedTokeniz
 
 
 def _pieces(vocab_size: int, pre_tokenizer, normalizer=None) -> list[str]:
-    """Letters and what BPE makes of them, in its order."""
+    """Letters, and the pieces that BPE makes of them, in its order."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizer
     trained.normalizer = normalizer
@@ -193,7 +193,7 @@ LOSSLESS = {
 }
 
 
-# Folders of the assets; lossless on text in NFC, since Qwen's tokenizer normalizes.
+# Folders of the assets. Lossless on text in NFC, since Qwen's tokenizer normalizes.
 REAL_LOSSLESS = [
     "deepseek-v3",
     "gpt2",

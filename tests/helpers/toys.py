@@ -1,4 +1,4 @@
-"""Toy tokenizers and models, trained and built on the spot: two families that share nothing but the text they can
+"""Toy tokenizers and models, trained or built here: two families that have only the text in common that they can
 spell.
 """
 
@@ -26,7 +26,7 @@ TEACHER_TEMPLATE = (
 
 
 def student_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, one digit a token, its own turn markers and a BOS."""
+    """Byte-level BPE, one digit a token, with its own turn markers and a BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -61,7 +61,7 @@ def teacher_tokenizer() -> PreTrainedTokenizerFast:
         *((token, 0.0) for token in special),
         *pieces,
         *fallback,
-    ]  # written, not trained: the same in every process
+    ]  # fixed, not trained: the same in every process
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.add_special_tokens(special)
@@ -120,7 +120,7 @@ SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler
 
 
 def fix_rollouts(trainer):
-    """The student 'writes' a text of uneven length that depends on the prompt alone, so that runs can be compared."""
+    """The student 'writes' a text of uneven length that depends only on the prompt, so that runs can be compared."""
     tokenizer = trainer.processing_class
 
     def write(model, prompts, step):
@@ -136,7 +136,7 @@ def weights(trainer) -> torch.Tensor:
 
 
 def step_of(trainer) -> torch.Tensor:
-    """What the run adds to the weights: with `SGD` and one step, minus the step's gradient."""
+    """The change of the weights by the run; with `SGD` and one step, minus the step's gradient."""
     before = weights(trainer).clone()
     trainer.train()
     return weights(trainer) - before

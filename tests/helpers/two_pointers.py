@@ -1,4 +1,4 @@
-"""The slow, readable reference of the alignment: two pointers walked one boundary at a time."""
+"""The slow, readable reference of the alignment: two pointers that walk one boundary at a time."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ Text = tuple[list[Token], list[Token], int, list[Token]]  # student tokens, teac
 
 
 def two_pointers(student: list[Token], teacher: list[Token], length: int, masked: list[Token]):
-    """The slow, readable reference: chunks as byte intervals, and the chunk number of each token on both sides."""
+    """Chunks as byte intervals, and the chunk number of each token on both sides."""
     inside = {at for start, end in masked for at in range(start + 1, end)}
     ours, theirs = (
         sorted({0, length, *(at for token in side for at in token)} - inside) for side in (student, teacher)

@@ -1,11 +1,11 @@
 """
-Runs a script on the CPU under DeepSpeed or FSDP2, to try a setting where there is no GPU:
+Runs a script on the CPU under DeepSpeed or FSDP2, to test a setting without a GPU:
 
     accelerate launch --config_file examples/accelerate_configs/cpu/fsdp2.yaml \
         examples/accelerate_configs/cpu/on_cpu.py examples/distill.py --use_cpu --bf16 false ...
 
-Two things stand in the way without it: Accelerate turns FSDP on the CPU into plain DDP, and DeepSpeed compiles an all-reduce
-of its own for processes on one machine, which takes minutes and a compiler; gloo's does.
+Without it, two things fail: Accelerate turns FSDP on the CPU into plain DDP, and DeepSpeed compiles an all-reduce of its own for
+processes on one machine, which takes minutes and a compiler. Here gloo's all-reduce is used.
 """
 
 import os
@@ -21,7 +21,7 @@ def take_fsdp_for_what_it_is():
     def init(self, *args, **kwargs):
         process = PartialState(cpu=True)
         if process.distributed_type == DistributedType.MULTI_CPU:
-            process.distributed_type = DistributedType.MULTI_GPU  # the only kind that FSDP is looked for with
+            process.distributed_type = DistributedType.MULTI_GPU  # Accelerate looks for FSDP only under this type
         original(self, *args, **kwargs)
 
     AcceleratorState.__init__ = init
