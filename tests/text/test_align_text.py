@@ -357,6 +357,24 @@ class TestHardCases:
         assert alignment.teacher_chunks.count(-1) == 0
 
 
+@pytest.mark.parametrize("text", ["</s>", "a</s>b", "say </s></s> now", "</s> one", "two  </s>\n</s>", "<</s>/s>"])
+def test_no_part_of_a_text_that_is_cut_at_control_strings_gets_a_dummy_prefix_of_its_own(text):
+    """A Unigram model finds `</s>` in plain text, so that the text is encoded in parts; only the first begins a text."""
+    teacher = unigram()
+    table = token_table(teacher)
+    assert table.special & set(encode(teacher, text))  # what the cut is for
+    alignment = align_text(encode(byte_level(), text), byte_level(), teacher)
+    assert not table.special & set(alignment.teacher_ids) and not alignment.masked
+    read = b"".join(table.rows[i] for i in alignment.teacher_ids)
+    assert read in (text.encode(), b" " + text.encode())
+    assert b"".join(alignment.chunk_bytes) == text.encode()
+    for chunk, spelled in enumerate(alignment.chunk_bytes):
+        theirs = b"".join(
+            table.rows[i] for i, c in zip(alignment.teacher_ids, alignment.teacher_chunks, strict=True) if c == chunk
+        )
+        assert theirs == spelled or (chunk == 0 and theirs == b" " + spelled)
+
+
 def test_every_occurrence_of_a_masked_string_is_masked_overlapping_ones_too():
     aligner = TextAligner(byte_level(), gemma_like(), masked_strings=["aa", "<tool_call>"])
     (alignment,) = aligner([encode(byte_level(), "aaa b <tool_call> c")])

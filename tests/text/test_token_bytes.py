@@ -12,9 +12,11 @@ import pytest
 import tiktoken
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers_for_tests import (
     ANY_TEXT,
+    CORPUS,
     LOSSLESS,
     REAL,
     REAL_LOSSLESS,
@@ -25,11 +27,11 @@ from tokenizers_for_tests import (
     unigram,
     word_piece,
 )
-from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from trl_ctopd import UnsupportedTokenizerError, token_bytes
+from trl_ctopd import UnsupportedTokenizerError, align_text, token_bytes
 from trl_ctopd.text.token_bytes import token_table
 
 
@@ -228,6 +230,50 @@ def test_byt5_gives_single_bytes():
     assert spelled(tokenizer, "é\n") == "é\n".encode()
 
 
+@pytest.mark.parametrize("family", ["LlamaTokenizer", "GemmaTokenizer"])
+def test_a_sentencepiece_models_user_defined_symbols_are_text(family, tmp_path):
+    """Loaded from `tokenizer.model` they are among `all_special_ids`, newlines too."""
+    symbols = ["\n", "\n\n", "▁▁", "<tool>"]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in CORPUS for line in text.split("\n")),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=490,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=symbols,
+        minloglevel=2,
+    )
+    names = {"tokenizer_class": family, "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    listed = tokenizer.convert_tokens_to_ids(symbols)
+    assert set(listed) <= set(tokenizer.all_special_ids)
+    assert [token_bytes(tokenizer)[i] for i in listed] == [b"\n", b"\n\n", b"  ", b"<tool>"]
+    assert not set(listed) & token_table(tokenizer).special
+    text = "a line\n\nand two\n  more <tool> x"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert set(listed) <= set(ids)
+    assert align_text(ids, tokenizer, byte_level()).text.removeprefix(" ") == text
+    read = align_text(byte_level().encode(text), byte_level(), tokenizer)
+    assert not read.masked and set(listed) <= set(read.teacher_ids)
+
+
+def test_canines_ids_are_code_points():
+    tokenizer = CanineTokenizer()
+    rows = token_bytes(tokenizer)
+    assert (rows[97], rows[0x20AC], rows[0x1F642]) == (b"a", "€".encode(), "🙂".encode())
+    assert {rows[i] for i in tokenizer.all_special_ids} == {b""}
+    assert len(rows) == len(tokenizer) and not any(rows[0xD800:0xE000])
+    text = "one two — três\n  🙂"
+    for student, teacher in ((tokenizer, byte_level()), (byte_level(), tokenizer)):
+        alignment = align_text(student.encode(text, add_special_tokens=False), student, teacher)
+        assert alignment.text == text and not alignment.masked
+        assert b"".join(alignment.chunk_bytes) == text.encode()
+
+
 def test_a_slow_word_piece_loses_the_same_as_the_fast_one(tmp_path):
     vocabulary = sorted(word_piece().get_vocab(), key=word_piece().get_vocab().get)
     (tmp_path / "vocab.txt").write_text("\n".join([*vocabulary, "[PAD]", "[CLS]", "[MASK]"]))
@@ -268,6 +314,14 @@ class Wordy(PreTrainedTokenizer):
         return {"word": 0}
 
 
+@pytest.mark.parametrize("family", [byte_level, metaspace_bpe, unigram])
+def test_a_tokenizer_without_a_decoder_is_read_by_how_it_splits_text(family):
+    state = json.loads(family().backend_tokenizer.to_str())
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps({**state, "decoder": None})))
+    assert token_bytes(bare)[: len(family())] == token_bytes(family())
+    assert b"<0x0A>" not in token_bytes(bare)
+
+
 def fast(decoder, model=None) -> PreTrainedTokenizerFast:
     backend = Tokenizer(model or models.BPE({"a": 0}, []))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -280,7 +334,7 @@ def fast(decoder, model=None) -> PreTrainedTokenizerFast:
     ("tokenizer", "reason"),
     [
         (Wordy(), "Wordy: it is a slow tokenizer of a kind not known here"),
-        (fast(None), "TokenizersBackend: its backend has no decoder"),
+        (fast(None), "TokenizersBackend: its backend has no decoder, and its pre-tokenizer is neither"),
         (fast(decoders.CTC()), "its decoder is CTC"),
         (fast(decoders.BPEDecoder(), models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>")), "word ends by '</w>'"),
         (fast(decoders.Replace(Regex("_+"), " ")), "its decoder replaces the pattern"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import trl
 
-from trl_ctopd.text.chat import Conversation, Speaker, read_example
+from trl_ctopd.rollouts.prompts import render_row
+from trl_ctopd.text.chat import Conversation, Speaker, read_example, unshared_markup
 from trl_ctopd.text.turns import ANSWER, CALL, CALLS, RESULT, THOUGHT, TOOLS, USER, Turn, read_turn
 
 
@@ -240,6 +241,27 @@ def test_a_template_that_requires_tools_is_probed_with_some():
     assert text(speaker, speaker.turn_end) == "<|x|>"
     with pytest.raises(ValueError, match="cannot render the roles.*not iterable"):
         speaker.prompt_ids(Conversation([USER]))
+
+
+def test_a_row_with_tools_is_rendered_by_templates_that_require_some():
+    template = (
+        "{% if not tools %}{{ raise_exception('tools are required') }}{% endif %}{{ tools[0].function.name }}"
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|over|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    speaker = Speaker(census["tokenizer_for"](template))
+    sides = (speaker, side("qwen2_5")), (side("qwen2_5"), speaker)
+    row = {"messages": [{"role": "system", "content": "Be brief."}, USER, PLAIN], "tools": TOOLS}
+    for student, teacher in sides:
+        rendered = render_row(row, 0, student, {"": teacher}, None, needs_reference=True)
+        own = text(student, rendered["prompt_ids"], rendered["reference_ids"])
+        assert own.endswith(PLAIN["content"] + text(student, student.turn_end)) and TOOLS[0]["function"]["name"] in own
+        assert (
+            isinstance(unshared_markup(student, teacher), list) and student.stop_ids() and not speaker.prefills_thinking
+        )
+    del row["tools"]
+    with pytest.raises(ValueError, match="Row 0 .*tools are required"):
+        render_row(row, 0, speaker, {"": side("qwen2_5")}, None, needs_reference=False)
 
 
 def test_an_earlier_thought_that_is_left_out_is_said_once():

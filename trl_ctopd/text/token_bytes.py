@@ -1,8 +1,8 @@
 """The exact bytes that each token id stands for, for every family of tokenizer.
 
 Decisions. A fast tokenizer is read by its own `decoder` and `model`, never by its class name; a slow one by what it
-holds (a SentencePiece processor, a tiktoken encoding, a WordPiece vocabulary, raw UTF-8 bytes). `decode([id])` is
-never called, since it loses half characters and leading spaces. Special tokens, the unknown token and unused ids stand
+holds (a SentencePiece processor, a tiktoken encoding, a WordPiece vocabulary, raw UTF-8 bytes, code points). A fast
+tokenizer without a decoder is read by how it splits text. `decode([id])` is never called, since it loses half characters and leading spaces. Special tokens, the unknown token and unused ids stand
 for no text: b"".
 
 Left out: decoders that cannot be read token by token (regular expressions, end-of-word suffixes, CTC). They raise.
@@ -149,10 +149,11 @@ class _Pieces(NamedTuple):
 
 def _fast_pieces(tokenizer: Any) -> _Pieces:
     backend = tokenizer.backend_tokenizer
-    if backend.decoder is None:
-        raise UnsupportedTokenizerError(tokenizer, "its backend has no decoder")
-    decoder = json.loads(backend.decoder.__getstate__())
-    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    steps = _steps(backend.decoder, "decoders") if backend.decoder is not None else _undone(backend)
+    if not steps:
+        raise UnsupportedTokenizerError(
+            tokenizer, "its backend has no decoder, and its pre-tokenizer is neither ByteLevel nor Metaspace"
+        )
     steps = [step for step in steps if step["type"] != "Fuse" and step not in _PREFIX_SPACE_STRIPPED]
     kinds = {step["type"] for step in steps}
     vocabulary = backend.get_vocab(with_added_tokens=False)
@@ -166,6 +167,22 @@ def _fast_pieces(tokenizer: Any) -> _Pieces:
         replacements = [_replacement(tokenizer, step) for step in steps if step["type"] != "ByteFallback"]
         return _Pieces({i: _spaced(piece, replacements, byte_fallback) for piece, i in vocabulary.items()}, unknown)
     raise UnsupportedTokenizerError(tokenizer, f"its decoder is {'+'.join(sorted(kinds)) or 'empty'}")
+
+
+def _steps(part: Any, name: str) -> list[dict[str, Any]]:
+    """The settings of a decoder, normalizer or pre-tokenizer, or of each in a sequence of them; `name` is that of the list."""
+    if part is None:
+        return []
+    state = json.loads(part.__getstate__())
+    return state[name] if state["type"] == "Sequence" else [state]
+
+
+def _undone(backend: Any) -> list[dict[str, Any]]:
+    """The decoder of a tokenizer that has none: what undoes how it prepares text. Empty where that does not tell the bytes."""
+    steps = [*_steps(backend.normalizer, "normalizers"), *_steps(backend.pre_tokenizer, "pretokenizers")]
+    if any(step["type"] == "ByteLevel" for step in steps):
+        return [{"type": "ByteLevel"}]
+    return [step for step in steps if step["type"] == "Metaspace"]
 
 
 def _fast_model(tokenizer: Any) -> tuple[str | None, bool]:
@@ -201,6 +218,8 @@ def _slow_pieces(tokenizer: Any) -> _Pieces:
         return _sentencepiece(tokenizer.sp_model, dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)))
     if getattr(tokenizer, "_utf_vocab_size", None) == 256:  # ByT5
         return _Pieces({byte + tokenizer.offset: bytes([byte]) for byte in range(256)})
+    if hasattr(tokenizer, "_unicode_vocab_size"):  # CANINE, whose ids are code points
+        return _Pieces({i: chr(i).encode() for i in ids if not 0xD800 <= i < 0xE000})
     if hasattr(tokenizer, "wordpiece_tokenizer"):
         unknown = frozenset({tokenizer.vocab[tokenizer.wordpiece_tokenizer.unk_token]})
         return _word_pieces(tokenizer.vocab, "##", unknown)
