@@ -116,6 +116,20 @@ def moved(world: World, seed: int = 0, by: float = 1.0) -> torch.Tensor:
     return (start + step[world.prefixes]).log_softmax(-1)
 
 
+def closings(micro_batch: MicroBatch) -> torch.Tensor:
+    """(B, S) log p_close, of the student's logits."""
+    going_on = torch.zeros_like(micro_batch.student_logits, dtype=torch.bool)
+    for row, chunks in enumerate(micro_batch.student_chunks.tolist()):
+        for place in range(1, len(chunks)):
+            if chunks[place] != chunks[place - 1] >= 0 and chunks[place] >= 0:
+                last = max(j for j, c in enumerate(micro_batch.teacher_chunks[row].tolist()) if c == chunks[place - 1])
+                token = int(micro_batch.teacher_ids[row, last])
+                going_on[row, place, micro_batch.pair.vocabulary.continuations.of(token)] = True
+                going_on[row, place, micro_batch.student_ids[row, place]] = False
+    closed = micro_batch.student_logits.log_softmax(-1).exp().masked_fill(going_on, 0).sum(-1).log()
+    return closed * going_on.any(-1)
+
+
 def noise(world: World, loss, student_logits: torch.Tensor) -> float:
     """The variance of the gradient of one text over the squared mean, with respect to log-probs."""
     micro_batch = replace(world.micro_batch, student_logits=student_logits)
@@ -163,15 +177,7 @@ def test_nothing_told_is_dpca_with_closed_chunks():
     student = moved(world).requires_grad_()
     micro_batch = replace(world.micro_batch, student_logits=student)
     batch = batch_of(micro_batch)
-    going_on = torch.zeros_like(student, dtype=torch.bool)
-    for row, chunks in enumerate(micro_batch.student_chunks.tolist()):
-        for place in range(1, len(chunks)):
-            if chunks[place] != chunks[place - 1] >= 0 and chunks[place] >= 0:
-                last = max(j for j, c in enumerate(micro_batch.teacher_chunks[row].tolist()) if c == chunks[place - 1])
-                going_on[
-                    row, place, world.pair.vocabulary.continuations.of(int(micro_batch.teacher_ids[row, last]))
-                ] = True
-    closed = student.log_softmax(-1).exp().masked_fill(going_on, 0).sum(-1).log() * going_on.any(-1)
+    closed = closings(micro_batch)
     assert closed.min() < -0.1
     value, _ = DPCA(event="closed", credit="macro", advantage_clip=None)(replace(batch, close_log_probs=closed), 1)
     (expected,) = torch.autograd.grad(value, student)

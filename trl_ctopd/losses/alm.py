@@ -37,6 +37,8 @@ class ALM(Loss):
     loss = Σ_c τ · KL( Bernoulli(q_c^{1/τ}) ‖ Bernoulli(p_c^{1/τ}) ) / N, with log q_c = L_T and log p_c = L_S;
     for τ = ∞: a · ln(a / b) − a + b with a = −L_T, b = −L_S.
 
+    A perfect student stays only where all chunks are one token on each side.
+
     Args:
         temperature (`float`, defaults to `100.0`): τ; `float("inf")` for the limit.
     """

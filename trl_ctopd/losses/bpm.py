@@ -113,6 +113,8 @@ class BPM(Loss):
     """
     loss = Σ_i JSD_β(p_i, t_i) / N over student tokens, t(u) = Σ_{w: φ(w) = u} q(w).
 
+    A perfect student stays only where all chunks are one token on each side.
+
     Args:
         beta (`float`, defaults to `0.5`): of the generalized Jensen-Shannon divergence; 0 = forward KL. Below 1: the
             reverse KL is infinite wherever no teacher token stands for a student token.

@@ -33,6 +33,8 @@ class CDM(Loss):
     teacher's top_k at j and among the student's top_k at i, q̄ and p̄ renormalised over L, and J_i the teacher tokens on
     student token i's part of the path.
 
+    A perfect student stays only where all chunks are one token on each side.
+
     Args:
         top_k (`int`, defaults to `100`): tokens that are given a partner, on each side.
         threshold (`float`, defaults to `0.1`): the distance below which two tokens that spell different bytes may be

@@ -27,6 +27,8 @@ class ESCD(Loss):
     where M_w is the teacher's probability of w given the bytes already written, and C_w are the student tokens that begin
     with the rest of w; t as in BPM.
 
+    A perfect student stays only where all chunks are one token on each side.
+
     Args:
         mask_whitespace (`bool`, defaults to `True`): leave out student tokens of whitespace alone.
     """

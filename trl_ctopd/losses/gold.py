@@ -24,6 +24,8 @@ class GOLD(Loss):
     loss = Σ_c (matched_weight · JSD_β(p̄, q̄) + unmatched_weight · Σ_r |p_(r) − q_(r)|) / N, p̄ and q̄ over the shared
     vocabulary, p_(r) and q_(r) the sorted probabilities of the tokens outside it.
 
+    A perfect student stays only where all chunks are one token on each side.
+
     Args:
         beta (`float`, defaults to `0.5`): of the generalized Jensen-Shannon divergence; 0 = forward KL, 1 = reverse KL.
         matched_weight (`float`, *optional*): `None`: the shared part of the teacher's vocabulary.

@@ -35,6 +35,8 @@ class MultiLevelOT(Loss):
     loss = Σ_texts (Σ_i Σ_r |p_i(r) − q_i(r)| + log_weight · Σ_i KL(q̄_i ‖ p̄_i) + sinkhorn_weight · S · OT_ε(p, q)) / N,
     with p_i(r) the i-th token's probability of the text's r-th likeliest token.
 
+    A perfect student stays only where all chunks are one token on each side.
+
     Args:
         top_k (`int`, defaults to `50`): tokens kept on each side.
         log_weight (`float`, defaults to `0.1`), sinkhorn_weight (`float`, defaults to `0.1`): of the other two terms.

@@ -136,6 +136,9 @@ class ReverseKL(Loss):
 
     and G_c the gap of d's chunk, as in [`DPCA`] with `event="closed"`.
 
+    A perfect student stays unless its tokens hold several of the teacher's. Where later text parts again what a token had joined,
+    it moves too, as with closed chunks.
+
     Args:
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on guesses and corrections in nats; `None` for none but
             that of probabilities at e^-80.

@@ -13,7 +13,11 @@ from .base import Loss, Metrics, ScoredChunks
 
 @dataclass
 class SFT(Loss):
-    """loss = −Σ_i log p_i / N over the scored student tokens."""
+    """
+    loss = −Σ_i log p_i / N over the scored student tokens.
+
+    A perfect student stays everywhere.
+    """
 
     signal: ClassVar[str] = "none"
     policy: ClassVar[str] = "off"

@@ -22,6 +22,8 @@ class SimCT(Loss):
     """
     loss = Σ_c KL(softmax(s_S) ‖ softmax(s_T)) / N over units u: the shared tokens, s_M(u) = log p_M(u), and, where the
     chunk is not one token on each side, the chunk itself, s_M(u) = the mean log-prob of its tokens.
+
+    A perfect student stays only where all chunks are one token on each side.
     """
 
     signal: ClassVar[str] = "logits"

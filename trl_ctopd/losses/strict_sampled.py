@@ -23,6 +23,8 @@ class StrictSampled(PolicyGradient):
     loss = −Σ_i clip(log q_i − log p_i, ±advantage_clip) · exp(log p_i − sg(log p_i)) / N over the chunks of one token on
     each side.
 
+    A perfect student stays only where all chunks are one token on each side.
+
     Args:
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on the log-ratio in nats; `None` for no bound.
         clip_ratio_low, clip_ratio_high: of [`PolicyGradient`].

@@ -22,6 +22,8 @@ class StrictTopK(Loss):
     loss = Σ_c KL(p̄ ‖ q̄) / N over the chunks of one token on each side, p̄ and q̄ renormalised over the student's `top_k`
     likeliest shared tokens.
 
+    A perfect student stays only where all chunks are one token on each side.
+
     Args:
         top_k (`int` or `None`, defaults to `16`): how many; `None` for all shared tokens.
     """

@@ -23,6 +23,8 @@ class ULD(Loss):
     """
     loss = Σ Σ_r |p_(r) − q_(r)| / N over pairs of positions, p_(r) the r-th greatest probability.
 
+    A perfect student stays only where all chunks are one token on each side.
+
     Args:
         uld_pairing (`str`, defaults to `"position"`): which positions are pairs, `"position"` or `"chunk"`.
         cross_entropy_weight (`float`, defaults to `0.0`): of −Σ_i log p_i, which the paper adds on its reference texts;

@@ -29,6 +29,8 @@ class XToken(Loss):
 
     A tile holds whole chunks, so the longest one is the least tile.
 
+    A perfect student stays only where all chunks are one token on each side.
+
     Args:
         cross_entropy_weight (`float`, defaults to `0.0`): of −Σ_i log p_i, which the paper adds on its reference texts;
             on text of the student's own it teaches nothing.

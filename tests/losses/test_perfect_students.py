@@ -1,0 +1,134 @@
+"""Every loss, and a student that has its teacher's law of texts: where the exact expectation of the gradient is nought, and that
+docs/losses.md and the docstrings say the same."""
+
+import functools
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_logit_losses import Pair
+from test_reverse_kl import DIGITS, World, closings, numbers, written_by_both
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from trl_ctopd.losses import LOSSES, build_loss
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
+
+
+def letters(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
+    """BPE of a, b and c."""
+    tokens = ["$", *"abc", *("".join(merge) for merge in merges)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["$"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="$", pad_token="$")
+
+
+AB, ABC, BC, CA = ("a", "b"), ("ab", "c"), ("b", "c"), ("c", "a")
+MERGES = {  # the student's and the teacher's
+    "1:1": ((), ()),
+    "m:1": ((), (AB, ABC, BC)),
+    "1:n": ((AB, ABC, BC), ()),
+    "m:n": ((BC,), (AB, CA)),
+    "m:1, parted again": ((), (AB, CA)),  # ca is one token, and cab is c and ab
+}
+TEXTS = ["".join(word) for length in (1, 2, 3) for word in itertools.product("abc", repeat=length)]
+PARTED = "m:1, parted again"
+SHAPES = [*(shape for shape in MERGES if shape != PARTED), "m:1, digits"]
+
+
+@functools.cache
+def world(shape: str) -> World:
+    if shape == "m:1, digits":
+        return numbers(DIGITS)
+    student, teacher = (letters(*merges) for merges in MERGES[shape])
+    return written_by_both(Pair(student, teacher, [0], [0], [0], extra=(0, 0)), TEXTS)
+
+
+def counts(shape: str) -> set[tuple[int, int]]:
+    return {
+        (row.student_chunks.count(c), row.teacher_chunks.count(c))
+        for row in world(shape).rows
+        for c in row.student_chunks
+    }
+
+
+def test_the_worlds_have_the_chunks_they_are_named_for():
+    assert counts("1:1") == {(1, 1)}
+    assert counts("m:1") == counts("m:1, digits") == {(1, 1), (2, 1), (3, 1)}
+    assert counts("1:n") == {(1, 1), (1, 2), (1, 3)}
+    assert (2, 2) in counts("m:n")
+
+
+@functools.cache
+def drift(name: str, shape: str, **knobs) -> float:
+    """The greatest number in the expected gradient of a student that has the teacher's law."""
+    loss, own = build_loss(name, **knobs), world(shape)
+
+    def closed(batch, num_items):
+        if own.pair.vocabulary.is_one_tokenizer:
+            close = torch.zeros_like(batch.student_log_probs)
+        else:
+            close = closings(replace(own.micro_batch, student_logits=batch.student.hidden))
+        return loss(replace(batch, close_log_probs=close), num_items)
+
+    return own.expected_gradient(closed if name == "dpca" else loss).abs().max().item()
+
+
+STAYS = {  # in the words of the table and of the docstrings
+    "everywhere": {*SHAPES},
+    "unless its tokens hold several of the teacher's": {"1:1", "m:1", "m:1, digits"},
+    "only where all chunks are one token on each side": {"1:1"},
+}
+
+
+def said() -> dict[str, str]:
+    """By loss, what the table has in the column."""
+    rows = [
+        [cell.strip() for cell in line.strip("| \n").split(" | ")]
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    header = next(line for line in PAGE.read_text().splitlines() if line.startswith("| `distillation_loss`"))
+    column = [cell.strip() for cell in header.strip("| \n").split(" | ")].index("a perfect student stays")
+    return {row[0].strip("`"): row[column] for row in rows if row[0].strip("`") in LOSSES and len(row) > column}
+
+
+def test_the_table_has_every_loss():
+    assert said().keys() == LOSSES.keys()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_perfect_student_stays_where_the_table_says_so_and_moves_elsewhere(name, shape):
+    found = drift(name, shape)
+    assert found < 1e-10 if shape in STAYS[said()[name]] else found > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dpca", "reverse_kl"])
+def test_where_later_text_parts_again_what_a_token_had_joined_closed_chunks_move_it(name):
+    assert drift(name, PARTED) > 1e-3
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_docstring_says_what_the_table_says(name):
+    words = re.sub(r"\s+", " ", LOSSES[name].__doc__)
+    assert f"A perfect student stays {said()[name]}" in words
+
+
+@pytest.mark.parametrize("knobs", [{"event": "open"}, {"event": "open", "credit": "macro"}, {"credit": "previous"}])
+def test_dpca_as_published_moves_it_wherever_tokens_nest(knobs):
+    for shape in SHAPES:
+        found = drift("dpca", shape, **knobs)
+        assert found < 1e-10 if shape == "1:1" else found > 1e-3
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_reverse_kl_stays_with_a_teacher_of_few_known_tokens_as_with_the_whole(top_k):
+    for shape in STAYS["unless its tokens hold several of the teacher's"]:
+        assert drift("reverse_kl", shape, top_k=top_k) < 1e-10
