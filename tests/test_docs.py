@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import re
+import textwrap
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -79,3 +80,19 @@ def test_python_on_a_page_is_python_and_names_settings_that_exist(page):
 
 def test_the_first_page_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 170
+
+
+def test_the_loss_of_contributing_runs_as_it_is_and_is_the_sum_of_squared_gaps():
+    import torch
+    from chunk_rows import as_tensors, random_rows, reference_budgets
+
+    from trl_ctopd.losses import ScoredChunks
+
+    [code] = [code for language, code in FENCE.findall(text_of(ROOT / "CONTRIBUTING.md")) if language == "python"]
+    names = {"__package__": "trl_ctopd.losses", "__name__": "trl_ctopd.losses.squared_gap"}
+    exec(textwrap.dedent(code), names)
+    rows = random_rows(0)
+    value, metrics = names["SquaredGap"]()(ScoredChunks(*as_tensors(rows)), torch.tensor(7))
+    budgets = [(reference_budgets(student), reference_budgets(teacher)) for student, teacher in rows]
+    gaps = [theirs[chunk] - ours[chunk] for ours, theirs in budgets for chunk in ours]
+    assert value.item() == pytest.approx(sum(gap**2 for gap in gaps) / 7) and metrics == {}
