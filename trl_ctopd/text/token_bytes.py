@@ -1,9 +1,9 @@
 """The exact bytes that each token id stands for, for every family of tokenizer.
 
-Decisions. A fast tokenizer is read by its own `decoder` and `model`, never by its class name; a slow one by what it
-holds (a SentencePiece processor, a tiktoken encoding, a WordPiece vocabulary, raw UTF-8 bytes, code points). A fast
-tokenizer without a decoder is read by how it splits text. `decode([id])` is never called, since it loses half characters and leading spaces. Special tokens, the unknown token and unused ids stand
-for no text: b"".
+Decisions. A fast tokenizer is read by its own `decoder` and `model`, never by its class name; without a decoder, by how it
+splits text. A slow one is read by what it holds (a SentencePiece processor, a tiktoken encoding, a WordPiece vocabulary, raw
+UTF-8 bytes, code points). `decode([id])` is never called, since it loses half characters and leading spaces. Special tokens,
+the unknown token and unused ids stand for no text: b"".
 
 Left out: decoders that cannot be read token by token (regular expressions, end-of-word suffixes, CTC). They raise.
 """
