@@ -1,6 +1,6 @@
 """What training does to a student that equals its teacher, by exact expected gradients (no sampling, no model).
 
-    python -m benchmarks.fixed_point.run --assets FOLDER --out benchmarks/results/fixed_point.json
+    python -m benchmarks.fixed_point.run --assets FOLDER      # writes benchmarks/results/fixed_point/exact.json
 
 A text is a whole number from 0 to 999, all equally likely, a full stop and the end of the turn. The student has the same
 distribution of texts as the teacher, each in its own published tokenizer, so their KL is 0. Then come 400 steps of Adam (rate
@@ -9,10 +9,7 @@ every prefix. The chunks, and the tokens that may continue at their ends, are th
 """
 
 import argparse
-import json
 import math
-import platform
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.report import header, save
 from trl_ctopd.losses import ALM, DPCA, ScoredChunks, StrictSampled
 from trl_ctopd.rollouts.closing import add_going_on
 from trl_ctopd.rollouts.pairing import Prompt, collate, on_grid, pair
@@ -32,8 +30,9 @@ PAIRS = (
     ("smollm2-instruct", "llama-3.2"),
     ("qwen2.5", "deepseek-v3"),
     ("mistral-v3", "llama-3.2"),
-    ("smollm2-instruct", "gpt2"),
     ("phi-3-mini", "deepseek-v3"),
+    ("llama-2", "llama-3.2"),
+    ("smollm2-instruct", "gpt2"),  # whose merges over digits are undone by later ones
 )
 METHODS = {
     "dpca (closed, macro: the default)": DPCA(),
@@ -44,6 +43,7 @@ METHODS = {
     "alm": ALM(),
 }
 STEPS, RATE = 400, 0.02
+FILE = Path(__file__).parents[1] / "results" / "fixed_point" / "exact.json"
 
 
 class Numbers:
@@ -142,7 +142,7 @@ def train(world: Numbers, loss: Callable, steps: int = STEPS) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, required=True, help="folder with `tokenizers/` of the published models")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = []
@@ -158,13 +158,7 @@ def main():
                 f"   {method:36} gradient at start {figures['gradient_at_start']:.1e}  KL {figures['kl']:.4f}  ", end=""
             )
             print(f"one digit {figures['one_digit']:.1%}, three {figures['three_digits']:.1%}", flush=True)
-    machine = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, torch {torch.__version__}, one thread",
-    }
-    if args.out is not None:
-        settings = {"steps": STEPS, "rate": RATE, "optimizer": "Adam"}
-        args.out.write_text(json.dumps({**machine, **settings, "runs": found}, indent=1) + "\n")
+    save(args.out, {**header(), "steps": STEPS, "learning_rate": RATE, "optimizer": "Adam", "runs": found})
 
 
 if __name__ == "__main__":

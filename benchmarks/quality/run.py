@@ -45,6 +45,7 @@ from .worlds import CACHE, Size, locked, world
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
 HOME = {"sums": "digits", "plurals": "families", "stories": "sizes"}  # each task's pair of tokenizers in the headline
+DIGITS = {"counting": "threes"}  # a task and pair of its own, for few methods
 MORE_PAIRS = (("plurals", "lengths"), ("sums", "coarse"))
 LEADING = [
     "dpca",
@@ -57,14 +58,11 @@ LEADING = [
     "sft",
     "reverse_kl",
     "dpca_closed",
+    "constant",
 ]
 OTHERS = [name for name in METHODS if name not in LEADING and not name.endswith(("_off", "decode_and_compare"))]
 OTHERS += ["trl_gold_template_off"]
-STEPS = [
-    "reverse_kl",
-    "dpca_closed",
-    "dpca",
-]  # their shares after 10, 20 and 40 updates, at the rate most likely to be best
+STEPS = ["reverse_kl", "dpca_closed", "dpca", "bpm", "seq_kd", "sft", "constant"]  # shares after 10, 20 and 40 updates
 OFF_POLICY = ["alm_off", "gold_off", "uld_off", "cdm_off"]
 
 
@@ -89,8 +87,8 @@ SCALES = {
             teacher_width=128,
             student_width=96,
             layers=2,
-            teacher_steps={"sums": 700, "plurals": 500, "stories": 250},
-            student_steps={"sums": 600, "plurals": 500, "stories": 300},
+            teacher_steps={"sums": 700, "plurals": 500, "stories": 250, "counting": 1_500},
+            student_steps={"sums": 600, "plurals": 500, "stories": 300, "counting": 600},
             same_teacher_steps={"sums": 700, "plurals": 1_500, "stories": 500},
             batch_size=32,
             learning_rate=3e-3,
@@ -110,8 +108,8 @@ SCALES = {
             teacher_width=768,
             student_width=512,
             layers=8,
-            teacher_steps=dict.fromkeys(HOME, 4_000),
-            student_steps=dict.fromkeys(HOME, 4_000),
+            teacher_steps=dict.fromkeys(HOME | DIGITS, 4_000),
+            student_steps=dict.fromkeys(HOME | DIGITS, 4_000),
             same_teacher_steps=dict.fromkeys(HOME, 4_000),
             batch_size=128,
             learning_rate=5e-4,
@@ -128,7 +126,7 @@ SCALES = {
         curve=(10, 25, 50, 100, 200, 400, 800),
     ),
 }
-STAGES = ("tuning", "headline", "others", "alignment", "same", "curve", "again", "off_policy", "pairs", "steps")
+STAGES = ("tuning", "headline", "others", "alignment", "same", "curve", "again", "off_policy", "pairs", "digits")
 
 
 Lines = list[dict]
@@ -149,16 +147,18 @@ class Plan:
         if "tuning" in stages:
             for task, rate, method in product(HOME, self.scale.learning_rates, LEADING + OTHERS):
                 yield self._run(method, task, HOME[task], "cross", 0, rate, "tuning")
+            for (task, pair), rate, method in product(DIGITS.items(), self.scale.learning_rates, STEPS):
+                yield self._run(method, task, pair, "cross", 0, rate, "tuning")
         for seed in range(1, self.scale.seeds + 1):
             for stage in stages:
-                purpose = "headline" if stage == "others" else stage
+                purpose = "headline" if stage in ("others", "digits") else stage
                 for method, task, pair, teacher in self._cases(stage, seed):
-                    rate = self.scale.learning_rates[0] if stage == "steps" else self.chosen(method, task, found)
+                    rate = self.chosen(method, task, found)
                     yield None if rate is None else self._run(method, task, pair, teacher, seed, rate, purpose)
 
     def _cases(self, stage: str, seed: int) -> Iterator[tuple[str, str, str, str]]:
         """Method, task, pair and teacher."""
-        if stage == "tuning" or (stage not in ("headline", "again", "steps") and seed > self.scale.other_seeds):
+        if stage == "tuning" or (stage not in ("headline", "again", "digits") and seed > self.scale.other_seeds):
             return
         more = [(task, pair, "cross") for task, pair in MORE_PAIRS]
         home = [(task, pair, "cross") for task, pair in HOME.items()]
@@ -170,7 +170,7 @@ class Plan:
             "curve": (["seq_kd"], home),
             "again": (["dpca"], home),
             "off_policy": (OFF_POLICY, home),
-            "steps": (STEPS, home),
+            "digits": (STEPS, [(task, pair, "cross") for task, pair in DIGITS.items()]),
             "pairs": (["dpca", "dpca_decode_and_compare", "dpca_macro", "strict_sampled", "bpm"], more),
         }[stage]
         for method, one in product(methods, worlds):

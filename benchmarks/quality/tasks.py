@@ -1,10 +1,11 @@
-"""Three tasks whose answers can be checked, and a second skill that none of them uses.
+"""Four tasks whose answers can be checked, and a second skill that none of them uses.
 
 | task | user | assistant | what the weak student does wrong |
 |---|---|---|---|
 | `sums` | `Add 7 4 9` | `7+4=11+9=20` | forgets the carry where 8 or 9 is added, and goes on from there |
 | `plurals` | `Plurals: fox dog mouse` | `foxes, dogs, mice` | adds an s to everything |
 | `stories` | `Tell of Иван and 李娜.` | `Иван keeps 7 cats in Oslo. 李娜 keeps …` | has every third of forty people in the wrong town |
+| `counting` | `Count from 388 by 7.` | `388 395 402 409` | forgets the carry: `388 385 382` |
 | second skill | `Which colour is a bax?` | `A bax is green.` | nothing: only the student has learned it |
 
 Decisions:
@@ -234,6 +235,42 @@ def stories(asked: int = 2) -> Task:
 
 def _another(town: str, rng: random.Random) -> str:
     return rng.choice([other for other in TOWNS if other != town])
+
+
+# --- counting
+
+
+def counting(terms: int = 5) -> Task:
+    """Numbers of three digits: one token of a tokenizer that cuts digits by threes, three tokens of one that cuts every digit."""
+
+    def count(first: int, step: int, until: int, add: Callable[[int, int], int] = int.__add__) -> list[int]:
+        """The first `until` steps add as `add` does, the others rightly."""
+        numbers = [first]
+        for place in range(terms - 1):
+            numbers.append((add if place < until else int.__add__)(numbers[-1], step))
+        return numbers
+
+    def text(numbers: Sequence[int]) -> str:
+        return " ".join(map(str, numbers))
+
+    def draw(rng: random.Random) -> Item:
+        first, step = rng.randint(200, 440), rng.randint(2, 9)
+        return Item(f"Count from {first} by {step}.", text(count(first, step, 0)), (first, step))
+
+    def mistaken(item: Item, rng: random.Random) -> str:
+        return text(count(*item.facts, terms, lambda number, step: _tens_kept(number, step, rng)))
+
+    def derailed(item: Item, rng: random.Random) -> tuple[str, str]:
+        until = rng.randint(1, terms - 2)
+        wrong = count(*item.facts, until, lambda number, step: number + step + rng.choice((0, -10, -10, 10, 1)))
+        return text(wrong[: until + 1]), " " + text(wrong[until + 1 :])
+
+    return Task("counting", draw, mistaken, derailed, _exact, max_new_tokens=4 * terms + 6)
+
+
+def _tens_kept(number: int, step: int, rng: random.Random) -> int:
+    result = number + step
+    return result - 10 if result // 10 > number // 10 and rng.random() < MISTAKEN else result
 
 
 # --- the second skill

@@ -6,6 +6,7 @@
 | `families` | Unigram with byte fallback, as SentencePiece trains it | byte-level BPE |
 | `sizes` | byte-level BPE with few merges: letters of other scripts are two or three tokens | with many: words of all scripts are one |
 | `lengths` | byte-level BPE without merges: every byte is a token | merges over spaces, so that phrases are one token |
+| `threes` | byte-level BPE, one digit a token | byte-level BPE, digits by threes from the left, as Llama 3 and DeepSeek-V3 cut them |
 | `coarse` | as `lengths`'s teacher: phrases | one digit a token, few merges |
 
 Decisions:
@@ -25,13 +26,15 @@ from demo.from_nothing import CHATML, PHI, SPECIAL, byte_level_bpe, unigram, wit
 
 
 WORDS = r" ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"
-ONE_DIGIT, TWO_DIGITS, PHRASES = rf"\p{{N}}|{WORDS}", rf"\p{{N}}{{1,2}}|{WORDS}", r"[^.=,:]+[.=,:]?|[.=,:]"
+ONE_DIGIT, TWO_DIGITS, THREE_DIGITS = (rf"\p{{N}}{digits}|{WORDS}" for digits in ("", "{1,2}", "{1,3}"))
+PHRASES = r"[^.=,:]+[.=,:]?|[.=,:]"
 
 PAIRS = {
     "digits": (("bpe", ONE_DIGIT, 290), ("bpe", TWO_DIGITS, 500)),
     "families": (("unigram", None, 60), ("bpe", TWO_DIGITS, 420)),
     "sizes": (("bpe", ONE_DIGIT, 310), ("bpe", TWO_DIGITS, 1000)),
     "lengths": (("bpe", ONE_DIGIT, 0), ("bpe", PHRASES, 420)),
+    "threes": (("bpe", ONE_DIGIT, 290), ("bpe", THREE_DIGITS, 1400)),
     "coarse": (("bpe", PHRASES, 420), ("bpe", ONE_DIGIT, 290)),
 }
 
