@@ -100,6 +100,27 @@ def test_a_later_update_weighs_both_kinds_by_their_own_ratio_within_ppos_bounds(
         assert close[0, 1].item() == pytest.approx(-pull if moved else 0.0)
 
 
+def test_a_chunk_that_is_spelled_otherwise_is_never_made_likelier():
+    rows, batch = closed_batch(1)
+    other = torch.rand(batch.student_chunks.shape, generator=torch.Generator().manual_seed(5)) < 0.3
+    marked = replace(batch, other_spelling=other & (batch.student_chunks >= 0))
+    loss = DPCA("macro", None, event="closed")
+    plain, found = (loss.advantages(own)[0] for own in (batch, marked))
+    bounded = kept = 0
+    for row, (student, _) in enumerate(rows):
+        for inside in by_chunk(student).values():
+            spelled_otherwise = any(marked.other_spelling[row, i] for i in inside)
+            for i in inside:
+                expected = min(plain[row, i].item(), 0.0) if spelled_otherwise else plain[row, i].item()
+                assert found[row, i].item() == expected
+            bounded += spelled_otherwise and plain[row, inside[0]] > 0
+            kept += not spelled_otherwise and plain[row, inside[0]] > 0
+    assert bounded and kept
+    assert torch.equal(*(DPCA(event="open").advantages(own)[0] for own in (batch, marked))), (
+        "open ones are as published"
+    )
+
+
 def test_another_samplers_tokens_weigh_both_kinds():
     _, batch = closed_batch(1)
     weights = torch.rand(batch.student_chunks.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -172,17 +172,32 @@ def test_the_more_is_told_the_less_noise():
     assert found[0] > 2 * found[2], found
 
 
-def test_nothing_told_is_dpca_with_closed_chunks():
+@pytest.mark.parametrize("marked", [False, True])
+def test_nothing_told_is_dpca_with_closed_chunks(marked):
+    """Where the teacher has nothing for a token, and where the student spelled a text otherwise, too."""
     world = numbers(DIGITS)
     student = moved(world).requires_grad_()
     micro_batch = replace(world.micro_batch, student_logits=student)
     batch = batch_of(micro_batch)
     closed = closings(micro_batch)
     assert closed.min() < -0.1
-    value, _ = DPCA(event="closed", credit="macro", advantage_clip=None)(replace(batch, close_log_probs=closed), 1)
+    marks = {}
+    if marked:
+        generator = torch.Generator().manual_seed(0)
+        impossible = torch.rand(batch.teacher_log_probs.shape, generator=generator) < 0.1
+        other = torch.rand(batch.student_chunks.shape, generator=generator) < 0.2
+        marks["teacher_log_probs"] = batch.teacher_log_probs.masked_fill(impossible, -torch.inf)
+        marks["other_spelling"] = other & (batch.student_chunks >= 0)
+    clip = 10.0 if marked else None
+    value, _ = DPCA(event="closed", credit="macro", advantage_clip=clip)(
+        replace(batch, close_log_probs=closed, **marks), 1
+    )
     (expected,) = torch.autograd.grad(value, student)
+    loss = ReverseKL(top_k=0, advantage_clip=clip)
     _, found = value_and_gradient(
-        ReverseKL(top_k=0, advantage_clip=None), replace(micro_batch, student_logits=student.detach()), 1
+        lambda own, num_items: loss(replace(own, **marks), num_items),
+        replace(micro_batch, student_logits=student.detach()),
+        1,
     )
     torch.testing.assert_close(found, expected)
 

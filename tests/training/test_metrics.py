@@ -44,13 +44,14 @@ def reference(rows, entropy):
     """Row by row and chunk by chunk; a chunk whose teacher budget is not finite is only counted."""
     ours = theirs = 0.0
     width = tokens = chunks = one_to_one = teacher_tokens = neutral = 0
-    nats = unscored = 0.0
+    nats = unscored = impossible = 0.0
     for row, (student, teacher) in enumerate(rows):
         unscored += not any(map(math.isfinite, reference_budgets(teacher).values()))
         student_budgets, teacher_budgets = reference_budgets(student), reference_budgets(teacher)
         read = by_chunk(teacher)
         for chunk, inside in by_chunk(student).items():
             tokens, teacher_tokens, chunks = tokens + len(inside), teacher_tokens + len(read[chunk]), chunks + 1
+            impossible += any(teacher[j][0] == -math.inf for j in read[chunk])
             one_to_one += len(inside) == len(read[chunk]) == 1
             nats += math.fsum(entropy[row][i] for i in inside)
             if math.isfinite(teacher_budgets[chunk]):
@@ -67,6 +68,7 @@ def reference(rows, entropy):
         "entropy": nats / tokens,
         "gap/nats_per_byte": (theirs - ours) / width,
         "student/nats_per_byte": ours / width,
+        "teacher/impossible_fraction": impossible / chunks,
         "teacher/nats_per_byte": theirs / width,
     }
 
@@ -99,10 +101,19 @@ def test_a_worked_example():
             "alignment/teacher_tokens_per_chunk": 4 / 3,
             "alignment/neutralised_fraction": 0.0,
             "alignment/unscored_fraction": 0.0,
+            "teacher/impossible_fraction": 0.0,
             "entropy": 10 / 4,
         },
         rel=1e-6,
     )
+
+
+def test_tokens_that_are_spelled_otherwise_are_counted_and_so_are_their_chunks():
+    student = [(-1.0, 0, 1), (-2.0, 0, 1), (-0.5, 1, 1), (-0.25, 2, 0)]
+    batch = ScoredChunks(*as_tensors([(student, [(-2.5, 0), (-0.1, 1), (-0.05, 2)])]))
+    assert not any(name.startswith("spelling/") for name in figures(batch))
+    found = figures(replace(batch, other_spelling=torch.tensor([[True, True, False, False]])))
+    assert (found["spelling/other_fraction"], found["spelling/chunks_fraction"]) == pytest.approx((2 / 4, 1 / 3))
 
 
 def test_the_gap_is_the_students_surplus_and_dpcas_loss_over_the_same_text():

@@ -67,6 +67,8 @@ class ScoredChunks:
         teacher_likeliest (`tuple` of a `torch.LongTensor` and a `torch.Tensor` of shape (B, T, k), *optional*): ids and
             log-probs of the k likeliest teacher tokens at each position, for a loss with `likeliest` and a teacher behind a
             server; -inf where nothing is known.
+        other_spelling (`torch.BoolTensor` of shape (B, S), *optional*): True for tokens that the student's tokenizer would not
+            have made of the text.
         imbalance (scalar `torch.Tensor`, *optional*): of a student that is a mixture of experts, how unevenly its routers share out
             the tokens; the trainer adds it to the loss.
 
@@ -90,6 +92,7 @@ class ScoredChunks:
     close_log_probs: torch.Tensor | None = None
     old_close_log_probs: torch.Tensor | None = None
     teacher_likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
+    other_spelling: torch.Tensor | None = None
     imbalance: torch.Tensor | None = None
     student: Distributions | None = None
     teacher: Distributions | None = None
@@ -116,6 +119,13 @@ class ScoredChunks:
     def student_sum(self, values: torch.Tensor) -> torch.Tensor:
         """(B, S) in, sums over each chunk (B, C) out."""
         return chunk_sum(values, self.student_chunks, self.num_chunks)
+
+    def bounded_where_spelled_otherwise(self, gap: torch.Tensor) -> torch.Tensor:
+        """(B, C) gaps, at most 0 in chunks with a token that the student's tokenizer would not have made of the text: each
+        spelling is scored with the teacher's budget for all of them."""
+        if self.other_spelling is None:
+            return gap
+        return torch.where(self.student_sum(self.other_spelling.long()) > 0, gap.clamp(max=0), gap)
 
     def teacher_sum(self, values: torch.Tensor) -> torch.Tensor:
         """(B, T) in, sums over each chunk (B, C) out."""

@@ -6,7 +6,8 @@ has not. So a student that equals its teacher is moved (docs/fixed-point.md). `e
 like: the chunk's tokens *and* that the teacher's last token is closed at its end.
 
 Decisions: advantages are detached and clipped to ±`advantage_clip`. A teacher's log-prob of -inf counts as -100 nats, so that
-the clip decides; a chunk whose teacher budget is NaN takes no part and is counted.
+the clip decides; a chunk whose teacher budget is NaN takes no part and is counted. With closed chunks, the gap of one that the
+student spelled otherwise than its tokenizer spells that text is at most 0.
 Where the published code differs: it drops chunks of more than six tokens, divides by L_S without the limit at zero, and
 masks everything after the first place where its aligner gets stuck; here none of that is needed.
 """
@@ -108,7 +109,8 @@ class DPCA(PolicyGradient):
                 )
         teacher = floored(batch.teacher_log_probs)
         sides = batch.student_chunks, batch.teacher_chunks
-        return gaps(batch.policy_log_probs, teacher, *sides, batch.num_chunks, close)[0]
+        gap, _ = gaps(batch.policy_log_probs, teacher, *sides, batch.num_chunks, close)
+        return batch.bounded_where_spelled_otherwise(gap) if self.event == "closed" else gap
 
     @torch.no_grad()
     def _close_advantages(self, batch: ScoredChunks) -> torch.Tensor:

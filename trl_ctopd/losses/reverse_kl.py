@@ -25,14 +25,14 @@ Decisions.
   the text before it. `top_k=0` is closed DPCA with credit "macro".
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from .base import Loss, Metrics, ScoredChunks
 from .bpm import possible, standing_rows
-from .credit import gaps
+from .credit import floored, gaps
 from .distributions import over_tiles
 from .policy_gradient import check_clip
 
@@ -165,6 +165,7 @@ class ReverseKL(Loss):
         return self.top_k
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
+        batch = replace(batch, teacher_log_probs=floored(batch.teacher_log_probs))
         at = places(batch)
         ids = batch.student_ids.flatten()[at.student]
         student, teacher = (batch.student, at.student), None
@@ -209,6 +210,9 @@ class ReverseKL(Loss):
         gap = self._gaps(batch, at, closed.detach(), closes)
         ended, begun = _closings_beside(batch, at)
         gap = gap.index_add(0, ended.chunk, -ended.score.detach()).index_add(0, begun.chunk, begun.score.detach())
+        if batch.other_spelling is not None:
+            other = batch.student_sum(batch.other_spelling.long())[batch.chunks.row, batch.chunks.chunk] > 0
+            gap = torch.where(other, gap.clamp(max=0), gap)
         # each chunk's decisions in the order of the text: to go on (inside), which token; at its end, to leave it
         open_sharp, open_guess = open_sharp * inside, open_guess * inside
         by_row = (open_sharp + sharp).double()

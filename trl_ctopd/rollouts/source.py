@@ -28,6 +28,7 @@ from .closing import add_going_on, without_unclosed
 from .generation import TransformersWriter, Writer, Written, sampling_config, write
 from .metrics import rollout_metrics
 from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns, pad_scores
+from .spelling import other_spellings
 from .tools import ToolLoop
 from .vllm import VLLMWriter
 
@@ -172,6 +173,8 @@ class RolloutSource:
             batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)
             if self._reads_distributions(on) and readings.hidden:
                 batch["teacher_hidden"] = pad_scores([readings.hidden[row] for row in rows], teacher_length)
+            other = other_spellings([rollout.student_ids for rollout in own], self._student.tokenizer)
+            batch["other_spelling"] = on_columns(other, batch).bool() & (batch["student_chunks"] >= 0)
             if sampled[rows[0]] is not None:
                 batch["sampled_log_probs"] = on_columns([sampled[row] for row in rows], batch)
             batches.append({**batch, "on_policy": on, "index": index})

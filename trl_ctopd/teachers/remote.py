@@ -35,7 +35,9 @@ PROBE = (
 _SAME_MODEL = 0.2  # nats a token, mean over the probe; half precision differs by less
 COUNT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17,"  # the next token is nearly certain
 _DRAWS = (16, 64)  # number of sampled tokens that are scored, and that are counted
-Likeliest = tuple[torch.Tensor, torch.Tensor] | None  # (T, k) ids and log-probs of the k most likely tokens at each place
+Likeliest = (
+    tuple[torch.Tensor, torch.Tensor] | None
+)  # (T, k) ids and log-probs of the k most likely tokens at each place
 _SYSTEMATIC = 8  # so many completions in a row without a score are not the fault of their texts
 
 

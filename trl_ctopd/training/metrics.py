@@ -48,6 +48,14 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torc
     chunks = (m > 0).sum()
     scored = batch.student_chunks >= 0
     unscored = ~batch.scorable.any(1)
+    impossible = batch.teacher_sum((batch.teacher_log_probs == -torch.inf).long()) > 0
+    spelled = {}
+    if batch.other_spelling is not None:
+        other = batch.student_sum(batch.other_spelling.long()) > 0
+        spelled = {
+            "spelling/other_fraction": (batch.other_spelling.sum(), scored.sum()),
+            "spelling/chunks_fraction": (other.sum(), chunks),
+        }
     rows = torch.ones_like(unscored) if padding_rows is None else ~padding_rows
     return {
         "gap/nats_per_byte": (-gap.sum(), num_bytes),
@@ -58,6 +66,8 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torc
         "alignment/teacher_tokens_per_chunk": (k.sum(), chunks),
         "alignment/neutralised_fraction": (neutral.sum(), chunks),
         "alignment/unscored_fraction": ((unscored & rows).sum(), rows.sum()),
+        "teacher/impossible_fraction": (impossible.sum(), chunks),
+        **spelled,
         "entropy": ((entropy * scored).sum(), scored.sum()),
     }
 

@@ -114,6 +114,7 @@ class Scorer:
             close_log_probs=close,
             old_close_log_probs=old_close,
             teacher_likeliest=likeliest,
+            other_spelling=inputs.get("other_spelling"),
         )
         if "sampled_log_probs" in inputs:
             sampled = inputs["sampled_log_probs"].to(log_probs.device)
