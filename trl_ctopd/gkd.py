@@ -17,11 +17,11 @@ try:
         warnings.filterwarnings("ignore", message="You are importing from 'trl.experimental'")
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    STANDS_ON = "TRL's experimental.gkd"
+    BASE = "TRL's experimental.gkd"
 except ImportError as error:
     if not (error.name or "").startswith("trl.experimental"):
         raise
-    STANDS_ON = "SFTTrainer, since this TRL has no experimental.gkd"
+    BASE = "SFTTrainer, since this TRL has no experimental.gkd"
 
     @dataclass
     class GKDConfig(SFTConfig):

@@ -22,7 +22,7 @@ _ALWAYS = {
     "apikey", "accesskey", "secretkey", "authtoken", "accesstoken", "hubtoken", "password", "passwd", "passphrase", "pwd",
     "secret", "credential", "authorization", "auth", "bearer", "cookie", "signature", "sig",
 }  # fmt: skip
-_AMONG_OTHERS = {"token", "key"}  # secret as whole names, or after one of these words:
+_SECRET_AFTER_OWNER = {"token", "key"}  # secret as whole names, or after one of `_OWNERS`
 _OWNERS = {
     "api", "access", "auth", "hub", "hf", "id", "refresh", "session", "bearer", "secret", "private", "security", "server",
     "service", "account", "aws", "azure", "github", "gitlab", "wandb", "openai", "anthropic", "fireworks", "user", "admin",
@@ -34,7 +34,7 @@ _BY_FORM = re.compile(
     r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
 )
 _USERINFO = re.compile(r"(\w[\w+.-]*://)[^\s/@'\"<>]+@")
-_WORD = rf"(?:{'|'.join(sorted({*_ALWAYS, *_AMONG_OTHERS}))})s?"
+_WORD = rf"(?:{'|'.join(sorted({*_ALWAYS, *_SECRET_AFTER_OWNER}))})s?"
 _QUOTED_OR_BARE = r"""(?:\[[^\]]*\]|\\*"(?:[^"\\]|\\[^"])*\\*"|\\*'(?:[^'\\]|\\[^'])*\\*'|[^\s'"&,;)}\]]+)"""
 _NAMED = re.compile(
     rf"""(?<!\w)([\w.\-]*{_WORD})(\\*["']?\s*(?:=>|[:=])\s*|\s+(?=["']))((?:Bearer|Basic|Token)\s+)?({_QUOTED_OR_BARE})""",
@@ -52,7 +52,7 @@ def is_secret_name(name: str) -> bool:
     one = last.removesuffix("s")
     if one in _ALWAYS or last in _ALWAYS:
         return True
-    if one not in _AMONG_OTHERS:
+    if one not in _SECRET_AFTER_OWNER:
         return False
     return before[-1] in _OWNERS if before else last == one
 
@@ -74,7 +74,7 @@ def redacted(value: object, name: str = "") -> object:
         return type(value)(redacted(own, name) for own in value)
     if not isinstance(value, str):
         return value
-    return HIDDEN if is_secret_name(name) and not _is_nothing(name, value) else redact(value)
+    return HIDDEN if is_secret_name(name) and not _is_harmless(name, value) else redact(value)
 
 
 def redacted_arguments(arguments: Sequence[str]) -> list[str]:
@@ -91,7 +91,7 @@ def redacted_arguments(arguments: Sequence[str]) -> list[str]:
     return shown
 
 
-def _is_nothing(name: str, value: str) -> bool:
+def _is_harmless(name: str, value: str) -> bool:
     """Whether a value cannot be a secret. A number is not a token, but may be a password."""
     number = any(character.isdigit() for character in value)
     return _NOTHING.fullmatch(value) is not None and not (number and re.search("pass|pwd|secret", name, re.IGNORECASE))
@@ -132,7 +132,7 @@ def _hide_named(match: re.Match) -> str:
 
 
 def _hide(match: re.Match, name: str, before: str, value: str) -> str:
-    if not is_secret_name(name) or _is_nothing(name, value):
+    if not is_secret_name(name) or _is_harmless(name, value):
         return match.group()
     mark = re.match(r"""(?:\\*["'])?""", value).group()
     return f"{before}{mark}{HIDDEN}{mark}"

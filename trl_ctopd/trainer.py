@@ -17,7 +17,7 @@ from transformers.utils import is_in_notebook
 from trl.trainer.utils import get_config_model_id
 
 from .config import CrossTokenizerGKDConfig
-from .gkd import STANDS_ON, GKDTrainer
+from .gkd import BASE, GKDTrainer
 from .looking import card
 from .looking.compare import compare
 from .looking.history import evaluation_prefix
@@ -127,7 +127,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         revision, gguf_file = given.get("revision"), given.get("gguf_file")
         processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code, gguf_file)
         ensure_pad_token(processing_class, args.pad_token)
-        logger.info(f"TRL {trl.__version__}: the trainer stands on {STANDS_ON}.")
+        logger.info(f"TRL {trl.__version__}: the trainer is built on {BASE}.")
         self.panel = Panel(teacher_model, teacher_processing_class, args)
         self.args = args  # the dataset is rendered before Trainer sets it
         self._tools = tool_schemas(tools or [])

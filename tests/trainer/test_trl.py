@@ -1,4 +1,4 @@
-"""What is used of TRL is there, and where TRL has dropped `experimental.gkd`, the same trainer stands on `SFTTrainer`."""
+"""What is used of TRL is there, and where TRL has dropped `experimental.gkd`, the same trainer is built on `SFTTrainer`."""
 
 import dataclasses
 import inspect
@@ -50,8 +50,8 @@ def test_without_experimental_gkd_the_same_run_stands_on_sft_trainer_and_the_log
     assert gone["weights"] == pytest.approx(there["weights"], rel=0, abs=1e-9)
     differ = {name for name in there["settings"] if there["settings"][name] != gone["settings"].get(name)}
     assert differ <= {"logging_dir", "run_name"} and set(there["settings"]) == set(gone["settings"])
-    assert "the trainer stands on TRL's experimental.gkd" in told
-    assert "the trainer stands on SFTTrainer, since this TRL has no experimental.gkd" in told_without
+    assert "the trainer is built on TRL's experimental.gkd" in told
+    assert "the trainer is built on SFTTrainer, since this TRL has no experimental.gkd" in told_without
 
 
 def test_another_import_error_of_trl_is_not_taken_for_a_dropped_trainer():

@@ -22,8 +22,8 @@ from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES
 from ..redact import redacted
 from ..text.chat import plain_text
+from .best_effort import best_effort
 from .history import BOOKKEEPING, figures
-from .ornaments import ornament
 from .provenance import describe, hub_name, on_hub, step, versions
 
 
@@ -347,7 +347,7 @@ def remove_unreadable(folder: str | Path):
     path, readable = Path(folder, "README.md"), False
     if not path.is_file():
         return
-    with ornament(f"The old card {path}"):
+    with best_effort(f"The old card {path}"):
         ModelCard.load(path)
         readable = True
     if not readable:

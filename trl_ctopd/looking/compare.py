@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from ..rollouts.generation import write
 from ..text.chat import Speaker
 from ..text.conversation import Conversation, read_example
-from .ornaments import ornament
+from .best_effort import best_effort
 from .viewer.visible import legible
 
 
@@ -73,7 +73,7 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
                 [conversation.for_teacher for conversation in conversations],
             )
     if trainer.is_world_process_zero():
-        with ornament("The table of answers"):
+        with best_effort("The table of answers"):
             _print(conversations, columns, limit)
     prompts = [conversation.prompt for conversation in conversations]
     texts = {name: [text for text, _ in own] for name, own in columns.items()}

@@ -8,7 +8,7 @@ from transformers.utils.notebook import (
     text_to_html_table,
 )
 
-from .ornaments import ornament
+from .best_effort import best_effort
 
 
 GAP = "gap/nats_per_byte"
@@ -45,7 +45,7 @@ class FigureTable(NotebookProgressCallback):
         self._rows: list[dict[str, str | int]] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        with ornament("The table of figures"):
+        with best_effort("The table of figures"):
             self._add(state, logs)
 
     def _add(self, state, logs: dict[str, float]):
@@ -59,7 +59,7 @@ class FigureTable(NotebookProgressCallback):
         self.training_tracker.inner_table = [columns, *([row.get(name, "") for name in columns] for row in self._rows)]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        with ornament("The table of figures"):
+        with best_effort("The table of figures"):
             self._after_evaluation(metrics)
 
     def _after_evaluation(self, metrics: dict[str, float]):

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import __version__
 from ..config import CrossTokenizerGKDConfig
 from ..redact import redact, redacted_arguments
-from .ornaments import ornament
+from .best_effort import best_effort
 
 
 logger = get_logger(__name__)
@@ -79,7 +79,7 @@ def license_of(name: str) -> dict[str, str]:
     source = folder / "README.md" if folder.is_dir() else name
     if not (on_hub(name) or os.path.isfile(source)):
         return {}
-    with ornament(f"The licence of {name}"):
+    with best_effort(f"The licence of {name}"):
         try:
             metadata = ModelCard.load(source).data.to_dict()
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:

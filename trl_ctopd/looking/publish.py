@@ -1,6 +1,6 @@
 """Sends a log's completions to a table on the screen, to the run's trackers, and to the report."""
 
-from .ornaments import ornament
+from .best_effort import best_effort
 from .report import DistillationReportCallback
 from .samples import Sample, Samples, show
 
@@ -20,7 +20,7 @@ def publish(trainer, samples: Samples, prefix: str):
         args, taken = trainer.args, _taken(trainer, samples)
         if taken and args.log_completions:
             shown_by, rows = trainer.callback_handler.callbacks, args.num_completions_to_print
-            with ornament("The table of completions"):
+            with best_effort("The table of completions"):
                 show(taken, trainer.processing_class, shown_by, rows, f"{prefix}completions")
         for report in reports_of(trainer):
             report.update(trainer, prefix, taken)
@@ -28,6 +28,6 @@ def publish(trainer, samples: Samples, prefix: str):
 
 
 def _taken(trainer, samples: Samples) -> list[Sample]:
-    with ornament("The samples of completions"):
+    with best_effort("The samples of completions"):
         return samples.take(trainer.state.global_step, trainer.processing_class, trainer.panel.align_completions)
     return []

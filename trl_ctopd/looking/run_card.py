@@ -9,7 +9,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..rollouts.pairing import Prompt
 from . import card, provenance
-from .ornaments import ornament
+from .best_effort import best_effort
 
 
 class RunCard:
@@ -27,7 +27,7 @@ class RunCard:
         tags: Sequence[str] = (),
     ):
         """Writes the card of `trainer`'s run and the learning curve into `folder`. A card that fails is left out."""
-        with ornament("The model card"):
+        with best_effort("The model card"):
             folder_of_run = Path(trainer.args.hub_model_id or trainer.args.output_dir)
             model_name = model_name or folder_of_run.name or folder_of_run.resolve().name
             key = (len(trainer.state.log_history), model_name, dataset_name, *tags)
@@ -47,9 +47,9 @@ def _made(trainer, key: tuple, model_name: str, dataset_name: str | None, tags: 
     student, seats = get_config_model_id(trainer.model.config), trainer.panel.seats.values()
     history, dataset = trainer.state.log_history, trainer.train_dataset
     picture = command = None
-    with ornament("The run's command"):
+    with best_effort("The run's command"):
         command = provenance.command()  # reads the working folder, which may be deleted
-    with ornament("The picture of the learning curve"):
+    with best_effort("The picture of the learning curve"):
         picture = card.learning_curve(history)
     made = card.model_card(
         model_name=model_name,

@@ -98,8 +98,8 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
         hidden = states[tuple(scored.to(states.device))]  # the layers may be on different devices
         head, (softcap, scale) = self.get_output_embeddings(), _softcap_and_scale(self)
         weight, bias = (part.full_tensor() if isinstance(part, DTensor) else part for part in (head.weight, head.bias))
-        shared_out = [part for part in (weight, bias) if hasattr(part, "ds_id")]  # a quantized model's are not sharded
-        with maybe_gather_lm_head_ctx(*shared_out):
+        sharded = [part for part in (weight, bias) if hasattr(part, "ds_id")]  # a quantized model's are not sharded
+        with maybe_gather_lm_head_ctx(*sharded):
             if going_on is not None:
                 rows, ids = going_on.to(weight.device)
                 columns = _TILE_COLUMNS.get(weight.device.type, _SMALL_TILE_COLUMNS)

@@ -52,7 +52,7 @@ def likeliest(entries: Sequence[dict[int, object] | None], first: int, count: in
     return torch.tensor(ids, dtype=torch.long).view(shape), torch.tensor(values).view(shape)
 
 
-def come_as_often(hits: int, draws: int, probability: float) -> bool:
+def agree(hits: int, draws: int, probability: float) -> bool:
     """Whether `hits` of `draws` agree with an event of that `probability`; wrong by chance less than once in a million times."""
     variance = draws * max(probability * (1 - probability), 0.0)
     return abs(hits - draws * probability) <= 6 * math.sqrt(variance) + 3

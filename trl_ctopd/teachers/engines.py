@@ -56,9 +56,9 @@ class VLLM:
 
     def ids(self, answer: dict, expected: Sequence[int]) -> list[int]:
         """The token ids that the server read."""
-        told = _choice(answer).get("prompt_token_ids")
-        if told is not None:
-            return told
+        read = _choice(answer).get("prompt_token_ids")
+        if read is not None:
+            return read
         # an older server: the first token has no score, so its id is not sent
         return [*expected[:1], *(token for entry in self.entries(answer)[1:] for token in entry or {})]
 
@@ -98,11 +98,11 @@ class SGLang:
         found = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
         if not isinstance(found, list) or not all(isinstance(one, list) and len(one) >= 2 for one in found):
             raise AnswerError("an answer without `meta_info.input_token_logprobs`")
-        told = [{own[1]: own[0]} for own in found[1:]]
+        entries = [{own[1]: own[0]} for own in found[1:]]
         likeliest = meta.get("input_top_logprobs")
-        for entry, others in zip(told, (likeliest or [])[1:], strict=False):
+        for entry, others in zip(entries, (likeliest or [])[1:], strict=False):
             entry.update({one[1]: one[0] for one in others or []})
-        return [None, *told]
+        return [None, *entries]
 
     def ids(self, answer: dict, expected: Sequence[int]) -> list[int]:
         self.entries(answer)
@@ -137,9 +137,9 @@ class Echo:
         return {"model": model, "prompt": prompt, **own}
 
     def entries(self, answer: dict) -> list[Entry | None]:
-        told = _choice(answer).get("logprobs")
-        told = told if isinstance(told, dict) else {}
-        ids, values = told.get("token_ids"), told.get("token_logprobs")
+        scores = _choice(answer).get("logprobs")
+        scores = scores if isinstance(scores, dict) else {}
+        ids, values = scores.get("token_ids"), scores.get("token_logprobs")
         if not (isinstance(ids, list) and isinstance(values, list) and len(ids) == len(values)):
             raise AnswerError("an answer without `logprobs.token_ids` and `logprobs.token_logprobs`")
         return [None, *({token: value} for token, value in zip(ids[1:], values[1:], strict=True))]
@@ -172,7 +172,7 @@ def find_engine(servers: Servers, server: Server, model: str, owner: object) -> 
     for engine in ENGINES if owner not in _UNABLE else ():
         try:
             answer = servers.send(server, "POST", engine.path, engine.request(model, ids))
-            told = engine.entries(answer)
+            entries = engine.entries(answer)
         except FailedTryError as error:
             if error.status not in _NO_SUCH_WAY:
                 raise
@@ -181,9 +181,9 @@ def find_engine(servers: Servers, server: Server, model: str, owner: object) -> 
         except (AnswerError, RequestRefusedError) as error:
             reasons.append(f"{engine.name}: {error}")
             continue
-        if len(told) == len(ids):
+        if len(entries) == len(ids):
             return engine
-        reasons.append(f"{engine.name}: {len(told)} scores for {len(ids)} tokens")
+        reasons.append(f"{engine.name}: {len(entries)} scores for {len(ids)} tokens")
     named = _UNABLE.get(owner) or ("Ollama" if _is_ollama(servers, server) else "none of these kinds")
     raise ValueError(
         f"The teacher's server {server.url} cannot score a text: it is {named}. What can: vLLM (`vllm serve`), SGLang "

@@ -210,7 +210,7 @@ class RemoteTeacher:
         named = {token for token in ids[: _DRAWS[0]] if token <= self._probe_ids[-1]}
         sums = self._pool.map(lambda token: self._read(server, [*prompt, token], len(prompt)).exp().sum().item(), named)
         probability, hits = sum(sums), sum(token in named for token in ids[_DRAWS[0] :])
-        if not answers.come_as_often(hits, _DRAWS[1], probability):
+        if not answers.agree(hits, _DRAWS[1], probability):
             raise ValueError(
                 f"The log-probs of the teacher's server {server.url} are none: by them, {_DRAWS[1] * probability:.3g} of "
                 f"{_DRAWS[1]} tokens that it draws should be of a kind that {hits} are. Start it with "

@@ -219,11 +219,11 @@ class Servers:
         try:
             status, headers, body = self._request(server, method, path, payload)
         except (httpx2.HTTPError, httpx2.StreamError) as error:
-            raise FailedTryError(self._told(f"{place}: {type(error).__name__}: {error}", server)) from None
+            raise FailedTryError(self._with_proxy(f"{place}: {type(error).__name__}: {error}", server)) from None
         text = body.decode("utf-8", "replace")
         if 300 <= status < 400:
             raise FailedTryError(
-                self._told(
+                self._with_proxy(
                     f"{place}: {status}: it sends on to {headers.get('Location')}: give the address itself", server
                 ),
                 unfit=True,
@@ -231,12 +231,14 @@ class Servers:
         if status < 300:
             answer = _json(body)
             if not isinstance(answer, dict | kind):
-                raise FailedTryError(self._told(f"{place}: an answer that is no JSON object: {_cut(text)}", server))
+                raise FailedTryError(
+                    self._with_proxy(f"{place}: an answer that is no JSON object: {_cut(text)}", server)
+                )
             error = answer.get("error") if isinstance(answer, dict) else None
             if not error or answer.get("choices"):
                 return answer
             status, text = _status_of(answer, error), json_text(error)
-        message = self._told(f"{place}: {status}: {_cut(text)}", server)
+        message = self._with_proxy(f"{place}: {status}: {_cut(text)}", server)
         if status in _PASSING or (status >= 500 and status not in _UNFIT):
             raise FailedTryError(message, _retry_after(headers), status)
         if status in _UNFIT:
@@ -263,7 +265,7 @@ class Servers:
     def _patience_left(self) -> float:
         return self._quiet_since + self._patience - time.monotonic()
 
-    def _ask_who(self, server: Server):
+    def _recheck(self, server: Server):
         try:
             self.confirm(server)
         except FailedTryError as failure:
@@ -289,7 +291,7 @@ class Servers:
                 for server in rested:
                     if server.suspect and not server.asked:
                         server.asked = True
-                        threading.Thread(target=self._ask_who, args=(server,), name="teacher_who", daemon=True).start()
+                        threading.Thread(target=self._recheck, args=(server,), name="teacher_who", daemon=True).start()
                 if ready := [server for server in rested if not server.suspect]:
                     server = min(ready, key=lambda server: server.in_flight)
                     server.in_flight += 1
@@ -347,7 +349,8 @@ class Servers:
             server.failures += 1
         logger.warning(f"The teacher's server {server.url} rests for {pause:.1f} s: {failure}")
 
-    def _told(self, message: str, server: Server) -> str:
+    def _with_proxy(self, message: str, server: Server) -> str:
+        """The message without secrets, and with the proxy that the request went through."""
         if server.proxy is not None:
             message += (
                 f" (by way of the proxy {server.proxy}, which the environment names; NO_PROXY holds the hosts to reach "

@@ -125,7 +125,7 @@ def run_pass(
                 del log_probs
     return Pass(
         weights=_bytes(model.parameters()),
-        layer=max(_bytes(module.parameters()) for module in _shared_out(model)),
+        layer=max(_bytes(module.parameters()) for module in _sharded_units(model)),
         trained=_bytes(p for p in model.parameters() if p.requires_grad),
         trained_in_float32=4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
         peak=alive.most,
@@ -150,7 +150,7 @@ def _bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in set(tensors))
 
 
-def _shared_out(model: nn.Module) -> list[nn.Module]:
+def _sharded_units(model: nn.Module) -> list[nn.Module]:
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     return [*layers, model.get_input_embeddings(), model.get_output_embeddings()]

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..ornaments import ornament
+from ..best_effort import best_effort
 from ..samples import Sample
 
 
@@ -51,7 +51,7 @@ class DistillationReportCallback(TrainerCallback, ExportableState):
             kept = [asdict(sample) for sample in samples]
             self.first.setdefault(prefix, kept)
             self.last[prefix] = kept
-        with ornament("The report"):
+        with best_effort("The report"):
             self._write(trainer)
 
     def _write(self, trainer):

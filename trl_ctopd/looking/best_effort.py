@@ -15,7 +15,7 @@ logger = get_logger(__name__)
 
 
 @contextmanager
-def ornament(name: str) -> Iterator[None]:
+def best_effort(name: str) -> Iterator[None]:
     """If the block fails, `name` is left out, and the log says so in one line."""
     try:
         yield

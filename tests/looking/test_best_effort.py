@@ -1,4 +1,4 @@
-"""What a run is looked at by never stops it: each ornament is broken in turn, and the run ends with its weights saved."""
+"""What a run is looked at by never stops it: each of these parts is broken in turn, and the run ends with its weights saved."""
 
 import errno
 import os
@@ -61,9 +61,7 @@ def trains_to_the_end(trainer, folder: Path, steps: int = 2):
         (page, "page", "The report"),
     ],
 )
-def test_an_ornament_that_fails_costs_the_run_that_ornament_and_a_line(
-    build, tmp_path, monkeypatch, caplog, owner, name, said
-):
+def test_a_part_that_fails_costs_the_run_that_part_and_a_line(build, tmp_path, monkeypatch, caplog, owner, name, said):
     monkeypatch.setattr(owner, name, fail)
     trains_to_the_end(build(**LOOKED_AT), tmp_path)
     assert (
