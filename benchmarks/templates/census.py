@@ -10,6 +10,13 @@ A kind of turn is *right* when, byte for byte,
 - for the student, prompt, text and end together are the template's own rendering of the finished turn,
 - a teacher with Qwen3's template reads the student's text as Qwen3's own rendering of the same turn,
 - and as the teacher of a student with Qwen3's template, it reads its own rendering of the same turn.
+
+Some templates write a thought while the model thinks, and leave it out of the finished turn. What they have of it is then put
+together: the opening from the generation prompt, or thought and markup from a thought before a call. "put together" says so; the
+first of the three cannot be checked then.
+
+A template *has a place* for a thought if any rendering shows one, or if its source names a tag that closes one; for a call, if any
+rendering shows one. The others are masked with the reason "no place for ...".
 """
 
 import argparse
@@ -38,7 +45,9 @@ TURNS = {
     "call": ((CALLS,), {"content": "", "tool_calls": [CALL]}),
     "thought and call": ((THOUGHT, CALLS), {"reasoning_content": THOUGHT_TEXT, "content": "", "tool_calls": [CALL]}),
 }
+NO_PLACE = "no place for"
 THINK = {"enable_thinking": True, "thinking": True}
+CLOSES_THOUGHT = re.compile(r"</think>|\[/THINK\]|channel\|?>")
 CONTROL = re.compile(
     r"<\|[^|<>]{1,40}\|>|<｜[^｜<>]{1,40}｜>|<\|[a-z_\"]{1,20}\|?>|<[a-z_]{1,20}\|>|\[/?[A-Z_]{2,20}\]|</?s>|<BOS>|<EOS>"
     r"|<(?:start|end|beginning)_of_\w+>|<SPECIAL_\d+>|\]~!?b[\[\]]|\[e~\["
@@ -81,11 +90,26 @@ def rendered(side: Speaker, turn: Turn, conversation: Conversation, sections: tu
     return text + form.unwritten if form.rest is None else text.removesuffix(form.rest)
 
 
-def read(student: Speaker, teacher: Speaker, asked: Conversation) -> str | None:
-    """What the teacher reads of the reference when the student writes it; None where that does not continue its prompt, or calls
-    are masked."""
+def put_together(
+    side: Speaker, turn: Turn, asked: Conversation, sections: tuple[str, ...]
+) -> tuple[str, list[int] | None]:
+    """A finished turn of an inferred form, and what of it a model writes after the generation prompt; None where the turn does
+    not go on from there."""
+    form, message = turn.forms[sections], asked.reference
+    rest = side.calls_text(message["tool_calls"]) if CALLS in sections else message["content"] + form.end
+    opened = side.opened(asked)
+    own = side.tokenizer.decode(opened.stem) + form.opening + message["reasoning_content"] + form.literals[1] + rest
+    prompt = side.tokenizer.decode(opened.ids)
+    if not own.startswith(prompt):
+        return own, None
+    return own, side.tokenizer.encode(own[len(prompt) :], add_special_tokens=False)
+
+
+def read(student: Speaker, teacher: Speaker, asked: Conversation, written: list[int] | None = None) -> str | None:
+    """What the teacher reads of the reference when the student writes it, or of what was `written`; None where that does
+    not continue its prompt, or calls are masked."""
     opened, theirs = student.opened(asked), teacher.opened(asked)
-    before, ids = student.reference(asked)
+    before, ids = (opened.ids, written) if written is not None else student.reference(asked)
     if before != opened.ids:
         return None
     aligner = TextAligner(
@@ -108,19 +132,25 @@ def read(student: Speaker, teacher: Speaker, asked: Conversation) -> str | None:
     return teacher.tokenizer.decode(found.teacher_prompt_ids + found.teacher_ids)
 
 
-def judged(side: Speaker, other: Speaker, kind: str, kwargs: dict) -> str:
+def judged(side: Speaker, other: Speaker, kind: str) -> str:
     """ "right", "masked: ...", "refused: ..." or "wrong: ..."."""
     sections, message = TURNS[kind]
     reference = {"role": "assistant", **message}
     tools = TOOLS if CALLS in sections or side.needs_tools else None
-    asked = Conversation([USER], reference, tools, kwargs)
+    asked = Conversation([USER], reference, tools)
     turn = side.turn(asked)
     if sections not in turn.forms:
         return f"masked: it {turn.missing.get(sections, 'leaves out calls of tools')}"
-    form, own = turn.forms[sections], None
+    form = turn.forms[sections]
     if not form.end:
         return "right, ended by the EOS token: it writes no control token there"
-    if not form.loose:
+    if form.inferred:
+        own, ids = put_together(side, turn, asked, sections)
+        partner = rendered(other, other.turn(asked), asked, sections)
+        heard = partner if ids is None else read(side, other, asked, ids)
+        if heard != partner:
+            return "masked: calls are not read" if heard is None else f"wrong: its teacher reads {heard[-60:]!r}"
+    else:
         own = rendered(side, turn, asked, sections)
         before, ids = side.reference(asked)
         if side.tokenizer.decode(before + ids) != own:
@@ -128,50 +158,67 @@ def judged(side: Speaker, other: Speaker, kind: str, kwargs: dict) -> str:
         partner = rendered(other, other.turn(asked), asked, sections)
         heard = read(side, other, asked)
         if heard is None and before == side.opened(asked).ids:
-            return "masked: calls are not read with these settings"
+            return "masked: calls are not read"
         if heard is not None and heard != partner:
             return f"wrong: its teacher reads {heard[-60:]!r}"
     heard = read(other, side, asked)
-    if form.loose:  # the template itself drops earlier thoughts
-        stem = side.tokenizer.decode(side.opened(asked).ids)
-        own = stem + message["reasoning_content"] + heard[len(stem) + len(message["reasoning_content"]) :]
-        if form.literals[1] not in heard or not heard.endswith(message["content"] + form.end):
-            return f"wrong: as a teacher {heard[-60:]!r}"
-        return "right, the whitespace around its closing tag as the student writes it"
     if heard is None:
-        return "masked: calls are not written with these settings"
-    return "right" if heard == own else f"wrong: as a teacher {heard[-60:]!r}, its own {own[-60:]!r}"
+        return "masked: calls are not written"
+    if form.loose:  # the whitespace around its closing tag is as the student writes it
+        heard, own = (re.sub(r"\s*(</\w+>)\s*", r"\1", text) for text in (heard, own))
+    if heard != own:
+        return f"wrong: as a teacher {heard[-60:]!r}, its own {own[-60:]!r}"
+    return "right, put together" if form.inferred else "right"
+
+
+def places(sides: list[Speaker]) -> dict[str, bool]:
+    """Whether a template has a place for a thought and for calls; `sides` have its settings."""
+    asked = [Conversation([USER], None, tools) for tools in (None, TOOLS)]
+    kinds = set()
+    for side in sides:
+        for conversation in asked:
+            try:
+                kinds |= {section for sections in side.turn(conversation).forms for section in sections}
+            except ValueError:
+                continue
+    source = sides[0].template
+    return {THOUGHT: THOUGHT in kinds or bool(CLOSES_THOUGHT.search(source)), CALLS: CALLS in kinds}
 
 
 def census(files: list[Path]) -> dict[str, dict[str, str]]:
     found = {}
     other = Speaker(tokenizer_for((Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()))
     for file in files:
-        side, name = Speaker(tokenizer_for(file.read_text())), f"{file.parent.name}/{file.stem}"
-        found[name] = {}
-        for kind in TURNS:
-            for kwargs in ({}, THINK) if "thought" in kind else ({},):
+        tokenizer, name = tokenizer_for(file.read_text()), f"{file.parent.name}/{file.stem}"
+        sides, found[name] = [Speaker(tokenizer), Speaker(tokenizer, THINK)], {}
+        has = places(sides)
+        for kind, (sections, _) in TURNS.items():
+            for side in sides if THOUGHT in sections else sides[:1]:
                 try:
-                    verdict = judged(side, other, kind, kwargs)
+                    verdict = judged(side, other, kind)
                 except ValueError as refusal:
                     verdict = f"refused: {str(refusal).partition(': ')[2] or refusal}"
                 if verdict.startswith("right"):
-                    verdict += ", with enable_thinking and thinking set" if kwargs else ""
+                    verdict += ", with enable_thinking and thinking set" if side is sides[1] else ""
                     break
+            lacking = [{THOUGHT: "a thought", CALLS: "a call"}[one] for one in sections if not has.get(one, True)]
+            if lacking and verdict.startswith("masked"):
+                verdict = f"masked: {NO_PLACE} {' and '.join(lacking)}"
+            verdict = verdict.replace(
+                "it leaves out the thought", "its source names a thought, and no rendering shows one"
+            )
             found[name][kind] = verdict
     return found
 
 
 def table(found: dict[str, dict[str, str]]) -> str:
     """The table in Markdown, with the counts first."""
-    names = "\n".join(
-        f"| {kind} | " + " | ".join(str(count) for count in _counts(found, kind)) + " |" for kind in TURNS
-    )
+    names = "\n".join(f"| {kind} | " + " | ".join(_counts(found, kind)) + " |" for kind in TURNS)
     rows = [f"| {name} | " + " | ".join(_cell(kinds[kind]) for kind in TURNS) + " |" for name, kinds in found.items()]
     return "\n".join(
         [
-            "| kind of turn | right | masked | refused | wrong |",
-            "|---|---|---|---|---|",
+            "| kind of turn | right | masked | refused | wrong | of those with a place for it, right |",
+            "|---|---|---|---|---|---|",
             names,
             "",
             f"| template | {' | '.join(TURNS)} |",
@@ -182,9 +229,12 @@ def table(found: dict[str, dict[str, str]]) -> str:
     )
 
 
-def _counts(found, kind: str) -> list[int]:
-    counts = Counter(re.match(r"\w+", kinds[kind])[0] for kinds in found.values())
-    return [counts[verdict] for verdict in ("right", "masked", "refused", "wrong")]
+def _counts(found, kind: str) -> list[str]:
+    verdicts = [kinds[kind] for kinds in found.values()]
+    counts = Counter(re.match(r"\w+", verdict)[0] for verdict in verdicts)
+    placed = sum(NO_PLACE not in verdict for verdict in verdicts)
+    share = f"{counts['right']} of {placed} ({counts['right'] / placed:.0%})"
+    return [*(str(counts[verdict]) for verdict in ("right", "masked", "refused", "wrong")), share]
 
 
 def _cell(verdict: str) -> str:

@@ -129,7 +129,7 @@ def test_an_unknown_or_unsupported_tokenizer_is_refused_in_one_line(folders, ref
         f"no tokenizer could be loaded from {nowhere!r}: "
     )
     backend = byte_level().backend_tokenizer
-    without_decoder = json.loads(backend.to_str()) | {"decoder": None}
+    without_decoder = json.loads(backend.to_str()) | {"decoder": None, "pre_tokenizer": None}
     backend = type(backend).from_str(json.dumps(without_decoder))
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "undecodable")
     said = refusal(*folders[:2], "--teacher", tmp_path / "undecodable", "a")

@@ -15,8 +15,9 @@ from trl_ctopd import token_bytes
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
 from trl_ctopd.text.aligner import TextAligner
 from trl_ctopd.text.chat import Conversation, Speaker, unshared_markup
-from trl_ctopd.text.sections import SectionAligner
-from trl_ctopd.text.turns import ANSWER, THOUGHT, USER
+from trl_ctopd.text.sections import Grammar, SectionAligner, symbols
+from trl_ctopd.text.token_bytes import token_table
+from trl_ctopd.text.turns import ANSWER, CALL, CALLS, THOUGHT, TOOLS, USER, Turn
 
 
 census = runpy.run_module("benchmarks.templates.census")
@@ -67,6 +68,20 @@ def rollout(student, teacher, completion, tools=None, fresh=False, **policies):
         eos_policy=policies.get("eos_policy", "bridge"),
     )
     return found
+
+
+def test_what_two_kinds_of_sections_begin_alike_with_is_read_alike_whatever_the_order_of_the_forms():
+    """gpt-oss's template writes what is said before a call as it writes a thought."""
+    speaker = side("gptoss")
+    turn = speaker.turn(Conversation([USER], tools=TOOLS))
+    assert turn.forms[(ANSWER, CALLS)].opening == turn.forms[(THOUGHT, CALLS)].opening
+    table = token_table(speaker.tokenizer)
+    message = {"role": "assistant", "content": "", "reasoning_content": "Two.", "tool_calls": [CALL]}
+    ids = speaker.reference(Conversation([USER], message, TOOLS))[1]
+    written, _ = symbols(np.array(ids), table)
+    backwards = Turn(turn.tail, dict(reversed(turn.forms.items())))
+    for forms in (turn, backwards):
+        assert Grammar(forms, table).parse(written, True).kinds == (THOUGHT, CALLS)
 
 
 def texts(found, student, teacher):

@@ -264,6 +264,87 @@ def test_a_row_with_tools_is_rendered_by_templates_that_require_some():
         render_row(row, 0, speaker, {"": side("qwen2_5")}, None, needs_reference=False)
 
 
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_a_thought_that_a_template_writes_before_calls_only_stands_before_an_answer_as_its_next_version_writes_it(
+    tools,
+):
+    asked = Conversation([USER], tools=tools)
+    found = side("gemma4").turn(asked).forms[(THOUGHT, ANSWER)]
+    own = side("gemma4_v5").turn(asked).forms[(THOUGHT, ANSWER)]
+    assert found.inferred and not own.inferred
+    assert found.literals == own.literals == ("<|channel>thought\n", "\n<channel|>", "<turn|>")
+    with pytest.raises(ValueError, match="leaves the thought out of a finished turn, and the reference has one"):
+        side("gemma4").reference(Conversation([USER], REASONED, tools))
+
+
+BRACKETS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}{{ '[THINK]' + part.thinking + '[/THINK]' }}"
+    "{% endif %}{% endfor %}{% endif %}{{ '<|over|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+BLOCKS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for b in m.content.blocks %}{{ '<|in|>' + b.text + '<|out|>' if b.type == 'thoughts' else b.text }}{% endfor %}"
+    "{% endif %}{{ '<|over|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+LISTS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' ~ m.content ~ '<|over|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "literals"),
+    [
+        (BRACKETS, ("[THINK]", "[/THINK]", "<|over|>")),  # as Ministral's
+        (BLOCKS, ("<|in|>", "<|out|>", "<|over|>")),  # as Apertus's
+        (LISTS, None),  # would write the list itself
+    ],
+    ids=["parts", "blocks", "none"],
+)
+def test_a_thought_is_given_as_content_to_templates_that_read_it_from_there(template, literals):
+    speaker = Speaker(census["tokenizer_for"](template))
+    form = speaker.turn(Conversation([USER])).forms.get((THOUGHT, ANSWER))
+    assert (form and form.literals) == literals
+    if literals:
+        written = text(speaker, *speaker.reference(Conversation([USER], REASONED)))
+        opening, close, end = literals
+        assert written.endswith(f"<|assistant|>{opening}Two and two.{close}{PLAIN['content']}{end}")
+        assert "Two and two." in text(speaker, speaker.prompt_ids(Conversation([USER, REASONED, USER])))
+
+
+def test_a_finished_turn_that_closes_the_prompts_tag_at_once_is_one_with_an_empty_thought():
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content + '<|assistant|><think>' }}"
+        "{% else %}{{ '</think>' + m.content + '<|over|>' }}{% endif %}{% endfor %}"
+    )
+    speaker = Speaker(census["tokenizer_for"](template))
+    forms = speaker.turn(Conversation([USER])).forms
+    assert forms[(ANSWER,)].literals == ("</think>", "<|over|>")
+    assert forms[(THOUGHT, ANSWER)].literals == ("", "</think>", "<|over|>")
+
+
+def test_after_a_thought_that_the_prompt_opens_a_call_follows_as_without_one():
+    turn = side("deepseekv3").turn(Conversation([USER], tools=TOOLS))
+    calls = turn.forms[(CALLS,)]
+    assert turn.tail == "<think>\n" and turn.takes_back(calls)
+    assert turn.forms[(THOUGHT, CALLS)].literals == ("<think>\n", "</think>" + calls.opening, calls.end)
+
+
+def test_a_template_that_fails_at_tools_serves_rows_without():
+    template = (
+        "{% if tools %}{{ raise_exception('broken') }}{% endif %}{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+        "{% if m.tool_calls %}{{ '<call>' + m.tool_calls[0].function.name + m.tool_calls[0].function.arguments|tojson }}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|over|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    speaker = Speaker(census["tokenizer_for"](template))
+    assert text(speaker, speaker.stop_ids()[-1:]) == "<|over|>"
+    assert text(speaker, *speaker.reference(Conversation([USER], PLAIN))).endswith("Indeed.<|over|>")
+    with pytest.raises(ValueError, match="broken"):
+        speaker.prompt_ids(Conversation([USER], tools=TOOLS))
+
+
 def test_an_earlier_thought_that_is_left_out_is_said_once():
     speaker = side("qwen3")
     with pytest.warns(UserWarning, match="reasoning of earlier turns") as caught:

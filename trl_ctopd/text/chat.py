@@ -273,6 +273,8 @@ class Speaker(Template):
         if kinds not in turn.forms:
             raise Unrenderable(turn.missing.get(kinds, "leaves out calls of tools"))
         form = turn.forms[kinds]
+        if form.inferred:  # as without the thought, which no rendering shows
+            return self.write_calls(kinds[1:], calls)
         text = self._render([USER, {**probe_message(kinds, CALL), "tool_calls": list(calls)}], asked)
         before = {THOUGHT: THOUGHT_PROBE, ANSWER: ANSWER_PROBE}.get(kinds[-2]) if len(kinds) > 1 else None
         if before is None:
@@ -331,8 +333,8 @@ class Speaker(Template):
         if not self.template:
             return []
         turns = [self._known_turn]
-        if self._call_style is not None:
-            turns.append(self._turn_after(Conversation([USER], tools=TOOLS)))
+        if (with_tools := self._turn_with_tools(Conversation([USER]))) is not None:
+            turns.append(with_tools)
         if turns[0].plain is None:
             _ = self.turn_end  # says why
         forms = [form for turn in turns for form in turn.forms.values() if form.end]
@@ -353,6 +355,15 @@ class Speaker(Template):
             self._turns[key] = self._find_turn(asked, [USER])
         return self._turns[key]
 
+    def _turn_with_tools(self, conversation: Conversation) -> Turn | None:
+        """`_turn_after` as if the conversation had tools; None where the template writes no calls, or fails at tools."""
+        if self._call_style is None:
+            return None
+        try:
+            return self._turn_after(replace(conversation, tools=TOOLS))
+        except Unrenderable:
+            return None
+
     def _find_turn(self, conversation: Conversation, messages: list[dict]) -> Turn:
         kinds = [kind for kind in KINDS if CALLS not in kind or (conversation.tools and self._call_style is not None)]
         turn = find_turn(
@@ -361,21 +372,39 @@ class Speaker(Template):
             self.controls,
             kinds=kinds,
         )
-        return self._with_prefilled_thought(turn)
+        prompt = self._render(messages, conversation, open_ended=True)
+        turn = self._with_prefilled_thought(turn, prompt)
+        if turn.plain is None or any(kind[0] == THOUGHT and CALLS not in kind for kind in turn.forms):
+            return turn
+        with_calls = turn if conversation.tools else self._turn_with_tools(conversation)
+        return turn if with_calls is None else _with_thought_before_answer(turn, with_calls)
 
-    def _with_prefilled_thought(self, turn: Turn) -> Turn:
-        """Adds a form for thoughts where the generation prompt opens one with a tag (`<think>`) and the template leaves thoughts
-        out of finished turns. The thought ends at the closing tag, which the template or the vocabulary has to have."""
-        sections = (THOUGHT, ANSWER)
-        tag = re.search(r"([<\[])(\w+)([>\]])\s*$", turn.tail)
+    def _with_prefilled_thought(self, turn: Turn, prompt: str) -> Turn:
+        """Adds forms for thoughts where the generation prompt opens one with a tag (`<think>`) and the template leaves thoughts
+        out of finished turns. The thought ends at the closing tag, which the template or the vocabulary has to have; then an
+        answer or a call follows as without a thought. Finished turns that begin with the closing tag, right after the opening
+        one, are the same turns with an empty thought."""
+        tag = re.search(r"([<\[])(\w+)([>\]])\s*$", prompt)
         if turn.plain is None or tag is None or any(THOUGHT in kind for kind in turn.forms):
             return turn
         close = f"{tag[1]}/{tag[2]}{tag[3]}"
         if close not in self.template and close not in self._plain_added.values() and close not in self.controls:
             return turn
-        form = Form(sections, (turn.tail, close, turn.plain.end), turn.plain.rest, turn.plain.unwritten, loose=True)
-        missing = {kind: reason for kind, reason in turn.missing.items() if kind != sections}
-        return Turn(turn.tail, {**turn.forms, sections: form}, missing)
+        if tag[0] in turn.tail:
+            between = {(ANSWER,): (turn.tail, close, turn.plain.end)}
+            calls = turn.forms.get((CALLS,))
+            if calls and turn.takes_back(calls):
+                between[(CALLS,)] = turn.tail, close + calls.opening, calls.end
+        else:
+            closed = {kind: form for kind, form in turn.forms.items() if form.opening.startswith(close)}
+            between = {kind: ("", *form.literals) for kind, form in closed.items()}
+        forms = {
+            (THOUGHT, *kind): replace(
+                turn.forms[kind], sections=(THOUGHT, *kind), literals=literals, loose=True, inferred=True
+            )
+            for kind, literals in between.items()
+        }
+        return _with_forms(turn, forms)
 
     def _rendered_reference(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         reference = conversation.reference
@@ -388,6 +417,11 @@ class Speaker(Template):
         stem = prompt[: len(prompt) - len(opened.turn.tail)]
         text = self._render([*conversation.prompt, reference], conversation)
         rest = form.rest or ""
+        if form.inferred:
+            raise ValueError(
+                f"the chat template of {self._name} leaves the thought out of a finished turn, and the reference has one: give "
+                "the reference as `content` alone, or take a template that writes all of it"
+            )
         if not text.startswith(stem + form.opening) or not text.endswith(rest):
             raise ValueError(
                 f"the chat template of {self._name} writes a reference with {sorted(reference)} so that "
@@ -446,6 +480,27 @@ class Speaker(Template):
             f"the chat template of {self._name} cannot write a reference with {columns}: it {reason}; give the reference as "
             "`content` alone, or take a template that writes all of it"
         )
+
+
+def _with_thought_before_answer(turn: Turn, with_calls: Turn) -> Turn:
+    """Adds the form of a thought and an answer where the template writes a thought before a call only (Gemma 4, which leaves it
+    out of earlier turns): the thought as before a call, the answer as without a thought. `with_calls`: the same turn, with
+    tools."""
+    plain, thought, calls = turn.plain, with_calls.forms.get((THOUGHT, CALLS)), with_calls.forms.get((CALLS,))
+    if not (thought and calls and plain) or thought.inferred or plain.opening or not calls.opening:
+        return turn
+    opening, between, _ = thought.literals
+    close = between.removesuffix(calls.opening)
+    if not opening or not close or close == between:
+        return turn
+    sections = (THOUGHT, ANSWER)
+    form = replace(plain, sections=sections, literals=(opening, close, plain.end), inferred=True)
+    return _with_forms(turn, {sections: form})
+
+
+def _with_forms(turn: Turn, forms: Mapping[tuple[str, ...], Form]) -> Turn:
+    missing = {kind: reason for kind, reason in turn.missing.items() if kind not in forms}
+    return replace(turn, forms={**turn.forms, **forms}, missing=missing)
 
 
 def unshared_markup(student: Speaker, teacher: Speaker) -> list[str]:

@@ -118,7 +118,8 @@ class Grammar:
         self.tail = self.symbols(turn.tail)
         self._steps: dict[str, list[tuple[str, re.Pattern]]] = {}
         loose = {(THOUGHT, form.literals[1]) for form in turn.forms.values() if form.loose}
-        for here, there, literal in sorted(_steps(turn), key=lambda step: -len(step[2])):
+        # gpt-oss writes what is said before a call as it writes a thought, which is the likelier of the two
+        for here, there, literal in sorted(_steps(turn), key=lambda step: (-len(step[2]), step[1] != THOUGHT)):
             pattern = self._loosely(literal, (here, literal) in loose)
             self._steps.setdefault(here, []).append((there, pattern))
 
@@ -196,13 +197,15 @@ def _optional(space: str) -> str:
     return "".join(f"{re.escape(character)}?" for character in space)
 
 
-def _steps(turn: Turn) -> set[tuple[str, str, str]]:
-    """All steps from one kind of section to the next that the forms have, with the literal between the two."""
-    return {
+def _steps(turn: Turn) -> list[tuple[str, str, str]]:
+    """All steps from one kind of section to the next that the forms have, with the literal between the two; without repetitions, in
+    the order of the forms."""
+    steps = [
         step
         for form in turn.forms.values()
         for step in zip((START, *form.sections), (*form.sections, END), form.literals, strict=True)
-    }
+    ]
+    return list(dict.fromkeys(steps))
 
 
 # --- what the teacher reads
@@ -245,7 +248,7 @@ def plan(
         calls: units of the calls, from the first call's name to the end of the turn; None where the teacher cannot read them.
     """
     sections, marks, kinds = parsed.sections, parsed.marks, list(parsed.kinds)
-    steps = {(here, there): literal for here, there, literal in _steps(teacher)}
+    steps = {(here, there): literal for here, there, literal in reversed(_steps(teacher))}  # the simplest form's
     lost = {kinds.index(kind): _REASON[kind] for kind in lost_kinds(parsed.kinds, teacher, calls is None)}
     form = teacher.forms.get(tuple(kind for n, kind in enumerate(kinds) if n not in lost))
     literals = list(form.literals) if form else [steps.get((START, kinds[0]), "") if 0 not in lost else ""]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from functools import cached_property
 
@@ -20,7 +20,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from .aligner import continuations
-from .conversation import Conversation
+from .conversation import REASONING, Conversation
 from .token_bytes import token_table
 from .turns import (
     ANSWER,
@@ -191,6 +191,21 @@ class Template:
         return None
 
     @cached_property
+    def _thought_style(self) -> Callable[[str, str], list | dict] | None:
+        """Writes a thought and an answer as content, where the template reads thoughts from there. None where it reads them from a
+        key of the message, or leaves them out."""
+        tools = TOOLS if self.needs_tools else None
+        if THOUGHT_PROBE in self._tried([USER, probe_message((THOUGHT, ANSWER), {})], tools=tools):
+            return None
+        for style in (_as_parts, _as_blocks):
+            message = {"role": "assistant", "content": style(THOUGHT_PROBE, ANSWER_PROBE)}
+            text = self._tried([USER, message], tools=tools)
+            written = text[text.rfind(USER["content"]) :]
+            if THOUGHT_PROBE in written and "type" not in written:  # not the list itself, as text
+                return style
+        return None
+
+    @cached_property
     def _takes_results(self) -> bool:
         for message in (probe_message((CALLS,), CALL), {"role": "assistant", "content": ANSWER_PROBE}):
             for tools in (TOOLS, None):
@@ -212,7 +227,7 @@ class Template:
     def _keeps_thoughts(self) -> bool:
         """Whether an earlier turn's reasoning is written."""
         turns = [USER, probe_message((THOUGHT, ANSWER), {}), USER]
-        if THOUGHT_PROBE in self._tried(turns):
+        if THOUGHT_PROBE in self._tried(self._styled(turns)):
             return True
         warnings.warn(
             f"the chat template of {self._name} leaves out the reasoning of earlier turns: this model is not shown it, and the "
@@ -266,7 +281,8 @@ class Template:
             raise Unrenderable(f"the chat template of {self._name} cannot render the roles {roles}: {error}") from error
 
     def _styled(self, messages: list[dict]) -> list[dict]:
-        """Messages in the form that the template takes: calls by `_call_style`, content as text or as parts."""
+        """Messages in the form that the template takes: calls by `_call_style`, thoughts by `_thought_style`, content as text or as
+        parts."""
         if any(message.get("tool_calls") for message in messages):
             as_text, beside = self._call_style or (False, {"content": ""})
             messages = [
@@ -276,6 +292,16 @@ class Template:
                     "tool_calls": [_call_as(call, as_text) for call in message["tool_calls"]],
                 }
                 if message.get("tool_calls")
+                else message
+                for message in messages
+            ]
+        if any(_thought_of(message) for message in messages) and (style := self._thought_style):
+            messages = [
+                {
+                    **{key: value for key, value in message.items() if key not in REASONING},
+                    "content": style(_thought_of(message), message.get("content") or ""),
+                }
+                if _thought_of(message)
                 else message
                 for message in messages
             ]
@@ -306,10 +332,24 @@ class Template:
 
 def _with_thought(message: dict) -> dict:
     """The message with its thought under both names that templates read, as transformers gives it from 5.21 on."""
-    thought = next(
-        (message[name] for name in ("reasoning_content", "thinking", "reasoning") if message.get(name)), None
-    )
-    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+    thought = _thought_of(message)
+    return {"thinking": thought, **message, "reasoning_content": thought} if thought else message
+
+
+def _thought_of(message: dict) -> str:
+    return next((message[name] for name in ("reasoning_content", "thinking", "reasoning") if message.get(name)), "")
+
+
+def _as_parts(thought: str, answer: str) -> list[dict]:
+    """As Mistral's templates read thoughts."""
+    text = [{"type": "text", "text": answer}] if answer else []
+    return [{"type": "thinking", "thinking": thought}, *text]
+
+
+def _as_blocks(thought: str, answer: str) -> dict:
+    """As Apertus's template reads thoughts."""
+    text = [{"type": "response", "text": answer}] if answer else []
+    return {"blocks": [{"type": "thoughts", "text": thought}, *text]}
 
 
 def _fold_system(messages: list[dict]) -> list[dict]:

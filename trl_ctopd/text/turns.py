@@ -73,6 +73,8 @@ class Form:
         rest: what a finished turn writes after its end; None where the end is part of the next turn's header.
         unwritten: the part of the end that stands in that header, and not in a finished turn.
         loose: True where no rendering shows the whitespace around the literal between thought and answer; any is then accepted.
+        inferred: True where no rendering shows the whole form, since the template leaves the thought out of a finished turn. It is
+            put together from the generation prompt or from two other forms.
     """
 
     sections: tuple[str, ...]
@@ -80,6 +82,7 @@ class Form:
     rest: str | None = ""
     unwritten: str = ""
     loose: bool = False
+    inferred: bool = False
 
     @property
     def opening(self) -> str:
