@@ -117,13 +117,13 @@ def test_what_cannot_be_read_is_refused_in_one_line(folders, refusal, tmp_path):
     assert "line 2: 'text' must be a string, and is a int" in refusal(*folders, "--file", lines, "--column", "text")
     assert "line 1 has no column 'txt': it has 'text'" in refusal(*folders, "--file", lines, "--column", "txt")
     lines.write_text("none\n")
-    assert "line 1 is no JSON" in refusal(*folders, "--file", lines, "--column", "text")
+    assert "line 1 is not JSON" in refusal(*folders, "--file", lines, "--column", "text")
     assert refusal("--student", "a", "text") == "the following arguments are required: --teacher"
 
 
 def test_an_unknown_or_unsupported_tokenizer_is_refused_in_one_line(folders, refusal, tmp_path):
     nowhere = str(tmp_path / "nowhere")
-    assert refusal(*folders[:2], "--teacher", nowhere, "a").startswith(f"{nowhere!r} is no folder")
+    assert refusal(*folders[:2], "--teacher", nowhere, "a").startswith(f"{nowhere!r} is not a folder")
     (tmp_path / "nowhere").mkdir()
     assert refusal(*folders[:2], "--teacher", nowhere, "a").startswith(
         f"no tokenizer could be loaded from {nowhere!r}: "

@@ -218,7 +218,7 @@ def test_an_address_without_its_scheme_is_not_taken_for_a_models_name(build, nam
 
 @pytest.mark.parametrize("url", ["http://host:port", "http://", "http://ho st:1"])
 def test_an_address_that_cannot_be_read_is_refused(url):
-    with pytest.raises(ValueError, match="no address of a server: it should read http://host:port"):
+    with pytest.raises(ValueError, match="not the address of a server: it should read http://host:port"):
         Servers([url])
 
 
@@ -259,7 +259,7 @@ def test_a_key_in_the_place_of_its_variables_name_is_refused_without_being_shown
 
 
 def test_a_variable_that_is_not_set_is_named():
-    with pytest.raises(ValueError, match="'NO_SUCH_API_KEY' is none that is set"):
+    with pytest.raises(ValueError, match="'NO_SUCH_API_KEY' is not one that is set"):
         Servers(["http://host:1"], api_key_env="NO_SUCH_API_KEY")
 
 

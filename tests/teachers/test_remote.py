@@ -358,7 +358,7 @@ def test_scores_that_are_no_raw_log_probs_are_refused(serve, kind, message):
 @pytest.mark.parametrize("shift", [-0.7, -3.0])
 def test_scores_that_sum_to_less_than_what_is_drawn_are_refused(serve, shift):
     server = serve(teacher_model(initializer_range=1.0), shift=shift)
-    with pytest.raises(ValueError, match="are none: by them, .*--logprobs-mode raw_logprobs"):
+    with pytest.raises(ValueError, match="do not agree with what it samples: by them, .*--logprobs-mode raw_logprobs"):
         connect(server.url)
 
 
@@ -374,7 +374,7 @@ def test_scores_that_are_never_above_0_but_sum_to_more_than_1_are_refused(serve)
         return given
 
     server.answer = raised
-    with pytest.raises(ValueError, match="are none: by them, .*--logprobs-mode raw_logprobs"):
+    with pytest.raises(ValueError, match="do not agree with what it samples: by them, .*--logprobs-mode raw_logprobs"):
         connect(server.url)
 
 
@@ -398,7 +398,7 @@ def test_a_context_too_short_for_the_probe_is_refused(serve):
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", ""])
 def test_an_address_that_is_none_is_refused(url):
-    with pytest.raises(ValueError, match="no address of a server: it should read http://host:port"):
+    with pytest.raises(ValueError, match="not the address of a server: it should read http://host:port"):
         Servers([url])
 
 
@@ -576,7 +576,7 @@ def test_the_config_names_servers_and_the_model_whose_tokenizer_is_loaded(build,
     )
     trainer = build_it(teacher_model_name_or_path=str(tmp_path / "teacher"))
     assert trainer.teacher_processing_class.get_vocab() == teacher_tokenizer().get_vocab()
-    with pytest.raises(ValueError, match="'/models/elsewhere' is no folder here.*`teacher_processing_class`"):
+    with pytest.raises(ValueError, match="'/models/elsewhere' is not a folder here.*`teacher_processing_class`"):
         build_it()
 
 

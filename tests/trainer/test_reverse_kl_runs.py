@@ -129,11 +129,11 @@ def test_half_precision_and_an_adapter_give_the_step_of_float32(build):
 
 def test_a_server_that_tells_fewer_is_refused_with_the_way_out(build, serve):
     capped = serve(fault=lambda n, payload: "400" if (payload["prompt_logprobs"] or 0) > 20 else None)
-    with pytest.raises(ValueError, match="does not tell the 32 likeliest tokens: .*400.*top_k.*--max-logprobs"):
+    with pytest.raises(ValueError, match="does not return the 32 most likely tokens: .*400.*top_k.*--max-logprobs"):
         reverse_kl(build, 32, teacher=capped.url)
     assert reverse_kl(build, 20, teacher=capped.url).train().global_step == 1
     echo = serve(protocol="echo")
-    with pytest.raises(ValueError, match="`echo` and `logprobs`.* does not tell the ids of the 8 likeliest"):
+    with pytest.raises(ValueError, match="`echo` and `logprobs`.* does not return the ids of the 8 most likely"):
         reverse_kl(build, 8, teacher=echo.url)
     assert reverse_kl(build, 0, teacher=echo.url).train().global_step == 1
 

@@ -37,14 +37,14 @@ def scores(entries: Sequence[dict[int, object] | None], ids: Sequence[int], firs
 
 def likeliest(entries: Sequence[dict[int, object] | None], first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Ids and log-probs, both (T, `count`), of the tokens that were likeliest at each place from `first` on. A token that is told of
-    because it was sent is one of them only where it is as likely as they are. Raises `AnswerError` where fewer are told.
+    Ids and log-probs, both (T, `count`), of the most likely tokens at each place from `first` on. The token that was sent also has a
+    score; it counts only where it is among the most likely. Raises `AnswerError` where there are fewer scores.
     """
     ids, values = [], []
     for place in range(first, len(entries)):
         entry = entries[place] or {}
         if len(entry) < count:
-            raise AnswerError(f"token {place} has {len(entry)} log-probs, and the {count} likeliest were asked for")
+            raise AnswerError(f"token {place} has {len(entry)} log-probs, and the {count} most likely were requested")
         found = sorted(((_log_prob(value, place), -token) for token, value in entry.items()), reverse=True)[:count]
         ids.append([-token for _, token in found])
         values.append([value for value, _ in found])

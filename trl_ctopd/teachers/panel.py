@@ -82,7 +82,7 @@ class Seat:
             return load_tokenizer(tokenizer, name, None, self._args.trust_remote_code)
         except OSError as error:
             raise ValueError(
-                f"The tokenizer of the teacher's server is not known: {name!r} is no folder here, and no model of the hub "
+                f"The tokenizer of the teacher's server is not known: {name!r} is not a folder here, and not a model on the hub "
                 "that can be reached. Pass `teacher_processing_class`; or set `teacher_server_url` to the address, and "
                 "`teacher_model_name_or_path` to the name or folder of the model."
             ) from error
@@ -243,8 +243,8 @@ class Panel:
             seat.sit(accelerator, student, student_stop_ids)
 
     def ask_likeliest(self, counts: Sequence[int]):
-        """The losses read so many of the likeliest tokens at each place: servers are asked for the most of them. Raises
-        `ValueError` where one does not tell them."""
+        """`counts`: how many of the most likely tokens at each place each loss reads. Servers are asked for the largest number.
+        Raises `ValueError` where one does not return that many."""
         if counts and self.only is not None and self.only.remote:
             self.only.teacher.ask_likeliest(max(counts))
 
@@ -334,8 +334,8 @@ class Readings:
         return scores.row(place).to(self._device)
 
     def likeliest(self, rows: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(len(rows), `length`, k) ids and log-probs of the tokens that servers told to be likeliest, where a loss reads them;
-        -inf past a row's end. Waits."""
+        """Waits for the (len(rows), `length`, k) ids and log-probs of the most likely tokens from servers, -inf past a row's end.
+        None where no loss reads them."""
         scores = [self.awaited[row] for row in rows if row in self.awaited]
         found = [own.likeliest(place) for own, place in scores]
         if len(found) < len(rows) or found[0] is None:

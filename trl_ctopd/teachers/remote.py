@@ -141,9 +141,9 @@ class RemoteTeacher:
 
     def ask_likeliest(self, count: int):
         """
-        From now on the `count` likeliest tokens at each place are asked for too.
+        Makes requests also ask for the `count` most likely tokens at each place.
 
-        Raises `ValueError` where a server does not tell them.
+        Raises `ValueError` where a server does not return them.
         """
         self._likeliest = count
 
@@ -155,8 +155,8 @@ class RemoteTeacher:
             )
             if not server.engine.tells_likeliest:
                 raise ValueError(
-                    f"The teacher's server {server.url} is asked by {server.engine.name}, which does not tell the ids of the "
-                    f"{count} likeliest tokens. {way}."
+                    f"The teacher's server {server.url} is asked by {server.engine.name}, which does not return the ids of the "
+                    f"{count} most likely tokens. {way}."
                 )
             try:
                 path, payload = self._request(server, self._probe_ids, likeliest=count)
@@ -164,7 +164,7 @@ class RemoteTeacher:
                 answers.likeliest(server.engine.entries(answer), 1, count)
             except (AnswerError, RequestRefusedError) as error:
                 raise ValueError(
-                    f"The teacher's server {server.url} does not tell the {count} likeliest tokens: {error}. {way}."
+                    f"The teacher's server {server.url} does not return the {count} most likely tokens: {error}. {way}."
                 ) from error
 
         self._servers.each(check)
@@ -212,9 +212,9 @@ class RemoteTeacher:
         probability, hits = sum(sums), sum(token in named for token in ids[_DRAWS[0] :])
         if not answers.agree(hits, _DRAWS[1], probability):
             raise ValueError(
-                f"The log-probs of the teacher's server {server.url} are none: by them, {_DRAWS[1] * probability:.3g} of "
-                f"{_DRAWS[1]} tokens that it draws should be of a kind that {hits} are. Start it with "
-                "`--logprobs-mode raw_logprobs`."
+                f"The scores of the teacher's server {server.url} do not agree with what it samples: by them, about "
+                f"{_DRAWS[1] * probability:.3g} of {_DRAWS[1]} sampled tokens should be among those scored, and {hits} are. "
+                "Start it with `--logprobs-mode raw_logprobs`."
             )
 
     def _probe(self, server: Server, **settings) -> torch.Tensor:

@@ -232,7 +232,7 @@ class Servers:
             answer = _json(body)
             if not isinstance(answer, dict | kind):
                 raise FailedTryError(
-                    self._with_proxy(f"{place}: an answer that is no JSON object: {_cut(text)}", server)
+                    self._with_proxy(f"{place}: an answer that is not a JSON object: {_cut(text)}", server)
                 )
             error = answer.get("error") if isinstance(answer, dict) else None
             if not error or answer.get("choices"):
@@ -371,13 +371,13 @@ def is_url_without_scheme(text: str) -> bool:
 def _checked(url: str) -> str:
     example = "it should read http://host:port"
     if not is_url(url):
-        raise ValueError(f"{redact(url)!r} is no address of a server: {example}.")
+        raise ValueError(f"{redact(url)!r} is not the address of a server: {example}.")
     try:
         parts = httpx2.URL(url.strip())
     except (httpx2.InvalidURL, UnicodeError) as error:
-        raise ValueError(f"{redact(url)!r} is no address of a server: {example} ({error}).") from None
+        raise ValueError(f"{redact(url)!r} is not the address of a server: {example} ({error}).") from None
     if not parts.host or re.search(r"\s", url.strip()):
-        raise ValueError(f"{redact(url)!r} is no address of a server: {example}.")
+        raise ValueError(f"{redact(url)!r} is not the address of a server: {example}.")
     for there, what in ((parts.userinfo, "a password"), (parts.query or parts.fragment, "more than a path")):
         if there:
             raise ValueError(
@@ -394,13 +394,13 @@ def _key(variable: str) -> str | None:
             return None
         shown = repr(variable) if is_secret_name(variable) and redact(variable) == variable else "what it is"
         raise ValueError(
-            f"`teacher_server_api_key_env` is the name of an environment variable, and {shown} is none that is set: export "
+            f"`teacher_server_api_key_env` is the name of an environment variable, and {shown} is not one that is set: export "
             "the key under a name, and give that name, not the key."
         )
     key = os.environ[variable].strip()
     if not (key.isascii() and key.isprintable()):
         raise ValueError(
-            f"The environment variable {variable} holds characters that no API key has (a line's end, a quotation mark of a "
+            f"The environment variable {variable} holds characters that no API key has (a newline, a quotation mark of a "
             "text editor): set it to the key alone."
         )
     return key or None

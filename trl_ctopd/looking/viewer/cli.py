@@ -109,9 +109,9 @@ def _column(file: Path, number: int, row: str, column: str) -> str:
     try:
         found = json.loads(row)
     except json.JSONDecodeError as error:
-        raise _InputError(f"{file}, line {number} is no JSON: {error}") from error
+        raise _InputError(f"{file}, line {number} is not JSON: {error}") from error
     if not isinstance(found, dict) or column not in found:
-        has = f"it has {', '.join(map(repr, found))}" if isinstance(found, dict) else "it is no object"
+        has = f"it has {', '.join(map(repr, found))}" if isinstance(found, dict) else "it is not an object"
         raise _InputError(f"{file}, line {number} has no column {column!r}: {has}")
     if not isinstance(found[column], str):
         raise _InputError(
@@ -131,7 +131,7 @@ def _tokenizer(name: str, trust_remote_code: bool) -> Any:
         try:
             hub.validate_repo_id(name)
         except hub.HFValidationError as error:
-            raise _InputError(f"{name!r} is no folder, and no name that a tokenizer on the hub could have") from error
+            raise _InputError(f"{name!r} is not a folder, and not a valid name on the hub") from error
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # a dozen classes, depending on whether folder, name or network is at fault

@@ -212,7 +212,7 @@ def _method(loss: Callable) -> str:
 def _credit(loss: Callable, batch: ScoredChunks) -> torch.Tensor:
     """(1, S) −∂loss/∂log p_i with N = 1."""
     if getattr(loss, "signal", "logprobs") == "logits":
-        raise ValueError(f"{loss_name(loss)} reads whole distributions: what it asks of a token is no single figure.")
+        raise ValueError(f"{loss_name(loss)} reads whole distributions: the credit of a token is not a single number.")
     with torch.enable_grad():
         value, _ = loss(batch, 1)
     if not value.requires_grad:
