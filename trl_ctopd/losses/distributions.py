@@ -78,8 +78,10 @@ def over_tiles(
     outputs = []
     tensors = (*inputs, *per_row)
     sizes = [tile] * len(tensors) if isinstance(tile, int) else tile
-    for parts in zip(*(tensor.split(size) for tensor, size in zip(tensors, sizes, strict=True)), strict=True):
-        if torch.is_grad_enabled():
+    tiles = [*zip(*(tensor.split(size) for tensor, size in zip(tensors, sizes, strict=True)), strict=True)]
+    for number, parts in enumerate(tiles, 1):
+        # the backward pass begins with the last tile, so that this one need not be made anew for it
+        if torch.is_grad_enabled() and number < len(tiles):
             outputs.append(checkpoint(run, *parts, use_reentrant=False, preserve_rng_state=False))
         else:
             outputs.append(run(*parts))

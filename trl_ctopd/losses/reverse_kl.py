@@ -25,6 +25,7 @@ Decisions.
   the text before it. `top_k=0` is closed DPCA with credit "macro".
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -147,7 +148,7 @@ class ReverseKL(Loss):
     """
 
     signal: ClassVar[str] = "logits"
-    copies: ClassVar[int] = 16
+    copies: ClassVar[int] = 8
     policy: ClassVar[str] = "on"
     event: ClassVar[str] = "closed"  # so that the last chunk of a text that was cut off takes no part
     structures: ClassVar[tuple[str, ...]] = ("prefixes", "continuations")
@@ -279,35 +280,40 @@ class ReverseKL(Loss):
         sampled one and the same without bounds; the teacher's log-probs of leaving and going on, of `head` and of its whole
         token; and whether the sampled token contradicts the table of continuations.
         """
-        prefixes = batch.vocabulary.prefixes
-        goes_on = _going_on(batch, head, log_p.shape[1])
-        contradicted = (head >= 0) & (goes_on.gather(1, ids[:, None])[:, 0] == closes)
-        goes_on = goes_on & ~contradicted[:, None]
-        opened = _logsumexp(log_p, goes_on)
-        closed = _logsumexp(log_p, ~goes_on).masked_fill(~goes_on.any(1), 0)
+        prefixes, count = batch.vocabulary.prefixes, len(ids)
+        row, token = _going_on(batch, head)
+        drawn_goes_on = torch.zeros_like(closes).index_fill(0, row[token == ids[row]], True)
+        contradicted = (head >= 0) & (drawn_goes_on == closes)
         inside = (head >= 0) & ~closes & ~contradicted
+        row, token = row[~contradicted[row]], token[~contradicted[row]]
+        opened = _logsumexp_by_row(log_p[row, token], row, count)
+        closed = _complement(opened, log_p.gather(1, ids[:, None])[:, 0], ~inside)
         given = torch.where(inside, opened.masked_fill(~inside, 0), closed)
-        among = goes_on == inside[:, None]
-        p = (log_p - given[:, None]).exp() * among
-        p = p.new_zeros(len(p), p.shape[1] + 1).index_add(1, prefixes.student_outcome, p)
 
         with torch.no_grad():
+            p = _renormalised(log_p, given, inside, row, token)
+            by_outcome = p.new_zeros(count, p.shape[1] + 1).index_add(1, prefixes.student_outcome, p)
             t, unknown = _told(prefixes, known_q, rest, teacher_ids, written)
-            log_p_outcome = p.log()
             if unknown is not None:  # what no known token stands for is one outcome
                 untold = t == 0
-                together = (p * untold).sum(1, keepdim=True).log()
-                log_t = torch.where(untold, unknown.log()[:, None], t.log())
-                log_p_outcome = torch.where(untold, together, log_p_outcome)
-                log_p_outcome = log_p_outcome.masked_fill(p == 0, -torch.inf)
-            else:
-                log_t = t.log()
-            guesses, sharp = self._guess(log_t, log_p_outcome, told[:, None])
+                together = (by_outcome * untold).sum(1, keepdim=True)
+                t = torch.where(untold, unknown[:, None], t)
+                by_outcome = torch.where(untold & (by_outcome > 0), together, by_outcome)
             outcome = prefixes.student_outcome[ids][:, None]
-            guess, sharp = guesses.gather(1, outcome)[:, 0], sharp.gather(1, outcome)[:, 0]
-            of_head = _leaving(prefixes, known_q, rest, head.clamp(min=0))
+            sampled = (both.gather(1, outcome)[:, 0].log() for both in (t, by_outcome))
+            guess, sharp = self._guess(*sampled, told)
+            guesses = self._bounded_ratio(t, by_outcome)
+            weights = p.mul_(guesses[:, prefixes.student_outcome]).mul_(told[:, None])
+            of_head = _leaving(prefixes, known_q, rest, head)
             of_token = _leaving(prefixes, known_q, rest, teacher_ids)
-        return closed, opened, (p * guesses).sum(1), guess, sharp, *of_head, *of_token, contradicted
+        expected = _Expected.apply(log_p, given, weights)
+        return closed, opened, expected, guess, sharp, *of_head, *of_token, contradicted
+
+    def _bounded_ratio(self, t: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        """log t − log p within bounds, in the place of `t` and `p`; anything where p is 0."""
+        floor = math.exp(_FLOOR)
+        ratio = t.clamp_(min=floor).div_(p.clamp_(min=floor)).log_()
+        return ratio if self.advantage_clip is None else ratio.clamp_(-self.advantage_clip, self.advantage_clip)
 
     def _known(self, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The teacher's log-probs (n, V_T), -inf where they are not known, and the probability (n,) of what is not."""
@@ -330,45 +336,89 @@ class ReverseKL(Loss):
         return known, (1 - known.exp().sum(1)).clamp(min=0)
 
 
-def _going_on(batch: ScoredChunks, head: torch.Tensor, size: int) -> torch.Tensor:
-    """(n, V_S) True for the student tokens with which the teacher's tokens `head` (n,) go on."""
+class _Expected(torch.autograd.Function):
+    """Σ_v w(v), where w(v) = exp(log p(v) − given) · g(v) of log p (n, V), given (n,) and g without gradient."""
+
+    @staticmethod
+    def forward(ctx, log_p, given, weights):
+        ctx.save_for_backward(weights)
+        return weights.sum(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        [weights] = ctx.saved_tensors
+        return weights * grad[:, None], -grad * weights.sum(1), None
+
+
+def _going_on(batch: ScoredChunks, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K,) rows of a tile and the student tokens with which the teacher's token `head` (n,) of each goes on."""
     [some] = (head >= 0).nonzero(as_tuple=True)
     row, token = (
         torch.from_numpy(found).to(head.device) for found in batch.vocabulary.continuations.rows(head[some].tolist())
     )
-    return torch.zeros(len(head), size, dtype=torch.bool, device=head.device).index_put(
-        (some[row], token), torch.ones_like(token, dtype=torch.bool)
-    )
+    return some[row], token.long()
 
 
-def _logsumexp(log_p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(n,) over what `mask` (n, V) holds, -inf where that is nothing, with a gradient of 0."""
-    some = mask.any(1)
-    found = log_p.masked_fill(~mask & some[:, None], -torch.inf).logsumexp(1)
-    return found.masked_fill(~some, -torch.inf)
+def _logsumexp_by_row(values: torch.Tensor, row: torch.Tensor, count: int) -> torch.Tensor:
+    """(count,) log Σ exp of the `values` (K,) of each row (K,); -inf where there are none."""
+    most = values.detach().new_full((count,), -torch.inf).scatter_reduce(0, row, values.detach(), "amax")
+    most = most.masked_fill(most == -torch.inf, 0)
+    total = values.new_zeros(count).index_add(0, row, (values - most[row]).exp())
+    nothing = total == 0
+    return (total.masked_fill(nothing, 1).log() + most).masked_fill(nothing, -torch.inf)
+
+
+def _complement(opened: torch.Tensor, drawn: torch.Tensor, drawn_closes: torch.Tensor) -> torch.Tensor:
+    """log(1 − e^opened) of log-probs (n,), at least that of the token that was drawn where this closes."""
+    most = 1 - torch.finfo(opened.dtype).eps
+    closed = torch.log1p(-opened.exp().clamp(max=most))
+    return torch.where(drawn_closes & (drawn > closed), drawn, closed)
+
+
+def _renormalised(log_p, given, inside, row, token) -> torch.Tensor:
+    """(n, V) the student's probabilities of the next token, given that it goes on (`inside`) or that it does not; `token` (K,) are
+    those that go on, by `row`."""
+    p = (log_p.detach() - given.detach()[:, None]).exp_()
+    going_on = inside[row]
+    p[row[~going_on], token[~going_on]] = 0
+    if going_on.any():
+        kept = p[row[going_on], token[going_on]]
+        p[inside] = 0
+        p[row[going_on], token[going_on]] = kept
+    return p
 
 
 def _told(prefixes, log_q, rest, teacher_ids, written):
     """The teacher's probabilities (n, V_S + 1) of the student's outcomes, given the bytes already written; and, where some of
     its tokens are not known, that of all of those."""
+    size = len(prefixes.student_outcome) + 1
+    t, unknown = log_q.new_zeros(len(log_q), size), rest
+    begun = written > 0
+    if not begun.all():
+        q = (log_q if not begun.any() else log_q[~begun]).exp()
+        told = q.new_zeros(len(q), size).scatter_add_(1, prefixes.first_outcome.expand_as(q), q)
+        if not begun.any():
+            return told, unknown
+        t[~begun] = told
+    log_q, teacher_ids, written = log_q[begun], teacher_ids[begun], written[begun]
     if rest is None:
-        q, unknown = possible(prefixes, log_q, teacher_ids, written), None
+        q = possible(prefixes, log_q, teacher_ids, written)
     else:
         q = log_q.exp() * prefixes.going_on(teacher_ids, written)
-        total = (q.sum(1) + rest).clamp(min=torch.finfo(q.dtype).tiny)
-        q, unknown = q / total[:, None], rest / total
-    outcome = prefixes.outcome[prefixes.entries(written)]
-    outcome = torch.where(written[:, None] == 0, prefixes.first_outcome, outcome)
-    size = len(prefixes.student_outcome) + 1
-    return q.new_zeros(len(q), size).scatter_add(1, outcome, q), unknown
+        total = (q.sum(1) + rest[begun]).clamp(min=torch.finfo(q.dtype).tiny)
+        q, unknown = q / total[:, None], rest.index_put((begun,), rest[begun] / total)
+    t[begun] = q.new_zeros(len(q), size).scatter_add_(1, prefixes.outcome[prefixes.entries(written)], q)
+    return t, unknown
 
 
 def _leaving(prefixes, log_q, rest, teacher_ids):
-    """(n,) log-probs, of tokens that begin with all of `teacher_ids`, that it is them and that they go on; NaN where neither is
-    known."""
-    alike = prefixes.alike[teacher_ids]
+    """(n,) log-probs, of tokens that begin with all of `teacher_ids` (-1 for none), that it is them and that they go on; NaN where
+    neither is known."""
+    some, ids = teacher_ids >= 0, teacher_ids.clamp(min=0)
+    alike = prefixes.alike[ids].masked_fill(~some[:, None], -1)
     own = log_q.gather(1, alike.clamp(min=0)).masked_fill(alike < 0, -torch.inf).logsumexp(1)
-    longer = log_q.masked_fill(~prefixes.longer(teacher_ids), -torch.inf).logsumexp(1)
+    row, token = prefixes.longer_tokens(ids, some)
+    longer = _logsumexp_by_row(log_q[row, token], row, len(ids))
     if rest is not None:
         nothing = (own == -torch.inf) & (longer == -torch.inf)
         own, longer = (torch.where(mass == -torch.inf, rest.log(), mass) for mass in (own, longer))

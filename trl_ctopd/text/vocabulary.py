@@ -134,10 +134,19 @@ class Prefixes(_Structure):
         high = self.high[entry].masked_fill(first, len(self.place))[:, None]
         return (self.place >= low) & (self.place < high)
 
-    def longer(self, teacher_ids: torch.Tensor) -> torch.Tensor:
-        """(n, V_T) True for the teacher tokens that begin with `teacher_ids` (n,) and are longer."""
-        low, high = self.longer_low[teacher_ids][:, None], self.longer_high[teacher_ids][:, None]
-        return (self.place >= low) & (self.place < high)
+    def longer_tokens(self, teacher_ids: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(K,) rows, among those `where` (n,) is True, and (K,) teacher tokens that begin with all of the row's `teacher_ids` (n,)
+        and go on."""
+        low = self.longer_low[teacher_ids]
+        count = (self.longer_high[teacher_ids] - low).clamp(min=0) * where
+        row = torch.arange(len(low), device=low.device).repeat_interleave(count)
+        begin = (count.cumsum(0) - count)[row]
+        return row, self._by_place[low[row] + torch.arange(len(row), device=low.device) - begin]
+
+    @cached_property
+    def _by_place(self) -> torch.Tensor:
+        """(V_T,) the teacher token at each place."""
+        return self.place.argsort()
 
     def entries(self, written: torch.Tensor) -> torch.Tensor:
         """(n, V_T) index of each teacher token's entry at byte position `written` (n,). Valid only where `going_on` is True
