@@ -15,6 +15,13 @@ def assets() -> Path:
     return Path(os.environ["CTOPD_ASSETS"])
 
 
+def models() -> Path:
+    """The folder of two small pretrained models that CTOPD_MODELS names."""
+    if not os.environ.get("CTOPD_MODELS"):
+        pytest.skip("needs two pretrained models: set CTOPD_MODELS to their folder (docs/tests.md)")
+    return Path(os.environ["CTOPD_MODELS"])
+
+
 def vllm() -> str:
     """The `vllm` program that CTOPD_VLLM names."""
     if not os.environ.get("CTOPD_VLLM"):
