@@ -275,13 +275,15 @@ class CrossTokenizerGKDConfig(GKDConfig):
     max_tool_calling_iterations: int | None = field(
         default=None,
         metadata={
-            "help": "With `tools`: how often a completion's calls are executed at most. None: as long as `max_new_tokens`, which "
-            "counts results too, leaves room."
+            "help": "With `tools`: how often calls of one completion are executed at most. None: as long as `max_new_tokens`, "
+            "which also counts results, leaves room."
         },
     )
     tools_in_evaluation: bool = field(
         default=False,
-        metadata={"help": "Execute calls in evaluation too. False: a completion ends with its first call there."},
+        metadata={
+            "help": "Execute calls in evaluation too. False: in evaluation a completion ends with its first call."
+        },
     )
 
     # Use of the rollouts

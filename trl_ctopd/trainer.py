@@ -93,7 +93,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             teachers; loaded from the teacher when `None`.
         callbacks (`list` of `TrainerCallback`, *optional*), optimizers (`tuple`): as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): train an adapter instead of the whole student.
-        tools (`list` of `Callable`, *optional*): functions that the student may call while it writes, with type hints and a
+        tools (`list` of `Callable`, *optional*): functions that the student may call during generation, with type hints and a
             docstring, as in `DistillationTrainer`; see docs/tools.md.
     """
 
@@ -230,7 +230,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     @property
     def _day(self) -> date | None:
-        """The day that is written in prompts; None where no template writes it."""
+        """The date in the prompts; None where no template writes it."""
         sides = [self.student_side, *self.panel.sides.values()]
         return self._today if any(side.writes_day for side in sides) else None
 
@@ -241,7 +241,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             side.day = day
 
     def _keep_day(self, checkpoint: str | None):
-        """Before a resume: renders the datasets again with the day on which the run of `checkpoint` began, if it is another day."""
+        """Before a resume: renders the datasets again with the date on which the run of `checkpoint` began, if it differs."""
         day = checkpoints.day_of(checkpoint)
         if self._day is None or day in (None, self._day):
             return

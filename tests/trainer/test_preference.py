@@ -197,7 +197,7 @@ def test_a_setting_that_cannot_work_is_refused(tmp_path, settings, message):
 
 
 def test_one_weighing_teacher_alone_and_a_row_that_is_too_long_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="both, or none"):
+    with pytest.raises(ValueError, match="both, or neither"):
         build(tmp_path, weighers=(teacher_model(), None))
     with pytest.raises(ValueError, match="max_length is 10"):
         build(tmp_path, max_length=10)

@@ -1,6 +1,6 @@
-"""A prompt in the ids of both models, and the frame: how the two templates write the turns that follow it.
+"""A prompt in the ids of both models, and its frame: how the two templates write the turns that follow it.
 
-A frame travels as JSON beside its prompt's ids, so that a completion can be paired again wherever it is looked at.
+A frame is stored as JSON with its prompt's ids, so that a completion can be paired again, for example for the report.
 """
 
 import json
@@ -35,14 +35,13 @@ class Reopened:
 
 @dataclass(frozen=True)
 class Later:
-    """A turn that the student writes after results of tools.
+    """A turn that the student writes after tool results.
 
     Attributes:
-        calls: those that were executed, as JSON. The turn before this one ends with them.
-        start, stop: the completion's student ids `start:stop` are the results and this turn's header, which nobody is scored
-            on.
+        calls: the executed calls at the end of the turn before, as JSON.
+        start, stop: the completion's student ids `start:stop` are the results and this turn's header, which are not scored.
         teacher_ids: the same in the teacher's ids.
-        frame: how the two templates write this turn: a `Frame` as JSON, of `teacher_ids` in the prompt's place.
+        frame: how the two templates write this turn: a `Frame` as JSON. Its edits apply to `teacher_ids` instead of the prompt.
     """
 
     calls: str
@@ -61,9 +60,9 @@ class Frame:
         stem: edit of the teacher's prompt to the one that all its turns begin with.
         reference: edit of the student's prompt to the one before its reference.
         student, teacher: how each template writes the turn (`Turn.to_json`); "" where the student's turns are only answers.
-        is_text: whether the row is plain text, which no template writes.
-        asked: the conversation as JSON, to which results of tools can be added; "" without tools.
-        later: the turns that the student wrote after results of tools.
+        is_text: whether the row is plain text, without a template.
+        asked: the conversation as JSON, to which tool results can be added; "" without tools.
+        later: the turns that the student wrote after tool results.
     """
 
     plain: Reopened = Reopened()
@@ -110,8 +109,8 @@ def _read_frame(text: str) -> Frame:
 
 
 class TurnOf(NamedTuple):
-    """One of the turns that a completion holds: what it follows, the student's ids of it, and the calls at its end that were
-    executed; None at the end of the last turn."""
+    """One turn of a completion: the prompt that it follows, its student ids, and the executed calls at its end; None at the end of
+    the last turn."""
 
     prompt: "Prompt"
     student_ids: list[int]
@@ -148,8 +147,8 @@ class Prompt:
         return replace(self, student_ids=self.framed.reference(self.student_ids))
 
     def turns(self, completion: list[int]) -> list[TurnOf]:
-        """The turns of `completion`, between which results of tools stand. A later one's prompt is what stands between it and
-        the turn before."""
+        """The turns of `completion`, which tool results separate. The prompt of a later turn is the text between it and the turn
+        before."""
         later = self.framed.later
         begins, ends = [0, *(turn.stop for turn in later)], [*(turn.start for turn in later), len(completion)]
         prompts = [self, *(replace(self, teacher_ids=[*turn.teacher_ids], frame=turn.frame) for turn in later)]
@@ -161,7 +160,7 @@ class Prompt:
 
 
 def conversation_to_json(conversation: Conversation) -> str:
-    """For `Frame.asked`; without its reference."""
+    """The conversation as JSON for `Frame.asked`, without its reference."""
     return json.dumps({**vars(conversation), "reference": None}, ensure_ascii=False)
 
 

@@ -43,7 +43,7 @@ class Rollout:
         unread: whether the teacher's context is too short. The row then keeps one teacher token and nothing to score, so that
             all processes run the same number of forward passes.
         teacher_prompt_ids: what the teacher reads before the completion, its turn opened as in a finished turn.
-        other_ends: the ids with which the teacher might have ended the text, besides its last one.
+        other_ends: further ids with which the teacher might have ended the text, besides its last one.
         given: with tools, the stretches of `student_ids` that the student did not write: results, and the header of the turn
             after them.
         teacher_starts: places in `teacher_ids` where a turn after results begins.
@@ -85,20 +85,20 @@ def pair(
 
     The end of the turn is one event with two spellings: with `eos_policy="bridge"` the student's stop token and the
     teacher's turn end are one chunk; with `"mask"` the student's stop token takes no part and the teacher reads no end.
-    A plain text has no turn, so that it ends with any of the teacher's stop ids: what counts is the log-prob of all of them
-    together (`Rollout.other_ends`). A completion that was cut off has no end on either side. Rows that exceed
-    `teacher_context`, prompt included, take no part, nor do padding rows.
+    A plain text has no turn, so any of the teacher's stop ids ends it: the log-prob of its end is that of all of them together
+    (`Rollout.other_ends`). A completion that was cut off has no end on either side. Rows that exceed `teacher_context`, prompt
+    included, take no part, nor do padding rows.
 
-    A completion of several turns (`Frame.later`) is paired turn by turn. Each model reads what stands between two turns as its
-    own template writes it, and nobody is scored on that.
+    A completion of several turns (`Frame.later`) is paired turn by turn. Each model reads the text between two turns in its own
+    template, and that text is not scored.
 
     Args:
         prompts: B prompts.
         completions: B lists of student ids, up to and including the first stop token.
         aligner: of the two tokenizers.
         turn_ends: for each student id that ends a turn, the teacher's ids for a turn end, at least one.
-        text_ends: for each student id that ends a turn, the teacher's ids of which any one ends a plain-text row; None where
-            such a row ends as a turn does.
+        text_ends: for each student id that ends a turn, the teacher's ids of which any one ends a plain-text row. None: such a row
+            ends like a turn.
         eos_policy: `"bridge"` or `"mask"`.
         teacher_context: tokens the teacher can read, None for no limit.
         sections: aligns completions that have sections (thought, answer, calls), by the markup of their prompt's frame. None
@@ -123,7 +123,7 @@ def _pair_turns(
     eos_policy: str,
     sections: SectionAligner | None,
 ) -> list[Rollout]:
-    """Each turn by itself. If another turn follows, the teacher reads the end of the turn whatever `eos_policy` says."""
+    """Pairs each turn separately. If another turn follows, the teacher reads the end of the turn whatever `eos_policy` is."""
     ended = [bool(turn.student_ids) and turn.student_ids[-1] in turn_ends for turn in turns]
     found = [
         sections.parse(ids, end, prompt.framed.student) if sections and prompt.framed.student else None
@@ -186,7 +186,7 @@ def _with_turn_end(rollout: Rollout, turn_end: Sequence[int]) -> Rollout:
 
 
 def _joined(prompt: Prompt, ids: list[int], turns: Sequence[Rollout], eos_policy: str) -> Rollout:
-    """The rollouts of a conversation's turns as one."""
+    """Joins the rollouts of a conversation's turns into one."""
     if len(turns) == 1:
         return turns[0]
     given = tuple((later.start, later.stop) for later in prompt.framed.later)
@@ -226,7 +226,7 @@ def _joined(prompt: Prompt, ids: list[int], turns: Sequence[Rollout], eos_policy
 
 
 def _joined_alignment(ids: list[int], given: Sequence[tuple[int, int]], turns: Sequence[Rollout]) -> TextAlignment:
-    """What each turn's alignment says, with the text between them as the student reads it."""
+    """Joins the turns' alignments, with the text between them as the student reads it."""
     tables = turns[0].alignment._tables
     texts, spelled, masked, spans, student, teacher = [], b"", [], [], [], []
     num_chunks = 0
@@ -240,7 +240,7 @@ def _joined_alignment(ids: list[int], given: Sequence[tuple[int, int]], turns: S
             student.append((np.full(len(widths), -1), widths))
             teacher.append((np.full(count, -1), np.zeros(count, dtype=np.int64)))
         own, base, size = turn.alignment, len(spelled), len(turn.alignment._spelled)
-        whole = n < len(turns) - 1  # of a turn that another follows, the end too
+        whole = n < len(turns) - 1  # if another turn follows, the end belongs to it too
         ends = turn.num_chunks - own.num_chunks if whole else 0
         for side, found, chunks in (
             (student, own.student, turn.student_chunks),

@@ -1,13 +1,13 @@
-"""Calls of tools are executed while the student writes: it calls, reads the results and writes on.
+"""Executes tool calls during generation: the student writes a call, reads the result and continues.
 
 Decisions
-- As in TRL's `DistillationTrainer`: tools are functions with type hints and a docstring, a result is given back as `str(result)`,
-  an error as `{"error": message}`, and `max_new_tokens` holds for all that follows the prompt, results included.
-- Calls are read by the student's own template (`text.calls`). What cannot be read is text, and ends the conversation.
-- Each model reads the results as its own template writes them, after its own writing of the call.
-- One conversation is one completion, whose frame says where its turns begin. Only what the student wrote is scored.
-- Where a call cannot be answered (too many rounds, no room, a template that cannot write it), the completion ends with it.
-- All processes take the same number of rounds. One that has nothing left to write writes for its first prompt, and drops it.
+- As in TRL's `DistillationTrainer`: tools are functions with type hints and a docstring, a result is returned as `str(result)`,
+  an error as `{"error": message}`, and `max_new_tokens` limits everything after the prompt, results included.
+- Calls are parsed by the student's own template (`text.calls`). Text that cannot be parsed as a call ends the conversation.
+- Each model reads the results in its own template, after its own form of the call.
+- One conversation is one completion. Its frame says where its turns begin. Only what the student wrote is scored.
+- If a call cannot be answered (too many rounds, no room, a template that cannot write it), the completion ends with it.
+- All processes take the same number of rounds. One that has nothing left to do generates for its first prompt, and drops the text.
 
 Left out: asynchronous tools, results that are not text, tools that keep state between two calls of one conversation.
 """
@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 
 def schemas(tools: Sequence[Callable]) -> list[dict]:
     """
-    JSON schemas of functions, as `apply_chat_template` takes them.
+    JSON schemas of functions, in the form that `apply_chat_template` needs.
 
-    Raises `ValueError` for what is no function, is asynchronous, has no type hints or docstring, or shares its name.
+    Raises `ValueError` for a tool that is not a function, is asynchronous, has no type hints or docstring, or whose name is taken.
     """
     found = []
     for tool in tools:
@@ -61,7 +61,7 @@ def schemas(tools: Sequence[Callable]) -> list[dict]:
 
 
 def with_tools(conversation: Conversation, tools: list[dict]) -> Conversation:
-    """The conversation, shown `tools` unless its row has its own. Raises `ValueError` for a prompt that is plain text."""
+    """The conversation with `tools`, unless its row has its own. Raises `ValueError` for a plain-text prompt."""
     if isinstance(conversation.prompt, str):
         raise ValueError("its prompt is text, and tools need a conversation: make it a list of messages")
     return conversation if conversation.tools else replace(conversation, tools=tools)
@@ -89,18 +89,18 @@ def check_sides(tools: list[dict], student: Speaker, teachers: Mapping[str, Spea
 
 @dataclass
 class _Writing:
-    """A conversation so far: the completion of `prompt`, with the log-probs that its writer told, and the turns in it."""
+    """A conversation so far: its prompt, the completion with the writer's log-probs, and its turns."""
 
     prompt: Prompt
     ids: list[int] = field(default_factory=list)
     scores: list[float] | None = None
     later: list[Later] = field(default_factory=list)
-    turn: str = ""  # the student's, that is written next
+    turn: str = ""  # the student's next turn
     conversation: Conversation | None = None
     rounds: int = 0
 
     def take(self, written: Written, room: int) -> list[int]:
-        """Adds what was written, as far as there is room; returns it."""
+        """Adds the written ids, as many as there is room for, and returns them."""
         ids, scores = written
         if scores is not None:
             self.scores = (self.scores or []) + scores[:room]
@@ -121,14 +121,16 @@ class _Writing:
 
 class ToolLoop:
     """
+    Generates completions in which calls are executed.
+
     Args:
         tools: functions that the student may call.
-        student, teachers: how they are spoken to, teachers by name.
+        student, teachers: the sides of the conversation, teachers by name.
         stop_ids: student ids that end a turn.
         args: the run's settings.
         context: tokens of prompt and completion that the student can read; `None` for no limit.
 
-    Raises `ValueError` for tools or templates that cannot be used so.
+    Raises `ValueError` for tools or templates that do not work together.
     """
 
     def __init__(
@@ -152,8 +154,8 @@ class ToolLoop:
         self, write: Writer, model: nn.Module, prompts: Sequence[Prompt], step: int
     ) -> tuple[list[tuple[Prompt, Written]], dict[str, tuple[float, float]]]:
         """
-        Returns for each prompt the prompt, whose frame tells of the turns that follow, and the completion, with results between
-        its turns; and figures.
+        For each prompt: the prompt, with a frame that describes the turns, and the completion, with results between its turns. Also
+        metrics.
 
         Raises `ValueError` for prompts that were rendered without tools.
         """
@@ -181,15 +183,15 @@ class ToolLoop:
         }
 
     def _that_fit(self, rows: Sequence[_Writing]) -> list[_Writing]:
-        """Those that can write `max_new_tokens` within the context, or as many as the one that has most room left; the others
-        wait until it has written."""
+        """The rows that have room for `max_new_tokens`, or else for as many tokens as the row with the most room. The others wait
+        until those have written."""
         if self._context is None or not rows:
             return list(rows)
         most = max(self._room - len(row.ids) for row in rows)
         return [row for row in rows if len(row.next_prompt.student_ids) + most <= self._context]
 
     def _goes_on(self, row: _Writing, ids: list[int], counts: dict[str, int]) -> bool:
-        """Whether the turn `ids` ends with calls that were answered; the results are then added to `row`."""
+        """Whether the turn `ids` ends with calls that were answered. If so, the results are added to `row`."""
         if not ids or ids[-1] not in self._stop_ids or row.prompt.is_padding or not row.turn:
             return False
         written, _ = symbols(np.array(ids), self._table)
@@ -231,7 +233,7 @@ class ToolLoop:
     def _after(
         self, row: _Writing, kinds: tuple[str, ...], asked: Conversation, calls: list[dict]
     ) -> tuple[str, list[int], Later]:
-        """The student's next turn, what it is given before that, and the same for the teacher."""
+        """The student's next turn, the ids it is given before that, and the same for the teacher."""
         student, teacher = self._student, self._teachers[row.prompt.teacher]
         before = teacher.turn(replace(row.conversation, reference=None).for_teacher)
         kept = tuple(kind for kind in kinds if kind not in lost_kinds(kinds, before, False))
@@ -247,21 +249,21 @@ class ToolLoop:
         return frame.student, between, later
 
     def _execute(self, call: Mapping, counts: dict[str, int]) -> dict:
-        """The message with a call's result, or with its error."""
+        """The message with a call's result or error."""
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         counts["executed"] += 1
         try:
             if name not in self._tools:
                 raise ValueError(f"Tool {name} not found.")
             content = str(self._tools[name](**arguments))
-        except Exception as error:  # whatever it is, it is the student's to deal with
+        except Exception as error:  # any error goes back to the student
             counts["failed"] += 1
             content = str({"error": str(error)})
         return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}
 
 
 def _extended(conversation: Conversation, messages: list[dict]) -> Conversation:
-    """The conversation with `messages` after it, for both who read it."""
+    """The conversation with `messages` added, for both models."""
     hint = conversation.teacher_prompt
     return replace(
         conversation,
