@@ -15,6 +15,7 @@ REPORT = """{
         name: {"wrong": asked_for(misspelled, name)[0].tolist(), "right": asked_for(spelled, name)[0].tolist()}
         for name in ("dpca", "alm", "bpm")
     },
+    "perfect": {event: after_training(event) for event in ("closed", "open")},
     "ids": {piece: student_tokenizer.encode(piece)[0] for piece in (" f", "ifty", "i", "v", "-")},
 }"""
 
@@ -76,6 +77,12 @@ def test_bpm_finds_nothing_wrong_with_what_the_teachers_word_begins_with(found):
         assert after[ids["ifty"]] > 0.05 and after[ids["i"]] < -0.05
     lost = asked["bpm"]["wrong"][at + 1]
     assert abs(lost[ids["ifty"]]) < 0.05 and asked["dpca"]["wrong"][at + 1][ids["ifty"]] > 1
+
+
+def test_closed_chunks_leave_a_perfect_student_and_open_ones_drive_it_away(found):
+    (closed, one_digit), (opened, driven) = (found["perfect"][event] for event in ("closed", "open"))
+    assert abs(closed) < 1e-3 and one_digit == pytest.approx(0.1, abs=1e-3)
+    assert opened > 0.3 and driven > 0.3
 
 
 def test_its_saved_outputs_are_those_of_the_run_to_a_last_digit(ran):
