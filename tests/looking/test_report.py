@@ -268,7 +268,7 @@ def test_a_figure_out_of_bounds_is_said_in_words_with_what_to_do(advise, figures
 
 
 def test_a_quiet_run_is_told_nothing(advise):
-    assert advise([{}] * 40) == []
+    assert advise([{"gap/nats_per_byte": 0.1 - 0.002 * step} for step in range(40)]) == []
     assert advise([]) == []
 
 
@@ -294,6 +294,27 @@ def test_a_gap_that_grows_beyond_its_noise_is_warned_of(advise, gaps, warned):
         if warned
         else []
     )
+
+
+def noisy(middle: float, noise: float) -> list[float]:
+    return [middle + noise * (-1) ** step for step in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("gaps", "warned"),
+    [
+        (noisy(0.5, 0.01), True),
+        ([0.5 - 0.01 * step for step in range(30)], False),
+        (noisy(0.5, 0.3), False),
+        (noisy(0.5, 0.01)[:19], False),
+        (noisy(0.002, 0.001), False),
+    ],
+    ids=["stands still", "falls", "too noisy to tell", "too few logs to tell", "nothing left to close"],
+)
+def test_a_gap_that_does_not_move_is_met_with_a_rate_that_moves_it(advise, gaps, warned):
+    said = advise([{"gap/nats_per_byte": gap} for gap in gaps])
+    assert [line for line in said if "has not moved in 30 logs" in line and "1e-4 to 3e-4" in line] == said
+    assert bool(said) == warned
 
 
 # --- curves

@@ -7,6 +7,8 @@ from ...config import CrossTokenizerGKDConfig
 
 
 RECENT = 5  # logs; their mean is judged
+LONG = 20  # logs; fewer do not tell whether a gap stands still
+CLOSED = 0.01  # nats a byte; a smaller gap need not move
 GAP = "gap/nats_per_byte"
 
 
@@ -79,23 +81,40 @@ def advice(log_history: Sequence[dict], args: CrossTokenizerGKDConfig, teacher_c
             f"The gap has grown from {before:.3f} to {now:.3f} nats a byte: the student moves away from its teacher. Lower "
             "learning_rate."
         )
+    elif _stands_still(kept.get(GAP, [])):
+        said.append(
+            f"The gap has not moved in {len(kept[GAP])} logs. Raise learning_rate (now {args.learning_rate:g}): an adapter takes "
+            "1e-4 to 3e-4 and should reach every linear layer (target_modules='all-linear'), a whole student 1e-6 to 1e-5."
+        )
     return said
 
 
 def _growth(gaps: Sequence[float]) -> tuple[float, float] | None:
     """Means of the first and the last quarter, if the last is larger by more than the noise of both explains; else None."""
-    count = len(gaps) // 4
-    if count < 2:
+    if len(gaps) < 8:
         return None
+    before, now, error = _ends(gaps)
+    return (before, now) if now - before > 3 * error and now > 1.1 * before else None
+
+
+def _stands_still(gaps: Sequence[float]) -> bool:
+    """Whether a gap that is there to be closed has fallen, in many logs, by less than a tenth, and noise does not hide more."""
+    if len(gaps) < LONG:
+        return False
+    before, now, error = _ends(gaps)
+    return before > CLOSED and before - now + 2 * error < 0.1 * before
+
+
+def _ends(gaps: Sequence[float]) -> tuple[float, float, float]:
+    """Means of the first and the last quarter, and the standard error of their difference."""
+    count = len(gaps) // 4
     parts = gaps[:count], gaps[-count:]
     means = [sum(part) / count for part in parts]
     errors = [
         sum((value - mean) ** 2 for value in part) / (count - 1) / count
         for part, mean in zip(parts, means, strict=True)
     ]
-    if means[1] - means[0] > 3 * math.sqrt(sum(errors)) and means[1] > 1.1 * means[0]:
-        return means[0], means[1]
-    return None
+    return means[0], means[1], math.sqrt(sum(errors))
 
 
 def _share(value: float) -> str:
