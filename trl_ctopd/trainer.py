@@ -279,6 +279,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
+        # A loader draws a seed for each set of workers that it starts: persistent ones are started once, and anew by a resume.
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
         if self.args.rollout_reuse > 1:
             loader.set_sampler(self._get_train_sampler())  # a resumed run sets the epoch there
         return loader

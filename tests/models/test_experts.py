@@ -111,6 +111,15 @@ def test_an_adapter_that_leaves_the_experts_out_says_so(build, caplog):
     assert "leaves the experts" not in caplog.text
 
 
+@pytest.mark.parametrize(("shape", "reached"), [("qwen3", True), ("mixtral", True), ("gpt-oss", False)])
+def test_an_adapter_on_all_linear_layers_says_whether_it_reaches_the_experts(build, caplog, shape, reached):
+    caplog.set_level("INFO")
+    trainer = build(model=student(shape), peft_config=LoraConfig(target_modules="all-linear"))
+    trained = [name for name, part in trainer.model.named_parameters() if part.requires_grad and ".experts." in name]
+    assert bool(trained) == reached == ("The adapter reaches the experts of this " in caplog.text)
+    assert ("leaves the experts of this " in caplog.text) != reached
+
+
 def test_the_three_shapes_have_a_balance_of_their_own():
     for shape in EXPERTS:
         assert hasattr(sys.modules[type(student(shape)).__module__], "load_balancing_loss_func")

@@ -1,9 +1,11 @@
 """A server that is gone, silent or slow: when a run ends, with what words, and that it ends."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -70,12 +72,13 @@ def test_failures_are_counted_for_the_server_and_not_for_each_of_its_requests(se
 
 def test_a_silent_server_ends_the_run_once_patience_is_over_whatever_tries_are_left(serve):
     teacher = connected(serve(hang), retries=1000, timeout=0.3, patience=1.0)
-    begin = time.monotonic()
+    tries, send = [], teacher._servers.send
+    teacher._servers.send = lambda *asked: (tries.append(asked), send(*asked))[1]
     with pytest.raises(
         TeacherServerError, match=r"did not answer for 1 s; the last: .*ReadTimeout.*teacher_server_patience"
     ):
         scores(teacher)
-    assert time.monotonic() - begin < 60
+    assert 1 < len(tries) < 1000, "its tries were not used up"
 
 
 def test_a_server_that_was_given_up_is_tried_again_in_the_next_step(serve):
@@ -102,17 +105,20 @@ def test_a_silent_server_beside_a_live_one_costs_one_timeout_and_not_one_a_step(
     silent, live = serve(hang), serve()
     teacher = connected(silent, live, timeout=1.0)
     assert_right(scores(teacher), right(live))
-    asked, waited = [], []
-    send, post = teacher._servers.send, teacher._servers._post
-    teacher._servers.send = lambda server, *rest: (asked.append(server), send(server, *rest))[1]
-    teacher._servers._post = lambda *request: (waited.append(len(asked)), post(*request))[1]
+    asked, send = [], teacher._servers.send
+
+    def counting(server, *rest):
+        asked.append((server.url, threading.current_thread().name == "teacher_who"))
+        return send(server, *rest)
+
+    teacher._servers.send = counting
     for _ in range(5):
         time.sleep(0.15)  # its rest is over
         assert_right(scores(teacher), right(live))
-    assert len(waited) == 5 * 8
-    urls = [server.url for server in asked]
-    assert urls.count(live.url) == 5 * 9, "every text went to the live one, and the probe that ends a step"
-    assert 1 <= urls.count(silent.url) <= 5, "the other one was asked who it is, beside the work"
+    assert asked.count((live.url, False)) == 5 * 9, "every text went to the live one, and the probe that ends a step"
+    assert {beside for url, beside in asked if url == silent.url} == {True}, (
+        "the other was asked who it is, beside the work"
+    )
 
 
 INTERRUPTED = """
@@ -154,6 +160,61 @@ def test_a_run_that_is_interrupted_or_fails_while_a_server_hangs_ends(tmp_path, 
     assert ("ZeroDivisionError" if error else "KeyboardInterrupt") in told
 
 
+INTERRUPTED_RANK = """
+import sys, time
+from accelerate import PartialState
+from toys import student_model, student_tokenizer, teacher_tokenizer, prompts
+from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+
+url, out, error = sys.argv[1:]
+args = CrossTokenizerGKDConfig(out, use_cpu=True, bf16=False, report_to=[], max_new_tokens=8, max_steps=1000,
+    per_device_train_batch_size=4, save_strategy="no")
+trainer = CrossTokenizerGKDTrainer(student_model(), url, args, prompts(), processing_class=student_tokenizer(),
+    teacher_processing_class=teacher_tokenizer())
+rank = PartialState().process_index
+ready = trainer.rollouts.write
+
+def write(*asked):
+    print("rank", rank, "writes", flush=True)
+    return ready(*asked)
+
+trainer.rollouts.write = write
+if error == "error" and rank == 1:
+    trainer._score = lambda *asked: 1 / 0
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("how", ["ctrl-c", "error"])
+def test_every_rank_ends_that_is_interrupted_or_fails_while_a_server_hangs(serve, tmp_path, how):
+    server = serve(hang)
+    (tmp_path / "rank.py").write_text(INTERRUPTED_RANK)
+    configs = ROOT / "examples" / "accelerate_configs" / "cpu"
+    code = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    code += ["--config_file", str(configs / "ddp.yaml"), str(configs / "on_cpu.py")]
+    launcher = subprocess.Popen(
+        [*code, str(tmp_path / "rank.py"), server.url, str(tmp_path / "run"), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+    told = []
+    while not {"rank 0 writes\n", "rank 1 writes\n"} <= {*told}:
+        told.append(launcher.stdout.readline())
+        assert told[-1], "".join(told)
+        server.misbehaves = True
+    if how == "ctrl-c":
+        os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does it
+    # its output ends once no rank is left that could write; the server would be silent for an hour
+    told.append(launcher.communicate(timeout=600)[0])
+    assert launcher.returncode != 0
+    assert ("ZeroDivisionError" if how == "error" else "KeyboardInterrupt") in "".join(told)
+
+
 # Answers that never end, or are none
 
 
@@ -163,10 +224,10 @@ def test_a_run_that_is_interrupted_or_fails_while_a_server_hangs_ends(tmp_path, 
 )
 def test_an_answer_that_drips_in_is_given_up_at_the_timeout(serve, habit):
     teacher = connected(serve(HABITS[habit]), timeout=1.0, retries=0)
-    begin = time.monotonic()
-    with pytest.raises(TeacherServerError, match="ReadTimeout"):
+    with pytest.raises(
+        TeacherServerError, match="ReadTimeout"
+    ):  # packets come sooner than that, and the answer never ends
         scores(teacher, rows=1)
-    assert time.monotonic() - begin < 60
 
 
 def test_an_answer_without_end_is_given_up(serve, monkeypatch):

@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import resume_run
 import torch
 import toys
 import transformers
@@ -395,6 +396,17 @@ def test_a_resume_under_other_circumstances_says_what_has_changed(build, trained
 def test_a_resume_under_the_same_circumstances_says_nothing(build, trained, caplog):
     build(**SAVED, output_dir=str(trained), logging_steps=3).train(resume_from_checkpoint=True)
     assert "saved with" not in caplog.text
+
+
+def test_with_data_loaders_that_keep_their_processes_a_resumed_run_ends_with_the_same_weights(tmp_path):
+    settings = {"max_steps": 8, "per_device_train_batch_size": 4, "save_total_limit": None}
+    settings |= {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    whole = resume_run.build(tmp_path / "whole", **settings)
+    whole.train()
+    assert whole.state.epoch > 2, "the processes of the first epoch serve others"
+    late = resume_run.build(tmp_path / "late", **settings)
+    late.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    torch.testing.assert_close(toys.weights(late), toys.weights(whole), rtol=0, atol=0)
 
 
 class Calendar(date):

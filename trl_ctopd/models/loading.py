@@ -178,17 +178,20 @@ def switch_router_logits_off(model: PreTrainedModel):
 
 
 def warn_of_experts(model: nn.Module):
-    """Says so where an adapter leaves the experts of a mixture out."""
+    """Says whether an adapter reaches the experts of a mixture: with "all-linear" PEFT takes some families' and leaves others'."""
     if not isinstance(model, PeftModel):
         return
     experts = {
         name.rpartition(".")[2] for name, part in model.named_parameters() if ".experts." in name and part.ndim == 3
     }
-    if experts and not any(part.requires_grad for name, part in model.named_parameters() if ".experts." in name):
+    kind = type(model.get_base_model()).__name__
+    if trained := [name for name, part in model.named_parameters() if ".experts." in name and part.requires_grad]:
+        reached = sorted({name.partition(".experts.")[2].removesuffix(".weight") for name in trained})
+        logger.info(f"The adapter reaches the experts of this {kind}: {', '.join(reached)}.")
+    elif experts:
         names = ", ".join(f"'mlp.experts.{name}'" for name in sorted(experts) if "lora_" not in name)
         logger.warning(
-            f"The adapter leaves the experts of this {type(model.get_base_model()).__name__} as they are, and trains what is around "
-            f"them alone. To train them too, add target_parameters=[{names}] to its config."
+            f"The adapter leaves the experts of this {kind} as they are, and trains what is around them alone. To train them too, add target_parameters=[{names}] to its config."
         )
 
 
