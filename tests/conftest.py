@@ -59,7 +59,15 @@ def build_in():
     def build(folder, model=None, teacher=None, dataset=None, **settings):
         arguments = {
             name: settings.pop(name)
-            for name in ("peft_config", "eval_dataset", "callbacks", "optimizers")
+            for name in (
+                "peft_config",
+                "eval_dataset",
+                "callbacks",
+                "optimizers",
+                "reward_funcs",
+                "reward_processing_classes",
+                "teacher_gate",
+            )  # fmt: skip
             if name in settings
         }
         tokenizers = {

@@ -286,6 +286,28 @@ class CrossTokenizerGKDConfig(GKDConfig):
         },
     )
 
+    # Rewards beside the teacher
+    reward_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "With `reward_funcs`: what a completion's reward, normalised within its prompt's completions, counts beside its "
+            "chunks' gaps in nats. For dpca and strict_sampled."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each of `reward_funcs` in their sum. None: 1 each."}
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={
+            "help": "group (a reward's distance from the mean of its prompt's completions is divided by their standard deviation) "
+            "or none (it is not)."
+        },
+    )
+    rewards_in_evaluation: bool = field(
+        default=False, metadata={"help": "Call `reward_funcs` in evaluation too, where they are logged alone."}
+    )
+
     # Use of the rollouts
     length_grouped: bool = field(
         default=True,
@@ -417,6 +439,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
             ("overlong_prompts", ("error", "drop")),
             ("thought_policy", THOUGHT_POLICIES),
             ("generation_backend", GENERATION_BACKENDS),
+            ("scale_rewards", ("group", "none")),
         ):
             if getattr(self, name) not in known and not (name in ("credit", "event") and getattr(self, name) is None):
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
@@ -436,6 +459,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
                 raise ValueError(f"{name} must be a whole number, an int, got {value!r} ({type(value).__name__}).")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not 0 <= self.reward_weight < float("inf"):
+            raise ValueError(f"reward_weight must be finite and not negative, got {self.reward_weight}.")
         if isinstance(self.teacher_server_url, str):
             self.teacher_server_url = [self.teacher_server_url]
         if not self.vllm_importance_sampling_clip_max > 0:

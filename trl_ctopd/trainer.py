@@ -31,7 +31,8 @@ from .models.loading import ensure_pad_token, load_tokenizer
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
-from .rollouts.prompts import COLUMNS, RepeatedWindows, collate_prompts, render_dataset
+from .rollouts.prompts import COLUMNS, ROW, RepeatedWindows, collate_prompts, render_dataset
+from .rollouts.rewards import Judges
 from .rollouts.source import RolloutSource, student_writer
 from .rollouts.tools import ToolLoop
 from .rollouts.tools import schemas as tool_schemas
@@ -46,6 +47,7 @@ from .training.checks import (
     check_arguments,
     check_losses,
     check_run,
+    check_takes_rewards,
     checked,
     context_length,
     losses_by_text,
@@ -95,6 +97,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         peft_config (`PeftConfig`, *optional*): train an adapter instead of the whole student.
         tools (`list` of `Callable`, *optional*): functions that the student may call during generation, with type hints and a
             docstring, as in `DistillationTrainer`; see docs/tools.md.
+        reward_funcs, reward_processing_classes (*optional*): rewards beside the teacher, as in `GRPOTrainer`; see docs/rewards.md.
+        teacher_gate (`Callable`, *optional*): calls completions wrong, of which the student is not to learn; see docs/rewards.md.
     """
 
     _tag_names = ["trl", "ctopd", "on-policy-distillation"]
@@ -115,6 +119,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
         tools: list[Callable] | None = None,
+        reward_funcs: Callable | str | nn.Module | list[Callable | str | nn.Module] | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+        teacher_gate: Callable | None = None,
     ):
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         args = CrossTokenizerGKDConfig(f"{Path(model_id).name}-ctopd") if args is None else args
@@ -131,7 +138,14 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self.panel = Panel(teacher_model, teacher_processing_class, args)
         self.args = args  # the dataset is rendered before Trainer sets it
         self._tools = tool_schemas(tools or [])
+        judged = reward_funcs or teacher_gate is not None
+        judges = (
+            Judges(reward_funcs, reward_processing_classes, teacher_gate, args, processing_class) if judged else None
+        )
+        self._keeps_rows = judges is not None
         self.distillation_loss, self.off_policy_loss = losses_by_text(args)
+        if judges is not None and judges.reward:
+            check_takes_rewards(self.distillation_loss)
         self.student_context = context_length(model, args)
         self._meters = {"train": Meter(), "eval": Meter()}
         self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
@@ -175,6 +189,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             self._reads_distributions,
             self._tables_for,
             loop,
+            judges,
+            lambda: self.state,
         )
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
@@ -226,7 +242,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         """Renders and tokenizes every row for both models, once."""
         contexts = self.student_context, self.panel.contexts_of_servers
         sides = self.student_side, self.panel.sides
-        return render_dataset(dataset, args, *sides, *contexts, dataset_name, self._tools)
+        return render_dataset(dataset, args, *sides, *contexts, dataset_name, self._tools, self._keeps_rows)
 
     @property
     def _day(self) -> date | None:
@@ -263,7 +279,7 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self.__dict__.pop("_identity", None)
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = COLUMNS
+        self._signature_columns = [*COLUMNS, ROW]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         """The prompts of each optimizer step, `rollout_reuse` times, so that steps, epochs and resuming count as usual."""

@@ -4,11 +4,15 @@ What `ctopd distill` runs: options in, a trained student out.
 Decisions:
 - `--dataset_name` is a name on the hub, a local folder, or a local .jsonl, .json or .parquet file (without a test split).
 - `--prompt_column` is for rows without `prompt` and `messages`: the text of one column becomes a user message. The other
-  columns, which may hold answers, are left out.
+  columns, which may hold answers, are left out, or kept for rewards and a gate alone.
 - `--dtype`, `--load_in_4bit` and `--load_in_8bit` are for the student. The teacher keeps the dtype it was saved in,
   unless `--teacher_model_init_kwargs '{"dtype": "float16"}'` says otherwise.
 """
 
+import importlib
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +29,18 @@ class DistillArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Text column that becomes the prompt, as one user message, in a dataset with neither `prompt` nor "
-            "`messages` (GSM8K: question). The other columns are left out."
+            "`messages` (GSM8K: question). The other columns are left out; with rewards or a gate they are kept for these."
         },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards beside the teacher, see docs/rewards.md: `module.function`, or names of reward models. Modules in the "
+            "working directory are found too."
+        },
+    )
+    teacher_gate: str | None = field(
+        default=None, metadata={"help": "`module.function` that calls completions wrong, see docs/rewards.md."}
     )
     max_eval_samples: int | None = field(
         default=None,
@@ -59,10 +73,30 @@ def load_splits(args: DistillArguments):
         raise ValueError(
             f"--prompt_column {args.prompt_column!r} is not a column of the dataset: {', '.join(columns)}."
         )
+    judged = args.reward_funcs or args.teacher_gate
     return splits.map(
         lambda row: {"prompt": [{"role": "user", "content": row[args.prompt_column]}]},
-        remove_columns=columns,
+        remove_columns=[name for name in columns if name in ("completion", args.prompt_column)] if judged else columns,
     )
+
+
+def named_function(name: str) -> Callable:
+    """The function `module.function`. Raises `ValueError` where there is none."""
+    module, _, function = name.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} is not the name of a function ({error}): write `module.function`, of an installed module or of a file in the "
+            "working directory."
+        ) from error
+
+
+def named_reward(name: str) -> Callable | str:
+    """A function's `module.function`, or a reward model's name, which has a slash or is a folder."""
+    return name if "/" in name or Path(name).is_dir() else named_function(name)
 
 
 def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, model_args: ModelConfig):
@@ -86,6 +120,8 @@ def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, 
         train_dataset=splits[script_args.dataset_train_split],
         eval_dataset=splits[script_args.dataset_test_split] if evaluated else None,
         peft_config=get_peft_config(model_args),
+        reward_funcs=[named_reward(name) for name in script_args.reward_funcs or []] or None,
+        teacher_gate=named_function(script_args.teacher_gate) if script_args.teacher_gate else None,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)

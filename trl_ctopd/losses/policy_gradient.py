@@ -62,7 +62,9 @@ class PolicyGradient(Loss):
     ) -> tuple[torch.Tensor, Metrics]:
         """The loss of detached advantages (B, S); `cut` (B, S) tells which of them met their clip. Where another sampler drew
         the tokens, each advantage counts `ScoredChunks.importance` times. `close_advantages` (B, S) are those of
-        `close_log_probs`."""
+        `close_log_probs`. Rewards come on top of the clipped advantages of the tokens that were drawn."""
+        if batch.rewards is not None:
+            advantages = advantages + batch.rewards[:, None] * (batch.student_chunks >= 0)
         value, outside = self._bounded(batch, advantages, batch.student_log_probs, batch.policy_log_probs)
         if close_advantages is not None:
             scores = batch.close_log_probs, batch.policy_close_log_probs

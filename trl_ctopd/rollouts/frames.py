@@ -127,6 +127,7 @@ class Prompt:
         reference_ids: the reference completion in student ids, if there is one.
         teacher: name of the teacher that reads it, where there are several.
         frame: a `Frame` as JSON.
+        row: the dataset's row as JSON, where functions of the user's are called with it; else "".
         is_padding: whether the row only fills up its batch. Another process or an earlier batch has it too, and nothing of it
             is scored.
     """
@@ -136,6 +137,7 @@ class Prompt:
     reference_ids: list[int] | None = None
     teacher: str = ""
     frame: str = ""
+    row: str = ""
     is_padding: bool = False
 
     @property

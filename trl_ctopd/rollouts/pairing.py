@@ -28,6 +28,7 @@ __all__ = [
     "pad_rows",
     "pad_scores",
     "pair",
+    "unscored",
 ]
 
 
@@ -276,14 +277,18 @@ def _within(rollout: Rollout, teacher_context: int | None) -> Rollout:
     unread = teacher_context is not None and length > teacher_context
     if not unread and not rollout.prompt.is_padding:
         return rollout
+    before = rollout.teacher_prompt_ids[:1] if unread else rollout.teacher_prompt_ids
+    return replace(unscored(rollout), unread=unread, teacher_prompt_ids=before)
+
+
+def unscored(rollout: Rollout) -> Rollout:
+    """The rollout with nothing to score: the teacher reads its prompt alone."""
     return replace(
         rollout,
         student_chunks=np.full_like(rollout.student_chunks, -1),
         teacher_ids=[],
         teacher_chunks=rollout.teacher_chunks[:0],
         num_chunks=0,
-        unread=unread,
-        teacher_prompt_ids=rollout.teacher_prompt_ids[:1] if unread else rollout.teacher_prompt_ids,
         other_ends=(),
         teacher_starts=(),
     )

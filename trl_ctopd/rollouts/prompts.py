@@ -14,6 +14,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..text.chat import Speaker
 from ..text.conversation import read_example
 from .frames import Frame, Prompt, conversation_to_json
+from .rewards import row_as_json
 from .tools import with_tools
 
 
@@ -21,6 +22,7 @@ logger = get_logger(__name__)
 _stream_logger = logging.getLogger(__name__)
 
 COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids", "teacher", "frame"]
+ROW = "row"  # beside them, where functions of the user's are called with it: the row as JSON
 RENDERED_FOR = "rendered_for"  # beside them: the fingerprint of the row's two sides
 _NAMED = 5  # rows that are dropped are named up to this many
 
@@ -34,6 +36,7 @@ def render_dataset(
     server_contexts: Mapping[str, int],
     dataset_name: str,
     tools: list[dict] | None = None,
+    keep_rows: bool = False,
 ) -> Dataset | IterableDataset:
     """
     The rows of `dataset`, rendered and tokenized for both models: `COLUMNS`, and for which two. A dataset that has these comes
@@ -44,6 +47,7 @@ def render_dataset(
         server_contexts: the same of teachers behind servers, by name, as far as they are known.
         dataset_name: for messages; references are read of "train" alone.
         tools: schemas of what is executed when the student calls it, shown to both models.
+        keep_rows: keep each row as JSON beside them.
 
     Prompts that leave no room for a completion are an error, or dropped (`args.overlong_prompts`), which is logged.
 
@@ -54,6 +58,11 @@ def render_dataset(
         raise ValueError(f"The {dataset_name} dataset is empty.")
     if dataset.column_names is not None and set(COLUMNS) <= set(dataset.column_names):
         check_rendered_for(dataset, student, teachers, dataset_name)
+        if keep_rows and ROW not in dataset.column_names:
+            raise ValueError(
+                f"The {dataset_name} dataset was rendered without the columns that reward functions and gates are called with: give the "
+                "trainer the dataset that it was rendered from."
+            )
         return dataset
     dataset = dataset.with_format(None)  # rows as Python has them, whatever the user reads them as
     longest_prompt = None if student_context is None else student_context - args.max_new_tokens
@@ -74,6 +83,7 @@ def render_dataset(
                 "dataset_name": dataset_name,
                 "fingerprints": fingerprints,
                 "tools": tools,
+                "keep_row": keep_rows,
             },
             remove_columns=dataset.column_names or list(next(iter(dataset))),
             **options,
@@ -95,6 +105,7 @@ def render_row(
     dataset_name: str = "train",
     fingerprints: Mapping[str, str] | None = None,
     tools: list[dict] | None = None,
+    keep_row: bool = False,
 ) -> dict[str, list[int] | str]:
     """
     The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`. Among
@@ -143,6 +154,8 @@ def render_row(
     asked = conversation_to_json(conversation) if tools else ""
     frame = Frame.of(opened, teacher_opened, before, asked).to_json()
     rendered = dict(zip(COLUMNS, (prompt_ids, teacher_prompt_ids, reference_ids, name, frame), strict=True))
+    if keep_row:
+        rendered[ROW] = row_as_json(example, conversation.prompt, index, dataset_name)
     return rendered if fingerprints is None else {**rendered, RENDERED_FOR: fingerprints[name]}
 
 
@@ -259,7 +272,7 @@ class _Roomy:
 
 def collate_prompts(rows: list[dict]) -> dict:
     """A batch of rendered rows; `Prompt` objects pass through data loaders and device placement as they are."""
-    return {"prompts": [Prompt(*(row[column] for column in COLUMNS)) for row in rows]}
+    return {"prompts": [Prompt(*(row[column] for column in COLUMNS), row=row.get(ROW, "")) for row in rows]}
 
 
 class RepeatedWindows(Sampler[int]):

@@ -28,6 +28,7 @@ from .closing import add_going_on, without_unclosed
 from .generation import TransformersWriter, Writer, Written, sampling_config, write
 from .metrics import rollout_metrics
 from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns, pad_scores
+from .rewards import Judges
 from .spelling import other_spellings
 from .tools import ToolLoop
 from .vllm import VLLMWriter
@@ -97,6 +98,8 @@ class RolloutSource:
             hidden states.
         continuations: by a teacher's name, with what its tokens go on, where the loss on text of the student (True) or on
             other text (False) reads how chunks close; else nothing.
+        judges: reward completions and leave out those that are wrong.
+        state: gives the trainer's state, for the judges.
         tools: executes the student's calls of tools, in training, and in evaluation with `tools_in_evaluation`.
     """
 
@@ -110,11 +113,14 @@ class RolloutSource:
         reads_distributions: Callable[[bool], bool],
         continuations: Callable[[bool], Mapping[str, Continuations | None]] = lambda on_policy: {},
         tools: ToolLoop | None = None,
+        judges: Judges | None = None,
+        state: Callable[[], Any] = lambda: None,
     ):
         self._args, self._accelerator = args, accelerator
         self._student, self._teachers = student, teachers
         self.write, self._reads_distributions = write, reads_distributions
         self._continuations, self._tools = continuations, tools
+        self._judges, self._state = judges, state
 
     def roll_out(
         self,
@@ -155,6 +161,11 @@ class RolloutSource:
         prompts, (completions, sampled) = [prompt for prompt, _ in drawn], zip(*(own for _, own in drawn), strict=True)
         with phase("alignment"):
             rollouts = self._teachers.pair(prompts, completions)
+        figures = {**figures, **rollout_metrics(rollouts)}
+        rewards = None
+        if self._judges is not None and (mode == "train" or args.rewards_in_evaluation):
+            with phase("rewards"):
+                rewards, rollouts = self._judged(rollouts, window, on_policy, repeats, mode, figures)
         with phase("teacher"):
             readings = self._teachers.read(rollouts, any(map(self._reads_distributions, on_policy)))
 
@@ -177,13 +188,38 @@ class RolloutSource:
             batch["other_spelling"] = on_columns(other, batch).bool() & (batch["student_chunks"] >= 0)
             if sampled[rows[0]] is not None:
                 batch["sampled_log_probs"] = on_columns([sampled[row] for row in rows], batch)
+            if rewards is not None:
+                batch["rewards"] = rewards[rows]
             batches.append({**batch, "on_policy": on, "index": index})
         return batches, {
-            **rollout_metrics(rollouts),
             **figures,
             "off_policy_fraction": (on_policy.count(False), len(on_policy)),
             "closing/unclosed_fraction": (unclosed, len(rollouts)),
         }
+
+    def _judged(
+        self,
+        rollouts: list[Rollout],
+        window: Sequence[Sequence[Prompt]],
+        on_policy: Sequence[bool],
+        size: int,
+        mode: str,
+        figures: dict[str, tuple[float, float]],
+    ) -> tuple[torch.Tensor | None, list[Rollout]]:
+        """(N,) the rewards' part of each completion's advantage, 0 for text that the student did not write, None in evaluation;
+        and the rollouts without what is wrong. Adds to `figures`."""
+        judges, rewards = self._judges, None
+        if judges.reward:
+            kinds = [on for prompts, on in zip(window, on_policy, strict=True) for _ in prompts]
+            rows, rewards = [row for row, on in enumerate(kinds) if on], torch.zeros(len(rollouts))
+            if rows:
+                own = [rollouts[row] for row in rows]
+                texts = [rollout.prompt for rollout in own], [rollout.student_ids for rollout in own]
+                rewards[rows], told = judges.rewards(*texts, size, self._state(), self._accelerator.device)
+                figures.update(told)
+        if mode == "eval":
+            return None, rollouts
+        return rewards, judges.gated(rollouts, self._state(), figures.update)
 
     # Draws
 

@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
+from ..losses.policy_gradient import PolicyGradient
 from ..models.heads import base_model, check_head
 from ..models.loading import adapter_base, check_saves, forget_gguf, load_model, warn_of_experts
 from ..redact import redact
@@ -315,6 +316,16 @@ def check_signal(loss: Callable, signals: Sequence[str]):
         raise ValueError(
             f"{loss_name(loss)} needs the teacher's {wanted}, and a teacher behind a server, or one of several, gives "
             f"{', '.join(signal for signal in signals if signal != 'likeliest')} only. Choose one of {', '.join(able)}, or a single teacher in this process."
+        )
+
+
+def check_takes_rewards(loss: Callable):
+    """Raises `ValueError` where `loss` has no advantages that rewards could be added to."""
+    if not isinstance(loss, PolicyGradient):
+        able = [name for name, known in LOSSES.items() if issubclass(known, PolicyGradient)]
+        raise ValueError(
+            f"reward_funcs are added to the advantages of a policy gradient, and {loss_name(loss)} has none: choose one of "
+            f"{', '.join(able)}, or leave reward_funcs out."
         )
 
 

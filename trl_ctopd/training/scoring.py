@@ -110,6 +110,7 @@ class Scorer:
             student_ids=inputs["input_ids"][:, 1:],
             teacher_ids=inputs["teacher_ids"],
             old_log_probs=old,
+            rewards=inputs.get("rewards"),
             imbalance=scores[2],
             close_log_probs=close,
             old_close_log_probs=old_close,
