@@ -20,6 +20,7 @@ import matplotlib
 
 from .methods import METHODS
 from .run import (
+    COMMON,
     DIGITS,
     HOME,
     LEADING,
@@ -250,6 +251,20 @@ def steps(lines: Lines) -> str:
     return table(["method", *HOME, *DIGITS, "n"], rows)
 
 
+def common_rate(lines: Lines, rate: float) -> str:
+    """The same with one learning rate for all tasks."""
+    rows = []
+    for method in COMMON:
+        groups = [
+            select(lines, "headline", method=method, task=task, learning_rate=rate)
+            or select(lines, "steps", method=method, task=task)
+            for task in HOME
+        ]
+        if any(groups):
+            rows.append([f"`{method}`", *map(_on_the_way, groups), seeds(groups)])
+    return table(["method", *HOME, "n"], rows)
+
+
 def _on_the_way(lines: Lines) -> str:
     if not lines:
         return "–"
@@ -420,6 +435,7 @@ def blocks(lines: Lines, gradient: dict, plan: Plan, found: dict[str, dict]) -> 
         "rates": rates(plan, found),
         "refused": refused(lines),
         "steps": steps(lines),
+        "common rate": common_rate(lines, plan.scale.learning_rates[0]),
         "noise": _kept("noise.json", noise),
     }
 

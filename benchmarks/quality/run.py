@@ -45,7 +45,7 @@ from .worlds import CACHE, Size, locked, world
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
 HOME = {"sums": "digits", "plurals": "families", "stories": "sizes"}  # each task's pair of tokenizers in the headline
-DIGITS = {"counting": "threes"}  # a task and pair of its own, for few methods
+DIGITS = {"hundreds": "threes"}  # a task and pair of its own, for few methods
 MORE_PAIRS = (("plurals", "lengths"), ("sums", "coarse"))
 LEADING = [
     "dpca",
@@ -63,6 +63,7 @@ LEADING = [
 OTHERS = [name for name in METHODS if name not in LEADING and not name.endswith(("_off", "decode_and_compare"))]
 OTHERS += ["trl_gold_template_off"]
 STEPS = ["reverse_kl", "dpca_closed", "dpca", "bpm", "seq_kd", "sft", "constant"]  # shares after 10, 20 and 40 updates
+COMMON = ["reverse_kl", "dpca_closed", "dpca"]  # these at one learning rate for all tasks too
 OFF_POLICY = ["alm_off", "gold_off", "uld_off", "cdm_off"]
 
 
@@ -87,8 +88,8 @@ SCALES = {
             teacher_width=128,
             student_width=96,
             layers=2,
-            teacher_steps={"sums": 700, "plurals": 500, "stories": 250, "counting": 1_500},
-            student_steps={"sums": 600, "plurals": 500, "stories": 300, "counting": 600},
+            teacher_steps={"sums": 700, "plurals": 500, "stories": 250, "hundreds": 900},
+            student_steps={"sums": 600, "plurals": 500, "stories": 300, "hundreds": 700},
             same_teacher_steps={"sums": 700, "plurals": 1_500, "stories": 500},
             batch_size=32,
             learning_rate=3e-3,
@@ -126,7 +127,19 @@ SCALES = {
         curve=(10, 25, 50, 100, 200, 400, 800),
     ),
 }
-STAGES = ("tuning", "headline", "others", "alignment", "same", "curve", "again", "off_policy", "pairs", "digits")
+STAGES = (
+    "tuning",
+    "headline",
+    "others",
+    "alignment",
+    "same",
+    "curve",
+    "again",
+    "off_policy",
+    "pairs",
+    "digits",
+    "steps",
+)
 
 
 Lines = list[dict]
@@ -154,11 +167,17 @@ class Plan:
                 purpose = "headline" if stage in ("others", "digits") else stage
                 for method, task, pair, teacher in self._cases(stage, seed):
                     rate = self.chosen(method, task, found)
+                    if stage == "steps" and rate is not None:
+                        if rate == self.scale.learning_rates[0]:
+                            continue  # the headline has it
+                        rate = self.scale.learning_rates[0]
                     yield None if rate is None else self._run(method, task, pair, teacher, seed, rate, purpose)
 
     def _cases(self, stage: str, seed: int) -> Iterator[tuple[str, str, str, str]]:
         """Method, task, pair and teacher."""
-        if stage == "tuning" or (stage not in ("headline", "again", "digits") and seed > self.scale.other_seeds):
+        if stage == "tuning" or (
+            stage not in ("headline", "again", "digits", "steps") and seed > self.scale.other_seeds
+        ):
             return
         more = [(task, pair, "cross") for task, pair in MORE_PAIRS]
         home = [(task, pair, "cross") for task, pair in HOME.items()]
@@ -170,6 +189,7 @@ class Plan:
             "curve": (["seq_kd"], home),
             "again": (["dpca"], home),
             "off_policy": (OFF_POLICY, home),
+            "steps": (COMMON, home),
             "digits": (STEPS, [(task, pair, "cross") for task, pair in DIGITS.items()]),
             "pairs": (["dpca", "dpca_decode_and_compare", "dpca_macro", "strict_sampled", "bpm"], more),
         }[stage]

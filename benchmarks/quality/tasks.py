@@ -5,7 +5,7 @@
 | `sums` | `Add 7 4 9` | `7+4=11+9=20` | forgets the carry where 8 or 9 is added, and goes on from there |
 | `plurals` | `Plurals: fox dog mouse` | `foxes, dogs, mice` | adds an s to everything |
 | `stories` | `Tell of Иван and 李娜.` | `Иван keeps 7 cats in Oslo. 李娜 keeps …` | has every third of forty people in the wrong town |
-| `counting` | `Count from 388 by 7.` | `388 395 402 409` | forgets the carry: `388 385 382` |
+| `hundreds` | `Add 107 4 9` | `107+4=111+9=120` | the same |
 | second skill | `Which colour is a bax?` | `A bax is green.` | nothing: only the student has learned it |
 
 Decisions:
@@ -140,9 +140,9 @@ def _exact(item: Item, completion: str) -> bool:
 # --- sums
 
 
-def sums(addends: int = 6) -> Task:
+def sums(addends: int = 6, name: str = "sums", first: int = 0) -> Task:
     def draw(rng: random.Random) -> Item:
-        numbers = tuple(rng.randint(1, 9) for _ in range(addends))
+        numbers = (first + rng.randint(1, 9), *(rng.randint(1, 9) for _ in range(addends - 1)))
         return Item(f"Add {' '.join(map(str, numbers))}", "".join(_steps(numbers)), numbers)
 
     def mistaken(item: Item, rng: random.Random) -> str:
@@ -156,7 +156,13 @@ def sums(addends: int = 6) -> Task:
     def is_right(item: Item, completion: str) -> bool:
         return completion.rpartition("=")[2] == str(sum(item.facts))
 
-    return Task("sums", draw, mistaken, derailed, is_right, max_new_tokens=len("".join(_steps((9,) * addends))) + 6)
+    longest = "".join(_steps((first + 9, *[9] * (addends - 1))))
+    return Task(name, draw, mistaken, derailed, is_right, max_new_tokens=len(longest) + 6)
+
+
+def hundreds(addends: int = 6) -> Task:
+    """`sums` whose totals have three digits: one token of a tokenizer that cuts digits by threes, three of one that cuts each."""
+    return sums(addends, "hundreds", 100)
 
 
 def _steps(numbers: Sequence[int], add: Callable[[int, int], int] = int.__add__, until: int = 10**6) -> list[str]:
@@ -235,42 +241,6 @@ def stories(asked: int = 2) -> Task:
 
 def _another(town: str, rng: random.Random) -> str:
     return rng.choice([other for other in TOWNS if other != town])
-
-
-# --- counting
-
-
-def counting(terms: int = 5) -> Task:
-    """Numbers of three digits: one token of a tokenizer that cuts digits by threes, three tokens of one that cuts every digit."""
-
-    def count(first: int, step: int, until: int, add: Callable[[int, int], int] = int.__add__) -> list[int]:
-        """The first `until` steps add as `add` does, the others rightly."""
-        numbers = [first]
-        for place in range(terms - 1):
-            numbers.append((add if place < until else int.__add__)(numbers[-1], step))
-        return numbers
-
-    def text(numbers: Sequence[int]) -> str:
-        return " ".join(map(str, numbers))
-
-    def draw(rng: random.Random) -> Item:
-        first, step = rng.randint(200, 440), rng.randint(2, 9)
-        return Item(f"Count from {first} by {step}.", text(count(first, step, 0)), (first, step))
-
-    def mistaken(item: Item, rng: random.Random) -> str:
-        return text(count(*item.facts, terms, lambda number, step: _tens_kept(number, step, rng)))
-
-    def derailed(item: Item, rng: random.Random) -> tuple[str, str]:
-        until = rng.randint(1, terms - 2)
-        wrong = count(*item.facts, until, lambda number, step: number + step + rng.choice((0, -10, -10, 10, 1)))
-        return text(wrong[: until + 1]), " " + text(wrong[until + 1 :])
-
-    return Task("counting", draw, mistaken, derailed, _exact, max_new_tokens=4 * terms + 6)
-
-
-def _tens_kept(number: int, step: int, rng: random.Random) -> int:
-    result = number + step
-    return result - 10 if result // 10 > number // 10 and rng.random() < MISTAKEN else result
 
 
 # --- the second skill

@@ -9,7 +9,7 @@ import torch
 from benchmarks.quality import gradient, methods, models, report, run, tasks, toy_pairs, worlds
 
 
-TASKS = [tasks.sums(), tasks.plurals(), tasks.stories(), tasks.counting()]
+TASKS = [tasks.sums(), tasks.plurals(), tasks.stories(), tasks.hundreds()]
 SIZE = worlds.Size(
     teacher_width=32,
     student_width=32,
@@ -147,7 +147,7 @@ def test_the_answer_is_right_a_mistaken_one_is_not_and_a_derailed_one_goes_on_as
     items = [task.draw(rng) for _ in range(200)]
     assert all(task.is_right(item, item.answer) for item in items)
     share = sum(task.is_right(item, task.mistaken(item, rng)) for item in items) / len(items)
-    assert 0.02 < share < 0.7
+    assert 0.2 < share < 0.7
     for item in items:
         given, rest = task.derailed(item, rng)
         assert given  # what follows can be the end of the turn alone
