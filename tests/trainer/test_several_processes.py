@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,25 @@ import torch
 from accelerate.utils import DistributedType
 
 from trl_ctopd.models.sharding import left_unprepared
+
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "cpu"
+EVALUATES = """
+import sys
+from toys import student_model, student_tokenizer, teacher_model, teacher_tokenizer, prompts
+from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+
+args = CrossTokenizerGKDConfig(sys.argv[1], use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+    max_new_tokens=8, max_steps=1, per_device_train_batch_size=2, save_strategy="no", logging_steps=1)
+trainer = CrossTokenizerGKDTrainer(student_model(), teacher_model(), args, prompts(4), eval_dataset=prompts(2),
+    processing_class=student_tokenizer(), teacher_processing_class=teacher_tokenizer())
+try:
+    trainer.evaluate()
+except ValueError as error:
+    print("refused:", error, flush=True)
+trainer.train()
+print("evaluated after:", trainer.evaluate()["eval_loss"], flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +90,19 @@ def test_an_evaluation_before_a_sharded_training_is_refused_with_the_way_to_its_
         left_unprepared(torch.nn.Linear(1, 1), accelerator),
     ):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_two_real_processes_that_evaluate_before_a_sharded_training_are_refused_and_can_do_it_afterwards(
+    tmp_path, strategy
+):
+    (tmp_path / "rank.py").write_text(EVALUATES)
+    code = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    code += ["--config_file", str(CONFIGS / f"{strategy}.yaml"), str(CONFIGS / "on_cpu.py")]
+    code += [str(tmp_path / "rank.py"), str(tmp_path / "run")]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=900, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("evaluate or predict after `train()`, or set eval_on_start=True") == 2
+    assert done.stdout.count("evaluated after: ") == 2
