@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import threading
 import time
 
 import pytest
@@ -109,11 +110,13 @@ def test_requests_are_bounded_in_number_and_share_their_connections(serve, right
 
 
 def test_starting_comes_back_before_the_answers(serve, right):
-    server = serve(fault=lambda n, payload: "delay", delay=0.3)
-    teacher = connect(server.url)
+    server, answers = serve(), threading.Event()
+    teacher = connect(server.url, timeout=600.0)
     before = len(server.requests)
+    server.fault_from_now_on(lambda n, payload: None if answers.wait(600) else "drop")
     found = teacher.start(*texts())
     assert not any(future.done() for future in found._futures)
+    answers.set()
     assert_right([found.row(row) for row in range(8)], right)
     assert len(server.requests) == before + 8 + 1, "each row once, and the probe that ends a step"
 
