@@ -333,6 +333,14 @@ class CrossTokenizerGKDConfig(GKDConfig):
         metadata={"help": "PPO's upper bound of that ratio is 1 + clip_ratio_high. For rollout_reuse above 1."},
     )
 
+    reference_kl: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the KL from the student to what it was at the start (the base model under an adapter, otherwise a "
+            "frozen copy), on text that it writes: keeps what no prompt shows, at the cost of one more forward pass. 0: off."
+        },
+    )
+
     # The two conversations
     overlong_prompts: str = field(
         default="error",
@@ -463,6 +471,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
             raise ValueError(f"reward_weight must be finite and not negative, got {self.reward_weight}.")
         if isinstance(self.teacher_server_url, str):
             self.teacher_server_url = [self.teacher_server_url]
+        if not 0 <= self.reference_kl < float("inf"):
+            raise ValueError(f"reference_kl must be a weight of at least 0, got {self.reference_kl}.")
         if not self.vllm_importance_sampling_clip_max > 0:
             raise ValueError(
                 f"vllm_importance_sampling_clip_max must be positive, got {self.vllm_importance_sampling_clip_max}."

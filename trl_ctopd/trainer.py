@@ -26,8 +26,10 @@ from .looking.report import DistillationReportCallback
 from .looking.run_card import RunCard
 from .looking.samples import Samples
 from .losses import Metrics, ScoredChunks
+from .losses.reference_kl import reference_kl
 from .models.heads import base_model
 from .models.loading import ensure_pad_token, load_tokenizer
+from .models.reference import Reference
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
@@ -192,7 +194,10 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             judges,
             lambda: self.state,
         )
-        self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled)
+        reference = Reference(self.model, self.accelerator) if args.reference_kl else None
+        self._scorer = Scorer(
+            args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, reference
+        )
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
         check_losses(losses, self.model, self.panel, lambda: self.vocabulary)
         for on_policy in (True, False):
@@ -378,7 +383,11 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             batch, entropy, metrics = self._score(model, inputs)
             self._meters[mode].add(metrics)
             num_items = batch.scored_tokens if num_items_in_batch is None else num_items_in_batch
-            loss, metrics = checked(self._loss_for(inputs["on_policy"])(batch, torch.as_tensor(num_items).clamp(min=1)))
+            num_items = torch.as_tensor(num_items).clamp(min=1)
+            loss, metrics = checked(self._loss_for(inputs["on_policy"])(batch, num_items))
+            if batch.reference_log_probs is not None:
+                distance, own = reference_kl(batch, num_items)
+                loss, metrics = loss + self.args.reference_kl * distance, {**metrics, **own}
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # N counts all processes, and DDP averages over them
 

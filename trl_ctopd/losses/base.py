@@ -70,6 +70,8 @@ class ScoredChunks:
         other_spelling (`torch.BoolTensor` of shape (B, S), *optional*): True for tokens that the student's tokenizer would not
             have made of the text.
         rewards (`torch.Tensor` of shape (B,), *optional*): what is added to the advantages of each row's scored tokens.
+        reference_log_probs (`torch.Tensor` of shape (B, S), *optional*): `student_log_probs` of the student as it was at the
+            start, for `reference_kl`.
         imbalance (scalar `torch.Tensor`, *optional*): of a student that is a mixture of experts, how unevenly its routers share out
             the tokens; the trainer adds it to the loss.
 
@@ -95,6 +97,7 @@ class ScoredChunks:
     teacher_likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
     other_spelling: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
+    reference_log_probs: torch.Tensor | None = None
     imbalance: torch.Tensor | None = None
     student: Distributions | None = None
     teacher: Distributions | None = None

@@ -11,6 +11,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..losses import Distributions, Metrics, ScoredChunks
 from ..models.heads import add_token_scores, base_model, hidden_states, lm_head
 from ..models.loading import check_vocabulary, disable_dropout, switch_router_logits_off
+from ..models.reference import Reference
 from ..rollouts.pairing import on_grid
 from ..rollouts.vllm import importance
 from ..teachers.panel import Awaited, Panel
@@ -53,6 +54,7 @@ class Scorer:
         panel: the teachers.
         vocabulary: what the two vocabularies have in common; called where a loss reads distributions.
         balances: whether the student is a mixture of experts whose load is balanced.
+        reference: the student as it was at the start, where its text is to be scored by that too.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class Scorer:
         panel: Panel,
         vocabulary: Callable[[], VocabularyPair],
         balances: bool = False,
+        reference: Reference | None = None,
     ):
+        self._reference = reference
         self._balances = balances
         self._args, self._accelerator, self._panel, self._vocabulary = args, accelerator, panel, vocabulary
 
@@ -121,6 +125,10 @@ class Scorer:
             sampled = inputs["sampled_log_probs"].to(log_probs.device)
             batch.importance, drawn = importance(batch, sampled, self._args.vllm_importance_sampling_clip_max)
             metrics = {**metrics, **drawn}
+        if self._reference is not None and inputs["on_policy"]:
+            targets = inputs["input_ids"][scored[0], scored[1] + 1]
+            found = self._reference.log_probs(model, input_ids=inputs["input_ids"], scored=scored, targets=targets)
+            batch.reference_log_probs = on_grid(found, scored, inputs["input_ids"])
         if on_distributions:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
             batch.student = self._distributions(student, states[0][:, :-1][:, -length:], log_probs)

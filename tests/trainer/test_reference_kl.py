@@ -1,0 +1,109 @@
+"""A student is kept near what it was at the start: the estimate against exact sums, and what the trainer makes of it."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from peft import LoraConfig
+from toys import SGD, fix_rollouts, step_of, student_model, weights
+
+from trl_ctopd.losses import ScoredChunks
+from trl_ctopd.losses.reference_kl import reference_kl
+from trl_ctopd.models.heads import base_model
+from trl_ctopd.models.reference import Reference
+
+
+def one_token_each(own: torch.Tensor, start: torch.Tensor) -> ScoredChunks:
+    """(V,) texts, of which the v-th is token v."""
+    chunks = torch.zeros(len(own), 1, dtype=torch.long)
+    return ScoredChunks(
+        own[:, None], start[:, None], chunks, chunks, torch.ones_like(chunks), 1, reference_log_probs=start[:, None]
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_mean_of_its_gradient_is_that_of_the_kl(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits, start = (torch.randn(9, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits.requires_grad_()
+    log_p, log_start = logits.log_softmax(0), start.log_softmax(0)
+    [expected] = torch.autograd.grad((log_p.exp() * (log_p - log_start)).sum(), logits, retain_graph=True)
+    found = torch.zeros_like(expected)
+    for token, p in enumerate(log_p.exp().tolist()):
+        value, _ = reference_kl(one_token_each(log_p[token, None], log_start[token, None]), 1)
+        found += p * torch.autograd.grad(value, logits, retain_graph=True)[0]
+    torch.testing.assert_close(found, expected)
+    assert expected.abs().max() > 0.1
+
+
+def test_tokens_without_part_do_not_count_and_the_mean_distance_is_logged():
+    own, start = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -1.0, -9.0])
+    batch = one_token_each(own, start)
+    chunks = torch.tensor([[0], [0], [-1]])
+    value, metrics = reference_kl(replace(batch, student_chunks=chunks), 4)
+    assert value.item() == pytest.approx(0.5 * (0.25 + 1.0) / 4)
+    total, weight = metrics["reference/nats_per_token"]
+    assert (total.item(), weight.item()) == (pytest.approx(0.5 - 1.0), 2)
+
+
+ADAPTER = {"r": 4, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_first_step_is_the_plain_one_and_later_ones_stay_nearer_the_start(build, adapter):
+    def run(weight, steps):
+        torch.manual_seed(0)
+        peft = {"peft_config": LoraConfig(**ADAPTER)} if adapter else {}
+        settings = {**SGD, "learning_rate": 0.3, "train_sampling_strategy": "sequential"}
+        trainer = fix_rollouts(build(reference_kl=weight, max_steps=steps, model=student_model(), **settings, **peft))
+        before = weights(trainer).clone()
+        trainer.train()
+        return weights(trainer) - before, [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+
+    plain, kept = run(0.0, 1)[0], run(2.0, 1)[0]
+    torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-7)
+    far, near = (run(weight, 4)[1] for weight in (1e-9, 5.0))
+    distances = [abs(log[-1]["reference/nats_per_token"]) for log in (far, near)]
+    assert 0 < distances[1] < 0.8 * distances[0]
+    assert near[0]["reference/nats_per_token"] == pytest.approx(0, abs=1e-5)
+    assert "reference/nats_per_token" not in run(0.0, 1)[1][0]
+
+
+def test_micro_batches_give_the_whole_batchs_step_with_an_adapter_that_is_far_from_its_start(build):
+    def step(**settings):
+        torch.manual_seed(0)
+        adapter = LoraConfig(**ADAPTER, init_lora_weights=False)
+        own = {"train_sampling_strategy": "sequential", "reference_kl": 5.0, **SGD, **settings}
+        return step_of(fix_rollouts(build(peft_config=adapter, **own)))
+
+    whole = step(per_device_train_batch_size=8)
+    assert (whole - step(per_device_train_batch_size=8, reference_kl=0.0)).abs().max() > 1e-3 * whole.abs().max()
+    parts = step(per_device_train_batch_size=2, gradient_accumulation_steps=4, gradient_checkpointing=True)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_the_start_under_an_adapter_is_the_base_models_log_probs(build):
+    trainer = build(peft_config=LoraConfig(**ADAPTER, init_lora_weights=False), reference_kl=1.0)
+    ids = torch.arange(5, 15)[None]
+    inputs = {"input_ids": ids, "scored": torch.tensor([[0, 0], [-5, -3]]), "targets": torch.tensor([7, 8])}
+    found = Reference(trainer.model, trainer.accelerator).log_probs(trainer.model, **inputs)
+    with torch.no_grad(), trainer.model.disable_adapter():
+        logits = base_model(trainer.model)(input_ids=ids).logits[0].log_softmax(-1)
+        own = trainer.model(**inputs).log_probs
+    torch.testing.assert_close(found, logits[[5, 7], [7, 8]])
+    torch.testing.assert_close(found, own)
+    assert (trainer.model(**inputs).log_probs - found).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_copy_of_a_student_that_is_sharded_is_refused_with_the_way_out(kind):
+    with pytest.raises(ValueError, match="reference_kl .*Train an adapter"):
+        Reference(torch.nn.Linear(1, 1), SimpleNamespace(distributed_type=DistributedType[kind]))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_below_zero_is_refused(build, weight):
+    with pytest.raises(ValueError, match="reference_kl must be a weight"):
+        build(reference_kl=weight)
