@@ -224,7 +224,9 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
         fingerprint = [Hasher.hash((dataset._fingerprint, self._fingerprint()))]
         broadcast_object_list(fingerprint, from_process=0)
         file = dataset._get_cache_file_path(fingerprint[0])
-        if not os.path.exists(file):
+        own = None
+        # rows that were made in memory have a folder of their own in each process
+        if not all(gather_object([os.path.exists(file)])):
             process, processes = self.accelerator.process_index, self.accelerator.num_processes
             share = -(-len(dataset) // processes)  # the same on all processes, since sharded teachers run together
             rows = [(start * processes + process) % len(dataset) for start in range(share)]
@@ -233,13 +235,14 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
                 chosen = rows[start : start + batch_size]
                 found += zip(chosen, self._columns([dataset[row] for row in chosen]), strict=True)
             found = dict(gather_object(found))
+            own = Dataset.from_list([found[row] for row in range(len(dataset))])
             if self.accelerator.is_main_process:
-                own = Dataset.from_list([found[row] for row in range(len(dataset))])
                 own.map(
                     lambda row: row, new_fingerprint=fingerprint[0], cache_file_name=file, load_from_cache_file=False
                 )
             self.accelerator.wait_for_everyone()
-        return concatenate_datasets([dataset, Dataset.from_file(file)], axis=1)
+        own = Dataset.from_file(file) if os.path.exists(file) else own
+        return concatenate_datasets([dataset, own], axis=1)
 
     def _seat_teachers(self) -> None:
         if self._teachers_sit:

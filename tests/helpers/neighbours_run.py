@@ -1,0 +1,92 @@
+"""One rank of a preference run (CTPD) and of a run with rewards. test_neighbours_together.py starts it with `accelerate launch`,
+and calls it for the single process. Argument: the folder to which rank 0 writes."""
+
+import json
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
+
+from trl_ctopd import (
+    CrossTokenizerDPOConfig,
+    CrossTokenizerDPOTrainer,
+    CrossTokenizerGKDConfig,
+    CrossTokenizerGKDTrainer,
+)
+
+
+PLAIN = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "max_steps": 2,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "max_grad_norm": 0.0,
+    "gradient_checkpointing": False,
+    "train_sampling_strategy": "sequential",
+}
+TOKENIZERS = {"processing_class": student_tokenizer(), "teacher_processing_class": teacher_tokenizer()}
+
+
+def said(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+def preference(folder: Path, processes: int) -> CrossTokenizerDPOTrainer:
+    rows = [
+        {
+            "prompt": row,
+            "chosen": said(f"{n + 40} is the sum"),
+            "rejected": said(f"{n * 2} is what" + " of two" * (n % 3)),
+        }
+        for n, row in enumerate(prompts(8)["prompt"])
+    ]
+    args = CrossTokenizerDPOConfig(str(folder), per_device_train_batch_size=4 // processes, **PLAIN)
+    return CrossTokenizerDPOTrainer(student_model(), teacher_model(), args, Dataset.from_list(rows), **TOKENIZERS)
+
+
+def rewards(folder: Path, processes: int) -> CrossTokenizerGKDTrainer:
+    args = CrossTokenizerGKDConfig(
+        str(folder), per_device_train_batch_size=4 // processes, num_generations=2, max_new_tokens=8, **PLAIN
+    )
+    turn = iter(range(10**6))
+    tokenizer = TOKENIZERS["processing_class"]
+
+    def longer(completions, **columns):
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    trainer = CrossTokenizerGKDTrainer(
+        student_model(), teacher_model(), args, prompts(8), reward_funcs=longer, **TOKENIZERS
+    )
+
+    def write(model, prompts, step):
+        texts = [" is the sum" if next(turn) % 2 else "one plus two is the sum of what" for _ in prompts]
+        return [(tokenizer.encode(text) + [tokenizer.eos_token_id], None) for text in texts]
+
+    trainer.rollouts.write = write
+    return trainer
+
+
+def run(folder: Path, processes: int) -> dict:
+    found = {}
+    for name, build in (("preference", preference), ("rewards", rewards)):
+        trainer = build(folder / name, processes)
+        trainer.train()
+        found[name] = [
+            {key: log[key] for key in ("loss", "grad_norm", "reward", "reward_std", "rewards/margins") if key in log}
+            for log in trainer.state.log_history
+            if "loss" in log
+        ]
+        found["type"] = str(trainer.accelerator.distributed_type)
+        if trainer.accelerator.is_main_process:
+            (folder / f"found-{processes}.json").write_text(json.dumps(found))
+    return found
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), 2)

@@ -1,0 +1,39 @@
+"""Preference pairs and rewards on two processes beside one process with the same batch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import neighbours_run
+import pytest
+
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "cpu"
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_two_processes_learn_from_pairs_and_rewards_what_one_learns(tmp_path):
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
+            *("--config_file", CONFIGS / "ddp.yaml", CONFIGS / "on_cpu.py"),
+            *(Path(neighbours_run.__file__), tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    found = json.loads((tmp_path / "found-2.json").read_text())
+    (tmp_path / "alone").mkdir()
+    expected = neighbours_run.run(tmp_path / "alone", 1)
+    assert found["type"] == "DistributedType.MULTI_CPU"
+    for case in ("preference", "rewards"):
+        assert len(found[case]) == len(expected[case]) == 2
+        for ours, alone in zip(found[case], expected[case], strict=True):
+            assert set(alone) <= set(ours)
+            for name, value in alone.items():
+                assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (case, name)
+        assert expected[case][0]["loss"] != expected[case][1]["loss"], "something was learned"
