@@ -1,14 +1,13 @@
 """`CrossTokenizerGKDTrainer`: the wiring between TRL's GKD trainer and the maths of this package."""
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import trl
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -33,7 +32,7 @@ from .models.reference import Reference
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
-from .rollouts.prompts import COLUMNS, ROW, RepeatedWindows, collate_prompts, render_dataset
+from .rollouts.prompts import COLUMNS, ROW, collate_prompts, render_dataset
 from .rollouts.rewards import Judges
 from .rollouts.source import RolloutSource, student_writer
 from .rollouts.tools import ToolLoop
@@ -44,7 +43,6 @@ from .teachers.remote import RemoteTeacher
 from .text.chat import Speaker
 from .text.continuations import Continuations
 from .text.vocabulary import VocabularyPair
-from .training import checkpoints
 from .training.checks import (
     check_arguments,
     check_losses,
@@ -56,8 +54,8 @@ from .training.checks import (
     open_student,
     signal_of,
 )
-from .training.identity import identity
 from .training.metrics import Meter, chunk_metrics, warn_of_much_masked
+from .training.resuming import ResumableTrainer
 from .training.scoring import Scorer, prepare_student
 from .training.timing import PhaseTimer
 from .training.watch import FiniteWeights, SamplingWatch, sampling_metrics
@@ -66,20 +64,17 @@ from .training.watch import FiniteWeights, SamplingWatch, sampling_metrics
 logger = get_logger(__name__)
 
 
-class CrossTokenizerGKDTrainer(GKDTrainer):
+class CrossTokenizerGKDTrainer(ResumableTrainer):
     """
     On-policy distillation from a teacher with another tokenizer and another chat template.
 
     Each optimizer step, the student writes a completion for every prompt of the step, the teacher scores their text in
     its own tokens, and the loss maps the scores back onto the student's tokens (DPCA, arXiv 2606.09456, by default).
 
-    Overrides, all else is inherited from `GKDTrainer`, `SFTTrainer` and `Trainer`:
+    Overrides; all else is inherited from [`ResumableTrainer`], `GKDTrainer`, `SFTTrainer` and `Trainer`:
     - `__init__`, `_prepare_dataset`, `predict`: there are two vocabularies, and rows are rendered for both models;
-    - `get_train_dataloader`, `_get_train_sampler`: with `rollout_reuse`, the prompts of a step are repeated;
     - `get_batch_samples`, `prediction_step`, `evaluation_loop`: rollouts take the place of prompts;
     - `training_step`, `compute_loss`, `_prepare_input`: the loss reads chunks that both models have scored;
-    - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`: a run that was killed resumes from a
-      complete checkpoint, with the rollouts that were not yet used;
     - `log`, `create_model_card`, `_save`: distillation's own metrics and model card.
 
     Args:
@@ -140,10 +135,9 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self.panel = Panel(teacher_model, teacher_processing_class, args)
         self.args = args  # the dataset is rendered before Trainer sets it
         self._tools = tool_schemas(tools or [])
-        judged = reward_funcs or teacher_gate is not None
-        judges = (
-            Judges(reward_funcs, reward_processing_classes, teacher_gate, args, processing_class) if judged else None
-        )
+        judges = None
+        if reward_funcs or teacher_gate is not None:
+            judges = Judges(reward_funcs, reward_processing_classes, teacher_gate, args, processing_class)
         self._keeps_rows = judges is not None
         self.distillation_loss, self.off_policy_loss = losses_by_text(args)
         if judges is not None and judges.reward:
@@ -151,16 +145,14 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self.student_context = context_length(model, args)
         self._meters = {"train": Meter(), "eval": Meter()}
         self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
-        self._pending = checkpoints.PendingRollouts(args)
         self._samples, self._card = Samples(), RunCard()
         self._sampling = SamplingWatch(args)
-        self._lineage = checkpoints.Lineage([("", None)])  # replaced when a run begins
-        self._write_day(*broadcast_object_list([date.today()]))  # processes may start around midnight
-        self._given_datasets = train_dataset, eval_dataset
+        self._prepare_to_resume(args, train_dataset, eval_dataset)
 
         finite = FiniteWeights()
         reports = [DistillationReportCallback()] if args.report else []
-        self._init_without_shared_vocabulary(
+        # Not GKDTrainer's own, which refuses two vocabularies; everything else that it sets up is replaced here.
+        super(GKDTrainer, self).__init__(
             model,
             args=args,
             data_collator=collate_prompts,
@@ -182,22 +174,11 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self.panel.sit(self.accelerator, self.student_side, self.stop_ids)
         sides = self.student_side, self.panel.sides
         loop = ToolLoop(tools, *sides, self.stop_ids, args, self.student_context) if tools else None
-        self.rollouts = RolloutSource(
-            args,
-            self.accelerator,
-            self.student_side,
-            self.panel,
-            write,
-            self._reads_distributions,
-            self._tables_for,
-            loop,
-            judges,
-            lambda: self.state,
-        )
-        reference = Reference(self.model, self.accelerator) if args.reference_kl else None
-        self._scorer = Scorer(
-            args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, reference
-        )
+        reads = self._reads_distributions, self._tables_for
+        own = args, self.accelerator, self.student_side, self.panel
+        self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state)
+        start = Reference(self.model, self.accelerator) if args.reference_kl else None
+        self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, start)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
         check_losses(losses, self.model, self.panel, lambda: self.vocabulary)
         for on_policy in (True, False):
@@ -209,11 +190,6 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
             from .looking.notebook import show_figures  # imports IPython
 
             show_figures(self)
-
-    def _init_without_shared_vocabulary(self, model, **kwargs):
-        """Calls the `__init__` of `SFTTrainer`, the parent of `GKDTrainer`. `GKDTrainer.__init__` raises an error for two
-        vocabularies, and everything else that it sets up is replaced here."""
-        super(GKDTrainer, self).__init__(model, **kwargs)
 
     # The two conversations
 
@@ -249,62 +225,8 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         sides = self.student_side, self.panel.sides
         return render_dataset(dataset, args, *sides, *contexts, dataset_name, self._tools, self._keeps_rows)
 
-    @property
-    def _day(self) -> date | None:
-        """The date in the prompts; None where no template writes it."""
-        sides = [self.student_side, *self.panel.sides.values()]
-        return self._today if any(side.writes_day for side in sides) else None
-
-    def _write_day(self, day: date):
-        self._today = day
-        known = [self.student_side] if "student_side" in self.__dict__ else []
-        for side in (*known, *self.panel.sides.values()):
-            side.day = day
-
-    def _keep_day(self, checkpoint: str | None):
-        """Before a resume: renders the datasets again with the date on which the run of `checkpoint` began, if it differs."""
-        day = checkpoints.day_of(checkpoint)
-        if self._day is None or day in (None, self._day):
-            return
-        logger.warning(
-            f"A chat template writes the day. The run of {checkpoint} began on {day}, so its prompts go on to say {day} and not "
-            f"{self._day}."
-        )
-        self._write_day(day)
-
-        def render(dataset, name: str):
-            return self._prepare_dataset(dataset, self.processing_class, self.args, False, None, name)
-
-        train, evaluated = self._given_datasets
-        self.train_dataset = render(train, "train")
-        if isinstance(evaluated, Mapping):
-            self.eval_dataset = {name: render(dataset, name) for name, dataset in evaluated.items()}
-        elif evaluated is not None:
-            self.eval_dataset = render(evaluated, "eval")
-        self.__dict__.pop("_identity", None)
-
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [*COLUMNS, ROW]
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        """The prompts of each optimizer step, `rollout_reuse` times, so that steps, epochs and resuming count as usual."""
-        args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        if args.rollout_reuse == 1:
-            # otherwise Accelerate's sampler takes each process's own seed, and each would split the rows in another order
-            self.accelerator.dataloader_config.data_seed = seed
-            return super()._get_train_sampler(train_dataset)
-        rows = len(self.train_dataset if train_dataset is None else train_dataset)
-        seed = None if args.train_sampling_strategy == "sequential" else seed
-        return RepeatedWindows(rows, self.get_total_train_batch_size(args), args.rollout_reuse, seed)
-
-    def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        # A loader draws a seed for each set of workers that it starts: persistent ones are started once, and anew by a resume.
-        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
-        if self.args.rollout_reuse > 1:
-            loader.set_sampler(self._get_train_sampler())  # a resumed run sets the epoch there
-        return loader
 
     # Rollouts
 
@@ -332,39 +254,11 @@ class CrossTokenizerGKDTrainer(GKDTrainer):
         self._meters[mode].add(metrics)
         return batches
 
-    # Checkpoints
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        found = checkpoints.to_resume_from(resume_from_checkpoint, self.args.output_dir)
-        self._meters["train"].clear()  # may hold metrics of an earlier run that was interrupted
-        self._keep_day(found)
-        self._lineage = checkpoints.begin(found, self.args, self._identity)
-        return super().train(found, *args, **kwargs)
-
-    def _save_checkpoint(self, model, trial):
-        folder = checkpoints.folder_of(self._get_output_dir(trial), self.state.global_step)
-        if self.args.should_save:
-            checkpoints.clear(folder)
-        self.accelerator.wait_for_everyone()
-        with checkpoints.whole(self.state, folder, self._lineage, self._identity):
-            super()._save_checkpoint(model, trial)
-
-    @cached_property
-    def _identity(self) -> dict:
-        return identity(self.args, self.panel, self.train_dataset, self._day)
-
-    def _save_rng_state(self, output_dir: str):
-        super()._save_rng_state(output_dir)
-        if self.state.global_step % self.args.rollout_reuse:
-            self._pending.save(output_dir)
-        self.accelerator.wait_for_everyone()  # the next step marks the checkpoint as complete
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._pending.load(checkpoint)
-
     # Loss
+
+    def train(self, *args, **kwargs):
+        self._meters["train"].clear()  # may hold metrics of an earlier run that was interrupted
+        return super().train(*args, **kwargs)
 
     def _prepare_input(self, data):
         """Moves `data` to the device and keeps its precision. Trainer's own would round to DeepSpeed's, log-probs too."""

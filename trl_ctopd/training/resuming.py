@@ -1,0 +1,129 @@
+"""The part of the trainer by which a run that was killed continues where it was: the order of its rows, its checkpoints, and the
+date that chat templates write in its prompts."""
+
+from collections.abc import Mapping
+from datetime import date
+from functools import cached_property
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+
+from ..config import CrossTokenizerGKDConfig
+from ..gkd import GKDTrainer
+from ..rollouts.prompts import RepeatedWindows
+from . import checkpoints
+from .identity import identity
+
+
+logger = get_logger(__name__)
+
+
+class ResumableTrainer(GKDTrainer):
+    """
+    A `GKDTrainer` whose runs resume to the weights of the uninterrupted run. docs/resuming.md says what is promised.
+
+    Overrides:
+    - `_get_train_sampler`, `get_train_dataloader`: every process and every resume reads the rows in the same order; with
+      `rollout_reuse`, the prompts of a step are repeated;
+    - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`: a run resumes from a complete checkpoint of its
+      own, with the rollouts that were not yet used.
+
+    A subclass calls `_prepare_to_resume` before it renders its datasets, and has `panel`, `student_side` and `_prepare_dataset`.
+    """
+
+    def _prepare_to_resume(self, args: CrossTokenizerGKDConfig, train_dataset, eval_dataset):
+        self._pending = checkpoints.PendingRollouts(args)
+        self._lineage = checkpoints.Lineage([("", None)])  # replaced when a run begins
+        self._given_datasets = train_dataset, eval_dataset
+        self._write_day(*broadcast_object_list([date.today()]))  # processes may start around midnight
+
+    # The order of rows
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        """The prompts of each optimizer step, `rollout_reuse` times, so that steps, epochs and resuming count as usual."""
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if args.rollout_reuse == 1:
+            # otherwise Accelerate's sampler takes each process's own seed, and each would split the rows in another order
+            self.accelerator.dataloader_config.data_seed = seed
+            return super()._get_train_sampler(train_dataset)
+        rows = len(self.train_dataset if train_dataset is None else train_dataset)
+        seed = None if args.train_sampling_strategy == "sequential" else seed
+        return RepeatedWindows(rows, self.get_total_train_batch_size(args), args.rollout_reuse, seed)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        # A loader draws a seed for each set of workers that it starts: persistent ones are started once, and anew by a resume.
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        if self.args.rollout_reuse > 1:
+            loader.set_sampler(self._get_train_sampler())  # a resumed run sets the epoch there
+        return loader
+
+    # The date in the prompts
+
+    @property
+    def _day(self) -> date | None:
+        """The date in the prompts; None where no template writes it."""
+        sides = [self.student_side, *self.panel.sides.values()]
+        return self._today if any(side.writes_day for side in sides) else None
+
+    def _write_day(self, day: date):
+        self._today = day
+        known = [self.student_side] if "student_side" in self.__dict__ else []
+        for side in (*known, *self.panel.sides.values()):
+            side.day = day
+
+    def _keep_day(self, checkpoint: str | None):
+        """Before a resume: renders the datasets again with the date on which the run of `checkpoint` began, if it differs."""
+        day = checkpoints.day_of(checkpoint)
+        if self._day is None or day in (None, self._day):
+            return
+        logger.warning(
+            f"A chat template writes the day. The run of {checkpoint} began on {day}, so its prompts go on to say {day} and not "
+            f"{self._day}."
+        )
+        self._write_day(day)
+
+        def render(dataset, name: str):
+            return self._prepare_dataset(dataset, self.processing_class, self.args, False, None, name)
+
+        train, evaluated = self._given_datasets
+        self.train_dataset = render(train, "train")
+        if isinstance(evaluated, Mapping):
+            self.eval_dataset = {name: render(dataset, name) for name, dataset in evaluated.items()}
+        elif evaluated is not None:
+            self.eval_dataset = render(evaluated, "eval")
+        self.__dict__.pop("_identity", None)
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        found = checkpoints.to_resume_from(resume_from_checkpoint, self.args.output_dir)
+        self._keep_day(found)
+        self._lineage = checkpoints.begin(found, self.args, self._identity)
+        return super().train(found, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        folder = checkpoints.folder_of(self._get_output_dir(trial), self.state.global_step)
+        if self.args.should_save:
+            checkpoints.clear(folder)
+        self.accelerator.wait_for_everyone()
+        with checkpoints.whole(self.state, folder, self._lineage, self._identity):
+            super()._save_checkpoint(model, trial)
+
+    @cached_property
+    def _identity(self) -> dict:
+        return identity(self.args, self.panel, self.train_dataset, self._day)
+
+    def _save_rng_state(self, output_dir: str):
+        super()._save_rng_state(output_dir)
+        if self.state.global_step % self.args.rollout_reuse:
+            self._pending.save(output_dir)
+        self.accelerator.wait_for_everyone()  # the next step marks the checkpoint as complete
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._pending.load(checkpoint)
