@@ -216,6 +216,15 @@ class CrossTokenizerGKDConfig(GKDConfig):
             "teacher too: much faster. False: for models too large for one device. (Elsewhere in TRL: `ds3_gather_for_generation`.)"
         },
     )
+    merge_adapter_for_generation: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Merge a LoRA adapter into its weights while the student writes, which is faster, and put the weights back. "
+            "It takes the memory of the adapted weights once more. None: where the result is the same distribution (float32), or "
+            "where the difference can be weighed (half precision, sampling at a temperature alone; logged as "
+            "`sampling/log_prob_difference`). Quantized, sharded and shared weights keep their adapter apart."
+        },
+    )
     generation_batch_size: int | None = field(
         default=None,
         metadata={

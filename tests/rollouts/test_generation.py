@@ -11,7 +11,14 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from toys import student_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from trl_ctopd.rollouts.generation import _CACHE, _generate, _generate_continuously, check_prompt_learning
+from trl_ctopd.rollouts.generation import (
+    _CACHE,
+    _generate,
+    _generate_continuously,
+    _SampledLogProbs,
+    check_prompt_learning,
+)
+from trl_ctopd.rollouts.pairing import Prompt
 
 
 VOCAB = 40
@@ -232,3 +239,54 @@ def test_a_step_warns_of_no_names_that_trl_has_to_change(build):
         warnings.simplefilter("always")
         trainer.train()
     assert not [str(warning.message) for warning in seen if "checkpointing" in str(warning.message)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows_leave", [True, False])
+def test_the_recorded_log_probs_are_those_of_the_models_own_plain_forward_pass(rows_leave):
+    model, config = model_of("Llama"), settings(do_sample=True, top_k=0, temperature=0.7)
+    recorder = _SampledLogProbs(len(PROMPTS), config)
+    written = cut(_generate(model, PROMPTS, config, rows_leave=rows_leave, recorder=recorder))
+    assert len({len(ids) for ids in written}) > 3
+    for prompt, ids, own in zip(PROMPTS, written, recorder.of_tokens, strict=True):
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1] / 0.7
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(own[: len(ids)].double(), expected, rtol=0, atol=1e-4)
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+@pytest.mark.parametrize("backend", ["transformers", "transformers_continuous"])
+def test_an_adapter_is_merged_while_the_student_writes_and_the_text_is_its_own(build, backend):
+    """Greedy in all but name: the adapter's own forward passes choose every token that was written."""
+    options = {"generation_backend": backend, "temperature": 1e-4, "peft_config": LORA}
+    if backend == "transformers_continuous":
+        options["transformers_continuous_batching_config"] = PAGED
+    trainer = build(per_device_train_batch_size=4, **options)
+    merges, write = [], trainer.rollouts.write
+    layers = [module for module in trainer.model.modules() if hasattr(module, "lora_A")]
+    trainer.model.base_model.model.model.register_forward_pre_hook(
+        lambda *_: merges.append({own.merged for own in layers})
+    )
+    found = write(trainer.model, [Prompt(ids, [1]) for ids in PROMPTS[:4]], 0)
+    assert merges and all(merged == {True} for merged in merges)
+    assert not any(layer.merged for layer in layers)
+    for prompt, (ids, told) in zip(PROMPTS[:4], found, strict=True):
+        assert told is None  # in float32 it is the distribution that is scored
+        logits = trainer.model.eval()(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        top = logits.topk(2)
+        clear = top.values[:, 0] - top.values[:, 1] > 0.02
+        assert clear.any() and (top.indices[:, 0] == torch.tensor(ids))[clear].all()
+
+
+def test_in_half_precision_what_merging_rounds_otherwise_is_logged_and_weighed(build):
+    options = {"bf16": True, "peft_config": LORA, "max_steps": 2, "logging_steps": 1}
+    merged, apart = (build(merge_adapter_for_generation=merge, **options) for merge in (None, False))
+    for trainer in (merged, apart):
+        trainer.train()
+    logged = [entry for entry in merged.state.log_history if "sampling/log_prob_difference" in entry]
+    assert len(logged) == 2 and all(0 < entry["sampling/log_prob_difference"] < 0.1 for entry in logged)
+    assert not any("sampling/log_prob_difference" in entry for entry in apart.state.log_history)
+    truncated = build(top_p=0.9, **options)  # of which no log-probs are recorded
+    assert truncated.rollouts.write(truncated.model, [Prompt(PROMPTS[0], [1])], 0)[0][1] is None

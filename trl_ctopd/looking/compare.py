@@ -51,7 +51,7 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
             eos_token_id=stop_ids,
             pad_token_id=stop_ids[0] if side.tokenizer.pad_token_id is None else side.tokenizer.pad_token_id,
         )
-        written = write(model, ids, config, trainer.accelerator, trainer.args)
+        written = [own for own, _ in write(model, ids, config, trainer.accelerator, trainer.args)]
         texts = side.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [(text, own[-1] in stop_ids) for text, own in zip(texts, written, strict=True)]
 

@@ -5,6 +5,9 @@ Decisions
 - Only the run's own settings shape the distribution.
 - Rows that have ended leave the batch. Whenever half of the rows have ended, the call ends, and the others continue in a
   new call: from their KV cache or, where a model keeps more than plain keys and values, after reading their text again.
+- A LoRA adapter is merged while the student writes (`merge_adapter_for_generation`). In half precision the merged weights are
+  rounded otherwise than the two parts that are scored. The log-probs that tokens were sampled with are then recorded, so that the
+  difference is logged and weighs the advantages, as with vLLM. This needs sampling that only a temperature shapes.
 - Rows stay where the model stays sharded (`gather_for_generation=False`), since every process must then make the same calls,
   and with `generation_kwargs`, some of which count from the start of a call.
 """
@@ -25,6 +28,8 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -34,6 +39,7 @@ from transformers.generation import ContinuousBatchingConfig, GenerateDecoderOnl
 from trl.models.utils import unwrap_model_for_generation
 
 from ..config import CrossTokenizerGKDConfig
+from ..models.merging import mergeable, merged
 from ..models.sharding import gathered_under_fsdp, is_sharded
 from .pairing import Prompt, pad_rows
 
@@ -66,8 +72,8 @@ class TransformersWriter:
         self._config, self._accelerator, self._args = config, accelerator, args
 
     def __call__(self, model: nn.Module, prompts: list[Prompt], step: int) -> list[Written]:
-        ids, backend = [prompt.student_ids for prompt in prompts], self._args.generation_backend
-        return [(own, None) for own in write(model, ids, self._config, self._accelerator, self._args, backend)]
+        ids = [prompt.student_ids for prompt in prompts]
+        return write(model, ids, self._config, self._accelerator, self._args, self._args.generation_backend, merge=True)
 
 
 def sampling_config(args: CrossTokenizerGKDConfig, stop_ids: list[int], pad_token_id: int) -> GenerationConfig:
@@ -94,12 +100,13 @@ def write(
     accelerator,
     args: CrossTokenizerGKDConfig,
     backend: str = "transformers",
-) -> list[list[int]]:
+    merge: bool = False,
+) -> list[Written]:
     """
     Completions of `prompts` (token ids) in the same order, each up to and including its first stop token.
 
     `model` may be wrapped (DDP, DeepSpeed) and have gradient checkpointing on; its state is restored afterwards. `backend`:
-    one of `GENERATION_BACKENDS`.
+    one of `GENERATION_BACKENDS`. `merge`: whether its adapter is merged meanwhile, where `args` and the model allow it.
     """
     if not prompts:
         return []
@@ -115,7 +122,10 @@ def write(
         generate = partial(_generate_continuously, settings=args.transformers_continuous_batching_config or {})
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     size = args.generation_batch_size or len(prompts)
-    stop_ids, completions = set(config.eos_token_id), [[]] * len(prompts)
+    stop_ids, completions = set(config.eos_token_id), [([], None)] * len(prompts)
+    merging, recorded = (
+        _merging(model, config, accelerator, args, backend) if merge and not sharded else (nullcontext, False)
+    )
     with (
         _old_names_of_checkpointing(),
         unwrap_model_for_generation(
@@ -126,15 +136,68 @@ def write(
         ) as unwrapped,
         gathered_under_fsdp(unwrapped) if sharded and not together else nullcontext(),
         _ready_to_generate(unwrapped, config),
+        merging(unwrapped),
     ):
         for start in range(0, len(order), size):
             rows = order[start : start + size]
+            recorder = _SampledLogProbs(len(rows), config) if recorded else None
             with _logits_are_finite():
-                written = generate(unwrapped, [prompts[r] for r in rows], config)
-            for row, ids in zip(rows, written, strict=True):
+                own = {"recorder": recorder} if recorded else {}
+                written = generate(unwrapped, [prompts[r] for r in rows], config, **own)
+            scores = recorder.of_tokens.tolist() if recorded else [None] * len(rows)
+            for row, ids, own in zip(rows, written, scores, strict=True):
                 end = next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
-                completions[row] = ids[:end]
+                completions[row] = ids[:end], None if own is None else own[:end]
     return completions
+
+
+def _merging(model, config: GenerationConfig, accelerator, args: CrossTokenizerGKDConfig, backend: str):
+    """How the adapter is merged, and whether the log-probs are recorded that tokens are sampled with."""
+    wanted = args.merge_adapter_for_generation
+    layers = mergeable(model) if wanted is not False else []
+    if not layers:
+        return nullcontext, False
+    exact = accelerator.mixed_precision == "no" and all(
+        layer.get_base_layer().weight.dtype in (torch.float32, torch.float64) for layer in layers
+    )
+    if exact:
+        return merged, False
+    plain = config.do_sample and not any((args.generation_kwargs, args.top_k, args.min_p)) and args.top_p == 1
+    if plain and backend == "transformers" and args.vllm_importance_sampling_clip_max > 0:
+        return merged, True
+    return (merged if wanted else nullcontext), False
+
+
+class _SampledLogProbs(LogitsProcessor):
+    """
+    Records what each token was sampled with, where only a temperature shapes the distribution.
+
+    Attributes:
+        of_tokens (rows, max_new_tokens): log-probs in nats; what follows a row's stop token means nothing.
+    """
+
+    def __init__(self, rows: int, config: GenerationConfig):
+        self.of_tokens = torch.full((rows, config.max_new_tokens), torch.nan)
+        self._temperature = config.temperature
+        self._rows, self._column, self._log_probs = None, 0, None
+
+    def begin(self, rows: torch.Tensor, column: int):
+        """The next call writes these rows from this column on."""
+        self._rows, self._column, self._log_probs, self._found = rows.cpu(), column, None, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._take(input_ids)
+        self._log_probs = (scores.float() / self._temperature).log_softmax(-1)
+        return scores
+
+    def end(self, sequences: torch.Tensor):
+        self._take(sequences)
+        found = torch.stack(self._found, 1).cpu()
+        self.of_tokens[self._rows, self._column : self._column + found.shape[1]] = found
+
+    def _take(self, input_ids: torch.Tensor):
+        if self._log_probs is not None:
+            self._found.append(self._log_probs.gather(1, input_ids[:, -1:])[:, 0])
 
 
 @contextmanager
@@ -168,6 +231,7 @@ def _generate(
     rows_leave: bool,
     together: bool = False,
     device: torch.device | None = None,
+    recorder: _SampledLogProbs | None = None,
 ) -> list[list[int]]:
     """Completions, with whatever follows their first stop token. `together`: every process makes the same number of forward
     passes."""
@@ -187,14 +251,19 @@ def _generate(
             criteria = StoppingCriteriaList([_HalfHaveEnded(stop_ids, len(rows))])
         call = copy.deepcopy(config)
         call.update(max_new_tokens=width + limit - sequences.shape[1], return_dict_in_generate=True)
+        if recorder is not None:
+            recorder.begin(rows, sequences.shape[1] - width)
         output = model.generate(
             input_ids=sequences,
             attention_mask=mask,
             generation_config=call,
             stopping_criteria=criteria,
             synced_gpus=together,
+            logits_processor=None if recorder is None else LogitsProcessorList([recorder]),
             **{_CACHE: cache},
         )
+        if recorder is not None:
+            recorder.end(output.sequences)
         own = output.sequences[:, width:]
         written[rows, : own.shape[1]] = own
         [left] = (~torch.isin(own, stop_ids).any(1)).nonzero(as_tuple=True)

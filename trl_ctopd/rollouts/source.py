@@ -283,7 +283,7 @@ class RolloutSource:
         written = write(seat.teacher.model, ids, config, self._accelerator, self._args)
         return [
             self._respell(own, seat, prompt.framed.is_text)[:limit]
-            for prompt, own in zip(prompts, written, strict=True)
+            for prompt, (own, _) in zip(prompts, written, strict=True)
         ]
 
     def _respell(self, teacher_ids: list[int], seat: WritingSeat, is_text: bool) -> list[int]:

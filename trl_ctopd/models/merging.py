@@ -1,0 +1,60 @@
+"""A LoRA adapter merged into its base weights for a while, as generation wants it: an adapter beside the weights costs two more
+matrix products a layer and token.
+
+Decisions
+- PEFT merges (`safe_merge`), into a copy of each weight. The weights themselves are kept, and put back afterwards: nothing drifts,
+  however often it is done. It takes the memory of the adapted weights once more while it lasts.
+- A layer whose weights are quantized, sharded, shared with another layer, or adapted otherwise than by plain LoRA stays as it is.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from torch import nn
+
+
+_PLAIN = (Linear, Embedding, Conv1d, Conv2d, Conv3d)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def mergeable(model: nn.Module) -> list[LoraLayer]:
+    """The LoRA layers of `model` that `merged` merges: unquantized, unshared, with plain LoRA that is switched on and not merged."""
+    uses = Counter(
+        id(weight)
+        for _, module in model.named_modules(remove_duplicate=False)
+        for weight in module._parameters.values()
+    )
+    return [module for module in model.modules() if type(module) in _PLAIN and _is_plain(module, uses)]
+
+
+def _is_plain(layer: LoraLayer, uses: Counter) -> bool:
+    weight = layer.get_base_layer().weight
+    return (
+        type(weight) is nn.Parameter
+        and weight.dtype in _DTYPES
+        and weight.device.type != "meta"
+        and weight.numel() > 0
+        and uses[id(weight)] == 1
+        and not layer.lora_variant
+        and not layer.merged
+        and not layer.disable_adapters
+    )
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[int]:
+    """Within, the layers of `mergeable(model)` are merged. Yields their number."""
+    layers = mergeable(model)
+    kept = [(p, p.data) for layer in layers for p in layer.get_base_layer().parameters(recurse=False)]
+    try:
+        for layer in layers:
+            layer.merge(safe_merge=True)
+        yield len(layers)
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+        for layer in layers:
+            layer.merged_adapters.clear()
