@@ -207,7 +207,7 @@ def test_a_reference_is_cut_to_max_new_tokens(make):
 def test_what_the_teacher_writes_is_spelled_by_the_student_with_its_own_end_where_it_ended(make, monkeypatch):
     source, teachers = make(seq_kd=True, lmbda=0.0, teachers=ToyTeachers([""])), ToyTeachers([""])
     ids = teachers.side.tokenizer.encode("two hundred and what", add_special_tokens=False)
-    monkeypatch.setattr(module, "write", lambda *args: [[*ids, teachers.only.stop_ids[0]], ids])
+    monkeypatch.setattr(module, "write", lambda *args: [([*ids, teachers.only.stop_ids[0]], None), (ids, None)])
     spelled = student_tokenizer().encode("two hundred and what")
     ended, cut = source.references(window([2, 3])[0])
     assert ended == [*spelled, student_tokenizer().eos_token_id]
