@@ -337,7 +337,7 @@ def _common(run: Run, world: World, folder: Path) -> dict:
 
 def _watch_ours(trainer: CrossTokenizerGKDTrainer, clock: Clock) -> None:
     def read(args, kwargs, result):
-        return {"teacher": sum(len(row) for part in args for row in part)}
+        return {"teacher": sum(len(row) for part in args[:2] for row in part)}  # prompts and completions
 
     def learned(args, kwargs, result):
         tokens = int(args[1]["lengths"].sum())

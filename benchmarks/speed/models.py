@@ -223,8 +223,8 @@ class Ours:
         self._clock.watch(self.trainer, "training_step", "student", self._count_student)
 
     def _count_teacher(self, args: tuple, kwargs: dict, result: Any) -> dict[str, Any]:
-        self.texts = args
-        return {"teacher": sum(len(row) for part in args for row in part)}
+        self.texts = args[:2]  # prompts and completions
+        return {"teacher": sum(len(row) for part in self.texts for row in part)}
 
     def _count_student(self, args: tuple, kwargs: dict, result: Any) -> dict[str, Any]:
         tokens, prompts = args[1]["lengths"].sum(), args[1]["prompt_lengths"].sum()
