@@ -247,7 +247,8 @@ def test_the_card_shows_the_last_figures_that_the_trainer_logged(hub, repository
 @pytest.mark.parametrize("repository", RUNS)
 def test_the_card_on_the_hub_is_this_librarys_and_not_pefts(hub, repository):
     card = hub.card(repository)
-    assert card.count("\n# ") == 1 and f"\n# {repository.split('/')[1]}\n" in card
+    outside_code = re.sub(r"^```.*?^```", "", card, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^# .*", outside_code, re.MULTILINE) == [f"# {repository.split('/')[1]}"]
     assert metadata(card)["library_name"] == ("peft" if "lora" in repository else "transformers")
     assert "Framework versions" not in card
 
