@@ -4,6 +4,9 @@ import functools
 import json
 import math
 import runpy
+import socket
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -504,3 +507,28 @@ def test_no_tool_is_run_in_evaluation_unless_it_is_asked_for(trainer, asked_for)
     assert any(SECRET in text for text in texts) == asked_for
     assert all("add" in text for text in texts)  # both models are shown the tools
     assert ("tools/call_frequency" in figures) == asked_for
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_of_which_one_calls_tools_end_with_the_gradient_of_one_process(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "tools_run.py"), str(tmp_path)]
+    for world in (1, 2):
+        ranks = [
+            subprocess.Popen([*code, str(rank), str(world), str(port)], stderr=subprocess.PIPE, text=True)
+            for rank in range(world)
+        ]
+        for rank in ranks:
+            said_last = rank.communicate(timeout=600)[1]
+            assert rank.returncode == 0, said_last
+    one, *two = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("0of1", "0of2", "1of2")]
+    assert sorted(found["called"] for found in two) == [False, True]
+    assert one["rounds"] == two[0]["rounds"] == two[1]["rounds"] == 2
+    assert two[0]["figures"]["tools/call_frequency"] == one["figures"]["tools/call_frequency"] == 0.5
+    alone, *together = [torch.load(tmp_path / f"{name}.pt") for name in ("0of1", "0of2", "1of2")]
+    assert alone.norm() > 0
+    for gradient in together:
+        torch.testing.assert_close(gradient, alone, rtol=1e-4, atol=1e-5)
