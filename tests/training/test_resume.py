@@ -21,8 +21,8 @@ from resume_run import MOMENTS, Death, train
 from toys import SGD, fix_rollouts, prompts, student_tokenizer, teacher_model
 from transformers import TrainerCallback
 
-import trl_ctopd.trainer as trainer_module
 from trl_ctopd.models.sharding import own_rows
+from trl_ctopd.training import resuming
 from trl_ctopd.training.checkpoints import MANIFEST, RUN, is_whole, to_resume_from
 
 
@@ -420,7 +420,7 @@ class Calendar(date):
 def test_a_run_that_is_resumed_on_another_day_goes_on_with_the_prompts_of_the_day_it_began(
     build, tmp_path, caplog, monkeypatch
 ):
-    monkeypatch.setattr(trainer_module, "date", Calendar)
+    monkeypatch.setattr(resuming, "date", Calendar)
     dated = student_tokenizer()
     dated.chat_template = dated.chat_template.replace("assistant\n", 'assistant on {{ strftime_now("%d of %m") }}\n')
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "processing_class": dated, **SGD}
