@@ -145,7 +145,7 @@ def main():
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
+    report, found = header(), []
     for names in PAIRS:
         world = Numbers(*(AutoTokenizer.from_pretrained(args.assets / "tokenizers" / name) for name in names))
         print(f"{names[0]} <- {names[1]}: {world.chunks:.2f} chunks a text")
@@ -158,7 +158,7 @@ def main():
                 f"   {method:36} gradient at start {figures['gradient_at_start']:.1e}  KL {figures['kl']:.4f}  ", end=""
             )
             print(f"one digit {figures['one_digit']:.1%}, three {figures['three_digits']:.1%}", flush=True)
-    save(args.out, {**header(), "steps": STEPS, "learning_rate": RATE, "optimizer": "Adam", "runs": found})
+    save(args.out, {**report, "steps": STEPS, "learning_rate": RATE, "optimizer": "Adam", "runs": found})
 
 
 if __name__ == "__main__":
