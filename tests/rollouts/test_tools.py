@@ -27,11 +27,10 @@ from trl_ctopd.rollouts.pairing import Prompt, pair
 from trl_ctopd.rollouts.prompts import COLUMNS, render_row
 from trl_ctopd.rollouts.source import RolloutSource
 from trl_ctopd.rollouts.tools import ToolLoop, schemas
-from trl_ctopd.text.aligner import TextAligner
 from trl_ctopd.text.calls import a_call
-from trl_ctopd.text.chat import Conversation, Speaker, unshared_markup
+from trl_ctopd.text.chat import Conversation, Speaker
 from trl_ctopd.text.one_tokenizer import OneTokenizer
-from trl_ctopd.text.sections import SectionAligner
+from trl_ctopd.text.sections import SectionAligner, aligner_of
 
 
 census = runpy.run_module("benchmarks.templates.census")
@@ -111,16 +110,8 @@ def conversed(student, teacher, *turns, scores=False, tools=TOOLS, context=None,
 
 def paired(student, teacher, prompt, ids, eos_policy="bridge", one_tokenizer=False, **kwargs):
     ours, theirs = side(student), side(teacher)
-    aligner = TextAligner(
-        ours.tokenizer,
-        theirs.tokenizer,
-        masked_strings=unshared_markup(ours, theirs),
-        teacher_control_ids=theirs.control_ids,
-        teacher_continues=theirs.continues,
-    )
-    controls = {name: theirs.tokenizer.convert_tokens_to_ids(name) for name in theirs.controls}
-    end = theirs.tokenizer.convert_ids_to_tokens(theirs.turn_end[-1])
-    sections = SectionAligner(aligner, controls, end, (ours, theirs), eos_policy=eos_policy)
+    aligner = aligner_of(ours, theirs)
+    sections = SectionAligner(aligner, ours, theirs, eos_policy=eos_policy)
     [found] = pair(
         [prompt],
         [ids],

@@ -13,9 +13,8 @@ import trl
 
 from trl_ctopd import token_bytes
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
-from trl_ctopd.text.aligner import TextAligner
-from trl_ctopd.text.chat import Conversation, Speaker, unshared_markup
-from trl_ctopd.text.sections import Grammar, SectionAligner, symbols
+from trl_ctopd.text.chat import Conversation, Speaker
+from trl_ctopd.text.sections import Grammar, SectionAligner, aligner_of, symbols
 from trl_ctopd.text.token_bytes import token_table
 from trl_ctopd.text.turns import ANSWER, CALL, CALLS, THOUGHT, TOOLS, USER, Turn
 
@@ -36,16 +35,8 @@ def side(name):
 @functools.cache
 def aligners(student, teacher, policies=()):
     ours, theirs = side(student), side(teacher)
-    aligner = TextAligner(
-        ours.tokenizer,
-        theirs.tokenizer,
-        masked_strings=unshared_markup(ours, theirs),
-        teacher_control_ids=theirs.control_ids,
-        teacher_continues=theirs.continues,
-    )
-    controls = {name: theirs.tokenizer.convert_tokens_to_ids(name) for name in theirs.controls}
-    end = theirs.tokenizer.convert_ids_to_tokens(theirs.turn_end[-1])
-    return aligner, SectionAligner(aligner, controls, end, (ours, theirs), **dict(policies))
+    aligner = aligner_of(ours, theirs)
+    return aligner, SectionAligner(aligner, ours, theirs, **dict(policies))
 
 
 def rollout(student, teacher, completion, tools=None, fresh=False, **policies):

@@ -12,10 +12,9 @@ import pytest
 import trl
 
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
-from trl_ctopd.text.aligner import TextAligner
 from trl_ctopd.text.calls import a_call
-from trl_ctopd.text.chat import Conversation, Speaker, unshared_markup
-from trl_ctopd.text.sections import SectionAligner, named
+from trl_ctopd.text.chat import Conversation, Speaker
+from trl_ctopd.text.sections import SectionAligner, aligner_of, named
 from trl_ctopd.text.token_bytes import token_table
 from trl_ctopd.text.turns import CALLS, THOUGHT
 
@@ -94,16 +93,8 @@ def side(real_tokenizer):
 
 @functools.cache
 def sections_of(student, teacher):
-    aligner = TextAligner(
-        student.tokenizer,
-        teacher.tokenizer,
-        masked_strings=unshared_markup(student, teacher),
-        teacher_control_ids=teacher.control_ids,
-        teacher_continues=teacher.continues,
-    )
-    controls = {name: teacher.tokenizer.convert_tokens_to_ids(name) for name in teacher.controls}
-    end = teacher.tokenizer.convert_ids_to_tokens(teacher.turn_end[-1])
-    return aligner, SectionAligner(aligner, controls, end, (student, teacher))
+    aligner = aligner_of(student, teacher)
+    return aligner, SectionAligner(aligner, student, teacher)
 
 
 def conversations(seed):

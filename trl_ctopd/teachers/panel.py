@@ -20,10 +20,10 @@ from ..models.heads import check_head
 from ..models.loading import check_vocabulary, load_tokenizer
 from ..rollouts.pairing import Prompt, Rollout, pad_scores, pair
 from ..text.aligner import TextAligner
-from ..text.chat import Speaker, unshared_markup
+from ..text.chat import Speaker
 from ..text.continuations import Continuations
 from ..text.one_tokenizer import OneTokenizer, is_one_tokenizer
-from ..text.sections import SectionAligner
+from ..text.sections import SectionAligner, aligner_of
 from ..text.token_bytes import token_bytes
 from ..text.vocabulary import CACHE_DIR, VocabularyPair
 from .local import LocalTeacher, load_teacher
@@ -114,13 +114,7 @@ class Seat:
         student = self.student.tokenizer
         if is_one_tokenizer(student, self.tokenizer):
             return OneTokenizer(student)
-        return TextAligner(
-            student,
-            self.tokenizer,
-            masked_strings=unshared_markup(self.student, self.side),
-            teacher_control_ids=self.side.control_ids,
-            teacher_continues=self.side.continues,
-        )
+        return aligner_of(self.student, self.side)
 
     def vocabulary(self, student_size: int, device: torch.device) -> VocabularyPair:
         """What the student's vocabulary (`student_size` rows of its LM head) and this teacher's have in common."""
@@ -154,14 +148,11 @@ class Seat:
         """None where both models have the same tokenizer, since the teacher then reads the student's own ids."""
         if isinstance(self.aligner, OneTokenizer):
             return None
-        controls = {name: self.tokenizer.convert_tokens_to_ids(name) for name in self.side.controls}
-        end = self.tokenizer.convert_ids_to_tokens(self.side.turn_end[-1])
         args = self._args
         return SectionAligner(
             self.aligner,
-            controls,
-            end,
-            (self.student, self.side),
+            self.student,
+            self.side,
             markup_policy=args.markup_policy if self._markup_is_comparable else "mask",
             thought_policy=args.thought_policy,
             eos_policy=args.eos_policy,

@@ -28,7 +28,7 @@ import numpy as np
 from .aligner import AlignedTokens, TextAligner, TextAlignment, decoded, in_text
 from .altered_text import MaskedStretch
 from .calls import MARKUP, beside, pieces
-from .chat import Speaker
+from .chat import Speaker, unshared_markup
 from .chunks import Side, bounds, synchronized_chunks
 from .token_bytes import TokenTable
 from .turns import ANSWER, CALLS, THOUGHT, Turn, Unrenderable, one_of, read_turn
@@ -327,27 +327,36 @@ class Sectioned:
     opening: list[int]
 
 
+def aligner_of(student: Speaker, teacher: Speaker) -> TextAligner:
+    """The aligner of what the student writes with the teacher's tokens, each in its own template's markup."""
+    return TextAligner(
+        student.tokenizer,
+        teacher.tokenizer,
+        masked_strings=unshared_markup(student, teacher),
+        teacher_control_ids=teacher.control_ids,
+        teacher_continues=teacher.continues,
+    )
+
+
 class SectionAligner:
     """Aligns completions that have more sections than an answer.
 
     Args:
-        aligner: of the two tokenizers.
-        controls: the strings of the teacher's control tokens.
-        eos: the teacher's EOS token.
-        speakers: student and teacher, to read and write calls; without them, calls are masked.
+        aligner: of the two tokenizers, see `aligner_of`.
+        student, teacher: of the two conversations.
         markup_policy, thought_policy, eos_policy: of `plan`.
     """
 
     def __init__(
         self,
         aligner: TextAligner,
-        controls: Mapping[str, int],
-        eos: str,
-        speakers: tuple[Speaker, Speaker] | None = None,
+        student: Speaker,
+        teacher: Speaker,
         **policies: str,
     ):
-        self._aligner, self._controls, self._eos, self._policies = aligner, dict(controls), eos, policies
-        self._speakers = speakers
+        self._aligner, self._speakers, self._policies = aligner, (student, teacher), policies
+        self._controls = {name: teacher.tokenizer.convert_tokens_to_ids(name) for name in teacher.controls}
+        self._eos = teacher.tokenizer.convert_ids_to_tokens(teacher.turn_end[-1])
         self._pattern = one_of(self._controls)
         self._grammars: dict[str, Grammar] = {}
         self._said: set[str] = set()
@@ -433,8 +442,6 @@ class SectionAligner:
     ) -> list[Unit] | None:
         """Units from the first call's name to the end of the turn; None where the calls cannot be read, or where one of the
         templates cannot write them."""
-        if self._speakers is None:
-            return None
         ours, theirs = self._speakers
         lost = lost_kinds(parsed.kinds, turn, False)
         kinds = tuple(kind for kind in parsed.kinds if kind not in lost)
