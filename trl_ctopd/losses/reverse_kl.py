@@ -211,9 +211,8 @@ class ReverseKL(Loss):
         gap = self._gaps(batch, at, closed.detach(), closes)
         ended, begun = _closings_beside(batch, at)
         gap = gap.index_add(0, ended.chunk, -ended.score.detach()).index_add(0, begun.chunk, begun.score.detach())
-        if batch.other_spelling is not None:
-            other = batch.student_sum(batch.other_spelling.long())[batch.chunks.row, batch.chunks.chunk] > 0
-            gap = torch.where(other, gap.clamp(max=0), gap)
+        if (other := batch.spelled_otherwise) is not None:
+            gap = torch.where(other[batch.chunks.row, batch.chunks.chunk], gap.clamp(max=0), gap)
         # each chunk's decisions in the order of the text: to go on (inside), which token; at its end, to leave it
         open_sharp, open_guess = open_sharp * inside, open_guess * inside
         by_row = (open_sharp + sharp).double()

@@ -50,8 +50,7 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torc
     unscored = ~batch.scorable.any(1)
     impossible = batch.teacher_sum((batch.teacher_log_probs == -torch.inf).long()) > 0
     spelled = {}
-    if batch.other_spelling is not None:
-        other = batch.student_sum(batch.other_spelling.long()) > 0
+    if (other := batch.spelled_otherwise) is not None:
         spelled = {
             "spelling/other_fraction": (batch.other_spelling.sum(), scored.sum()),
             "spelling/chunks_fraction": (other.sum(), chunks),
