@@ -8,7 +8,7 @@ Decisions
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -45,14 +45,13 @@ def _is_plain(layer: LoraLayer, uses: Counter) -> bool:
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[int]:
-    """Within, the layers of `mergeable(model)` are merged. Yields their number."""
-    layers = mergeable(model)
+def merged(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """Within, these layers of `mergeable` are merged."""
     kept = [(p, p.data) for layer in layers for p in layer.get_base_layer().parameters(recurse=False)]
     try:
         for layer in layers:
             layer.merge(safe_merge=True)
-        yield len(layers)
+        yield
     finally:
         for parameter, data in kept:
             parameter.data = data

@@ -123,9 +123,9 @@ def write(
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     size = args.generation_batch_size or len(prompts)
     stop_ids, completions = set(config.eos_token_id), [([], None)] * len(prompts)
-    merging, recorded = (
-        _merging(model, config, accelerator, args, backend) if merge and not sharded else (nullcontext, False)
-    )
+    layers, recorded = [], False
+    if merge and not sharded:
+        layers, recorded = _merging(model, config, accelerator, args, backend)
     with (
         _old_names_of_checkpointing(),
         unwrap_model_for_generation(
@@ -136,15 +136,14 @@ def write(
         ) as unwrapped,
         gathered_under_fsdp(unwrapped) if sharded and not together else nullcontext(),
         _ready_to_generate(unwrapped, config),
-        merging(unwrapped),
+        merged(layers),
     ):
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            recorder = _SampledLogProbs(len(rows), config) if recorded else None
+            recorder = {"recorder": _SampledLogProbs(len(rows), config)} if recorded else {}
             with _logits_are_finite():
-                own = {"recorder": recorder} if recorded else {}
-                written = generate(unwrapped, [prompts[r] for r in rows], config, **own)
-            scores = recorder.of_tokens.tolist() if recorded else [None] * len(rows)
+                written = generate(unwrapped, [prompts[r] for r in rows], config, **recorder)
+            scores = recorder["recorder"].of_tokens.tolist() if recorded else [None] * len(rows)
             for row, ids, own in zip(rows, written, scores, strict=True):
                 end = next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
                 completions[row] = ids[:end], None if own is None else own[:end]
@@ -152,20 +151,15 @@ def write(
 
 
 def _merging(model, config: GenerationConfig, accelerator, args: CrossTokenizerGKDConfig, backend: str):
-    """How the adapter is merged, and whether the log-probs are recorded that tokens are sampled with."""
+    """The layers whose adapter is merged, and whether the log-probs are recorded that tokens are sampled with."""
     wanted = args.merge_adapter_for_generation
-    layers = mergeable(model) if wanted is not False else []
-    if not layers:
-        return nullcontext, False
-    exact = accelerator.mixed_precision == "no" and all(
-        layer.get_base_layer().weight.dtype in (torch.float32, torch.float64) for layer in layers
-    )
-    if exact:
-        return merged, False
+    layers = [] if wanted is False else mergeable(model)
+    full = (torch.float32, torch.float64)
+    if accelerator.mixed_precision == "no" and all(own.get_base_layer().weight.dtype in full for own in layers):
+        return layers, False
     plain = config.do_sample and not any((args.generation_kwargs, args.top_k, args.min_p)) and args.top_p == 1
-    if plain and backend == "transformers" and args.vllm_importance_sampling_clip_max > 0:
-        return merged, True
-    return (merged if wanted else nullcontext), False
+    recorded = bool(layers) and plain and backend == "transformers"
+    return layers if recorded or wanted else [], recorded
 
 
 class _SampledLogProbs(LogitsProcessor):
