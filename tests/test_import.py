@@ -185,3 +185,9 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it():
 
     with pytest.raises(AttributeError, match="'trl_ctopd'.*'Trainer'"):
         trl_ctopd.Trainer  # noqa: B018
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports a test file by its bare name, so that neighbours can borrow from it: the second one would not be collected."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
