@@ -17,6 +17,7 @@ from .redact import HIDDEN, redacted
 
 EOS_POLICIES = ("bridge", "mask")
 THOUGHT_POLICIES = ("mask", "text")
+EARLY_STOPS = ("kat", "random", "growing")
 GENERATION_BACKENDS = ("transformers", "transformers_continuous")
 _OWNED_BY_TRAINER = {
     "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p", "do_sample", "num_beams", "use_cache",
@@ -38,6 +39,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     _VALID_DICT_FIELDS = GKDConfig._VALID_DICT_FIELDS + [
         "distillation_loss_kwargs",
         "off_policy_loss_kwargs",
+        "early_stop_kwargs",
         "generation_kwargs",
         "transformers_continuous_batching_config",
         "chat_template_kwargs",
@@ -350,6 +352,29 @@ class CrossTokenizerGKDConfig(GKDConfig):
         },
     )
 
+    # Rollouts that end early
+    early_stop: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where a completion ends before its turn does: kat (where the student has for long agreed with the teacher), random "
+            "(as much of it as by kat, at random), growing (max_new_tokens grows). What follows takes no part in the loss."
+        },
+    )
+    early_stop_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of `early_stop`. kat, random: window, patience, quantile, memory, warmup_steps, warmup_rollouts, exempt; "
+            "growing: start, steps."
+        },
+    )
+    early_stop_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "For early_stop kat: write so many tokens at a time (256 is usual), and do not go on where it ends a completion, "
+            "which saves generation. None: write whole completions, and mask what follows the cut."
+        },
+    )
+
     # The two conversations
     overlong_prompts: str = field(
         default="error",
@@ -457,10 +482,12 @@ class CrossTokenizerGKDConfig(GKDConfig):
             ("thought_policy", THOUGHT_POLICIES),
             ("generation_backend", GENERATION_BACKENDS),
             ("scale_rewards", ("group", "none")),
+            ("early_stop", EARLY_STOPS),
         ):
-            if getattr(self, name) not in known and not (name in ("credit", "event") and getattr(self, name) is None):
+            optional = name in ("credit", "event", "early_stop")
+            if getattr(self, name) not in known and not (optional and getattr(self, name) is None):
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
-        optional = ("teacher_batch_size", "generation_batch_size", "max_tool_calling_iterations")
+        optional = ("teacher_batch_size", "generation_batch_size", "max_tool_calling_iterations", "early_stop_tokens")
         counts = (
             "max_new_tokens",
             "num_generations",

@@ -123,12 +123,15 @@ SETTINGS_IF_CHANGED = (
     "top_k",
     "min_p",
     "generation_kwargs",
+    "early_stop",
+    "early_stop_kwargs",
+    "early_stop_tokens",
     "chat_template_kwargs",
     "teacher_chat_template_kwargs",
 )
 PICTURE = "learning_curve.png"
 OURS = re.compile(
-    r"(gap|student|teacher|alignment|masked_bytes|advantage|ratio|completions|loss|closing|reverse_kl|gold|escd|xtoken|cdm)/.+|entropy|loss"
+    r"(gap|student|teacher|alignment|masked_bytes|advantage|ratio|completions|loss|closing|reverse_kl|gold|escd|xtoken|cdm|early_stop)/.+|entropy|loss"
 )
 METRICS = {
     "loss": "what was minimised",

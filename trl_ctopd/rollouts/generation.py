@@ -66,14 +66,21 @@ class Writer(Protocol):
 
 
 class TransformersWriter:
-    """A [`Writer`] by the student's own `generate`, under `config` and `args`."""
+    """A [`Writer`] by the student's own `generate`, under `config` and `args`. `record`: always tells the log-probs that it sampled
+    with, which only a temperature may have shaped."""
 
-    def __init__(self, config: GenerationConfig, accelerator, args: CrossTokenizerGKDConfig):
-        self._config, self._accelerator, self._args = config, accelerator, args
+    def __init__(self, config: GenerationConfig, accelerator, args: CrossTokenizerGKDConfig, record: bool = False):
+        self._config, self._accelerator, self._args, self._record = config, accelerator, args, record
 
-    def __call__(self, model: nn.Module, prompts: list[Prompt], step: int) -> list[Written]:
-        ids = [prompt.student_ids for prompt in prompts]
-        return write(model, ids, self._config, self._accelerator, self._args, self._args.generation_backend, merge=True)
+    def __call__(self, model: nn.Module, prompts: list[Prompt], step: int, limit: int | None = None) -> list[Written]:
+        """`limit`: in place of the config's `max_new_tokens`."""
+        ids, config, args = [prompt.student_ids for prompt in prompts], self._config, self._args
+        if limit is not None:
+            config = copy.deepcopy(config)
+            config.max_new_tokens = limit
+        return write(
+            model, ids, config, self._accelerator, args, args.generation_backend, merge=True, record=self._record
+        )
 
 
 def sampling_config(args: CrossTokenizerGKDConfig, stop_ids: list[int], pad_token_id: int) -> GenerationConfig:
@@ -101,12 +108,14 @@ def write(
     args: CrossTokenizerGKDConfig,
     backend: str = "transformers",
     merge: bool = False,
+    record: bool = False,
 ) -> list[Written]:
     """
     Completions of `prompts` (token ids) in the same order, each up to and including its first stop token.
 
     `model` may be wrapped (DDP, DeepSpeed) and have gradient checkpointing on; its state is restored afterwards. `backend`:
-    one of `GENERATION_BACKENDS`. `merge`: whether its adapter is merged meanwhile, where `args` and the model allow it.
+    one of `GENERATION_BACKENDS`. `merge`: whether its adapter is merged meanwhile, where `args` and the model allow it. `record`:
+    whether the log-probs are returned in any case, for the backend `"transformers"`.
     """
     if not prompts:
         return []
@@ -126,6 +135,7 @@ def write(
     layers, recorded = [], False
     if merge and not sharded:
         layers, recorded = _merging(model, config, accelerator, args, backend)
+    recorded = recorded or record
     with (
         _old_names_of_checkpointing(),
         unwrap_model_for_generation(

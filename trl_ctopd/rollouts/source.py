@@ -12,6 +12,7 @@ Left out: the losses, what is logged, and which rows a step gets.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from ..text.aligner import align_text
 from ..text.chat import Speaker
 from ..text.continuations import Continuations
 from .closing import add_going_on, without_unclosed
+from .early_stop import EarlyStop
 from .generation import TransformersWriter, Writer, Written, sampling_config, write
 from .metrics import rollout_metrics
 from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns, pad_scores
@@ -45,6 +47,9 @@ class Readings(Protocol):
 
     def log_probs(self, rows: Sequence[int], length: int) -> Any:
         """(len(rows), `length`) log-probs, 0 past a row's end: a tensor, or a promise of one."""
+
+    def row(self, row: int) -> torch.Tensor:
+        """(T,) log-probs of one row, which are waited for."""
 
 
 class WritingSeat(Protocol):
@@ -83,7 +88,7 @@ def student_writer(
     """
     if args.use_vllm:
         return VLLMWriter(model, accelerator, student.tokenizer, args, config.eos_token_id)
-    return TransformersWriter(config, accelerator, args)
+    return TransformersWriter(config, accelerator, args, record=args.early_stop in ("kat", "random"))
 
 
 class RolloutSource:
@@ -121,6 +126,9 @@ class RolloutSource:
         self.write, self._reads_distributions = write, reads_distributions
         self._continuations, self._tools = continuations, tools
         self._judges, self._state = judges, state
+        self.early_stop = None
+        if args.early_stop is not None:
+            self.early_stop = EarlyStop(args, accelerator, teachers, tools is not None, judges is not None)
 
     def roll_out(
         self,
@@ -157,7 +165,9 @@ class RolloutSource:
             ]
         with phase("generation"):
             tools = self._tools if mode == "train" or args.tools_in_evaluation else None
-            drawn, figures = self._draw(model, window, on_policy, step, tools)
+            early_stop = self.early_stop if mode == "train" else None
+            write = self.write if early_stop is None else partial(early_stop.write, self.write)
+            drawn, figures = self._draw(write, model, window, on_policy, step, tools)
         prompts, (completions, sampled) = [prompt for prompt, _ in drawn], zip(*(own for _, own in drawn), strict=True)
         with phase("alignment"):
             rollouts = self._teachers.pair(prompts, completions)
@@ -168,6 +178,9 @@ class RolloutSource:
                 rewards, rollouts = self._judged(rollouts, window, on_policy, repeats, mode, figures)
         with phase("teacher"):
             readings = self._teachers.read(rollouts, any(map(self._reads_distributions, on_policy)))
+            if early_stop is not None:
+                rollouts, told = early_stop.masked(rollouts, sampled, readings, step)
+                figures.update(told)
 
         batches, names, unclosed = [], list(self._teachers.seats), 0
         for index, (rows, on) in enumerate(zip(self._rows(rollouts, window, on_policy), on_policy, strict=True)):
@@ -240,6 +253,7 @@ class RolloutSource:
 
     def _draw(
         self,
+        write: Writer,
         model: nn.Module,
         window: Sequence[Sequence[Prompt]],
         on_policy: Sequence[bool],
@@ -251,9 +265,9 @@ class RolloutSource:
         groups = list(zip(window, on_policy, strict=True))
         own, figures = [prompt for prompts, on in groups if on for prompt in prompts], {}
         if tools is None:
-            own = zip(own, self.write(model, own, step), strict=True)
+            own = zip(own, write(model, own, step), strict=True)
         else:
-            own, figures = tools(self.write, model, own, step)
+            own, figures = tools(write, model, own, step)
         written = iter(own)
         given = iter(self.references([prompt for prompts, on in groups if not on for prompt in prompts]))
         drawn = [next(written) if on else (prompt, (next(given), None)) for prompts, on in groups for prompt in prompts]

@@ -19,6 +19,7 @@ from ..losses.policy_gradient import PolicyGradient
 from ..models.heads import base_model, check_head
 from ..models.loading import adapter_base, check_saves, forget_gguf, load_model, warn_of_experts
 from ..redact import redact
+from ..rollouts.early_stop import check_early_stop, check_pieces
 from ..rollouts.generation import check_prompt_learning
 from ..teachers.panel import Panel
 from ..teachers.servers import is_url, is_url_without_scheme
@@ -107,6 +108,7 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with `accelerate "
             "launch`, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)."
         )
+    check_early_stop(args)
     if args.rollout_reuse > 1:
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         rows = None if isinstance(train_dataset, IterableDataset) else len(train_dataset)
@@ -146,7 +148,9 @@ def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
             "even_batches=False would give the last batch of an epoch to some processes alone, and the others would wait for "
             "ever: leave it True. Rows that only fill a batch up are not learned from."
         )
-    if args.gather_for_generation or not (fsdp or is_deepspeed_zero3_enabled()):
+    sharded = fsdp or is_deepspeed_zero3_enabled()
+    check_pieces(args, sharded)
+    if args.gather_for_generation or not sharded:
         return
     if args.generation_backend == "transformers_continuous":
         raise ValueError(

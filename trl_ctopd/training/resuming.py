@@ -30,7 +30,8 @@ class ResumableTrainer(GKDTrainer):
     - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`: a run resumes from a complete checkpoint of its
       own, with the rollouts that were not yet used.
 
-    A subclass calls `_prepare_to_resume` before it renders its datasets, and has `panel`, `student_side` and `_prepare_dataset`.
+    A subclass calls `_prepare_to_resume` before it renders its datasets, and has `panel`, `student_side`, `rollouts` and
+    `_prepare_dataset`.
     """
 
     def _prepare_to_resume(self, args: CrossTokenizerGKDConfig, train_dataset, eval_dataset):
@@ -121,9 +122,13 @@ class ResumableTrainer(GKDTrainer):
         super()._save_rng_state(output_dir)
         if self.state.global_step % self.args.rollout_reuse:
             self._pending.save(output_dir)
+        if self.rollouts.early_stop is not None:
+            self.rollouts.early_stop.save(output_dir)
         self.accelerator.wait_for_everyone()  # the next step marks the checkpoint as complete
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._pending.load(checkpoint)
+            if self.rollouts.early_stop is not None:
+                self.rollouts.early_stop.load(checkpoint)
