@@ -12,6 +12,7 @@ from .gkd import GKDConfig
 from .losses import LOSSES, loaded_loss, loss_name, saved_loss
 from .losses.credit import CREDITS
 from .losses.dpca import EVENTS
+from .losses.prefix_credit import PREFIX_CREDITS
 from .redact import HIDDEN, redacted
 
 
@@ -119,9 +120,11 @@ class CrossTokenizerGKDConfig(GKDConfig):
         metadata={
             "help": "For dpca only: how a chunk's gap is shared among its student tokens. semantic (by log-prob, as in the "
             "paper), uniform, byte_length, last, macro (each token gets the whole gap: the chunk is one action; without a clip, "
-            "this is the unbiased gradient of each chunk's reverse KL given the text before it), or previous (macro, and a "
+            "this is the unbiased gradient of each chunk's reverse KL given the text before it), previous (macro, and a "
             "chunk's first token also gets the gap of the chunk before: open chunks that keep the fixed point, from log-probs "
-            "alone). None: macro with closed chunks, semantic with open ones."
+            "alone), or by the teacher's distributions over the beginnings of a chunk: remaining (macro's gradient with less noise) "
+            "or prefix (each token gets what it changed; the least noise, another gradient). None: macro with closed chunks, "
+            "semantic with open ones."
         },
     )
     advantage_clip: float | None = field(
@@ -474,7 +477,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
             self.bf16 = False  # TRL's default of True is an error on a machine without bfloat16
         super().__post_init__()
         for name, known in (
-            ("credit", CREDITS),
+            ("credit", (*CREDITS, *PREFIX_CREDITS)),
             ("event", EVENTS),
             ("eos_policy", EOS_POLICIES),
             ("markup_policy", EOS_POLICIES),

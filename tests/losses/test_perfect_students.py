@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from trl_ctopd.losses import LOSSES, build_loss
+from trl_ctopd.losses.prefix_credit import PREFIX_CREDITS
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
@@ -126,6 +127,23 @@ def test_dpca_as_published_moves_it_wherever_tokens_nest(knobs):
     for shape in SHAPES:
         found = drift("dpca", shape, **knobs)
         assert found < 1e-10 if shape == "1:1" else found > 1e-3
+
+
+@pytest.mark.parametrize("credit", PREFIX_CREDITS)
+def test_credits_by_the_beginnings_of_chunks_keep_it_where_closed_chunks_do(credit):
+    for shape in SHAPES:
+        found = drift("dpca", shape, event="closed", credit=credit)
+        assert found < 1e-10 if shape in STAYS["unless its tokens hold several of the teacher's"] else found > 1e-3
+
+
+def test_credits_by_the_beginnings_of_open_chunks_move_it_wherever_tokens_nest_and_numbers_as_stated():
+    for shape, credit in itertools.product(SHAPES, PREFIX_CREDITS):
+        found = drift("dpca", shape, event="open", credit=credit)
+        assert found < 1e-10 if shape == "1:1" else found > 1e-3
+    macro, remaining, prefix = (
+        drift("dpca", "m:1, digits", event="open", credit=credit) for credit in ("macro", "remaining", "prefix")
+    )
+    assert remaining == pytest.approx(macro) and prefix == pytest.approx(0.75 * macro, rel=0.02)
 
 
 @pytest.mark.parametrize("top_k", [0, 2])

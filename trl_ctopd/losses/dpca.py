@@ -19,6 +19,7 @@ import torch
 from .base import Metrics, ScoredChunks
 from .credit import CREDITS, closing, floored, gaps, outer_positions, previous_gaps, shares, spread
 from .policy_gradient import PolicyGradient, check_clip, clipped
+from .prefix_credit import PREFIX_CREDITS, prefix_advantages
 
 
 EVENTS = ("closed", "open")
@@ -47,6 +48,11 @@ class DPCA(PolicyGradient):
             [`~trl_ctopd.losses.credit.shares`]. `None`: `"macro"` for closed chunks, `"semantic"`, the paper's, for open
             ones. `"previous"`, for open ones alone: `"macro"`, and a chunk's first token, which is what closed the chunk
             before, answers for the gap of that one too: with log-probs alone, more noise, and less of the open chunks' drift.
+            `"prefix"` and `"remaining"`: by what the teacher's distributions say of the beginning of a chunk, for a teacher in
+            this process; see [`~trl_ctopd.losses.prefix_credit.prefix_advantages`]. `"remaining"` has the expectation of `"macro"`
+            and less noise, `"prefix"` another expectation and the least noise near the teacher. With closed chunks a perfect
+            student stays as it does with the others. With open ones it moves: on numbers, `"remaining"` has the drift of
+            `"macro"`, and `"prefix"` .75 of it.
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on |A_i| or |G_c| in nats; `None` for no bound.
         event (`str`, *optional*): `"closed"`, which reads `ScoredChunks.close_log_probs`, or `"open"`, the paper's. `None`:
             `"closed"`, but `"open"` with credit `"previous"`, and on a batch of log-probs alone, as a loop of one's own may
@@ -69,8 +75,12 @@ class DPCA(PolicyGradient):
             raise ValueError(f"Unknown event {self.event!r}: choose one of {', '.join(EVENTS)}.")
         if self.credit is None:
             self.credit = "macro" if self.event == "closed" else "semantic"
-        if self.credit not in CREDITS:
-            raise ValueError(f"Unknown credit {self.credit!r}: choose one of {', '.join(CREDITS)}.")
+        known = (*CREDITS, *PREFIX_CREDITS)
+        if self.credit not in known:
+            raise ValueError(f"Unknown credit {self.credit!r}: choose one of {', '.join(known)}.")
+        if self.credit in PREFIX_CREDITS:
+            self.signal, self.structures = "logits", ("prefixes",)
+            self.reads_because = f" with credit={self.credit!r}"
         if (self.credit, self.event) == ("previous", "closed"):
             raise ValueError(
                 "credit='previous' hands on what a closed chunk accounts for itself: set event='open', or credit='macro'."
@@ -80,22 +90,39 @@ class DPCA(PolicyGradient):
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         if self._open is not None and batch.policy_close_log_probs is None:
             return self._open(batch, num_items)
-        advantages, cut = self.advantages(batch)
+        advantages, close, told = self._advantages(batch)
+        advantages, cut = clipped(advantages, self.advantage_clip)
         if self.event == "open":
-            return self.surrogate(batch, advantages, cut, num_items)
-        value, metrics = self.surrogate(batch, advantages, cut, num_items, self._close_advantages(batch))
+            value, metrics = self.surrogate(batch, advantages, cut, num_items)
+            return value, {**metrics, **told}
+        value, metrics = self.surrogate(batch, advantages, cut, num_items, close)
+        metrics |= told
         _, after = closing(batch.close_log_probs.detach(), batch.student_chunks, batch.num_chunks)
         return value, {**metrics, "closing/nats_per_chunk": (-after.sum(), (batch.student_tokens > 0).sum())}
 
     @torch.no_grad()
     def advantages(self, batch: ScoredChunks) -> tuple[torch.Tensor, torch.Tensor]:
         """A_i of shape (B, S), 0 where a token takes no part, and where the clip took hold (B, S)."""
+        return clipped(self._advantages(batch)[0], self.advantage_clip)
+
+    @torch.no_grad()
+    def _advantages(self, batch: ScoredChunks) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+        """(B, S) of the tokens before the clip, (B, S) of log p_close at each position, clipped, and the credit's own metrics."""
         log_probs, gap = batch.policy_log_probs, self._gaps(batch)
+        if self.credit in PREFIX_CREDITS:
+            close = batch.policy_close_log_probs if self.event == "closed" else None
+            found, unknown = prefix_advantages(self.credit, batch, gap, close)
+            tokens, ends = found
+            if self.event == "closed" and (other := batch.spelled_otherwise) is not None:
+                tokens = torch.where(spread(other, batch.student_chunks), tokens.clamp(max=0), tokens)
+                ends = torch.where(other, ends.clamp(max=0), ends)
+            metrics = {"credit/without_prefix_fraction": (unknown.sum(), (batch.student_tokens > 0).sum())}
+            return tokens, self._at_closings(batch, gap, ends), metrics
         share = shares(self.credit, log_probs, batch.student_chunks, batch.student_widths, batch.num_chunks)
         advantages = spread(gap, batch.student_chunks) * share
         if self.credit == "previous":
             advantages = advantages + previous_gaps(gap, batch.student_chunks, batch.num_chunks)
-        return clipped(advantages, self.advantage_clip)
+        return advantages, self._at_closings(batch, gap, gap), {}
 
     def _gaps(self, batch: ScoredChunks) -> torch.Tensor:
         """(B, C)."""
@@ -112,13 +139,13 @@ class DPCA(PolicyGradient):
         gap, _ = gaps(batch.policy_log_probs, teacher, *sides, batch.num_chunks, close)
         return batch.bounded_where_spelled_otherwise(gap) if self.event == "closed" else gap
 
-    @torch.no_grad()
-    def _close_advantages(self, batch: ScoredChunks) -> torch.Tensor:
-        """(B, S) of log p_close at each position: the gap of the chunk that ends there, less that of the one that begins."""
-        gap, _ = clipped(self._gaps(batch), self.advantage_clip)
+    def _at_closings(self, batch: ScoredChunks, begun: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
+        """(B, S) what log p_close gets at each position: `ended` (B, C) of the chunk that ends there, less `begun` of the one that begins
+        there, each clipped."""
+        begun, ended = (clipped(part, self.advantage_clip)[0] for part in (begun, ended))
         first, last = outer_positions(batch.student_chunks, batch.num_chunks)
         length = batch.student_chunks.shape[1]
         ends = torch.where(last < 0, length + 1, last + 1)
         begins = torch.where(last < 0, length + 1, first)
-        found = gap.new_zeros(len(gap), length + 2).scatter_add(1, ends, gap).scatter_add(1, begins, -gap)
+        found = begun.new_zeros(len(begun), length + 2).scatter_add(1, ends, ended).scatter_add(1, begins, -begun)
         return found[:, :length]

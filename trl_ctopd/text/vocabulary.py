@@ -264,6 +264,24 @@ class VocabularyPair:
         another."""
         return is_one_tokenizer(*self._tokenizers)
 
+    @property
+    def student_rows(self) -> list[bytes]:
+        """The bytes of each of the V_S ids; none for a stop id."""
+        return self._student.rows
+
+    @property
+    def teacher_rows(self) -> list[bytes]:
+        """The bytes of each of the V_T ids; none for a stop id."""
+        return self._teacher.rows
+
+    def places_beginning_with(self, text: bytes) -> tuple[int, int]:
+        """`low:high` of the places (`Prefixes.place`) of the teacher tokens that begin with `text`, which is not empty."""
+        return bisect_left(self._teacher_texts, text), _end_of_prefix(self._teacher_texts, text)
+
+    @cached_property
+    def _teacher_texts(self) -> list[bytes]:
+        return _in_order(self._teacher)[1]
+
     @cached_property
     def student_widths(self) -> torch.Tensor:
         """(V_S,) bytes of each student id."""

@@ -318,7 +318,7 @@ def check_signal(loss: Callable, signals: Sequence[str]):
         if "likeliest" in signals:
             able += ["reverse_kl with a `top_k`"]
         raise ValueError(
-            f"{loss_name(loss)} needs the teacher's {wanted}, and a teacher behind a server, or one of several, gives "
+            f"{loss_name(loss)}{getattr(loss, 'reads_because', '')} needs the teacher's {wanted}, and a teacher behind a server, or one of several, gives "
             f"{', '.join(signal for signal in signals if signal != 'likeliest')} only. Choose one of {', '.join(able)}, or a single teacher in this process."
         )
 

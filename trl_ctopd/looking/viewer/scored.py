@@ -113,7 +113,7 @@ class ScoredRollout(Shown):
         )
         num_bytes = batch.student_sum(batch.student_widths).masked_fill(neutral, 0).sum().item()
         own_shares = None
-        if isinstance(loss, DPCA):
+        if isinstance(loss, DPCA) and loss.signal == "logprobs":
             own_shares = shares(loss.credit, log_probs, batch.student_chunks, batch.student_widths, batch.num_chunks)
         real = slice(alignment.num_chunks)
         return cls(
