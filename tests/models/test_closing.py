@@ -35,14 +35,16 @@ def reference(hidden, weight, bias, targets, goes_on, temperature, softcap, scal
 @pytest.mark.parametrize(("softcap", "scale", "temperature"), [(None, 1.0, 1.0), (5.0, 1.0, 1.0), (4.0, 0.5, 0.7)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("columns", "token_rows"), [(1024, 4096), (32, 4096), (32, 7)])
+@pytest.mark.parametrize("without", [0, 14, N], ids="{}_rows_without_a_gradient".format)
 def test_values_and_gradients_are_those_of_whole_logits(
-    columns, token_rows, bias, softcap, scale, temperature, monkeypatch
+    without, columns, token_rows, bias, softcap, scale, temperature, monkeypatch
 ):
     monkeypatch.setattr("trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE", token_rows)
     hidden, weight, own_bias, targets, rows, ids, goes_on = case(columns + token_rows, bias)
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(2, N, generator=generator)
     weights[1, 1] = 0  # of which so little is closed that float32 has few digits for it
+    weights[:, torch.randperm(N, generator=generator)[:without]] = 0
 
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, own_bias) if x is not None]
     found = ClosingLogProbFunction.apply(

@@ -261,7 +261,14 @@ def check_order(case: Case):
     outcome = {token: student.ids[text][0] for token, text in student.texts.items()}
     if case.bridged:
         outcome |= dict.fromkeys(student.stops, min(student.stops))
-    assert prefixes.student_outcome.tolist() == [outcome.get(token, student.size) for token in range(student.size)]
+    outcomes = [outcome.get(token, student.size) for token in range(student.size)]
+    assert prefixes.student_outcome.tolist() == outcomes
+    values = torch.arange(2 * student.size, dtype=torch.float64).view(2, -1)
+    sums = torch.zeros(2, student.size + 1, dtype=torch.float64)
+    for token, own in enumerate(outcomes):
+        sums[:, own] += values[:, token]
+    assert torch.equal(prefixes.by_outcome(values), sums)
+    assert torch.equal(prefixes.by_student_token(sums.clone()), sums[:, outcomes])
 
 
 @every_pair

@@ -190,8 +190,8 @@ class ReverseKL(Loss):
                 known = self._known(log_q)
             return self._decisions(batch, log_p, *known, *rows)
 
-        closed, opened, tokens, guess, sharp, close_told, open_told, own_close, own_open, contradicted = over_tiles(
-            decisions, self.tile(batch), student, teacher, *per_row
+        drawn, closed, opened, tokens, guess, sharp, close_told, open_told, own_close, own_open, contradicted = (
+            over_tiles(decisions, self.tile(batch), student, teacher, *per_row)
         )
         closes = (at.before >= 0) & torch.isfinite(opened)
         inside = (at.before < 0) & torch.isfinite(opened)
@@ -223,7 +223,7 @@ class ReverseKL(Loss):
         left = gap[at.chunk]
         where = at.before[closes]
         corrections = (
-            (left - past, self._scores(batch, at, closed, opened, closes, inside)),
+            (left - past, self._scores(drawn, closed, opened, closes, inside)),
             ((left - past + sharp)[inside], opened[inside]),
             (gap[where] - total[where] - close_sharp[closes], closed[closes]),
             ((gap - total)[ended.chunk], ended.score),
@@ -247,11 +247,10 @@ class ReverseKL(Loss):
         }
         return -value / num_items, metrics
 
-    def _scores(self, batch, at, closed, opened, closes, inside):
+    def _scores(self, drawn, closed, opened, closes, inside):
         """(n,) log-prob of each student token given that it goes on, or that what lay there is left."""
-        scores = batch.student_log_probs.flatten()[at.student]
         given = torch.where(closes, closed, torch.zeros_like(closed))
-        return scores - torch.where(inside, opened.masked_fill(~inside, 0), given)
+        return drawn - torch.where(inside, opened.masked_fill(~inside, 0), given)
 
     def _gaps(self, batch: ScoredChunks, at: Places, closed: torch.Tensor, closes: torch.Tensor) -> torch.Tensor:
         """(K,) of closed chunks, without gradient."""
@@ -275,7 +274,7 @@ class ReverseKL(Loss):
 
     def _decisions(self, batch, log_p, known_q, rest, teacher_ids, written, told, head, closes, ids):
         """
-        A tile's rows (n,): log-probs of leaving what lies there and of going on, Σ_o p(o) g(o) over the next token, g of the
+        A tile's rows (n,): log-probs of the sampled token, of leaving what lies there and of going on, Σ_o p(o) g(o) over the next token, g of the
         sampled one and the same without bounds; the teacher's log-probs of leaving and going on, of `head` and of its whole
         token; and whether the sampled token contradicts the table of continuations.
         """
@@ -285,13 +284,15 @@ class ReverseKL(Loss):
         contradicted = (head >= 0) & (drawn_goes_on == closes)
         inside = (head >= 0) & ~closes & ~contradicted
         row, token = row[~contradicted[row]], token[~contradicted[row]]
+        drawn = log_p.gather(1, ids[:, None])[:, 0]
         opened = _logsumexp_by_row(log_p[row, token], row, count)
-        closed = _complement(opened, log_p.gather(1, ids[:, None])[:, 0], ~inside)
+        closed = _complement(opened, drawn, ~inside)
         given = torch.where(inside, opened.masked_fill(~inside, 0), closed)
 
         with torch.no_grad():
-            p = _renormalised(log_p, given, inside, row, token)
-            by_outcome = p.new_zeros(count, p.shape[1] + 1).index_add(1, prefixes.student_outcome, p)
+            # rows that are not compared have no probability, and so no weight
+            p = _renormalised(log_p, given.masked_fill(~told, torch.inf), inside, row, token)
+            by_outcome = prefixes.by_outcome(p)
             t, unknown = _told(prefixes, known_q, rest, teacher_ids, written)
             if unknown is not None:  # what no known token stands for is one outcome
                 untold = t == 0
@@ -302,11 +303,11 @@ class ReverseKL(Loss):
             sampled = (both.gather(1, outcome)[:, 0].log() for both in (t, by_outcome))
             guess, sharp = self._guess(*sampled, told)
             guesses = self._bounded_ratio(t, by_outcome)
-            weights = p.mul_(guesses[:, prefixes.student_outcome]).mul_(told[:, None])
+            weights = p.mul_(prefixes.by_student_token(guesses))
             of_head = _leaving(prefixes, known_q, rest, head)
             of_token = _leaving(prefixes, known_q, rest, teacher_ids)
         expected = _Expected.apply(log_p, given, weights)
-        return closed, opened, expected, guess, sharp, *of_head, *of_token, contradicted
+        return drawn, closed, opened, expected, guess, sharp, *of_head, *of_token, contradicted
 
     def _bounded_ratio(self, t: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         """log t − log p within bounds, in the place of `t` and `p`; anything where p is 0."""
@@ -390,23 +391,20 @@ def _renormalised(log_p, given, inside, row, token) -> torch.Tensor:
 def _told(prefixes, log_q, rest, teacher_ids, written):
     """The teacher's probabilities (n, V_S + 1) of the student's outcomes, given the bytes already written; and, where some of
     its tokens are not known, that of all of those."""
-    size = len(prefixes.student_outcome) + 1
-    t, unknown = log_q.new_zeros(len(log_q), size), rest
+    q, unknown = log_q.exp(), rest
+    t = q.new_zeros(len(q), len(prefixes.student_outcome) + 1)
+    t.scatter_add_(1, prefixes.first_outcome.expand_as(q), q)
     begun = written > 0
-    if not begun.all():
-        q = (log_q if not begun.any() else log_q[~begun]).exp()
-        told = q.new_zeros(len(q), size).scatter_add_(1, prefixes.first_outcome.expand_as(q), q)
-        if not begun.any():
-            return told, unknown
-        t[~begun] = told
-    log_q, teacher_ids, written = log_q[begun], teacher_ids[begun], written[begun]
+    if not begun.any():
+        return t, unknown
+    log_q, q, teacher_ids, written = log_q[begun], q[begun], teacher_ids[begun], written[begun]
     if rest is None:
         q = possible(prefixes, log_q, teacher_ids, written)
     else:
-        q = log_q.exp() * prefixes.going_on(teacher_ids, written)
+        q = q * prefixes.going_on(teacher_ids, written)
         total = (q.sum(1) + rest[begun]).clamp(min=torch.finfo(q.dtype).tiny)
         q, unknown = q / total[:, None], rest.index_put((begun,), rest[begun] / total)
-    t[begun] = q.new_zeros(len(q), size).scatter_add_(1, prefixes.outcome[prefixes.entries(written)], q)
+    t[begun] = t.new_zeros(len(q), t.shape[1]).scatter_add_(1, prefixes.outcome[prefixes.entries(written)], q)
     return t, unknown
 
 

@@ -31,11 +31,10 @@ class ClosingLogProbFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, ids, temperature, columns, softcap, scale):
-        device, count, size = hidden.device, len(hidden), len(weight)
+        device, count = hidden.device, len(hidden)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
         ctx.settings = dtype, columns, softcap, scale, temperature
-        blocks = torch.arange(0, size + columns, columns, device=device) >> 4
-        ctx.bounds = torch.searchsorted(ids >> 4, blocks).tolist()
+        bounds = _bounds(ids, len(weight), columns)
         statistics = [torch.zeros(count, device=device) for _ in range(7)]
         running_max, sum_exp, x_sum_exp, sq_sum_exp, z_sum, before_target, target_logit = statistics
         running_max.fill_(-torch.inf)
@@ -59,7 +58,7 @@ class ClosingLogProbFunction(torch.autograd.Function):
                 HAS_IS_TOP1=False,
                 **_kernel_settings(softcap, scale, temperature),
             )
-            where, at = _entries(ctx.bounds, start // columns, rows, top, bottom, count)
+            where, at = _entries(bounds, start // columns, rows, top, bottom, count)
             read = tile[rows[where] - top, ids[where] - start].float() * scale
             if softcap is not None:
                 read = softcap * torch.tanh(read / softcap)
@@ -88,7 +87,18 @@ class ClosingLogProbFunction(torch.autograd.Function):
         chances = (logits - log_z[rows]).exp()
         extra = -ratio[rows] * chances * _slope(logits, softcap, scale, temperature)
         target_extra = common * _slope(log_probs + log_z, softcap, scale, temperature)
-        dense = (grad_log_probs - common).contiguous()
+        dense = grad_log_probs - common
+
+        # only rows with a gradient are projected again: a loss on distributions has its own for most of them
+        kept = (grad_log_probs.bool() | grad_close.bool()).nonzero()[:, 0]
+        place = torch.full_like(targets, -1).index_copy(0, kept, torch.arange(len(kept), device=kept.device))
+        entries = (place[rows] >= 0).nonzero()[:, 0]
+        rows, ids, extra = place[rows[entries]], ids[entries], extra[entries]
+        all_hidden, hidden = hidden, hidden[kept]
+        targets, log_z, entropy, dense, target_extra, nothing = (
+            part[kept] for part in (targets, log_z, entropy, dense, target_extra, nothing)
+        )
+        bounds = _bounds(ids, len(weight), columns)
         with maybe_gather_lm_head_ctx(weight, bias):
             found = [
                 torch.zeros(part.shape, device=part.device) if needed else None
@@ -115,7 +125,7 @@ class ClosingLogProbFunction(torch.autograd.Function):
                     BLOCK_SIZE=trl_kernels._BLOCK_SIZE,
                     **_kernel_settings(softcap, scale, temperature),
                 )
-                where, at = _entries(ctx.bounds, start // columns, rows, top, bottom, len(hidden))
+                where, at = _entries(bounds, start // columns, rows, top, bottom, len(hidden))
                 place = rows[where] - top, ids[where] - start
                 tile[place] = (tile[place].float() + extra[at]).to(tile.dtype)
                 local = targets[top:bottom] - start
@@ -128,11 +138,19 @@ class ClosingLogProbFunction(torch.autograd.Function):
                     trl_kernels._addmm_fp32(grad_weight[start:end], tile.t(), hidden[top:bottom].to(dtype))
                 if grad_bias is not None:
                     grad_bias[start:end] += tile.sum(dim=0, dtype=torch.float32)
+        if grad_hidden is not None:
+            found[0] = grad_hidden.new_zeros(all_hidden.shape).index_copy_(0, kept, grad_hidden)
         grads = [
             None if grad is None else grad.to(part.dtype)
             for grad, part in zip(found, (hidden, weight, bias), strict=True)
         ]
         return *grads, *[None] * 7
+
+
+def _bounds(ids: torch.Tensor, size: int, columns: int) -> list[int]:
+    """Where each tile's ids begin among `ids`, which are ordered by `ids >> 4`; last, how many there are."""
+    blocks = torch.arange(0, size + columns, columns, device=ids.device) >> 4
+    return torch.searchsorted(ids >> 4, blocks).tolist()
 
 
 def _tiles(hidden, weight, bias, dtype, columns):

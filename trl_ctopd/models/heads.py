@@ -148,10 +148,11 @@ def lm_head(
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(weight.device.type, enabled=False):
             found = nn.functional.linear(hidden.to(weight.device, dtype), weight, bias)
-            found = found.to(torch.promote_types(dtype, torch.float32)) * scale
+            found = found.to(torch.promote_types(dtype, torch.float32))
+            found = found if scale == 1 else found * scale  # each is a pass over the whole vocabulary
             if softcap is not None:
                 found = softcap * torch.tanh(found / softcap)
-            return found / temperature
+            return found if temperature == 1 else found / temperature
 
     return logits
 

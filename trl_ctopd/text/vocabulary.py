@@ -134,6 +134,25 @@ class Prefixes(_Structure):
         high = self.high[entry].masked_fill(first, len(self.place))[:, None]
         return (self.place >= low) & (self.place < high)
 
+    def by_outcome(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums (n, V_S + 1) over the student tokens of each outcome of `values` (n, V_S)."""
+        found = values.new_empty(len(values), len(self.student_outcome) + 1)
+        found[:, :-1] = values
+        found[:, -1] = 0
+        found[:, self._moved] = 0
+        return found.index_add_(1, self.student_outcome[self._moved], values[:, self._moved])
+
+    def by_student_token(self, values: torch.Tensor) -> torch.Tensor:
+        """(n, V_S) that of each student token's outcome, of `values` (n, V_S + 1), which are overwritten."""
+        values[:, self._moved] = values[:, self.student_outcome[self._moved]]
+        return values[:, :-1]
+
+    @cached_property
+    def _moved(self) -> torch.Tensor:
+        """The student ids that are not their own outcome: few beside all of them."""
+        own = torch.arange(len(self.student_outcome), device=self.student_outcome.device)
+        return (self.student_outcome != own).nonzero()[:, 0]
+
     def longer_tokens(self, teacher_ids: torch.Tensor, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(K,) rows, among those `where` (n,) is True, and (K,) teacher tokens that begin with all of the row's `teacher_ids` (n,)
         and go on."""
