@@ -10,6 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from .gkd import GKDConfig
 from .losses import LOSSES, loaded_loss, loss_name, saved_loss
+from .losses.baseline import BASELINES
 from .losses.credit import CREDITS
 from .losses.dpca import EVENTS
 from .losses.prefix_credit import PREFIX_CREDITS
@@ -125,6 +126,21 @@ class CrossTokenizerGKDConfig(GKDConfig):
             "alone), or by the teacher's distributions over the beginnings of a chunk: remaining (macro's gradient with less noise) "
             "or prefix (each token gets what it changed; the least noise, another gradient). None: macro with closed chunks, "
             "semantic with open ones."
+        },
+    )
+    baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": "For dpca only: kl adds to each chunk's gap the KL of the two models' next tokens where the chunk begins, which is "
+            "minus its expectation (vOPD). It reads distributions, and changes the noise alone with closed chunks and credit macro or "
+            "remaining. None: no baseline."
+        },
+    )
+    baseline_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "With baseline kl: how many of the teacher's likeliest tokens it reads. A server has to tell as many. None: the "
+            "whole distribution, of a teacher in this process."
         },
     )
     advantage_clip: float | None = field(
@@ -479,6 +495,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         for name, known in (
             ("credit", (*CREDITS, *PREFIX_CREDITS)),
             ("event", EVENTS),
+            ("baseline", BASELINES),
             ("eos_policy", EOS_POLICIES),
             ("markup_policy", EOS_POLICIES),
             ("overlong_prompts", ("error", "drop")),
@@ -487,7 +504,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
             ("scale_rewards", ("group", "none")),
             ("early_stop", EARLY_STOPS),
         ):
-            optional = name in ("credit", "event", "early_stop")
+            optional = name in ("credit", "event", "baseline", "early_stop")
             if getattr(self, name) not in known and not (optional and getattr(self, name) is None):
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
         optional = ("teacher_batch_size", "generation_batch_size", "max_tool_calling_iterations", "early_stop_tokens")

@@ -146,6 +146,20 @@ def test_credits_by_the_beginnings_of_open_chunks_move_it_wherever_tokens_nest_a
     assert remaining == pytest.approx(macro) and prefix == pytest.approx(0.75 * macro, rel=0.02)
 
 
+@pytest.mark.parametrize("credit", ["macro", "semantic", "remaining"])
+def test_a_baseline_keeps_it_where_closed_chunks_do(credit):
+    for shape in SHAPES:
+        found = drift("dpca", shape, event="closed", credit=credit, baseline="kl")
+        assert found < 1e-10 if shape in STAYS["unless its tokens hold several of the teacher's"] else found > 1e-3
+
+
+def test_a_baseline_triples_the_drift_of_open_chunks_on_numbers():
+    plain, steady = (
+        drift("dpca", "m:1, digits", event="open", credit="macro", baseline=baseline) for baseline in (None, "kl")
+    )
+    assert 2.5 * plain < steady < 4 * plain
+
+
 @pytest.mark.parametrize("top_k", [0, 2])
 def test_reverse_kl_stays_with_a_teacher_of_few_known_tokens_as_with_the_whole(top_k):
     for shape in STAYS["unless its tokens hold several of the teacher's"]:

@@ -1,4 +1,4 @@
-"""What makes the gradient steadier, through the trainer: credits by the beginnings of chunks."""
+"""What makes the gradient steadier, through the trainer: credits by the beginnings of chunks, and a baseline."""
 
 import contextlib
 
@@ -18,9 +18,15 @@ def no_cache(monkeypatch, tmp_path):
 @pytest.fixture
 def serve():
     with contextlib.ExitStack() as stack:
-        yield lambda **options: stack.enter_context(ProtocolServer(teacher_model(), teacher_tokenizer(), **options))
+        yield lambda **options: stack.enter_context(
+            ProtocolServer(teacher_model(**SHARP), teacher_tokenizer(), **options)
+        )
 
 
+SHARP = {
+    "initializer_range": 0.3,
+    "vocab_size": len(teacher_tokenizer()),
+}  # no padding rows, of which a server says nothing
 IN_ORDER = {"train_sampling_strategy": "sequential", **SGD}
 
 
@@ -33,11 +39,13 @@ def test_a_credit_by_the_beginnings_of_chunks_trains_and_says_what_has_none(buil
     assert (step - plain).abs().max() > 1e-3 * plain.abs().max()
 
 
+SPLIT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "logit_tile_tokens": 16}
+
+
 def test_micro_batches_and_tiles_give_the_whole_batchs_step(build):
     settings = {"credit": "remaining", **IN_ORDER}
     whole = step_of(fix_rollouts(build(per_device_train_batch_size=8, **settings)))
-    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "logit_tile_tokens": 16}
-    torch.testing.assert_close(step_of(fix_rollouts(build(**split, **settings))), whole, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(step_of(fix_rollouts(build(**SPLIT, **settings))), whole, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("credit", PREFIX_CREDITS)
@@ -46,3 +54,34 @@ def test_a_teacher_behind_a_server_is_refused_with_the_setting_that_asks_for_mor
         ValueError, match=f"DPCA with credit='{credit}' needs the teacher's logits.*a single teacher in this"
     ):
         build(credit=credit, teacher=serve().url)
+
+
+@pytest.mark.parametrize("event", ["closed", "open"])
+def test_a_baseline_trains_in_whole_and_in_parts_and_says_what_it_adds(build, event):
+    settings = {"event": event, "baseline": "kl", **IN_ORDER}
+    trainer = fix_rollouts(build(per_device_train_batch_size=8, **settings))
+    whole = step_of(trainer)
+    log = trainer.state.log_history[0]
+    assert log["baseline/nats_per_chunk"] > 0 and log["baseline/told_fraction"] > 0.5
+    torch.testing.assert_close(step_of(fix_rollouts(build(**SPLIT, **settings))), whole, rtol=1e-3, atol=1e-6)
+    plain = step_of(fix_rollouts(build(per_device_train_batch_size=8, event=event, **IN_ORDER)))
+    assert (whole - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_a_servers_likeliest_tokens_give_the_step_with_a_baseline_of_the_same_teacher_in_this_process(build, serve):
+    settings = {"baseline": "kl", "baseline_top_k": 20, "per_device_train_batch_size": 8, **IN_ORDER}
+    remote, local = (
+        step_of(fix_rollouts(build(teacher=teacher, **settings))) for teacher in (serve().url, teacher_model(**SHARP))
+    )
+    torch.testing.assert_close(remote, local, rtol=1e-3, atol=1e-5)
+    with pytest.raises(
+        ValueError, match="with baseline='kl' and baseline_top_k=None needs the teacher's logits.*`baseline_top_k`"
+    ):
+        build(teacher=serve().url, baseline="kl")
+
+
+def test_a_baseline_of_another_loss_is_refused(build):
+    with pytest.raises(ValueError, match="baseline='kl' has no effect on distillation_loss='alm'.*dpca"):
+        build(distillation_loss="alm", baseline="kl")
+    with pytest.raises(ValueError, match="Unknown baseline 'mean': choose one of kl"):
+        build(baseline="mean")

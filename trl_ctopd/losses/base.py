@@ -130,12 +130,6 @@ class ScoredChunks:
         """(B, C) True for chunks with a token of `other_spelling`; None where that is not known."""
         return None if self.other_spelling is None else self.student_sum(self.other_spelling.long()) > 0
 
-    def bounded_where_spelled_otherwise(self, gap: torch.Tensor) -> torch.Tensor:
-        """(B, C) gaps, at most 0 in chunks with a token that the student's tokenizer would not have made of the text: each
-        spelling is scored with the teacher's budget for all of them."""
-        other = self.spelled_otherwise
-        return gap if other is None else torch.where(other, gap.clamp(max=0), gap)
-
     def teacher_sum(self, values: torch.Tensor) -> torch.Tensor:
         """(B, T) in, sums over each chunk (B, C) out."""
         return chunk_sum(values, self.teacher_chunks, self.num_chunks)

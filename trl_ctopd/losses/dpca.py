@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .base import Metrics, ScoredChunks
+from .baseline import BASELINES, next_token_kl
 from .credit import CREDITS, closing, floored, gaps, outer_positions, previous_gaps, shares, spread
 from .policy_gradient import PolicyGradient, check_clip, clipped
 from .prefix_credit import PREFIX_CREDITS, prefix_advantages
@@ -57,12 +58,20 @@ class DPCA(PolicyGradient):
         event (`str`, *optional*): `"closed"`, which reads `ScoredChunks.close_log_probs`, or `"open"`, the paper's. `None`:
             `"closed"`, but `"open"` with credit `"previous"`, and on a batch of log-probs alone, as a loop of one's own may
             have; the trainer's batches have what closed chunks read.
+        baseline (`str`, *optional*): `"kl"` adds to each gap what is expected of it where its chunk begins, against noise: see
+            `losses/baseline.py` (vOPD, arXiv 2605.07865). It reads both models' distributions. With closed chunks and credit
+            `"macro"` or `"remaining"` the expected gradient stays what it is; with another credit, or open chunks where tokens
+            nest, it does not. A perfect student stays where it does without; where open chunks drive it away, it goes faster.
+        baseline_top_k (`int`, *optional*): how many of the teacher's likeliest tokens the baseline reads, which a server tells
+            too. `None`: all, for a teacher in this process.
         clip_ratio_low, clip_ratio_high: of [`PolicyGradient`].
     """
 
     credit: str | None = None
     advantage_clip: float | None = 10.0
     event: str | None = None
+    baseline: str | None = None
+    baseline_top_k: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,11 +90,24 @@ class DPCA(PolicyGradient):
         if self.credit in PREFIX_CREDITS:
             self.signal, self.structures = "logits", ("prefixes",)
             self.reads_because = f" with credit={self.credit!r}"
+        if self.baseline is not None and self.baseline not in BASELINES:
+            raise ValueError(f"Unknown baseline {self.baseline!r}: choose one of {', '.join(BASELINES)}, or None.")
+        if self.baseline_top_k is not None and (self.baseline is None or self.baseline_top_k < 1):
+            raise ValueError(
+                f"baseline_top_k={self.baseline_top_k} with baseline={self.baseline!r}: it is at least 1, and needs baseline='kl'."
+            )
+        if self.baseline is not None and self.credit not in PREFIX_CREDITS:
+            self.signal, self.structures = "logits", ("prefixes",)
+            self.reads_because = f" with baseline={self.baseline!r} and baseline_top_k={self.baseline_top_k}"
         if (self.credit, self.event) == ("previous", "closed"):
             raise ValueError(
                 "credit='previous' hands on what a closed chunk accounts for itself: set event='open', or credit='macro'."
             )
         check_clip(self.advantage_clip)
+
+    @property
+    def likeliest(self) -> int | None:
+        return None if self.credit in PREFIX_CREDITS else self.baseline_top_k
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         if self._open is not None and batch.policy_close_log_probs is None:
@@ -107,25 +129,31 @@ class DPCA(PolicyGradient):
 
     @torch.no_grad()
     def _advantages(self, batch: ScoredChunks) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
-        """(B, S) of the tokens before the clip, (B, S) of log p_close at each position, clipped, and the credit's own metrics."""
-        log_probs, gap = batch.policy_log_probs, self._gaps(batch)
+        """(B, S) of the tokens before the clip, (B, S) of log p_close at each position, clipped, and the metrics of what was read."""
+        plain, metrics = self._gaps(batch), {}
+        gap = plain
+        if self.baseline is not None:
+            kl, told = next_token_kl(batch, self.event == "closed", self.advantage_clip, self.baseline_top_k)
+            gap, chunks = plain + kl, batch.scorable.sum()
+            metrics = {"baseline/nats_per_chunk": (kl.sum(), chunks), "baseline/told_fraction": (told.sum(), chunks)}
+        ended = gap
         if self.credit in PREFIX_CREDITS:
             close = batch.policy_close_log_probs if self.event == "closed" else None
-            found, unknown = prefix_advantages(self.credit, batch, gap, close)
-            tokens, ends = found
-            if self.event == "closed" and (other := batch.spelled_otherwise) is not None:
-                tokens = torch.where(spread(other, batch.student_chunks), tokens.clamp(max=0), tokens)
-                ends = torch.where(other, ends.clamp(max=0), ends)
-            metrics = {"credit/without_prefix_fraction": (unknown.sum(), (batch.student_tokens > 0).sum())}
-            return tokens, self._at_closings(batch, gap, ends), metrics
-        share = shares(self.credit, log_probs, batch.student_chunks, batch.student_widths, batch.num_chunks)
-        advantages = spread(gap, batch.student_chunks) * share
+            (tokens, ended), unknown = prefix_advantages(self.credit, batch, gap, close)
+            metrics["credit/without_prefix_fraction"] = (unknown.sum(), (batch.student_tokens > 0).sum())
+        else:
+            sides = batch.student_chunks, batch.student_widths, batch.num_chunks
+            tokens = spread(gap, batch.student_chunks) * shares(self.credit, batch.policy_log_probs, *sides)
         if self.credit == "previous":
-            advantages = advantages + previous_gaps(gap, batch.student_chunks, batch.num_chunks)
-        return advantages, self._at_closings(batch, gap, gap), {}
+            tokens = tokens + previous_gaps(plain, batch.student_chunks, batch.num_chunks)
+        if self.event == "closed" and (other := batch.spelled_otherwise) is not None:
+            # each spelling is scored with the teacher's budget for all of them
+            tokens = torch.where(spread(other, batch.student_chunks), tokens.clamp(max=0), tokens)
+            gap, ended = (torch.where(other, part.clamp(max=0), part) for part in (gap, ended))
+        return tokens, self._at_closings(batch, gap, ended), metrics
 
     def _gaps(self, batch: ScoredChunks) -> torch.Tensor:
-        """(B, C)."""
+        """(B, C) without bounds."""
         close = None
         if self.event == "closed":
             close = batch.policy_close_log_probs
@@ -137,7 +165,7 @@ class DPCA(PolicyGradient):
         teacher = floored(batch.teacher_log_probs)
         sides = batch.student_chunks, batch.teacher_chunks
         gap, _ = gaps(batch.policy_log_probs, teacher, *sides, batch.num_chunks, close)
-        return batch.bounded_where_spelled_otherwise(gap) if self.event == "closed" else gap
+        return gap
 
     def _at_closings(self, batch: ScoredChunks, begun: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
         """(B, S) what log p_close gets at each position: `ended` (B, C) of the chunk that ends there, less `begun` of the one that begins

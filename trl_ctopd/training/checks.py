@@ -171,7 +171,15 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
     """
     name, kwargs = args.distillation_loss, dict(args.distillation_loss_kwargs or {})
     knobs = set() if callable(name) else {field.name for field in fields(LOSSES[name])}
-    for knob in ("event", "credit", "advantage_clip", "clip_ratio_low", "clip_ratio_high"):
+    for knob in (
+        "event",
+        "credit",
+        "baseline",
+        "baseline_top_k",
+        "advantage_clip",
+        "clip_ratio_low",
+        "clip_ratio_high",
+    ):
         value, default = getattr(args, knob), type(args).__dataclass_fields__[knob].default
         if value != default and knob not in knobs:
             able = [other for other, known in LOSSES.items() if knob in {field.name for field in fields(known)}]
@@ -316,7 +324,7 @@ def check_signal(loss: Callable, signals: Sequence[str]):
     if wanted != "none" and wanted not in signals:
         able = [name for name, known in LOSSES.items() if known.signal in ("none", *signals)]
         if "likeliest" in signals:
-            able += ["reverse_kl with a `top_k`"]
+            able += ["reverse_kl with a `top_k`", "dpca with a `baseline_top_k`"]
         raise ValueError(
             f"{loss_name(loss)}{getattr(loss, 'reads_because', '')} needs the teacher's {wanted}, and a teacher behind a server, or one of several, gives "
             f"{', '.join(signal for signal in signals if signal != 'likeliest')} only. Choose one of {', '.join(able)}, or a single teacher in this process."
