@@ -42,6 +42,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
         "distillation_loss_kwargs",
         "off_policy_loss_kwargs",
         "early_stop_kwargs",
+        "teacher_models",
+        "teacher_weights",
         "generation_kwargs",
         "transformers_continuous_batching_config",
         "chat_template_kwargs",
@@ -426,6 +428,19 @@ class CrossTokenizerGKDConfig(GKDConfig):
         metadata={
             "help": "http://host:port of a server with the teacher (vLLM, SGLang, or completions with `echo` as at Fireworks), "
             "or of several servers, which share the work. For losses on log-probs, at temperature 1."
+        },
+    )
+    teacher_models: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several teachers by name: a hub name, folder or address of each; used if the trainer is given no `teacher_model`."
+        },
+    )
+    teacher_weights: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "With several teachers, for rows without a column `teacher`, `teachers` or `teacher_weights`: the weight of each in "
+            "the mixture that reads the row."
         },
     )
     teacher_server_model: str | None = field(

@@ -32,7 +32,7 @@ from .models.reference import Reference
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
-from .rollouts.prompts import COLUMNS, ROW, collate_prompts, render_dataset
+from .rollouts.prompts import BLEND, COLUMNS, ROW, collate_prompts, render_dataset
 from .rollouts.rewards import Judges
 from .rollouts.source import RolloutSource, student_writer
 from .rollouts.tools import ToolLoop
@@ -81,7 +81,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
         teacher_model (`str`, `list` of `str`, `PreTrainedModel`, or `dict` of them): the teacher: a hub name or folder, the
             address `http://host:port` of a server (or several), or a module, which is frozen and put in eval mode. `None`: as
-            set in `args`. A `dict` holds several teachers by name, and each row's `teacher` column chooses one.
+            set in `args`. A `dict` holds several teachers by name, of which each row names one, or several to be blended
+            (docs/blending.md).
         args ([`CrossTokenizerGKDConfig`], *optional*): the settings.
         train_dataset (`Dataset` or `IterableDataset`): rows with `prompt`, `prompt` and `completion`, or `messages`,
             each conversational or (the first two) plain text; optional `tools` and `chat_template_kwargs`.
@@ -123,7 +124,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         args = CrossTokenizerGKDConfig(f"{Path(model_id).name}-ctopd") if args is None else args
         if teacher_model is None:
-            teacher_model = args.teacher_server_url or args.teacher_model_name_or_path
+            teacher_model = args.teacher_models or args.teacher_server_url or args.teacher_model_name_or_path
         check_arguments(model, teacher_model, args, train_dataset, peft_config)
         model = open_student(model, args, peft_config)
 
@@ -226,7 +227,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         return render_dataset(dataset, args, *sides, *contexts, dataset_name, self._tools, self._keeps_rows)
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = [*COLUMNS, ROW]
+        self._signature_columns = [*COLUMNS, ROW, BLEND]
 
     # Rollouts
 

@@ -127,6 +127,8 @@ class Prompt:
         reference_ids: the reference completion in student ids, if there is one.
         teacher: name of the teacher that reads it, where there are several.
         frame: a `Frame` as JSON.
+        blend: the teachers that read it together, where there are several of them: see `blending`; else "". `teacher`, `teacher_ids`
+            and `frame` are then those of the heaviest.
         row: the dataset's row as JSON, where functions of the user's are called with it; else "".
         is_padding: whether the row only fills up its batch. Another process or an earlier batch has it too, and nothing of it
             is scored.
@@ -138,6 +140,7 @@ class Prompt:
     teacher: str = ""
     frame: str = ""
     row: str = ""
+    blend: str = ""
     is_padding: bool = False
 
     @property

@@ -19,6 +19,7 @@ from .frames import Frame, Prompt, TurnOf
 
 __all__ = [
     "Frame",
+    "Part",
     "Prompt",
     "Rollout",
     "collate",
@@ -30,6 +31,22 @@ __all__ = [
     "pair",
     "unscored",
 ]
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    What one of several teachers adds to a mixture.
+
+    Attributes:
+        weight: of its log-probs.
+        rollout: the completion in its tokens.
+        places: (T_k,) for each of its tokens, the mixture's token whose log-prob it adds to; -1 for none.
+    """
+
+    weight: float
+    rollout: "Rollout"
+    places: np.ndarray
 
 
 @dataclass
@@ -48,6 +65,8 @@ class Rollout:
         given: with tools, the stretches of `student_ids` that the student did not write: results, and the header of the turn
             after them.
         teacher_starts: places in `teacher_ids` where a turn after results begins.
+        parts: of a mixture of teachers, what each adds. `teacher_ids` and `teacher_chunks` are then the mixture's own, and the ids
+            mean nothing.
     """
 
     prompt: Prompt
@@ -64,6 +83,7 @@ class Rollout:
     other_ends: tuple[int, ...] = ()
     given: tuple[tuple[int, int], ...] = ()
     teacher_starts: tuple[int, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @property
     def num_given(self) -> int:
@@ -315,7 +335,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
         `prompt_lengths` (B,): index of each row's first completion token;
         `lengths` (B,): tokens of prompt and completion;
         `num_chunks` (`int`): the largest number of chunks of a row, at least 1;
-        `frames`: the frames of the B prompts.
+        `frames`: the frames of the B prompts, or what each of several teachers reads.
     """
     rows = [[*rollout.prompt.student_ids, *rollout.student_ids] for rollout in rollouts]
     length = max(len(row) for row in rows)
@@ -339,7 +359,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
         "prompt_lengths": torch.tensor(starts),
         "lengths": torch.tensor([len(row) for row in rows]),
         "num_chunks": max(1, *(rollout.num_chunks for rollout in rollouts)),
-        "frames": [rollout.prompt.frame for rollout in rollouts],
+        "frames": [rollout.prompt.blend or rollout.prompt.frame for rollout in rollouts],
     }
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from ..config import CrossTokenizerGKDConfig
 from ..text.chat import Speaker
 from ..text.conversation import read_example
+from .blending import Share, to_json, weights_of
 from .frames import Frame, Prompt, conversation_to_json
 from .rewards import row_as_json
 from .tools import with_tools
@@ -22,6 +23,7 @@ logger = get_logger(__name__)
 _stream_logger = logging.getLogger(__name__)
 
 COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids", "teacher", "frame"]
+BLEND = "blend"  # beside them, where there are several teachers: those that read the row together, see `blending`
 ROW = "row"  # beside them, where functions of the user's are called with it: the row as JSON
 RENDERED_FOR = "rendered_for"  # beside them: the fingerprint of the row's two sides
 _NAMED = 5  # rows that are dropped are named up to this many
@@ -84,6 +86,7 @@ def render_dataset(
                 "fingerprints": fingerprints,
                 "tools": tools,
                 "keep_row": keep_rows,
+                "teacher_weights": args.teacher_weights,
             },
             remove_columns=dataset.column_names or list(next(iter(dataset))),
             **options,
@@ -106,36 +109,36 @@ def render_row(
     fingerprints: Mapping[str, str] | None = None,
     tools: list[dict] | None = None,
     keep_row: bool = False,
+    teacher_weights: Mapping[str, float] | None = None,
 ) -> dict[str, list[int] | str]:
     """
     The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`. Among
-    several `teachers`, the row's `teacher` column names its own; the only one is called "". `frame` is what pairing must know
+    several `teachers`, the row names its own, one or more (`blending.weights_of`, with `teacher_weights` for rows that name none); the
+    only one is called "". `frame` is what pairing must know
     of how the two templates write the turn, "" where both begin with the answer.
 
     Raises:
         ValueError: naming the row, whatever is wrong with it: where it has no prompt, cannot be rendered, has no reference though one is needed,
-            names none of several teachers, or is longer than `longest_prompt` student tokens.
+            names none of several teachers, has several with tools, or is longer than `longest_prompt` student tokens.
     """
     try:
         conversation = read_example(example)
         if tools:
             conversation = with_tools(conversation, tools)
-        name = "" if "" in teachers else example.get("teacher")
-        if name not in teachers:
-            raise ValueError(
-                f"its column `teacher` is {name!r}, and the teachers are {', '.join(map(repr, teachers))}: give every row one "
-                "of these"
-            )
+        weights = {"": 1.0} if "" in teachers else weights_of(example, teachers, teacher_weights)
+        if tools and len(weights) > 1:
+            raise ValueError(f"it has the teachers {' and '.join(weights)}, and with tools a row has one: name one")
         opened = student.opened(conversation.for_student)
-        teacher_opened = teachers[name].opened(conversation.for_teacher)
-        prompt_ids, teacher_prompt_ids = opened.ids, teacher_opened.ids
-        blanks = student.blanks(conversation.for_student), teachers[name].blanks(conversation.for_teacher)
-        if blanks[0] != blanks[1]:
-            raise ValueError(
-                f"its prompt ends in the begun answer {conversation.begun!r}, after which the student's template leaves {blanks[0]!r} "
-                f"and the teacher's {blanks[1]!r}, so that the two would go on from different texts: take the whitespace off its "
-                "end (`str.rstrip`)"
-            )
+        prompt_ids, teachers_opened = opened.ids, {}
+        for name in weights:
+            teachers_opened[name] = teachers[name].opened(conversation.for_teacher)
+            blanks = student.blanks(conversation.for_student), teachers[name].blanks(conversation.for_teacher)
+            if blanks[0] != blanks[1]:
+                raise ValueError(
+                    f"its prompt ends in the begun answer {conversation.begun!r}, after which the student's template leaves {blanks[0]!r} "
+                    f"and the teacher's {blanks[1]!r}, so that the two would go on from different texts: take the whitespace off its "
+                    "end (`str.rstrip`)"
+                )
         if needs_reference and conversation.reference is None:
             raise ValueError(
                 "no completion and no final assistant message, which `lmbda` < 1 learns from: add one, or set lmbda=1.0, "
@@ -152,11 +155,21 @@ def render_row(
             f"leave room for {longest_prompt}. Filter such rows out, lower max_new_tokens or raise max_length."
         )
     asked = conversation_to_json(conversation) if tools else ""
-    frame = Frame.of(opened, teacher_opened, before, asked).to_json()
-    rendered = dict(zip(COLUMNS, (prompt_ids, teacher_prompt_ids, reference_ids, name, frame), strict=True))
+    shares = [
+        Share(name, weight, own.ids, Frame.of(opened, own, before, asked).to_json())
+        for (name, own), weight in zip(teachers_opened.items(), weights.values(), strict=True)
+    ]
+    first = shares[0]
+    rendered = dict(zip(COLUMNS, (prompt_ids, first.ids, reference_ids, first.teacher, first.frame), strict=True))
+    if "" not in teachers:
+        rendered[BLEND] = to_json(shares) if len(shares) > 1 else ""
     if keep_row:
         rendered[ROW] = row_as_json(example, conversation.prompt, index, dataset_name)
-    return rendered if fingerprints is None else {**rendered, RENDERED_FOR: fingerprints[name]}
+    return (
+        rendered
+        if fingerprints is None
+        else {**rendered, RENDERED_FOR: " ".join(fingerprints[name] for name in weights)}
+    )
 
 
 def check_rendered_for(
@@ -165,12 +178,12 @@ def check_rendered_for(
     """Raises `ValueError` for rows that were rendered for other tokenizers or templates than these; of a stream, for the first."""
     known = {f"{student.fingerprint}-{teacher.fingerprint}" for teacher in teachers.values()}
     if RENDERED_FOR not in dataset.column_names:
-        found = {"an unknown pair"}
+        found = {None}
     elif isinstance(dataset, Dataset):
         found = set(dataset.unique(RENDERED_FOR))
     else:
         found = {next(iter(dataset))[RENDERED_FOR]}
-    if other := sorted(found - known):
+    if other := sorted({own for each in found for own in (each.split() if each else ["an unknown pair"])} - known):
         raise ValueError(
             f"The {dataset_name} dataset was rendered for other models ({other[0]}) than these ({', '.join(sorted(known))}; "
             "tokenizer and template of the student, and of the teacher): its ids are of other vocabularies. Give the trainer the "
@@ -272,7 +285,11 @@ class _Roomy:
 
 def collate_prompts(rows: list[dict]) -> dict:
     """A batch of rendered rows; `Prompt` objects pass through data loaders and device placement as they are."""
-    return {"prompts": [Prompt(*(row[column] for column in COLUMNS), row=row.get(ROW, "")) for row in rows]}
+    return {"prompts": [_prompt(row) for row in rows]}
+
+
+def _prompt(row: Mapping) -> Prompt:
+    return Prompt(*(row[column] for column in COLUMNS), row=row.get(ROW, ""), blend=row.get(BLEND, ""))
 
 
 class RepeatedWindows(Sampler[int]):

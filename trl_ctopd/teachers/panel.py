@@ -1,4 +1,4 @@
-"""The teachers of a run: a single one, or several by name, of which each row of the dataset chooses one.
+"""The teachers of a run: a single one, or several by name, of which each row of the dataset chooses one, or some to be blended.
 
 Each teacher has a seat: the model or server, its tokenizer and templates, and its alignment with the student. Requests to
 servers are sent first, so that they work while a teacher in this process does.
@@ -18,6 +18,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics
 from ..models.heads import check_head
 from ..models.loading import check_vocabulary, load_tokenizer
+from ..rollouts.blending import blended, mixed, prompts_of
 from ..rollouts.pairing import Prompt, Rollout, pad_scores, pair
 from ..text.aligner import TextAligner
 from ..text.chat import Speaker
@@ -246,12 +247,18 @@ class Panel:
                 check_head("teacher", seat.teacher.base_model)
 
     def pair(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[Rollout]:
-        """Pairs each completion with its own teacher's tokens of the same text."""
-        rollouts: dict[int, Rollout] = {}
+        """Pairs each completion with its own teacher's tokens of the same text, or with those of a mixture of teachers."""
+        shares = [prompts_of(prompt) for prompt in prompts]
+        parts: dict[tuple[int, str], Rollout] = {}
         for name, seat in self.seats.items():
-            rows = [row for row, prompt in enumerate(prompts) if prompt.teacher == name]
+            own = {
+                row: shares[row][name][1] if shares[row] else prompt
+                for row, prompt in enumerate(prompts)
+                if (name in shares[row] if shares[row] else prompt.teacher == name)
+            }
+            rows = list(own)
             found = pair(
-                [prompts[row] for row in rows],
+                [own[row] for row in rows],
                 [completions[row] for row in rows],
                 seat.aligner,
                 turn_ends=seat.turn_ends,
@@ -260,8 +267,13 @@ class Panel:
                 teacher_context=seat.context,
                 sections=seat.sections,
             )
-            rollouts |= zip(rows, found, strict=True)
-        return [rollouts[row] for row in range(len(prompts))]
+            parts |= zip([(row, name) for row in rows], found, strict=True)
+        return [
+            blended(prompt, [weight for weight, _ in together.values()], [parts[row, name] for name in together])
+            if together
+            else parts[row, prompt.teacher]
+            for row, (prompt, together) in enumerate(zip(prompts, shares, strict=True))
+        ]
 
     def align_completions(
         self,
@@ -270,12 +282,13 @@ class Panel:
         frames: Sequence[str] | None = None,
     ) -> list[Rollout]:
         """
-        Pairs completions that have no prompts. `teachers`: index of each one's seat; `frames`: the frames of their prompts.
+        Pairs completions that have no prompts. `teachers`: index of each one's seat; `frames`: the frames of their prompts, or what
+        each of several teachers reads, as `collate` returns them.
         Nothing else depends on prompts, but for the teacher's context.
         """
         names, count = list(self.seats), len(completions)
         prompts = [
-            Prompt([], [], teacher=names[place], frame=frame)
+            Prompt([], [], teacher=names[place], **{"blend" if frame.startswith("[") else "frame": frame})
             for place, frame in zip(teachers or [0] * count, frames or [""] * count, strict=True)
         ]
         return self.pair(prompts, completions)
@@ -284,21 +297,27 @@ class Panel:
         """Each teacher scores its rows. Returns at once: a server's scores may still be on their way."""
         readings = Readings(self._device, any(seat.remote for seat in self.seats.values()))
         readings.padding_rows = {row for row, rollout in enumerate(rollouts) if rollout.prompt.is_padding}
+        texts = list(rollouts)  # each teacher's of a mixture come after them
+        for row, rollout in enumerate(rollouts):
+            if rollout.parts:
+                own = [part.rollout for part in rollout.parts] if rollout.teacher_ids else []
+                readings.mixtures[row] = rollout, range(len(texts), len(texts) + len(own))
+                texts += own
         for name, seat in sorted(self.seats.items(), key=lambda named: not named[1].remote):
-            rows = [row for row, rollout in enumerate(rollouts) if rollout.prompt.teacher == name]
-            own = [rollouts[row] for row in rows]
-            texts = [r.teacher_prompt_ids for r in own], [r.teacher_ids for r in own], [r.other_ends for r in own]
+            rows = [row for row, own in enumerate(texts) if own.prompt.teacher == name and not own.parts]
+            own = [texts[row] for row in rows]
+            asked = [r.teacher_prompt_ids for r in own], [r.teacher_ids for r in own], [r.other_ends for r in own]
             if not rows:
                 continue
             if seat.remote:
-                scores = seat.teacher.start(*texts)
+                scores = seat.teacher.start(*asked)
                 readings.awaited |= {row: (scores, place) for place, row in enumerate(rows)}
             elif with_hidden:
-                scores, hidden = zip(*seat.teacher.log_probs_and_hidden(*texts), strict=True)
+                scores, hidden = zip(*seat.teacher.log_probs_and_hidden(*asked), strict=True)
                 readings.found |= zip(rows, scores, strict=True)
                 readings.hidden |= zip(rows, hidden, strict=True)
             else:
-                readings.found |= zip(rows, seat.teacher.log_probs(*texts), strict=True)
+                readings.found |= zip(rows, seat.teacher.log_probs(*asked), strict=True)
         return readings
 
 
@@ -310,15 +329,20 @@ class Readings:
         self.found: dict[int, torch.Tensor] = {}
         self.awaited: dict[int, tuple[RemoteScores, int]] = {}
         self.hidden: dict[int, torch.Tensor] = {}
+        self.mixtures: dict[int, tuple[Rollout, range]] = {}  # and the numbers of its parts' texts
         self.padding_rows: set[int] = set()
 
     def log_probs(self, rows: Sequence[int], length: int) -> "torch.Tensor | Awaited":
         """(len(rows), `length`) log-probs of these rows, 0 past their ends; or an [`Awaited`], if a server still has them."""
         if not self._some_remote:
-            return pad_scores([self.found[row] for row in rows], length)
+            return pad_scores([self.row(row) for row in rows], length)
         return Awaited(self, list(rows), length)
 
     def row(self, row: int) -> torch.Tensor:
+        """(T,) log-probs of one row, which are waited for."""
+        if row in self.mixtures:
+            rollout, texts = self.mixtures[row]
+            return mixed(rollout, [self.row(text) for text in texts]) if texts else torch.zeros(0, device=self._device)
         if row in self.found:
             return self.found[row].to(self._device)
         scores, place = self.awaited[row]
@@ -339,8 +363,12 @@ class Readings:
     def failed(self, rows: Sequence[int]) -> tuple[int, int]:
         """For `rows` that have been waited for: how many of them no server could score, and how many there are. Padding rows do
         not count."""
-        places = [self.awaited[row] for row in rows if row in self.awaited]
-        return sum(scores.failed(place) for scores, place in places), len(set(rows) - self.padding_rows)
+        failed = 0
+        for row in rows:
+            _, texts = self.mixtures.get(row, (None, [row]))
+            places = [self.awaited[text] for text in texts if text in self.awaited]
+            failed += any([scores.failed(place) for scores, place in places])
+        return failed, len(set(rows) - self.padding_rows)
 
 
 class Awaited:

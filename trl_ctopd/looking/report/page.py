@@ -253,8 +253,9 @@ def _views(trainer, samples: list[dict]) -> list[Markup]:
         [own.ids for own in samples], [own.teacher for own in samples], [own.frame for own in samples]
     )
     for sample, rollout in zip(samples, rollouts, strict=True):
-        alignment = alignment_of(rollout)
-        if sample.teacher_log_probs and all(map(math.isfinite, sample.student_log_probs)):
+        # a mixture of teachers has no tokens of its own that could be shown
+        alignment = alignment_of(rollout.parts[0].rollout if rollout.parts else rollout)
+        if sample.teacher_log_probs and not rollout.parts and all(map(math.isfinite, sample.student_log_probs)):
             log_probs = sample.student_log_probs, sample.teacher_log_probs
             view = ScoredRollout.from_log_probs(alignment, *log_probs, prompt=sample.prompt, loss=by).html_fragment()
         else:

@@ -1,0 +1,103 @@
+"""Several teachers of one row, through the trainer."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from protocol_server import ProtocolServer
+from toys import SGD, fix_rollouts, prompts, step_of, student_model, student_tokenizer, teacher_model, teacher_tokenizer
+
+
+ROWS = prompts(6)
+TOKENIZERS = {"math": teacher_tokenizer(), "code": student_tokenizer()}
+OPEN = {"event": "open", "credit": "macro", "advantage_clip": None}
+
+
+def teachers() -> dict:
+    return {"math": teacher_model(), "code": student_model(seed=5)}
+
+
+def trainer_of(build, dataset, teacher=None, tokenizer=None, **settings):
+    return fix_rollouts(
+        build(
+            teacher=teacher or teachers(), teacher_processing_class=tokenizer or TOKENIZERS, dataset=dataset,
+            train_sampling_strategy="sequential", per_device_train_batch_size=len(dataset), **{**OPEN, **SGD, **settings},
+        )
+    )  # fmt: skip
+
+
+def weighted(math: float):
+    return ROWS.add_column("teacher_weights", [{"math": math, "code": 1 - math}] * len(ROWS))
+
+
+def test_a_row_whose_whole_weight_is_on_one_teacher_is_that_teachers_row(build):
+    expected = step_of(trainer_of(build, ROWS.add_column("teacher", ["math"] * 6)))
+    found = step_of(trainer_of(build, weighted(1.0)))
+    assert torch.equal(found, expected)
+
+
+def test_two_equal_teachers_are_the_one(build):
+    expected = step_of(trainer_of(build, ROWS, teacher_model(), teacher_tokenizer()))
+    twins = {"math": teacher_model(), "code": teacher_model()}
+    found = step_of(trainer_of(build, weighted(0.3), twins, {name: teacher_tokenizer() for name in twins}))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gap_to_a_mixture_is_the_weighted_mean_of_the_gaps(build):
+    """Of the text that takes part with both: what the first cannot spell is masked in the mixture too."""
+
+    def batch_of(dataset):
+        trainer = trainer_of(build, dataset)
+        window = [next(iter(trainer.get_train_dataloader()))["prompts"]]
+        [batch], _ = trainer.rollouts.roll_out(trainer.model, window, 0, "train", trainer._timers["train"])
+        return batch
+
+    def sums(batch):
+        inside = batch["teacher_chunks"] >= 0
+        return (batch["teacher_log_probs"] * inside).sum(1), (batch["labels"] != -100).sum(1)
+
+    (math, scored), (code, all_scored), (both, together) = (
+        sums(batch_of(ROWS.add_column("teacher", ["math"] * 6))),
+        sums(batch_of(ROWS.add_column("teacher", ["code"] * 6))),
+        sums(batch_of(weighted(0.3))),
+    )
+    whole = (scored == all_scored).nonzero()[:, 0]
+    assert len(whole) > 2 and torch.equal(together, torch.minimum(scored, all_scored))
+    torch.testing.assert_close(both[whole], 0.3 * math[whole] + 0.7 * code[whole], rtol=1e-5, atol=1e-4)
+
+
+def test_a_mixture_with_a_teacher_behind_a_server_trains_as_with_both_here_and_its_samples_are_shown(build):
+    expected = step_of(trainer_of(build, weighted(0.3)))
+    with ProtocolServer(teacher_model(), teacher_tokenizer()) as server:
+        trainer = trainer_of(
+            build, weighted(0.3), {**teachers(), "math": server.url}, report=True, log_completions=True
+        )
+        found = step_of(trainer)
+    assert trainer.state.log_history[0]["teacher/failed_fraction"] == 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    page = (Path(trainer.args.output_dir) / "report.html").read_text(encoding="utf-8")
+    text = re.sub(r"<[^>]+>", "", page)
+    assert "100% of student tokens one-to-one" in text  # the heaviest teacher, which reads as the student does
+
+
+def test_rows_without_columns_take_the_weights_of_the_config(build):
+    expected = step_of(trainer_of(build, weighted(0.3)))
+    found = step_of(trainer_of(build, ROWS, teacher_weights={"math": 3, "code": 7}))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"event": None}, "The train dataset has rows that several teachers read together, and .*closed chunks"),
+        (
+            {"teacher": teacher_model(), "tokenizer": teacher_tokenizer(), "teacher_weights": {"math": 1}},
+            "there is one",
+        ),
+        ({"teacher_weights": {"maths": 1}, "dataset": ROWS}, "of the config is 'maths', and the teachers are 'math'"),
+    ],
+)
+def test_what_a_mixture_cannot_do_is_refused(build, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(build, **{"dataset": weighted(0.5), **settings})
