@@ -1,8 +1,9 @@
 """One rank of a preference run (CTPD) and of a run with rewards. test_neighbours_together.py starts it with `accelerate launch`,
-and calls it for the single process. Argument: the folder to which rank 0 writes."""
+and calls it for the single process. Arguments: the folder of the saved models, to which rank 0 writes, and the cases."""
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -47,7 +48,10 @@ def preference(folder: Path, processes: int) -> CrossTokenizerDPOTrainer:
         for n, row in enumerate(prompts(8)["prompt"])
     ]
     args = CrossTokenizerDPOConfig(str(folder), per_device_train_batch_size=4 // processes, **PLAIN)
-    return CrossTokenizerDPOTrainer(student_model(), teacher_model(), args, Dataset.from_list(rows), **TOKENIZERS)
+    student, teacher = (
+        str(folder.parent / name) for name in ("student", "teacher")
+    )  # ZeRO-3 splits them as it loads them
+    return CrossTokenizerDPOTrainer(student, teacher, args, Dataset.from_list(rows), **TOKENIZERS)
 
 
 def rewards(folder: Path, processes: int) -> CrossTokenizerGKDTrainer:
@@ -72,10 +76,22 @@ def rewards(folder: Path, processes: int) -> CrossTokenizerGKDTrainer:
     return trainer
 
 
-def run(folder: Path, processes: int) -> dict:
+CASES = {"preference": preference, "rewards": rewards}
+
+
+def save_models(folder: Path):
+    for name, model, tokenizer in (
+        ("student", student_model(), student_tokenizer()),
+        ("teacher", teacher_model(), teacher_tokenizer()),
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def run(folder: Path, processes: int, names: Sequence[str] = tuple(CASES)) -> dict:
     found = {}
-    for name, build in (("preference", preference), ("rewards", rewards)):
-        trainer = build(folder / name, processes)
+    for name in names:
+        trainer = CASES[name](folder / name, processes)
         trainer.train()
         found[name] = [
             {key: log[key] for key in ("loss", "grad_norm", "reward", "reward_std", "rewards/margins") if key in log}
@@ -89,4 +105,4 @@ def run(folder: Path, processes: int) -> dict:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), 2)
+    run(Path(sys.argv[1]), 2, sys.argv[2:])

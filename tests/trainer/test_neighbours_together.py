@@ -14,12 +14,18 @@ CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "cpu"
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_two_processes_learn_from_pairs_and_rewards_what_one_learns(tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "kind", "cases"),
+    [("ddp", "MULTI_CPU", ["preference", "rewards"]), ("zero3", "DEEPSPEED", ["preference"])],
+)
+def test_two_processes_learn_from_pairs_and_rewards_what_one_learns(tmp_path, strategy, kind, cases):
+    """From saved models: under ZeRO-3, one that is made from a config draws other weights than in one process."""
+    neighbours_run.save_models(tmp_path)
     launched = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
-            *("--config_file", CONFIGS / "ddp.yaml", CONFIGS / "on_cpu.py"),
-            *(Path(neighbours_run.__file__), tmp_path),
+            *("--config_file", CONFIGS / f"{strategy}.yaml", CONFIGS / "on_cpu.py"),
+            *(Path(neighbours_run.__file__), tmp_path, *cases),
         ],
         capture_output=True,
         text=True,
@@ -27,10 +33,9 @@ def test_two_processes_learn_from_pairs_and_rewards_what_one_learns(tmp_path):
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
     found = json.loads((tmp_path / "found-2.json").read_text())
-    (tmp_path / "alone").mkdir()
-    expected = neighbours_run.run(tmp_path / "alone", 1)
-    assert found["type"] == "DistributedType.MULTI_CPU"
-    for case in ("preference", "rewards"):
+    expected = neighbours_run.run(tmp_path, 1, cases)
+    assert found["type"] == f"DistributedType.{kind}"
+    for case in cases:
         assert len(found[case]) == len(expected[case]) == 2
         for ours, alone in zip(found[case], expected[case], strict=True):
             assert set(alone) <= set(ours)

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from trl import apply_chat_template
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses.rewards import group_advantages, total_rewards
+from ..text.token_bytes import UnsupportedTokenizerError, token_bytes
 from .pairing import Prompt, Rollout, unscored
 
 
@@ -166,16 +168,42 @@ class Judges:
             ) from None
         if not ranges:
             return rollout
-        ends = np.array([len(self._text(rollout.student_ids[:end])) for end in range(len(rollout.student_ids) + 1)])
-        wrong = np.zeros(len(rollout.student_ids), dtype=bool)
+        length = len(self._text(rollout.student_ids))
         for start, stop in ranges:
-            if not 0 <= start < stop <= ends[-1]:
+            if not 0 <= start < stop <= length:
                 raise ValueError(
-                    f"The gate {name!r} returned the range ({start}, {stop}) for a completion of {ends[-1]} characters: ranges lie "
+                    f"The gate {name!r} returned the range ({start}, {stop}) for a completion of {length} characters: ranges lie "
                     "within the text, start before stop."
                 )
-            wrong |= (ends[1:] > start) & (ends[:-1] < stop)
+        wrong = self._touching(rollout.student_ids, ranges)
         return without_chunks(rollout, set(rollout.student_chunks[wrong].tolist()) - {-1})
+
+    @cached_property
+    def _bytes(self) -> list[bytes] | None:
+        """By student id; None for a tokenizer of which they are not known."""
+        try:
+            return token_bytes(self._tokenizer)
+        except UnsupportedTokenizerError:
+            return None
+
+    def _touching(self, ids: list[int], ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+        """(S,) True for tokens that spell a part of a character of `ranges`. Reads the text once, where the tokens' bytes are its
+        own; else, as where the bytes are no UTF-8, every beginning of it, in quadratic time."""
+        text = self._text(ids)
+        spelled = None if self._bytes is None else [self._bytes[token] for token in ids]
+        for dropped in (0, 1) if spelled else ():  # the space that some tokenizers put before a text and take off again
+            if b"".join(spelled)[dropped:] == text.encode():
+                ends = (np.cumsum([0, *map(len, spelled)]) - dropped).clip(0)
+                at = np.cumsum([0, *(len(character.encode()) for character in text)])
+                break
+        else:
+            ends = np.array([len(self._text(ids[:end])) for end in range(len(ids) + 1)])
+            ends = np.minimum.accumulate(ends[::-1])[::-1]  # bytes of an unfinished character may be shown as one each
+            at = np.arange(len(text) + 1)
+        touching = np.zeros(len(ids), dtype=bool)
+        for start, stop in ranges:
+            touching |= (ends[1:] > at[start]) & (ends[:-1] < at[stop])
+        return touching
 
     # What functions are called with
 
