@@ -11,6 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from .gkd import GKDConfig
 from .losses import LOSSES, loaded_loss, loss_name, saved_loss
 from .losses.baseline import BASELINES
+from .losses.compass import COMPASS_SHARES
 from .losses.credit import CREDITS
 from .losses.dpca import EVENTS
 from .losses.prefix_credit import PREFIX_CREDITS
@@ -396,6 +397,29 @@ class CrossTokenizerGKDConfig(GKDConfig):
         },
     )
 
+    reference_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name, folder or http://host:port of a weak model of the teacher's family, with its tokenizer. dpca then learns "
+            "from the difference of the two instead of from the teacher's distance (CompassOPD), held to the student's start by "
+            "`reference_teacher_alpha`. None: off."
+        },
+    )
+    reference_teacher_alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "With `reference_teacher`: weight of the student's distance from its start. The student is led to its start times "
+            "exp(difference / alpha)."
+        },
+    )
+    reference_teacher_share: str = field(
+        default="mean",
+        metadata={
+            "help": "With `reference_teacher`: each student token of a chunk gets the mean of the difference over the chunk's teacher "
+            "tokens (mean, as in the paper), or an even part of its sum (even)."
+        },
+    )
+
     # The two conversations
     overlong_prompts: str = field(
         default="error",
@@ -517,6 +541,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
             ("thought_policy", THOUGHT_POLICIES),
             ("generation_backend", GENERATION_BACKENDS),
             ("scale_rewards", ("group", "none")),
+            ("reference_teacher_share", COMPASS_SHARES),
             ("early_stop", EARLY_STOPS),
         ):
             optional = name in ("credit", "event", "baseline", "early_stop")
@@ -544,6 +569,10 @@ class CrossTokenizerGKDConfig(GKDConfig):
             self.teacher_server_url = [self.teacher_server_url]
         if not 0 <= self.reference_kl < float("inf"):
             raise ValueError(f"reference_kl must be a weight of at least 0, got {self.reference_kl}.")
+        if not 0 <= self.reference_teacher_alpha < float("inf"):
+            raise ValueError(
+                f"reference_teacher_alpha must be a weight of at least 0, got {self.reference_teacher_alpha}."
+            )
         if not self.vllm_importance_sampling_clip_max > 0:
             raise ValueError(
                 f"vllm_importance_sampling_clip_max must be positive, got {self.vllm_importance_sampling_clip_max}."

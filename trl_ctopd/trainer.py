@@ -178,7 +178,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         reads = self._reads_distributions, self._tables_for
         own = args, self.accelerator, self.student_side, self.panel
         self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state)
-        start = Reference(self.model, self.accelerator) if args.reference_kl else None
+        keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)
+        start = Reference(self.model, self.accelerator) if keeps_start else None
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, start)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
         check_losses(losses, self.model, self.panel, lambda: self.vocabulary)
@@ -280,7 +281,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
             num_items = batch.scored_tokens if num_items_in_batch is None else num_items_in_batch
             num_items = torch.as_tensor(num_items).clamp(min=1)
             loss, metrics = checked(self._loss_for(inputs["on_policy"])(batch, num_items))
-            if batch.reference_log_probs is not None:
+            if batch.reference_log_probs is not None and self.args.reference_kl:
                 distance, own = reference_kl(batch, num_items)
                 loss, metrics = loss + self.args.reference_kl * distance, {**metrics, **own}
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:

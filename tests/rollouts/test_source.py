@@ -42,6 +42,7 @@ class ToyTeachers:
             for rollout, place in zip(rollouts, places, strict=True)
         ]
         return SimpleNamespace(
+            reference=None,
             hidden={row: score[:, None].repeat(1, WIDTH) for row, score in enumerate(scores)} if with_hidden else {},
             log_probs=lambda rows, length: pad_scores([scores[row] for row in rows], length),
         )

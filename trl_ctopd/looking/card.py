@@ -54,6 +54,7 @@ PAPERS = {
         "Bachem, Olivier",
         "2306.13649",
     ),
+    "compass": Paper("CompassOPD", "", "2609.10154"),  # dpca with `reference_teacher`
     "alm": Paper(
         "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching",
         "Minixhofer, Benjamin and Vuli{\\'c}, Ivan and Ponti, Edoardo Maria",
@@ -123,6 +124,10 @@ SETTINGS_IF_CHANGED = (
     "top_k",
     "min_p",
     "generation_kwargs",
+    "reference_kl",
+    "reference_teacher",
+    "reference_teacher_alpha",
+    "reference_teacher_share",
     "early_stop",
     "early_stop_kwargs",
     "early_stop_tokens",
@@ -249,6 +254,8 @@ def _story(args: CrossTokenizerGKDConfig, one_tokenizer: list[bool]) -> str:
 
 def _paper(args: CrossTokenizerGKDConfig) -> Paper:
     """The paper of the run's loss. A custom loss is used on the chunks of the default method."""
+    if args.reference_teacher is not None:
+        return PAPERS["compass"]
     return PAPERS["dpca" if callable(args.distillation_loss) else args.distillation_loss]
 
 
@@ -265,7 +272,11 @@ def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
     loss, kwargs = args.distillation_loss, args.distillation_loss_kwargs or {}
     settings = {}
     own = () if callable(loss) else [field.name for field in fields(LOSSES[loss])]
-    settings |= {name: getattr(args, name) for name in ("credit", "advantage_clip") if name in own}
+    settings |= {
+        name: getattr(args, name)
+        for name in ("event", "credit", "baseline", "baseline_top_k", "advantage_clip")
+        if name in own
+    }
     if loss == "dpca":
         settings |= kwargs
     elif kwargs:

@@ -71,7 +71,9 @@ class ScoredChunks:
             have made of the text.
         rewards (`torch.Tensor` of shape (B,), *optional*): what is added to the advantages of each row's scored tokens.
         reference_log_probs (`torch.Tensor` of shape (B, S), *optional*): `student_log_probs` of the student as it was at the
-            start, for `reference_kl`.
+            start, for `reference_kl` and a loss with `reads_start`.
+        reference_teacher_log_probs (`torch.Tensor` of shape (B, T), *optional*): `teacher_log_probs` of the reference teacher, a
+            second one of the same tokens.
         imbalance (scalar `torch.Tensor`, *optional*): of a student that is a mixture of experts, how unevenly its routers share out
             the tokens; the trainer adds it to the loss.
 
@@ -98,6 +100,7 @@ class ScoredChunks:
     other_spelling: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
     reference_log_probs: torch.Tensor | None = None
+    reference_teacher_log_probs: torch.Tensor | None = None
     imbalance: torch.Tensor | None = None
     student: Distributions | None = None
     teacher: Distributions | None = None

@@ -28,8 +28,8 @@ class Reference:
             return
         if accelerator.distributed_type in _SHARDED:
             raise ValueError(
-                f"reference_kl with a student whose whole weights are trained under {accelerator.distributed_type.value}: its copy "
-                "would stand whole on every device. Train an adapter (`peft_config`), or set reference_kl=0."
+                f"reference_kl or reference_teacher with a student whose whole weights are trained under {accelerator.distributed_type.value}: its copy "
+                "would stand whole on every device. Train an adapter (`peft_config`), or leave them out."
             )
         self._copy = copy.deepcopy(model).requires_grad_(False).eval()
 

@@ -45,6 +45,9 @@ class Readings(Protocol):
     # (T, H) states that the LM head of a teacher in this process reads, where they were asked for
     hidden: Mapping[int, torch.Tensor]
 
+    # the same of the reference teacher, where there is one
+    reference: "Readings | None"
+
     def log_probs(self, rows: Sequence[int], length: int) -> Any:
         """(len(rows), `length`) log-probs, 0 past a row's end: a tensor, or a promise of one."""
 
@@ -195,6 +198,8 @@ class RolloutSource:
             batch["teacher_places"] = torch.tensor([names.index(rollout.prompt.teacher) for rollout in own])
             teacher_length = batch["teacher_chunks"].shape[1]
             batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)
+            if readings.reference is not None:
+                batch["reference_teacher_log_probs"] = readings.reference.log_probs(rows, teacher_length)
             if self._reads_distributions(on) and readings.hidden:
                 batch["teacher_hidden"] = pad_scores([readings.hidden[row] for row in rows], teacher_length)
             other = other_spellings([rollout.student_ids for rollout in own], self._student.tokenizer)

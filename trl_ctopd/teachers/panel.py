@@ -166,6 +166,45 @@ class Seat:
         return self.vocabulary(student_size, torch.device("cpu")).continuations
 
 
+class ReferenceSeat:
+    """
+    The reference teacher: a second model that reads what the only teacher reads, in the same tokens.
+
+    Args:
+        model: hub name, folder or address of a server. A server is contacted here; a model is loaded by `sit`.
+        seat: the only teacher's.
+
+    Raises:
+        ValueError: its tokenizer is not the teacher's.
+    """
+
+    teacher: LocalTeacher | RemoteTeacher
+    context: int | None
+
+    def __init__(self, model: str, seat: Seat, args: CrossTokenizerGKDConfig):
+        self._model, self._args, self.remote = model, args, is_url(model)
+        if self.remote:
+            self.teacher = RemoteTeacher(_servers([model], args))
+            self.teacher.check(seat.tokenizer)
+            self.context = self.teacher.context
+            return
+        tokenizer = load_tokenizer(None, model, None, args.trust_remote_code)
+        if not is_one_tokenizer(tokenizer, seat.tokenizer):
+            raise ValueError(
+                f"reference_teacher={model!r} has a tokenizer of {len(tokenizer)} tokens ({type(tokenizer).__name__}), which is not the "
+                f"teacher's, of {len(seat.tokenizer)} ({type(seat.tokenizer).__name__}): choose a model of the teacher's own family."
+            )
+
+    def sit(self, accelerator):
+        if not self.remote:
+            args = self._args
+            distributed = accelerator.num_processes > 1
+            model = load_teacher(self._model, args.teacher_model_init_kwargs, args.trust_remote_code, distributed)
+            rows = args.per_device_train_batch_size * args.num_generations
+            self.teacher = LocalTeacher(model, accelerator, args.temperature, args.teacher_batch_size or rows)
+            self.context = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None)
+
+
 class Panel:
     """
     The teachers of a run, each in its seat.
@@ -194,6 +233,14 @@ class Panel:
             for name, model in (models.items() if several else [(ONLY, models)])
         }
         self._eos_policy = args.eos_policy
+        self.reference = None
+        if args.reference_teacher is not None:
+            if self.only is None:
+                raise ValueError(
+                    f"reference_teacher={args.reference_teacher!r} with several teachers, {', '.join(self.seats)}: it reads the tokens of "
+                    "one. Train with a single teacher, or without it."
+                )
+            self.reference = ReferenceSeat(args.reference_teacher, self.only, args)
 
     @property
     def only(self) -> Seat | None:
@@ -233,6 +280,10 @@ class Panel:
             )
         for seat in self.seats.values():
             seat.sit(accelerator, student, student_stop_ids)
+        if self.reference is not None:
+            self.reference.sit(accelerator)
+            contexts = [own for own in (self.only.context, self.reference.context) if own is not None]
+            self.only.context = min(contexts, default=None)
 
     def ask_likeliest(self, counts: Sequence[int]):
         """`counts`: how many of the most likely tokens at each place each loss reads. Servers are asked for the largest number.
@@ -318,7 +369,20 @@ class Panel:
                 readings.hidden |= zip(rows, hidden, strict=True)
             else:
                 readings.found |= zip(rows, seat.teacher.log_probs(*asked), strict=True)
+        if self.reference is not None:
+            readings.reference = self._read_by_reference(asked, readings.padding_rows)
         return readings
+
+    def _read_by_reference(self, texts: tuple[list, list, list], padding_rows: set[int]) -> "Readings":
+        """The scores of the reference teacher, of the texts of all rows."""
+        own, rows = Readings(self._device, self.reference.remote), range(len(texts[0]))
+        own.padding_rows = padding_rows
+        if self.reference.remote:
+            scores = self.reference.teacher.start(*texts)
+            own.awaited = {row: (scores, row) for row in rows}
+        else:
+            own.found = dict(zip(rows, self.reference.teacher.log_probs(*texts), strict=True))
+        return own
 
 
 class Readings:
@@ -331,6 +395,7 @@ class Readings:
         self.hidden: dict[int, torch.Tensor] = {}
         self.mixtures: dict[int, tuple[Rollout, range]] = {}  # and the numbers of its parts' texts
         self.padding_rows: set[int] = set()
+        self.reference: Readings | None = None  # the reference teacher's
 
     def log_probs(self, rows: Sequence[int], length: int) -> "torch.Tensor | Awaited":
         """(len(rows), `length`) log-probs of these rows, 0 past their ends; or an [`Awaited`], if a server still has them."""
@@ -394,12 +459,16 @@ class Awaited:
 
 def settled(batch: dict) -> dict:
     """`batch` with all log-probs in place. Waits for those that servers are still computing."""
-    scores = batch["teacher_log_probs"]
-    return {**batch, "teacher_log_probs": scores.log_probs} if isinstance(scores, Awaited) else batch
+    return {name: part.log_probs if isinstance(part, Awaited) else part for name, part in batch.items()}
 
 
 def _connect(urls: Sequence[str], model: str | None, args: CrossTokenizerGKDConfig) -> RemoteTeacher:
-    servers = Servers(
+    servers = _servers(urls, args)
+    return RemoteTeacher(servers, args.teacher_server_model or model, unlisted=args.teacher_server_model is not None)
+
+
+def _servers(urls: Sequence[str], args: CrossTokenizerGKDConfig) -> Servers:
+    return Servers(
         urls,
         args.teacher_server_api_key_env,
         args.teacher_server_timeout,
@@ -407,4 +476,3 @@ def _connect(urls: Sequence[str], model: str | None, args: CrossTokenizerGKDConf
         args.teacher_server_concurrency,
         args.teacher_server_patience,
     )
-    return RemoteTeacher(servers, args.teacher_server_model or model, unlisted=args.teacher_server_model is not None)

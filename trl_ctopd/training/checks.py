@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
+from ..losses.compass import Compass
 from ..losses.policy_gradient import PolicyGradient
 from ..models.heads import base_model, check_head
 from ..models.loading import adapter_base, check_saves, forget_gguf, load_model, warn_of_experts
@@ -60,7 +61,8 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             f"`teacher_model_init_kwargs` {sorted(args.teacher_model_init_kwargs)} are for a teacher given by name, but "
             f"`teacher_model` is {kind} that is loaded already."
         )
-    if any(is_url(teacher) or isinstance(teacher, list | tuple) for teacher in teachers):
+    reference = [] if args.reference_teacher is None else [args.reference_teacher]
+    if any(is_url(teacher) or isinstance(teacher, list | tuple) for teacher in [*teachers, *reference]):
         if args.temperature != 1.0:
             raise ValueError(
                 f"temperature={args.temperature}: a server's log-probs of a text are those at temperature 1. Set it to 1.0, or "
@@ -306,12 +308,35 @@ def check_blends(args: CrossTokenizerGKDConfig, train_dataset, eval_dataset):
             )
 
 
+def compass(args: CrossTokenizerGKDConfig) -> Compass:
+    """
+    The loss on the difference of two teachers, which takes the place of dpca. Raises `ValueError` for another loss, and for settings
+    of dpca's that have no effect on it.
+    """
+    if args.distillation_loss != "dpca" or args.distillation_loss_kwargs:
+        raise ValueError(
+            f"reference_teacher={args.reference_teacher!r} has no effect on distillation_loss={loss_name(args.distillation_loss)!r} with "
+            f"distillation_loss_kwargs={args.distillation_loss_kwargs}: it takes the place of dpca's advantages, so leave both at their "
+            "defaults."
+        )
+    for name in ("event", "credit", "baseline", "baseline_top_k"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} has no effect with reference_teacher: the difference of two teachers has one chunk "
+                "event, and its shares are reference_teacher_share. Leave it out."
+            )
+    ratio = {name: getattr(args, name) for name in ("advantage_clip", "clip_ratio_low", "clip_ratio_high")}
+    return Compass(alpha=args.reference_teacher_alpha, share=args.reference_teacher_share, **ratio)
+
+
 def losses_by_text(args: CrossTokenizerGKDConfig) -> tuple[Callable, Callable]:
     """
     The losses of the student's own text and of given text. A cross-entropy beside a loss is for given text alone, since it
     would teach the student whatever it wrote. Raises `ValueError` as `distillation_loss` does.
     """
     loss = distillation_loss(args)
+    if args.reference_teacher is not None:
+        loss = compass(args)
     if getattr(loss, "policy", "both") == "on":
         return loss, build_loss(args.off_policy_loss, **(args.off_policy_loss_kwargs or {}))
     weight = getattr(loss, "cross_entropy_weight", 0)

@@ -121,6 +121,10 @@ class Scorer:
             teacher_likeliest=likeliest,
             other_spelling=inputs.get("other_spelling"),
         )
+        if "reference_teacher_log_probs" in inputs:
+            own = self._settled(inputs["reference_teacher_log_probs"], phase)
+            batch.reference_teacher_log_probs = own[0]
+            metrics = {**metrics, **{f"reference_{name}": pair for name, pair in own[2].items()}}
         if "sampled_log_probs" in inputs:
             sampled = inputs["sampled_log_probs"].to(log_probs.device)
             batch.importance, drawn = importance(batch, sampled, self._args.vllm_importance_sampling_clip_max)

@@ -246,7 +246,8 @@ def _samples(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]])
 
 def _views(trainer, samples: list[dict]) -> list[Markup]:
     loss = trainer.distillation_loss
-    by = loss if isinstance(loss, Loss) and loss.signal == "logprobs" else None  # None: dpca's credit is shown
+    shown = isinstance(loss, Loss) and loss.signal == "logprobs" and not getattr(loss, "reads_start", False)
+    by = loss if shown else None  # None: dpca's credit is shown
     samples = [Sample(**sample) for sample in samples]
     shown = []
     rollouts = trainer.panel.align_completions(
