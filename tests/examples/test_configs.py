@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from trl_ctopd.cli.distillation import named_function, parser
+from trl_ctopd.cli.pairs import parser as pairs_parser
 
 
 ROOT = Path(__file__).parents[2]
@@ -15,8 +16,12 @@ CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
 def test_every_configuration_names_settings_that_exist(config, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = ["--config", str(config), "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
-    script, training, model = parser().parse_args_and_config(arguments)
+    pairs = "ctopd prefer" in config.read_text().splitlines()[0]
+    script, training, model = (pairs_parser if pairs else parser)().parse_args_and_config(arguments)
     assert script.dataset_name and model.model_name_or_path
+    if pairs:
+        assert script.teacher_model_name_or_path
+        return
     assert training.teacher_model_name_or_path or len(training.teacher_models) > 1
     for name in (*(script.reward_funcs or []), *filter(None, [script.teacher_gate])):
         assert callable(named_function(name))

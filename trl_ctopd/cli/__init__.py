@@ -10,6 +10,7 @@ from .. import __version__
 _ABOUT = """On-policy distillation of language models across tokenizers.
 
   ctopd distill   train a student on its own completions, scored by a teacher with another tokenizer
+  ctopd prefer    train a student on pairs of answers, with a teacher with another tokenizer as the reference
   ctopd align     how two tokenizers cut a text, or how much they differ over a file
   ctopd plan      estimate the GPU memory of a run before it starts
 
@@ -18,6 +19,12 @@ _ABOUT = """On-policy distillation of language models across tokenizers.
 
 def _distill(arguments: Sequence[str]) -> None:
     from .distill import main
+
+    main(arguments)
+
+
+def _prefer(arguments: Sequence[str]) -> None:
+    from .prefer import main
 
     main(arguments)
 
@@ -34,7 +41,7 @@ def _plan(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
-COMMANDS = {"distill": _distill, "align": _align, "plan": _plan}
+COMMANDS = {"distill": _distill, "prefer": _prefer, "align": _align, "plan": _plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

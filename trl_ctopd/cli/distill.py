@@ -62,7 +62,8 @@ INHERITED = {
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & {*arguments}:
-        _short_help().print_help()
+        own = ("cli/distillation.py", "DistillArguments"), ("config.py", "CrossTokenizerGKDConfig")
+        short_help("ctopd distill", __doc__, own).print_help()
         return
     from . import distillation
 
@@ -73,12 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         distillation.main(*parser.parse_args_and_config(arguments))
 
 
-def _short_help() -> argparse.ArgumentParser:
-    """A parser that only prints help. The real one gets its options from TRL, whose import takes ten seconds."""
+def short_help(prog: str, about: str, own: Sequence[tuple[str, str]]) -> argparse.ArgumentParser:
+    """A parser that only prints help, with the options of the dataclasses `own` (file and name). The real one gets its options from
+    TRL, whose import takes ten seconds."""
     shown = argparse.ArgumentParser(
-        prog="ctopd distill",
-        usage="ctopd distill [--config FILE.yaml] [--OPTION VALUE ...]",
-        description=__doc__,
+        prog=prog,
+        usage=f"{prog} [--config FILE.yaml] [--OPTION VALUE ...]",
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shown.add_argument("--config", metavar="FILE.yaml", help="options from a file; those on the command line win")
@@ -87,7 +89,7 @@ def _short_help() -> argparse.ArgumentParser:
     for name, text in INHERITED.items():
         group.add_argument(f"--{name}", metavar="", help=text)
     group = shown.add_argument_group("options of trl_ctopd")
-    for file, of in (("cli/distillation.py", "DistillArguments"), ("config.py", "CrossTokenizerGKDConfig")):
+    for file, of in own:
         for name, default, text in declared(file, of):
             group.add_argument(f"--{name}", metavar="", help=f"{text} (default: {default})")
     return shown

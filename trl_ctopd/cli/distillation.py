@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import load_dataset
+from transformers import Trainer, TrainingArguments
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from ..config import CrossTokenizerGKDConfig
@@ -55,15 +56,19 @@ def parser(**options) -> TrlParser:
     return TrlParser((DistillArguments, CrossTokenizerGKDConfig, ModelConfig), **options)
 
 
-def load_splits(args: DistillArguments):
+def splits_of(args: ScriptArguments):
+    """The dataset that `args` name, with its splits as they are."""
     if args.dataset_name is None:
-        raise ValueError("No prompts: pass `--dataset_name`.")
+        raise ValueError("No dataset: pass `--dataset_name`.")
     path = Path(args.dataset_name)
     if path.is_file():
         kind, files = path.suffix[1:].replace("jsonl", "json"), {args.dataset_train_split: str(path)}
-        splits = load_dataset(kind, data_files=files, streaming=args.dataset_streaming)
-    else:
-        splits = load_dataset(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
+        return load_dataset(kind, data_files=files, streaming=args.dataset_streaming)
+    return load_dataset(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
+
+
+def load_splits(args: DistillArguments):
+    splits = splits_of(args)
     if args.max_eval_samples is not None and args.dataset_test_split in splits:
         splits[args.dataset_test_split] = splits[args.dataset_test_split].take(args.max_eval_samples)
     if args.prompt_column is None:
@@ -100,6 +105,23 @@ def named_reward(name: str) -> Callable | str:
 
 
 def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, model_args: ModelConfig):
+    set_init_kwargs(training_args, model_args)
+    splits = load_splits(script_args)
+    trainer = CrossTokenizerGKDTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=splits[script_args.dataset_train_split],
+        eval_dataset=evaluated_split(script_args, training_args, splits),
+        peft_config=get_peft_config(model_args),
+        reward_funcs=[named_reward(name) for name in script_args.reward_funcs or []] or None,
+        teacher_gate=named_function(script_args.teacher_gate) if script_args.teacher_gate else None,
+    )
+    train_and_save(trainer, script_args)
+    trainer.end()
+
+
+def set_init_kwargs(training_args: TrainingArguments, model_args: ModelConfig):
+    """Adds to `model_init_kwargs` what the command's options say of how the student is loaded."""
     init_kwargs = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
@@ -107,25 +129,24 @@ def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, 
         "quantization_config": get_quantization_config(model_args),
     }
     training_args.model_init_kwargs = {**init_kwargs, **(training_args.model_init_kwargs or {})}
-    splits = load_splits(script_args)
-    evaluated = training_args.eval_strategy != "no"
-    if evaluated and script_args.dataset_test_split not in splits:
+
+
+def evaluated_split(script_args: ScriptArguments, training_args: TrainingArguments, splits):
+    """The split to evaluate on, None where none is asked for. Raises `ValueError` where it is not there."""
+    if training_args.eval_strategy == "no":
+        return None
+    if script_args.dataset_test_split not in splits:
         raise ValueError(
             f"The dataset has no split {script_args.dataset_test_split!r} to evaluate on, only {', '.join(splits)}: pass "
             "--eval_strategy no, or name one with --dataset_test_split."
         )
-    trainer = CrossTokenizerGKDTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=splits[script_args.dataset_train_split],
-        eval_dataset=splits[script_args.dataset_test_split] if evaluated else None,
-        peft_config=get_peft_config(model_args),
-        reward_funcs=[named_reward(name) for name in script_args.reward_funcs or []] or None,
-        teacher_gate=named_function(script_args.teacher_gate) if script_args.teacher_gate else None,
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
+    return splits[script_args.dataset_test_split]
+
+
+def train_and_save(trainer: Trainer, script_args: ScriptArguments):
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Saved to {args.output_dir}.")
+    if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
