@@ -5,6 +5,8 @@ Decisions
 - Only the run's own settings shape the distribution.
 - Rows that have ended leave the batch. Whenever half of the rows have ended, the call ends, and the others continue in a
   new call: from their KV cache or, where a model keeps more than plain keys and values, after reading their text again.
+- Equal prompts are read once, and their cache is copied to all their rows.
+- On a CPU the products of few rows, which all of a decode step are, are computed by `models/few_rows.py`.
 - A LoRA adapter is merged while the student writes (`merge_adapter_for_generation`). In half precision the merged weights are
   rounded otherwise than the two parts that are scored. The log-probs that tokens were sampled with are then recorded, so that the
   difference is logged and weighs the advantages, as with vLLM. This needs sampling that only a temperature shapes.
@@ -26,7 +28,6 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     Cache,
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -34,18 +35,18 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import ContinuousBatchingConfig, GenerateDecoderOnlyOutput
 from trl.models.utils import unwrap_model_for_generation
 
 from ..config import CrossTokenizerGKDConfig
+from ..models.few_rows import few_rows_fast
 from ..models.merging import mergeable, merged
 from ..models.sharding import gathered_under_fsdp, is_sharded
+from .cache import growing_cache, has_virtual_tokens, is_plain
 from .pairing import Prompt, pad_rows
 
 
 Written = tuple[list[int], list[float] | None]
-_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 # the name of the cache in what `generate` takes and returns: transformers 5.24 renamed it
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
@@ -147,6 +148,7 @@ def write(
         gathered_under_fsdp(unwrapped) if sharded and not together else nullcontext(),
         _ready_to_generate(unwrapped, config),
         merged(layers),
+        few_rows_fast(unwrapped),
     ):
         for start in range(0, len(order), size):
             rows = order[start : start + size]
@@ -250,6 +252,8 @@ def _generate(
     if isinstance(model, PeftModel):
         check_prompt_learning(model.active_peft_config)
     cache, criteria = None, None
+    if rows_leave:
+        cache = _read_once(model, sequences, mask, config) or growing_cache(model)
     while True:
         if rows_leave:
             criteria = StoppingCriteriaList([_HalfHaveEnded(stop_ids, len(rows))])
@@ -275,16 +279,37 @@ def _generate(
             return written.tolist()
         rows, sequences = rows[left], output.sequences[left]
         mask = torch.cat([mask[left], mask.new_ones(len(left), sequences.shape[1] - mask.shape[1])], 1)
-        cache = _cut(model, getattr(output, _CACHE, None), left)
+        cache = _selected(model, getattr(output, _CACHE, None), left)
 
 
-def _cut(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cache | None:
+def _selected(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cache | None:
     """The cache of these rows; `None` where the model keeps any other state of a batch, in the cache or outside it."""
-    plain = type(cache) is DynamicCache and all(type(layer) in _PLAIN_LAYERS for layer in cache.layers)
-    if not plain or _has_virtual_tokens(model) or any(hasattr(module, "rope_deltas") for module in model.modules()):
+    if not is_plain(model, cache):
         return None
     cache.batch_select_indices(rows.cpu())  # layers may be on different devices
     return cache
+
+
+def _read_once(
+    model: PreTrainedModel, sequences: torch.Tensor, mask: torch.Tensor, config: GenerationConfig
+) -> Cache | None:
+    """
+    A cache with all but the last token of each prompt, of which equal ones were read once. `None` where all are different or the
+    model's cache cannot be shared.
+
+    Args:
+        sequences, mask: (B, L) prompts, padded on the left.
+    """
+    different, place = torch.cat([mask, sequences], 1).unique(dim=0, return_inverse=True)
+    if len(different) == len(sequences) or mask.sum(1).min() < 2 or (cache := growing_cache(model)) is None:
+        return None
+    own_mask, own = different.split(mask.shape[1], dim=1)
+    call = copy.deepcopy(config)
+    call.update(max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+    output = model.generate(
+        input_ids=own[:, :-1], attention_mask=own_mask[:, :-1], generation_config=call, **{_CACHE: cache}
+    )
+    return _selected(model, getattr(output, _CACHE), place)
 
 
 class _HalfHaveEnded(StoppingCriteria):
@@ -303,7 +328,7 @@ def _generate_continuously(
     model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, settings: dict
 ) -> list[list[int]]:
     """By continuous batching, with a paged cache: when a row ends, the next prompt begins."""
-    if _has_virtual_tokens(model):
+    if has_virtual_tokens(model):
         raise ValueError(
             "generation_backend='transformers_continuous' would leave out the virtual tokens of a prompt-learning "
             "adapter: choose 'transformers'."
@@ -341,10 +366,6 @@ def check_prompt_learning(config: PeftConfig):
             "virtual tokens writes text that is not its own (transformers 5.24 renamed `past_key_values`, which PEFT still looks "
             "for). Install transformers<5.24, or train a LoRA adapter."
         )
-
-
-def _has_virtual_tokens(model: nn.Module) -> bool:
-    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 @contextmanager

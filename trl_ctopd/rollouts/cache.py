@@ -1,0 +1,71 @@
+"""The KV cache that a model writes with: transformers' own, grown in blocks, so that a token is not paid for with a copy of all
+keys and values before it."""
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+class GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` whose keys and values are the beginning of larger tensors, which are replaced when they are full."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._rooms = ()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before, added = self.get_seq_length(), (key_states, value_states)
+        length = before + key_states.shape[-2]
+        if not self._has_room(length):
+            old, size = (self.keys, self.values), length + max(64, length // 4)
+            self._rooms = tuple(new.new_empty(*new.shape[:-2], size, new.shape[-1]) for new in added)
+            if before:
+                for room, part in zip(self._rooms, old, strict=True):
+                    room[..., :before, :] = part
+        for room, new in zip(self._rooms, added, strict=True):
+            room[..., before:length, :] = new
+        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def _has_room(self, length: int) -> bool:
+        """False also where rows were selected or repeated, which leaves the rooms with what was there before."""
+        return (
+            bool(self._rooms)
+            and length <= self._rooms[0].shape[-2]
+            and self.keys.data_ptr() == self._rooms[0].data_ptr()
+        )
+
+
+def growing_cache(model: PreTrainedModel) -> Cache | None:
+    """An empty cache for `model`; `None` where its cache is not plain keys and values."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not base._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=base.config)
+    if not is_plain(model, cache):
+        return None
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def is_plain(model: nn.Module, cache: Cache | None) -> bool:
+    """Whether `cache` is all that `model` keeps of a batch, and rows of it can be selected and repeated."""
+    plain = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer)
+    return (
+        type(cache) is DynamicCache
+        and bool(cache.layers)
+        and all(type(layer) in plain for layer in cache.layers)
+        and not has_virtual_tokens(model)
+        and not any(hasattr(module, "rope_deltas") for module in model.modules())
+    )
+
+
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Of an adapter that learns a prompt."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
