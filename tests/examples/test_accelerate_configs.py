@@ -83,7 +83,7 @@ def test_a_quantized_teacher_teaches_whole_in_every_process(name, tmp_path):
     ("name", "options", "message"),
     [
         ("ddp", ("--accelerator_config", '{"even_batches": false}'), "even_batches=False would give"),
-        ("fsdp2", FSDP1, "FSDP version 1 keeps no weight by itself"),
+        ("fsdp2", FSDP1, "FSDP version 1 flattens weights together"),
         ("zero3", ("--generation_backend", "transformers_continuous"), "'transformers_continuous' with gather_for_gen"),
         ("zero3", ("--use_vllm", "true"), "vllm_mode='colocate' with gather_for_generation=False"),
     ],

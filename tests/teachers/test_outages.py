@@ -216,7 +216,8 @@ def test_an_address_is_one_however_it_is_written(serve, url):
 @pytest.mark.parametrize("name", ["localhost:8000", "10.0.0.1:8000/v1", "[::1]:8000", " gpu-box.lab:80"])
 def test_an_address_without_its_scheme_is_not_taken_for_a_models_name(build, name):
     with pytest.raises(
-        ValueError, match=rf"no model's name; if it is a server, write http://{name.strip()[:5]}".replace("[", r"\[")
+        ValueError,
+        match=rf"is not the name of a model. If it is a server, write http://{name.strip()[:5]}".replace("[", r"\["),
     ):
         build(teacher=name)
 

@@ -98,7 +98,9 @@ def watched(values, args=None, masked=0.0) -> list[str]:
     logger = logging.getLogger("trl_ctopd.training.watch")
     logger.addHandler(handler)
     try:
-        watch = SamplingWatch(args or SimpleNamespace(top_p=1.0, top_k=0, min_p=None, generation_kwargs=None))
+        watch = SamplingWatch(
+            args or SimpleNamespace(top_p=1.0, top_k=0, min_p=None, generation_kwargs=None, early_stop=None)
+        )
         for value in values:
             watch.read({DIFFERENCE: value, "alignment/masked_fraction": masked})
     finally:
@@ -113,7 +115,7 @@ def test_a_lasting_difference_is_warned_of_once_and_chance_never(build):
     assert DIFFERENCE in line and "another distribution than the one that is scored" in line
     assert watched([0.1 + 0.05 * value for value in noise[:9]]) == [], "nine logs are too few to tell"
     assert watched([0.1 + 0.05 * value for value in noise], masked=0.02) == [], "masked tokens may explain it"
-    cut = SimpleNamespace(top_p=0.9, top_k=0, min_p=None, generation_kwargs=None)
+    cut = SimpleNamespace(top_p=0.9, top_k=0, min_p=None, generation_kwargs=None, early_stop=None)
     assert watched([0.1 + 0.05 * value for value in noise], cut) == [], "the user asked for it"
 
 

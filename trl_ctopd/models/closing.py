@@ -34,7 +34,7 @@ class ClosingLogProbFunction(torch.autograd.Function):
         device, count = hidden.device, len(hidden)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
         ctx.settings = dtype, columns, softcap, scale, temperature
-        bounds = _bounds(ids, len(weight), columns)
+        ctx.bounds = _bounds(ids, len(weight), columns)
         statistics = [torch.zeros(count, device=device) for _ in range(7)]
         running_max, sum_exp, x_sum_exp, sq_sum_exp, z_sum, before_target, target_logit = statistics
         running_max.fill_(-torch.inf)
@@ -58,7 +58,7 @@ class ClosingLogProbFunction(torch.autograd.Function):
                 HAS_IS_TOP1=False,
                 **_kernel_settings(softcap, scale, temperature),
             )
-            where, at = _entries(bounds, start // columns, rows, top, bottom, count)
+            where, at = _entries(ctx.bounds, start // columns, rows, top, bottom, count)
             read = tile[rows[where] - top, ids[where] - start].float() * scale
             if softcap is not None:
                 read = softcap * torch.tanh(read / softcap)
@@ -78,6 +78,7 @@ class ClosingLogProbFunction(torch.autograd.Function):
         hidden, weight, bias, targets, rows, ids, log_z, log_probs, entropy, close, logits = ctx.saved_tensors
         dtype, columns, softcap, scale, temperature = ctx.settings
         nothing = torch.zeros_like(log_z)
+        closing_alone = grad_log_probs is None
         grad_log_probs, grad_close = (
             nothing if grad is None else grad.float() for grad in (grad_log_probs, grad_close)
         )
@@ -89,16 +90,16 @@ class ClosingLogProbFunction(torch.autograd.Function):
         target_extra = common * _slope(log_probs + log_z, softcap, scale, temperature)
         dense = grad_log_probs - common
 
-        # only rows with a gradient are projected again: a loss on distributions has its own for most of them
-        kept = (grad_log_probs.bool() | grad_close.bool()).nonzero()[:, 0]
-        place = torch.full_like(targets, -1).index_copy(0, kept, torch.arange(len(kept), device=kept.device))
-        entries = (place[rows] >= 0).nonzero()[:, 0]
-        rows, ids, extra = place[rows[entries]], ids[entries], extra[entries]
-        all_hidden, hidden = hidden, hidden[kept]
-        targets, log_z, entropy, dense, target_extra, nothing = (
-            part[kept] for part in (targets, log_z, entropy, dense, target_extra, nothing)
-        )
-        bounds = _bounds(ids, len(weight), columns)
+        all_hidden, kept = hidden, None
+        if closing_alone:  # few rows have a gradient then, and no others are projected again
+            kept = grad_close.nonzero()[:, 0]
+            place = torch.full_like(targets, -1).index_copy(0, kept, torch.arange(len(kept), device=kept.device))
+            entries = (place[rows] >= 0).nonzero()[:, 0]
+            rows, ids, extra = place[rows[entries]], ids[entries], extra[entries]
+            hidden, targets, log_z, entropy, dense, target_extra, nothing = (
+                part[kept] for part in (hidden, targets, log_z, entropy, dense, target_extra, nothing)
+            )
+        bounds = ctx.bounds if kept is None else _bounds(ids, len(weight), columns)
         with maybe_gather_lm_head_ctx(weight, bias):
             found = [
                 torch.zeros(part.shape, device=part.device) if needed else None
@@ -138,7 +139,7 @@ class ClosingLogProbFunction(torch.autograd.Function):
                     trl_kernels._addmm_fp32(grad_weight[start:end], tile.t(), hidden[top:bottom].to(dtype))
                 if grad_bias is not None:
                     grad_bias[start:end] += tile.sum(dim=0, dtype=torch.float32)
-        if grad_hidden is not None:
+        if grad_hidden is not None and kept is not None:
             found[0] = grad_hidden.new_zeros(all_hidden.shape).index_copy_(0, kept, grad_hidden)
         grads = [
             None if grad is None else grad.to(part.dtype)

@@ -1,13 +1,14 @@
-"""Checkpoints of a run that may be killed at any moment: which are whole, whose they are, and from which one it goes on.
+"""Checkpoints of a run that may be killed at any moment: which are complete, which run they belong to, and which one a run resumes
+from.
 
-Decisions: Trainer writes `trainer_state.json` after all else of a checkpoint, and deletes older checkpoints after that. So a
-checkpoint is whole where this file is and can be read, if two things are seen to, which the trainer does when it saves: every
-process has written its part by then, and nothing is left in the folder from a run before. Nodes may have disks of their own
-(`save_on_each_node`), so a checkpoint counts as whole where it is so for every process.
-
-Just before it, `checkpoint.json` says what the checkpoint is made of (each file with its size), which run it is of, and under which
-settings; all is on the disk before older checkpoints go. A run that begins in a folder says so there (`_run.json`): what another one
-has left is not taken for its own.
+Decisions
+- `Trainer` writes `trainer_state.json` last, and only then deletes older checkpoints. So a checkpoint with a readable
+  `trainer_state.json` is complete, as long as every process has written its part by then and the folder held no files of an earlier
+  run. The trainer sees to both when it saves.
+- Nodes may have disks of their own (`save_on_each_node`), so a checkpoint counts as complete only if it is complete for every process.
+- `checkpoint.json` is written just before. It lists the files with their sizes, the run, and the settings. All of it is on the disk
+  before older checkpoints are deleted.
+- A run writes `_run.json` into its output folder when it begins, so that it does not resume from another run's checkpoint.
 """
 
 import json
@@ -33,9 +34,9 @@ from ..teachers.panel import settled
 logger = get_logger(__name__)
 
 MANIFEST = "checkpoint.json"
-RUN = "_run.json"  # as it begins, it is not pushed to the hub
-_ORNAMENTS = (".md", ".png", ".html")  # which nothing is resumed from
-_RENAMED = {"filler": "padding_rows"}  # in micro-batches that checkpoints of earlier code keep
+RUN = "_run.json"  # the leading underscore keeps it from being pushed to the hub
+_ORNAMENTS = (".md", ".png", ".html")  # files that a resume does not read
+_RENAMED = {"filler": "padding_rows"}  # keys of the micro-batches in older checkpoints
 
 
 def folder_of(run: str | Path, step: int) -> Path:
@@ -43,7 +44,7 @@ def folder_of(run: str | Path, step: int) -> Path:
 
 
 def clear(folder: Path):
-    """Removes what an earlier run has left of a checkpoint; amid that, it is no whole one either."""
+    """Removes a checkpoint that an earlier run left. Interrupted, it leaves an incomplete one."""
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -53,10 +54,10 @@ def is_whole(folder: Path) -> bool:
 
 
 def missing(folder: Path) -> list[str]:
-    """What `folder` lacks of a whole checkpoint: files that are not there, or not as long as they were saved."""
+    """The files that a complete checkpoint would have and `folder` has not, or has with another size than when it was saved."""
     if _read(folder / TRAINER_STATE_NAME) is None:
         return [TRAINER_STATE_NAME]
-    files = (_read(folder / MANIFEST) or {}).get("files", {})  # none is known of an older version's
+    files = (_read(folder / MANIFEST) or {}).get("files", {})  # an older version wrote no list
     return [
         name for name, size in files.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size
     ]
@@ -72,8 +73,8 @@ def _read(path: Path) -> dict | None:
 
 class Lineage:
     """
-    A run by its parts: each `train()` is one, with a name of its own, and those it goes on from with the steps until which it does.
-    Every process has the same.
+    Which `train()` calls a run consists of: its own, and before it those that it was resumed from, each with the last step that it
+    contributed. Each call has a name of its own. The same on every process.
     """
 
     def __init__(self, parts: list[tuple[str, int | None]]):
@@ -81,7 +82,7 @@ class Lineage:
 
     @classmethod
     def begun(cls, checkpoint: str | None) -> "Lineage":
-        """Of a run that begins now, anew or from `checkpoint`. Every process must call it."""
+        """Of a run that begins now, from scratch or from `checkpoint`. Every process must call it."""
         before = []
         if checkpoint is not None:
             folder = Path(checkpoint)
@@ -93,7 +94,7 @@ class Lineage:
 
     @classmethod
     def of_folder(cls, run: Path) -> "Lineage | None":
-        """Of the run that began last in this folder; None where no run has said so."""
+        """Of the last run that began in this folder; None if there is no record of one."""
         found = _read(run / RUN)
         return None if found is None else cls([(name, until) for name, until in found["lineage"]])
 
@@ -106,14 +107,14 @@ class Lineage:
         _sync(run)
 
     def has(self, checkpoint: Path, step: int) -> bool:
-        """Whether a checkpoint is one of this run's."""
+        """Whether a checkpoint belongs to this run."""
         known = (_read(checkpoint / MANIFEST) or {}).get("lineage") or [["", None]]
         untils = [until for name, until in self.parts if name == known[-1][0]]
         return any(until is None or step <= until for until in untils)
 
 
 def begin(checkpoint: str | None, args: CrossTokenizerGKDConfig, identity: Mapping) -> Lineage:
-    """A run begins, anew or from `checkpoint`: its output folder is told so, and whoever started it of what has changed since."""
+    """Records in the output folder that a run begins, from scratch or from `checkpoint`, and warns of settings that have changed since."""
     if checkpoint is not None and (changed := changes(checkpoint, identity)):
         logger.warning(
             f"Going on from {checkpoint} with other settings than it was saved with: {'; '.join(changed)}. It will not be the "
@@ -127,7 +128,7 @@ def begin(checkpoint: str | None, args: CrossTokenizerGKDConfig, identity: Mappi
 
 @contextmanager
 def whole(state: TrainerState, folder: Path, lineage: Lineage, settings: Mapping) -> Iterator[None]:
-    """Within, `state.save_to_json` marks `folder` as a whole checkpoint: everything in it is on the disk, and then the mark is."""
+    """In the block, `state.save_to_json` marks `folder` as a complete checkpoint, after everything else in it is on the disk."""
     save = state.save_to_json
 
     def save_and_mark(path: str):
@@ -150,7 +151,7 @@ def whole(state: TrainerState, folder: Path, lineage: Lineage, settings: Mapping
 
 
 def _sync(path: Path):
-    """Waits until a file, or what a folder lists, is on the disk."""
+    """Waits until a file, or a folder's list of files, is on the disk."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -161,7 +162,7 @@ def _sync(path: Path):
 
 
 def changes(checkpoint: str, settings: Mapping) -> list[str]:
-    """In words, which of a run's `settings` (in JSON's values) were others when `checkpoint` was saved."""
+    """Which of a run's `settings` (JSON values) differ from those that `checkpoint` was saved with, each with both values."""
     before = (_read(Path(checkpoint) / MANIFEST) or {}).get("settings")
     if before is None:
         return []
@@ -174,7 +175,7 @@ def changes(checkpoint: str, settings: Mapping) -> list[str]:
 
 
 def day_of(checkpoint: str | None) -> date | None:
-    """The day that the prompts of a checkpoint's run write, where their templates write one."""
+    """The date in the prompts of the run that saved a checkpoint; None where its templates write none."""
     manifest = (_read(Path(checkpoint) / MANIFEST) if checkpoint else None) or {}
     day = manifest.get("settings", {}).get("prompt_date")
     return date.fromisoformat(day) if day else None
@@ -182,14 +183,14 @@ def day_of(checkpoint: str | None) -> date | None:
 
 def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:
     """
-    The checkpoint that a run goes on from, the same on every process; each must call it.
+    The checkpoint that a run resumes from, the same on every process. Every process must call it.
 
     Args:
-        asked: `resume_from_checkpoint`: a folder; `True`, or the same as a command line says it, for the last whole
-            checkpoint in `output_dir`; `None` or `False` for none.
+        asked: `resume_from_checkpoint`: a folder; `True` or "true" for the last complete checkpoint in `output_dir`; `None`, `False`
+            or "false" for none.
         output_dir: the run's.
 
-    Raises `ValueError` where there is no whole one, or the folder asked for is none; with the last whole one's name.
+    Raises `ValueError` where there is no complete one, or `asked` is not one. It names the last complete one.
     """
     if isinstance(asked, str) and asked.lower() in ("true", "false"):
         asked = asked.lower() == "true"
@@ -245,24 +246,24 @@ def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:
 
 
 def _warned_of(folder: Path) -> str:
-    """`folder` to resume from, with a word on what it never had."""
+    """`folder`, after a warning if it was saved without the optimizer's state or without a list of its files."""
     manifest = _read(folder / MANIFEST)
     names = [str(path.relative_to(folder)) for path in folder.rglob("*")] if manifest is None else manifest["files"]
     if not any(re.match(r"optimizer|.*optim_states|rank\d+-of-\d+-optimizer", name) for name in names):
         logger.warning(
-            f"{folder} has no state of the optimizer (save_only_model?): it begins anew, with a schedule of its own."
+            f"{folder} has no state of the optimizer (save_only_model?): the optimizer and its schedule start from scratch."
         )
     elif manifest is None:
         logger.warning(
-            f"{folder} has no {MANIFEST}, as one of an older version or of another trainer: whether it is whole, and under which "
-            "settings it was saved, cannot be told."
+            f"{folder} has no {MANIFEST}: it is of an older version or of another trainer. Whether it is complete, and which "
+            "settings it was saved with, is not known."
         )
     return str(folder)
 
 
 def _steps_in(run: Path, lineage: Lineage | None) -> tuple[set[int], set[int], set[int]]:
-    """The steps of the checkpoints in `run` that are whole for every process and of `lineage` (of any without), of those that are
-    not whole, and of those that are of another run."""
+    """The steps of the checkpoints in `run`: complete for every process and of `lineage` (without one, of any run); incomplete;
+    complete but of another run."""
     names = {
         path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     }
@@ -294,12 +295,12 @@ class PendingRollouts:
         self.batches, self.old_scores = [], {}
 
     def save(self, checkpoint: str):
-        """Writes this process's own; waits for scores that a server still works on."""
+        """Writes those of this process, after the server's scores have arrived."""
         batches = [settled(batch) for batch in self.batches]
         torch.save((self._layout(), batches, self.old_scores), self._file(checkpoint))
 
     def load(self, checkpoint: str):
-        """What this process has saved there, if there is any and its settings are those of this run."""
+        """Reads what this process saved there, if the settings that shape micro-batches are the same."""
         file = self._file(checkpoint)
         if not file.exists():
             return
@@ -310,8 +311,8 @@ class PendingRollouts:
             self.old_scores = {index: own if own.dim() == 3 else own[None] for index, own in old_scores.items()}
         else:
             logger.warning(
-                f"{checkpoint} keeps completions of other settings than these (then {layout}, now "
-                f"{self._layout()}): they are left, and the student writes anew."
+                f"{checkpoint} keeps completions that were made with other settings (then {layout}, now "
+                f"{self._layout()}): they are dropped, and the student writes new ones."
             )
 
     def _layout(self) -> dict[str, int]:

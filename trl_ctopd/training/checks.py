@@ -1,4 +1,4 @@
-"""The trainer's arguments, and what can be known to be wrong with them before any training time is spent."""
+"""Checks of the trainer's arguments, before any training time is spent."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -53,7 +53,7 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
     for name in by_name:
         if is_url_without_scheme(name) and not Path(name).exists():
             raise ValueError(
-                f"The teacher {redact(name)!r} is no model's name; if it is a server, write http://{name.strip()}."
+                f"The teacher {redact(name)!r} is not the name of a model. If it is a server, write http://{name.strip()}."
             )
     if args.teacher_model_init_kwargs and not by_name:
         kind = "at a server" if isinstance(teachers[0], str | Sequence) else f"a {type(teachers[0]).__name__}"
@@ -145,17 +145,17 @@ def check_run(
 
 
 def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
-    """Raises `ValueError` for settings that cannot work with how the run is shared out among its processes."""
+    """Raises `ValueError` for settings that do not work with the run's distributed strategy."""
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     if fsdp and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError(
-            f"FSDP version {accelerator.state.fsdp_plugin.fsdp_version} keeps no weight by itself, and the LM head's is read apart from "
+            f"FSDP version {accelerator.state.fsdp_plugin.fsdp_version} flattens weights together, and the LM head's is read apart from "
             "its model: set `fsdp_version: 2` in the Accelerate config, as examples/accelerate_configs/fsdp2.yaml does."
         )
     if accelerator.num_processes > 1 and not args.accelerator_config.even_batches:
         raise ValueError(
             "even_batches=False would give the last batch of an epoch to some processes alone, and the others would wait for "
-            "ever: leave it True. Rows that only fill a batch up are not learned from."
+            "ever: leave it True. The student does not learn from padding rows."
         )
     sharded = fsdp or is_deepspeed_zero3_enabled()
     check_pieces(args, sharded)
@@ -236,8 +236,8 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
 
 
 def open_student(model, args: CrossTokenizerGKDConfig, peft_config):
-    """The student; loaded where it is the name of an adapter, with its base and to be trained on, or of a GGUF file (`gguf_file` in
-    `model_init_kwargs`). Raises `ValueError` where it is to get an adapter beside the one it has."""
+    """The student. If `model` names an adapter, it is loaded with its base and can be trained; a GGUF file (`gguf_file` in
+    `model_init_kwargs`) is loaded too. Raises `ValueError` for an adapter that would get a second one by `peft_config`."""
     kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if not isinstance(model, str):
         return model
@@ -270,8 +270,8 @@ def check_trainable(model: nn.Module):
 
 def check_same_data(accelerator, train_dataset, eval_dataset):
     """
-    Every process must have the same rows, of which each is dealt its own. Raises `ValueError` where datasets have unlike lengths,
-    with which processes would wait for each other for ever; warns where their rows differ.
+    Every process must be given the same dataset, of which it reads its share. Raises `ValueError` where their lengths differ, since
+    processes would then wait for each other for ever. Warns where their rows differ.
     """
     if accelerator.num_processes == 1:
         return
@@ -331,8 +331,8 @@ def compass(args: CrossTokenizerGKDConfig) -> Compass:
 
 def losses_by_text(args: CrossTokenizerGKDConfig) -> tuple[Callable, Callable]:
     """
-    The losses of the student's own text and of given text. A cross-entropy beside a loss is for given text alone, since it
-    would teach the student whatever it wrote. Raises `ValueError` as `distillation_loss` does.
+    The loss on the student's own text, and the loss on given text. A cross-entropy beside a loss is for given text only: on the
+    student's own it would teach the student whatever it wrote. Raises `ValueError` as `distillation_loss` does.
     """
     loss = distillation_loss(args)
     if args.reference_teacher is not None:
@@ -351,7 +351,7 @@ def losses_by_text(args: CrossTokenizerGKDConfig) -> tuple[Callable, Callable]:
 
 
 def checked(result) -> tuple[torch.Tensor, Metrics]:
-    """`result` of a loss. Raises `TypeError` where it is not what a loss returns."""
+    """`result` of a loss. Raises `TypeError` unless it is (value, metrics)."""
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
         raise TypeError(
             "A loss returns (value, metrics), with metrics a dict of name: (sum, weight); this one returned a "
@@ -361,7 +361,7 @@ def checked(result) -> tuple[torch.Tensor, Metrics]:
 
 
 def signal_of(loss: Callable) -> str:
-    """What `loss` needs of the teacher: "none", "logprobs" (a loss that does not say) or "logits"."""
+    """What `loss` needs of the teacher: "none", "logprobs" (the default) or "logits"."""
     return getattr(loss, "signal", "logprobs")
 
 
@@ -392,8 +392,8 @@ def check_takes_rewards(loss: Callable):
 
 def check_losses(losses: Sequence[Callable], model: nn.Module, panel: Panel, vocabulary: Callable[[], VocabularyPair]):
     """
-    Builds what `losses` read of the two vocabularies, before any training time is spent. Raises `ValueError` where a teacher
-    does not give what they need, or an LM head cannot be read apart from its model.
+    Builds the tables of the two vocabularies that `losses` read, before any training time is spent. Raises `ValueError` where a
+    teacher does not give what a loss needs, or an LM head cannot be read apart from its model.
     """
     for loss in losses:
         check_signal(loss, panel.signals)

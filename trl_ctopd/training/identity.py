@@ -1,4 +1,4 @@
-"""What makes a run the run it is: settings, models and data in values that JSON has, to be compared when it is resumed."""
+"""Settings, models and data of a run as JSON values, compared when it is resumed."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..teachers.panel import Panel
 
 
-# settings that have no bearing on the weights: where a run is written, how it is looked at, how much memory it takes
+# settings that do not change the weights: where a run is saved, how it is logged, how much memory it takes
 _WITHOUT_BEARING = re.compile(
     r"output_dir|run_name|project|report\w*|log_\w+|logging_\w+|save_\w+|eval_\w+|do_\w+|push_to_hub\w*|hub_\w+|trackio\w*"
     r"|disable_tqdm|resume_from_checkpoint|num_completions_to_print|dataloader_\w+|teacher_server_\w+|dataset_num_proc"
@@ -22,7 +22,7 @@ _WITHOUT_BEARING = re.compile(
     r"|ddp_\w+|local_rank|per_device_eval_batch_size|prediction_loss_only|teacher_batch_size|logit_tile_tokens|vllm_server_\w+"
     r"|vllm_group_port|vllm_gpu_memory_utilization|\w*token|debug|restore_callback_states_from_checkpoint"
 )
-_ROWS, _WEIGHTS = 1024, 64  # that a digest reads at most
+_ROWS, _WEIGHTS = 1024, 64  # at most as many are read for a digest
 
 
 def identity(
@@ -31,8 +31,8 @@ def identity(
     train_dataset: Dataset | IterableDataset | None,
     day: date | None = None,
 ) -> dict:
-    """What a resumed run must have in common with the one that it goes on from. `day`: the one that prompts write, None where
-    none do."""
+    """What a resumed run must have in common with the run that it continues. `day`: the date in the prompts, None where there is
+    none."""
     teachers = {
         name: seat.name if seat.remote else f"{seat.name} {model_digest(seat.teacher.base_model)}".strip()
         for name, seat in panel.seats.items()
@@ -42,14 +42,14 @@ def identity(
 
 
 def settings_that_matter(args: CrossTokenizerGKDConfig) -> dict:
-    """By name, those that shape the weights."""
+    """The settings that change the weights, by name."""
     found = {name: value for name, value in args.to_dict().items() if not _WITHOUT_BEARING.fullmatch(name)}
     found["world_size"] = args.world_size
     return json.loads(json.dumps(found, default=str))
 
 
 def dataset_digest(dataset: Dataset | IterableDataset | None) -> str:
-    """Of a rendered dataset: how many rows, and what is in up to a thousand of them."""
+    """The number of rows of a rendered dataset, and a hash of up to a thousand of them."""
     if not isinstance(dataset, Dataset):
         return type(dataset).__name__
     rows = np.linspace(0, len(dataset) - 1, min(len(dataset), _ROWS)).astype(int)
@@ -60,7 +60,7 @@ def dataset_digest(dataset: Dataset | IterableDataset | None) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Of its shape, and of a few numbers of its weights where they are here whole."""
+    """A hash of the shapes, and of a few numbers of those weights that this process holds unsharded."""
     digest = hashlib.sha256()
     parameters = list(model.named_parameters())
     for place in np.linspace(0, len(parameters) - 1, min(len(parameters), _WEIGHTS)).astype(int):

@@ -1,7 +1,7 @@
 """Where a step's time goes.
 
-Decisions: wall clock on the host. A phase is charged for its own time, without that of the phases within it. Nothing waits
-for a GPU that does not have to: work queued in one phase is charged to the one that needs its result, and sums stay right.
+Decisions: wall clock on the host. A phase counts its own time, without that of phases nested in it. The timer never synchronises with a
+GPU: work that one phase queues counts in the phase that waits for it, and the sum over phases stays right.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""What goes wrong without a word: weights that are no numbers, and text drawn from another distribution than the one scored."""
+"""Watches for silent failures: weights that are not finite, and text drawn from another distribution than the one scored."""
 
 import math
 
@@ -15,18 +15,16 @@ from ..losses import Metrics, ScoredChunks
 logger = get_logger(__name__)
 
 DIFFERENCE = "sampling/entropy_difference"
-_LOGS, _DEVIATIONS = (
-    10,
-    8.0,
-)  # at least as many logs; so many standard errors from nought (Student's t: one run in 10⁵ by chance)
-_NATS = 0.02  # below which a difference is one of rounding
+_LOGS = 10  # before it judges
+_DEVIATIONS = 8.0  # standard errors from 0; by Student's t, one run in 10⁵ is that far off by chance
+_NATS = 0.02  # a smaller difference is rounding
 
 
 class FiniteWeights(TrainerCallback):
-    """Ends a run whose student is no longer made of numbers, before a checkpoint of it takes the place of the last good one."""
+    """Ends a run whose student has NaN or infinite weights, before a checkpoint of it replaces the last good one."""
 
     def __init__(self):
-        self.accelerator = None  # the run's, which is there once the trainer is built
+        self.accelerator = None  # set once the trainer is built
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._check(model, "before the first step" if state.global_step == 0 else f"at step {state.global_step}")
@@ -46,7 +44,7 @@ class FiniteWeights(TrainerCallback):
 
 @torch.no_grad()
 def are_finite(model: nn.Module) -> bool:
-    """Whether all trained weights that this process holds are numbers."""
+    """Whether all trained weights that this process holds are finite."""
     held = []
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -72,10 +70,7 @@ class SamplingWatch:
 
     def __init__(self, args: CrossTokenizerGKDConfig):
         self._bent = args.top_p < 1 or args.top_k > 0 or args.min_p is not None or args.generation_kwargs
-        self._bent = self._bent or args.early_stop in (
-            "kat",
-            "random",
-        )  # which tokens are left depends on what was drawn
+        self._bent = self._bent or args.early_stop in ("kat", "random")  # what is kept depends on what was drawn
         self._seen: list[float] = []
         self._masked: list[float] = []
         self._said = False
