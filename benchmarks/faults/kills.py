@@ -9,7 +9,8 @@ python -m benchmarks.faults.kills --kills 100 --minutes 14      # repeat until t
 A run is drawn from `KINDS`. There are two sorts of kills: after a random time, whatever the process is doing; or at a given moment
 of a step, or during the writing of a checkpoint file, of which half then exists (`Death` of tests/helpers/resume_run.py). With two
 processes, one of them is killed, and the other ends by itself. Every resume is `resume_from_checkpoint=True`. If the run was
-killed before its first checkpoint, it starts again. Writes `kills.json` to `benchmarks/results/faults/`.
+killed before its first checkpoint, it starts again. Writes `kills.json` to `benchmarks/results/faults/`. All its runs are of one
+version of the package: a file with runs of another is not continued.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import multiprocessing
 import os
 import random
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -122,6 +124,14 @@ def live(context, folder: Path, kind: str, draw: random.Random, deadline: float)
         kills.append("at a random time" if death is None else f"at {death.where}")
 
 
+def package_version() -> str:
+    """Git's id of the package's folder, which changes with any of its files."""
+    root = Path(__file__).resolve().parents[2]
+    if subprocess.check_output(["git", "status", "--porcelain", "trl_ctopd"], cwd=root):
+        sys.exit("trl_ctopd/ has changes that are not committed, so that nobody could tell which version was killed")
+    return subprocess.check_output(["git", "rev-parse", "HEAD:trl_ctopd"], cwd=root, text=True).strip()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
@@ -129,7 +139,12 @@ def main():
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
 
-    report = json.loads(options.output.read_text()) if options.output.exists() else {**header(), "runs": []}
+    package = package_version()
+    report = {**header(), "package": package, "runs": []}
+    if options.output.exists():
+        report = json.loads(options.output.read_text())
+        if report.get("package") != package:
+            parser.error(f"{options.output} has runs of the package {report.get('package')}, this is {package}: remove it")
     os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.getcwd(), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["resume_run"])
