@@ -1,17 +1,23 @@
 """`CrossTokenizerDPOTrainer`: DPO on preference pairs, with a teacher that has another tokenizer as the reference."""
 
+import json
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import date
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -28,6 +34,7 @@ from .teachers.panel import Awaited, Panel
 from .text.chat import Speaker
 
 
+logger = get_logger(__name__)
 _SIDES = ("chosen", "rejected")
 _LOSSES_OF_TOKENS = {"sft", "sigmoid_norm", "ipo"}
 
@@ -112,8 +119,9 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
     tokenizers share. The teacher's log-prob of a chunk replaces the reference model's. With two further teachers, one trained
     on the preference and one on its opposite, a chunk's weight depends on the difference between their log-probs.
 
-    Overrides of `DPOTrainer`: `_prepare_dataset` (two conversations), `_precompute_ref_logps` (the teacher's columns) and
-    `_compute_loss` (a weight for each token). All else is inherited.
+    Overrides of `DPOTrainer`: `_prepare_dataset` (two conversations), `_precompute_ref_logps` (the teacher's columns),
+    `_compute_loss` (a weight for each token) and `train` (a resumed run keeps the day that its prompts write). All else is
+    inherited.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
@@ -171,7 +179,11 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
         self._panel = Panel(teacher_model, teacher_processing_class, _teacher_settings(args))
         self._weighing = (positive_teacher, negative_teacher) if positive_teacher is not None else ()
         self._weighers: list[LocalTeacher] = []
-        self._side = Speaker(processing_class, args.chat_template_kwargs)
+        [today] = broadcast_object_list([date.today()])  # processes may start around midnight
+        self._side = Speaker(processing_class, args.chat_template_kwargs, day=today)
+        self._given_datasets = {"train": train_dataset, "eval": kwargs.get("eval_dataset")}
+        self._day = _PromptDay(self._side, *self._panel.sides.values())
+        self._day.write(today)
         self._teachers_sit = False
         super().__init__(
             model,
@@ -183,6 +195,7 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.add_callback(self._day)
 
     # Data
 
@@ -212,6 +225,29 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*self._signature_columns, "chosen_weights", "rejected_weights"]
+
+    # The day in the prompts
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        day = _PromptDay.of(folder) if folder else None
+        if self._day.written and day not in (None, self._day.day):
+            logger.warning(
+                f"A chat template writes the day. The run of {folder} began on {day}, so its prompts go on to say {day} and not "
+                f"{self._day.day}."
+            )
+            self._day.write(day)
+            for name, dataset in self._given_datasets.items():
+                if isinstance(dataset, Mapping):
+                    dataset = {key: self._with_columns(own, key) for key, own in dataset.items()}
+                elif dataset is not None:
+                    dataset = self._with_columns(dataset, name)
+                setattr(self, f"{name}_dataset", dataset)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _with_columns(self, dataset: Dataset, name: str) -> Dataset:
+        rendered = self._prepare_dataset(dataset, self.processing_class, self.args, name)
+        return self._precompute_ref_logps(rendered, name, self.args.per_device_train_batch_size)
 
     # The teacher's columns
 
@@ -315,6 +351,36 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         weights = inputs.pop("completion_weights")
         return super()._compute_loss(_Weighted(model, weights[:, 1:]), inputs, return_outputs)
+
+
+class _PromptDay(TrainerCallback, ExportableState):
+    """The day that `sides` write in prompts, saved in the trainer's state with each checkpoint."""
+
+    def __init__(self, *sides: Speaker):
+        self.sides = sides
+
+    @property
+    def day(self) -> date:
+        return self.sides[0].day
+
+    @property
+    def written(self) -> bool:
+        return any(side.writes_day for side in self.sides)
+
+    def write(self, day: date):
+        for side in self.sides:
+            side.day = day
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"day": self.day.isoformat()}}
+
+    @classmethod
+    def of(cls, checkpoint: str) -> date | None:
+        """The day that was saved with a checkpoint; None where none was."""
+        file = Path(checkpoint) / "trainer_state.json"
+        saved = json.loads(file.read_text()).get("stateful_callbacks", {}) if file.exists() else {}
+        day = saved.get(cls.__name__, {}).get("attributes", {}).get("day")
+        return date.fromisoformat(day) if day else None
 
 
 class _Weighted:

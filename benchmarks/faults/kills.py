@@ -144,7 +144,9 @@ def main():
     if options.output.exists():
         report = json.loads(options.output.read_text())
         if report.get("package") != package:
-            parser.error(f"{options.output} has runs of the package {report.get('package')}, this is {package}: remove it")
+            parser.error(
+                f"{options.output} has runs of the package {report.get('package')}, this is {package}: remove it"
+            )
     os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.getcwd(), os.environ.get("PYTHONPATH", "")])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["resume_run"])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from datetime import date
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from peft import LoraConfig
 from toys import student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from trl import DPOConfig, DPOTrainer
 
+from trl_ctopd import preference
 from trl_ctopd.losses.ctpd import chunk_sums, chunk_weights, columns
 from trl_ctopd.preference import CrossTokenizerDPOConfig, CrossTokenizerDPOTrainer
 from trl_ctopd.rollouts.pairing import Prompt
@@ -48,7 +50,7 @@ def pairs(rows=4):
 
 def build(folder, dataset=None, model=None, teacher=None, teacher_tokens=None, weighers=(None, None), **settings):
     settings = {**QUIET, **settings}
-    peft_config = settings.pop("peft_config", None)
+    peft_config, evaluated = settings.pop("peft_config", None), settings.pop("eval_dataset", None)
     return CrossTokenizerDPOTrainer(
         model or student_model(),
         teacher or teacher_model(),
@@ -59,6 +61,7 @@ def build(folder, dataset=None, model=None, teacher=None, teacher_tokens=None, w
         processing_class=student_tokenizer(),
         teacher_processing_class=teacher_tokens or teacher_tokenizer(),
         peft_config=peft_config,
+        eval_dataset=evaluated,
     )
 
 
@@ -181,6 +184,43 @@ def test_the_teachers_columns_are_computed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(CrossTokenizerDPOTrainer, "_columns", lambda *_: pytest.fail("the teacher read again"))
     second = build(tmp_path / "run", dataset)
     assert second.train_dataset["chosen_weights"][:] == first.train_dataset["chosen_weights"][:]
+
+
+class Calendar(date):
+    now = date(2024, 2, 29)
+
+    @classmethod
+    def today(cls):
+        return cls.now
+
+
+@pytest.mark.parametrize("asked", ["by name", "the newest"])
+def test_pairs_of_a_run_that_is_resumed_on_another_day_go_on_with_the_day_it_began(
+    tmp_path, caplog, monkeypatch, asked
+):
+    monkeypatch.setattr(preference, "date", Calendar)
+    monkeypatch.setattr(Calendar, "now", date(2024, 2, 29))
+    dated = teacher_tokenizer()
+    dated.chat_template = '{{ strftime_now("%d of %m") }}' + dated.chat_template
+    settings = {"save_strategy": "steps", "save_steps": 1, "teacher_tokens": dated}
+    settings |= {"eval_dataset": {"few": pairs(2)}, "per_device_eval_batch_size": 1}
+    whole = build(tmp_path / "run", max_steps=2, **settings)
+    whole.train()
+    Calendar.now = date(2024, 3, 1)
+    late = build(tmp_path / "run", max_steps=3, **settings)
+    assert "29 of 02" in dated.decode(whole.train_dataset[0]["teacher_prompt_ids"])
+    assert "01 of 03" in dated.decode(late.train_dataset[0]["teacher_prompt_ids"])
+    late.train(resume_from_checkpoint=True if asked == "the newest" else str(tmp_path / "run" / "checkpoint-1"))
+    for mine, other in (
+        (late.train_dataset, whole.train_dataset),
+        (late.eval_dataset["few"], whole.eval_dataset["few"]),
+    ):
+        assert mine[:] == other[:], "prompts, and the teacher's log-probs of the answers to them"
+    assert "began on 2024-02-29, so its prompts go on to say 2024-02-29 and not 2024-03-01" in caplog.text
+    Calendar.now = date(2024, 3, 2)
+    later = build(tmp_path / "run", max_steps=4, **settings)
+    later.train(resume_from_checkpoint=True)
+    assert later.train_dataset[:] == whole.train_dataset[:], "the first day, however often a run is resumed"
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_an_evaluation_before_a_sharded_training_is_refused_with_the_way_to_its_
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
 def test_two_real_processes_that_evaluate_before_a_sharded_training_are_refused_and_can_do_it_afterwards(
     tmp_path, strategy
 ):

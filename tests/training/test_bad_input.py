@@ -7,6 +7,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.config import GKDConfig
@@ -154,6 +156,28 @@ def test_a_quantized_student_without_an_adapter_is_refused_before_it_is_loaded(b
     settings = {"model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
     with pytest.raises(ValueError, match="quantized.*train an adapter on it .`--use_peft`, `peft_config=LoraConfig"):
         build(settings, model="no/such-model")
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["an adapter to be made", "a PeftModel"])
+def test_an_adapter_on_a_quantization_that_cannot_be_trained_is_refused_with_its_name(build, wrapped):
+    class InferenceOnlyHfQuantizer(HfQuantizer):
+        def _process_model_before_weight_loading(self, model, **kwargs):
+            raise AssertionError("the model is loaded already")
+
+        def is_serializable(self):
+            return True
+
+        @property
+        def is_trainable(self):
+            return False
+
+    adapter, student = LoraConfig(target_modules="all-linear"), student_model()
+    student.hf_quantizer = InferenceOnlyHfQuantizer(QuantizationConfigMixin(quant_method="inference-only"))
+    given = {"model": get_peft_model(student, adapter)} if wrapped else {"model": student, "peft_config": adapter}
+    with pytest.raises(
+        ValueError, match="InferenceOnlyHfQuantizer, which no adapter can be trained on: load its plain weights"
+    ):
+        build(**given)
 
 
 @pytest.mark.parametrize(

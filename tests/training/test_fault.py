@@ -1,4 +1,4 @@
-"""One process of two is killed, or hangs: the run ends with an error that says which, and does not wait for ever.
+"""One process of two is killed, interrupted or fails, or hangs: the run ends with an error that says which, and does not wait for ever.
 (test_resume.py has the killed rank that every test run looks at.)"""
 
 import socket
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.faults import ranks
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
@@ -67,3 +69,17 @@ def test_a_rank_killed_on_one_node_ends_the_other_node_too(tmp_path):
     assert all(node.returncode not in (0, None) for node in nodes)
     assert "rank      : 1 (local_rank: 0)" in root_cause(second) and "Signal 9 (SIGKILL)" in root_cause(second)
     assert "rank      : 0 (local_rank: 0)" in root_cause(first) and "Connection" in first
+
+
+@pytest.mark.parametrize("name", [name for name, case in ranks.CASES.items() if case.hangs_for])
+def test_ctrl_c_or_an_error_ends_every_rank_while_a_server_hangs(tmp_path, name):
+    found = ranks.run(name, tmp_path, limit=900)  # the servers would be silent for an hour
+    assert found["ended"] and found["code"] != 0, (tmp_path / "output.txt").read_text()
+    assert found["says"], (tmp_path / "output.txt").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name, case in ranks.CASES.items() if case.rows])
+def test_ranks_whose_data_differ_where_they_may_not_end_with_the_cause(tmp_path, name):
+    found = ranks.run(name, tmp_path, limit=900)
+    assert found["ended"] and found["code"] != 0, (tmp_path / "output.txt").read_text()
+    assert found["says"], (tmp_path / "output.txt").read_text()
