@@ -1,0 +1,21 @@
+"""The README's picture of `make demo-real`, from its committed figures.
+
+    python -m benchmarks.real_models.figure     # from the repository root
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from demo_real.run import HELD_OUT
+from demo_real.show import learning_curve
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+if __name__ == "__main__":
+    found = json.loads((RESULTS / "demo_real.json").read_text(encoding="utf-8"))
+    learning_curve(found["curve"], found, HELD_OUT, RESULTS / "demo_real.png")
