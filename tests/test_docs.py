@@ -92,7 +92,10 @@ def test_the_loss_of_contributing_runs_as_it_is_and_is_the_sum_of_squared_gaps()
     names = {"__package__": "trl_ctopd.losses", "__name__": "trl_ctopd.losses.squared_gap"}
     exec(textwrap.dedent(code), names)
     rows = random_rows(0)
-    value, metrics = names["SquaredGap"]()(ScoredChunks(*as_tensors(rows)), torch.tensor(7))
+    batch = ScoredChunks(*as_tensors(rows))
+    value, metrics = names["SquaredGap"]()(batch, torch.tensor(7))
     budgets = [(reference_budgets(student), reference_budgets(teacher)) for student, teacher in rows]
     gaps = [theirs[chunk] - ours[chunk] for ours, theirs in budgets for chunk in ours]
-    assert value.item() == pytest.approx(sum(gap**2 for gap in gaps) / 7) and metrics == {}
+    assert value.item() == pytest.approx(sum(gap**2 for gap in gaps) / 7)
+    part, of = metrics["loss/compared_fraction"]
+    assert part == batch.chunks.student_tokens.sum() and of == batch.scored_tokens
