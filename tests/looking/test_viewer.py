@@ -319,11 +319,15 @@ def test_the_credit_of_any_loss_is_minus_its_slope():
 def test_a_loss_on_distributions_has_no_credit_to_show():
     with pytest.raises(ValueError, match="SimCT reads whole distributions"):
         scored(aligned("the dog"), loss=build_loss("simct"))
+    with pytest.raises(ValueError, match="GVPO reads more than the two models' log-probs of one text"):
+        scored(aligned("the dog"), loss=build_loss("gvpo"))
     with pytest.raises(ValueError, match="does not depend on the student's log-probs"):
         scored(aligned("the dog"), loss=lambda batch, num_items: (batch.teacher_log_probs.sum(), {}))
 
 
-@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.signal != "logits"])
+@pytest.mark.parametrize(
+    "name", [name for name, loss in LOSSES.items() if loss.signal != "logits" and not loss.reads_more]
+)
 def test_every_loss_on_log_probs_can_be_shown(name):
     shown = scored(aligned("The quick brown fox"), loss=build_loss(name))
     assert np.isfinite(shown.advantages).all()

@@ -85,3 +85,39 @@ def test_a_baseline_of_another_loss_is_refused(build):
         build(distillation_loss="alm", baseline="kl")
     with pytest.raises(ValueError, match="Unknown baseline 'mean': choose one of kl"):
         build(baseline="mean")
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_gvpo_trains_on_own_and_on_the_teachers_completions_and_compares_those_of_a_prompt(build, given):
+    own = {"off_policy_loss": "gvpo", "lmbda": 0.0, "seq_kd": True} if given else {"distillation_loss": "gvpo"}
+    trainer = build(num_generations=3, gradient_accumulation_steps=2, length_grouped=False, **own)
+    batches, loss = [], "off_policy_loss" if given else "distillation_loss"
+    trained = getattr(trainer, loss)
+    setattr(trainer, loss, lambda batch, n: batches.append(batch) or trained(batch, n))
+    assert step_of(trainer).abs().max() > 0
+    log = trainer.state.log_history[0]
+    assert log["gvpo/alone_fraction"] == 0 and log["gvpo/log_ratio_std"] > 0
+    for batch in batches:
+        assert batch.prompts.unique(return_counts=True)[1].tolist() == [3, 3, 3, 3]
+        first = (batch.student_chunks >= 0).int().argmax(1).min()
+        begun = [
+            (number, tuple(ids))
+            for number, ids in zip(batch.prompts.tolist(), batch.student_ids[:, :first].tolist(), strict=True)
+        ]
+        assert len({*begun}) == 4, "completions of one number begin with one prompt"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "GVPO compares .* num_generations=1 makes one: set it to 2 or more"),
+        ({"num_generations": 2, "lmbda": 0.5}, "lmbda=0.5 the dataset gives one: set seq_kd=True"),
+        (
+            {"num_generations": 2, "gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps=2 deals.*length_grouped=False",
+        ),
+    ],
+)
+def test_gvpo_without_completions_to_compare_is_refused_with_the_way_out(build, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(distillation_loss="gvpo", **settings)

@@ -12,6 +12,8 @@ from trl_ctopd.teachers.local import LocalTeacher
 
 
 ON_LOGITS = [name for name, loss in LOSSES.items() if loss.signal == "logits"]
+# what a loss needs beside its name
+NEEDS = {"sft": {"lmbda": 0.0}, "gvpo": {"num_generations": 2}}
 OFF_POLICY = [name for name, loss in LOSSES.items() if loss.policy != "on"]
 
 
@@ -23,13 +25,13 @@ def no_cache(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains_evaluates_and_logs_what_it_compares(build, loss):
-    trainer = build(distillation_loss=loss, lmbda=0.0 if loss == "sft" else 1.0, max_steps=2, eval_dataset=prompts(3))
+    trainer = build(distillation_loss=loss, **NEEDS.get(loss, {}), max_steps=2, eval_dataset=prompts(3))
     before = weights(trainer).clone()
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["grad_norm"] > 0 and torch.isfinite(torch.tensor(log["loss"]))
     assert (weights(trainer) - before).abs().max() > 0
-    assert ("loss/compared_fraction" in log) == (loss not in ("dpca", "alm", "sft"))
+    assert ("loss/compared_fraction" in log) == (loss not in ("dpca", "alm", "gvpo", "sft"))
     assert 0 < log.get("loss/compared_fraction", 1) <= 1
     assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
 
@@ -37,7 +39,7 @@ def test_every_loss_trains_evaluates_and_logs_what_it_compares(build, loss):
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ON_LOGITS])
 def test_no_distributions_are_prepared_for_a_loss_that_does_not_ask(build, monkeypatch, loss):
     monkeypatch.setattr(LocalTeacher, "log_probs_and_hidden", None)  # calling it would fail
-    trainer = build(distillation_loss=loss, lmbda=0.0 if loss == "sft" else 1.0)
+    trainer = build(distillation_loss=loss, **NEEDS.get(loss, {}))
     seen = []
     trained = trainer.distillation_loss
     trainer.distillation_loss = trainer.off_policy_loss = lambda batch, n: seen.append(batch) or trained(batch, n)
@@ -111,7 +113,8 @@ def test_a_student_with_the_teachers_own_weights_and_tokenizer_is_left_alone(bui
 @pytest.mark.parametrize("loss", OFF_POLICY)
 def test_a_loss_for_any_text_learns_from_references(build, loss):
     log = {}
-    trainer = build(distillation_loss="bpm", off_policy_loss=loss, lmbda=0.0)
+    more = {"num_generations": 2, "seq_kd": True} if loss == "gvpo" else {}
+    trainer = build(distillation_loss="bpm", off_policy_loss=loss, lmbda=0.0, **more)
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["off_policy_fraction"] == 1
@@ -206,7 +209,7 @@ def test_vocabularies_without_a_shared_token_are_refused_before_training(build, 
             {"distillation_loss": "gold", "off_policy_loss_kwargs": {"beta": 1.0}},
             "off_policy_loss_kwargs has no effect",
         ),
-        ({"off_policy_loss": "bpm"}, "'bpm' cannot learn from text .*: choose one of alm, uld, .*sft"),
+        ({"off_policy_loss": "bpm"}, "'bpm' cannot learn from text .*: choose one of alm, gvpo, uld, .*sft"),
         ({"off_policy_loss": "alme"}, "'alme' is not the name of a loss: choose one of alm"),
         ({"logit_tile_tokens": 0}, "logit_tile_tokens must be at least 1, got 0"),
     ],

@@ -60,6 +60,7 @@ PAPERS = {
         "Minixhofer, Benjamin and Vuli{\\'c}, Ivan and Ponti, Edoardo Maria",
         "2503.20083",
     ),
+    "gvpo": Paper("GVPO for on-policy distillation", "", "2609.21432"),
     "strict_sampled": Paper(
         "SimpleOPD: Simple Tokenizer-Agnostic On-Policy Distillation for Long-Context Reasoning",
         "",

@@ -11,6 +11,7 @@ from .distributions import Distributions
 from .dpca import DPCA
 from .escd import ESCD
 from .gold import GOLD
+from .gvpo import GVPO
 from .multi_level_ot import MultiLevelOT
 from .reverse_kl import ReverseKL
 from .sft import SFT
@@ -30,6 +31,7 @@ LOSSES: dict[str, type[Loss]] = {
     "bpm": BPM,
     "escd": ESCD,
     "alm": ALM,
+    "gvpo": GVPO,
     "uld": ULD,
     "multi_level_ot": MultiLevelOT,
     "gold": GOLD,

@@ -74,6 +74,8 @@ class ScoredChunks:
             start, for `reference_kl` and a loss with `reads_start`.
         reference_teacher_log_probs (`torch.Tensor` of shape (B, T), *optional*): `teacher_log_probs` of the reference teacher, a
             second one of the same tokens.
+        prompts (`torch.LongTensor` of shape (B,), *optional*): a number of each row's prompt, for a loss with
+            `compares_completions`; `None`: all rows are of one.
         imbalance (scalar `torch.Tensor`, *optional*): of a student that is a mixture of experts, how unevenly its routers share out
             the tokens; the trainer adds it to the loss.
 
@@ -101,6 +103,7 @@ class ScoredChunks:
     rewards: torch.Tensor | None = None
     reference_log_probs: torch.Tensor | None = None
     reference_teacher_log_probs: torch.Tensor | None = None
+    prompts: torch.Tensor | None = None
     imbalance: torch.Tensor | None = None
     student: Distributions | None = None
     teacher: Distributions | None = None
@@ -245,7 +248,9 @@ class Loss:
     `signal` says what the teacher must deliver a token: `"logprobs"` (of the token it read), `"logits"` (its whole
     distribution), `"none"`. `policy` says on whose text the loss is right: `"on"` (text the student wrote), `"off"`
     (text it did not), `"both"`. `weighs_by_ratio` tells that it stays right on text of the student before its last updates,
-    by `old_log_probs`. A loss with `event = "closed"` reads `close_log_probs`. `structures` names what the loss reads of a `VocabularyPair`, which is built before
+    by `old_log_probs`. A loss with `event = "closed"` reads `close_log_probs`. `reads_more` tells that both models' log-probs of
+    one text are not enough, so that no credit of a single text can be shown, and `compares_completions` that it needs several
+    completions of a prompt in a micro-batch. `structures` names what the loss reads of a `VocabularyPair`, which is built before
     training. `copies` is how many tensors of the size of a tile's logits are alive at once, so that a tile can be cut
     to keep `tile_tokens`.
     """
@@ -253,6 +258,8 @@ class Loss:
     signal: ClassVar[str] = "logprobs"
     policy: ClassVar[str] = "both"
     weighs_by_ratio: ClassVar[bool] = False
+    reads_more: ClassVar[bool] = False
+    compares_completions: ClassVar[bool] = False
     structures: ClassVar[tuple[str, ...]] = ()
     copies: ClassVar[int] = 1
 

@@ -39,6 +39,7 @@ class Compass(PolicyGradient):
         clip_ratio_low, clip_ratio_high: of [`PolicyGradient`].
     """
 
+    reads_more: ClassVar[bool] = True
     reads_start: ClassVar[bool] = True  # `ScoredChunks.reference_log_probs`
 
     alpha: float = 0.5

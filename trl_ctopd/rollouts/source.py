@@ -153,7 +153,8 @@ class RolloutSource:
 
         Returns:
             For each micro-batch what `collate` makes of its rollouts, with `teacher_log_probs` (B, T), or what waits for
-            them; `teacher_places` (B,), each row's teacher by its place among the seats; `on_policy`, whether the student
+            them; `teacher_places` (B,), each row's teacher by its place among the seats; `prompts` (B,), a number of each row's
+            prompt; `on_policy`, whether the student
             wrote it; `index`, its place in the step; `teacher_hidden` (B, T, H) where its loss needs it; `going_on` (2, K)
             where its loss reads how chunks close (see `add_going_on`); and
             `sampled_log_probs` (B, S) where the writer told them. And the figures of the completions.
@@ -206,6 +207,7 @@ class RolloutSource:
             batch["other_spelling"] = on_columns(other, batch).bool() & (batch["student_chunks"] >= 0)
             if sampled[rows[0]] is not None:
                 batch["sampled_log_probs"] = on_columns([sampled[row] for row in rows], batch)
+            batch["prompts"] = torch.tensor([row // repeats for row in rows])
             if rewards is not None:
                 batch["rewards"] = rewards[rows]
             batches.append({**batch, "on_policy": on, "index": index})

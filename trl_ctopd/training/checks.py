@@ -329,7 +329,40 @@ def compass(args: CrossTokenizerGKDConfig) -> Compass:
     return Compass(alpha=args.reference_teacher_alpha, share=args.reference_teacher_share, **ratio)
 
 
+def check_compares_completions(loss: Callable, args: CrossTokenizerGKDConfig, given: bool):
+    """Raises `ValueError` where `loss` compares the completions of a prompt, and there are none to compare. `given`: on text that the
+    student did not write."""
+    if not getattr(loss, "compares_completions", False):
+        return
+    name = loss_name(loss)
+    if args.num_generations < 2:
+        raise ValueError(
+            f"{name} compares the completions of a prompt, and num_generations={args.num_generations} makes one: set it to 2 or more "
+            "(4 in the paper)."
+        )
+    if given and not args.seq_kd:
+        raise ValueError(
+            f"{name} compares the completions of a prompt, and with lmbda={args.lmbda} the dataset gives one: set seq_kd=True, so that "
+            "the teacher writes them."
+        )
+    if args.length_grouped and args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"{name} compares the completions of a prompt within a micro-batch, and length_grouped=True with "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} deals them out by length: set length_grouped=False."
+        )
+
+
 def losses_by_text(args: CrossTokenizerGKDConfig) -> tuple[Callable, Callable]:
+    """`chosen_losses`, checked for what they need of the completions of a prompt."""
+    own, given = chosen_losses(args)
+    if args.lmbda > 0:
+        check_compares_completions(own, args, given=False)
+    if args.lmbda < 1:
+        check_compares_completions(given, args, given=True)
+    return own, given
+
+
+def chosen_losses(args: CrossTokenizerGKDConfig) -> tuple[Callable, Callable]:
     """
     The loss on the student's own text, and the loss on given text. A cross-entropy beside a loss is for given text only: on the
     student's own it would teach the student whatever it wrote. Raises `ValueError` as `distillation_loss` does.

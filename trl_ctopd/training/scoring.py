@@ -115,6 +115,7 @@ class Scorer:
             teacher_ids=inputs["teacher_ids"],
             old_log_probs=old,
             rewards=inputs.get("rewards"),
+            prompts=inputs.get("prompts"),
             imbalance=scores[2],
             close_log_probs=close,
             old_close_log_probs=old_close,

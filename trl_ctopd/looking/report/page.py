@@ -246,7 +246,7 @@ def _samples(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]])
 
 def _views(trainer, samples: list[dict]) -> list[Markup]:
     loss = trainer.distillation_loss
-    shown = isinstance(loss, Loss) and loss.signal == "logprobs" and not getattr(loss, "reads_start", False)
+    shown = isinstance(loss, Loss) and loss.signal == "logprobs" and not loss.reads_more
     by = loss if shown else None  # None: dpca's credit is shown
     samples = [Sample(**sample) for sample in samples]
     shown = []

@@ -213,6 +213,10 @@ def _credit(loss: Callable, batch: ScoredChunks) -> torch.Tensor:
     """(1, S) −∂loss/∂log p_i with N = 1."""
     if getattr(loss, "signal", "logprobs") == "logits":
         raise ValueError(f"{loss_name(loss)} reads whole distributions: the credit of a token is not a single number.")
+    if getattr(loss, "reads_more", False):
+        raise ValueError(
+            f"{loss_name(loss)} reads more than the two models' log-probs of one text: the credit of its tokens cannot be shown alone."
+        )
     with torch.enable_grad():
         value, _ = loss(batch, 1)
     if not value.requires_grad:
