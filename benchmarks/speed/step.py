@@ -25,6 +25,8 @@ Decisions:
   teacher; for the student the logits of `TILE` tokens at a time, whose gradient is computed at once, by hand. A loss that needs
   all log-probs first cannot do that, and computes the logits twice. The floor clips no gradients, logs nothing and has no
   data loader. Rows are padded on the right and nothing is masked.
+- `writing_limit_seconds` is the least that writing can take: in each decode step all weights and the cache are read once from memory
+  (`bandwidth.py`). The floor's own writing is `generate`, far above it.
 
 Other differences between the two trainers, each as in its own code:
 - GOLD calls `generate` once a micro-batch, ours once a step.
@@ -56,11 +58,12 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl.kernels import ChunkedLogProbFunction
 
 from benchmarks.clock import Clock, Step
 from benchmarks.report import assets_folder, header, save
+from benchmarks.speed.bandwidth import bandwidth, writing_limit
 from benchmarks.speed.models import (
     LEARNING_RATE,
     LLAMA_1B,
@@ -354,6 +357,12 @@ def measure(setting: Setting, plan: Plan, assets: Path, folder: Path) -> dict:
         steps, most = found["steps"], found["most"]
     result = {"prompts_a_micro_batch": setting.batch, "micro_batches": setting.accumulation, "rows": setting.rows}
     result |= {"new_tokens": setting.new_tokens, "dtype": str(setting.dtype), "lora": setting.lora}
+    if own := next(iter(steps.values()), None):
+        prompt = own[0].tokens["prompts"] / setting.prompts
+        with torch.device("meta"):
+            student = AutoModelForCausalLM.from_config(setting.config(0), dtype=setting.dtype)
+        sizes = (setting.prompts, prompt, setting.new_tokens, bandwidth(setting.device))
+        result["writing_limit_seconds"] = writing_limit(student, *sizes)
     result["sides"] = {name: summary(steps[name]) for name in SIDES if name in steps}
     for name, fits in most.items():
         result["sides"].setdefault(name, {})["most_prompts"] = fits
@@ -385,6 +394,8 @@ def show(results: dict[str, dict]) -> None:
                 *("" if share is None else f"{share['median']:.2f}" for share in shares),
                 peak,
             )
+        if "writing_limit_seconds" in result:
+            table.add_row("limit of writing", f"{result['writing_limit_seconds']:.2f}")
     Console(width=110).print(table)
 
 

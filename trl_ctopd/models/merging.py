@@ -2,8 +2,8 @@
 matrix products a layer and token.
 
 Decisions
-- PEFT merges (`safe_merge`), into a copy of each weight. The weights themselves are kept, and put back afterwards: nothing drifts,
-  however often it is done. It takes the memory of the adapted weights once more while it lasts.
+- PEFT merges, into a copy of each weight. The weights themselves are kept, and put back afterwards: nothing drifts, however often
+  it is done. Its `safe_merge` would copy too, and look at every weight three times more. It takes the memory of the adapted weights once more while it lasts.
 - A layer whose weights are quantized, sharded, shared with another layer, or adapted otherwise than by plain LoRA stays as it is.
 """
 
@@ -49,8 +49,10 @@ def merged(layers: Sequence[LoraLayer]) -> Iterator[None]:
     """Within, these layers of `mergeable` are merged."""
     kept = [(p, p.data) for layer in layers for p in layer.get_base_layer().parameters(recurse=False)]
     try:
+        for parameter, data in kept:
+            parameter.data = data.clone()
         for layer in layers:
-            layer.merge(safe_merge=True)
+            layer.merge()
         yield
     finally:
         for parameter, data in kept:
