@@ -1,4 +1,4 @@
-"""The cache that grows in blocks: what transformers' own would hold, and prompts that are equal are read once."""
+"""The cache that grows in blocks holds what transformers' own would, and prompts are read into it once and with little padding."""
 
 import pytest
 import torch
@@ -55,10 +55,22 @@ def test_equal_prompts_are_read_once_and_the_text_is_the_same(family):
         lambda module, args, inputs: read.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
     assert cut(_generate(model, prompts, settings(), rows_leave=True)) == apart
-    longest = max(map(len, prompts))
-    shared = growing_cache(model) is not None
-    assert read[0] == ((7, longest - 1) if shared else (len(prompts), longest))
-    assert not shared or read[1] == (len(prompts), 1)
+    if growing_cache(model) is None:
+        assert read[0] == (len(prompts), max(map(len, prompts)))
+    else:
+        assert sum(rows for rows, _ in read[: read.index((len(prompts), 1))]) == 7
+
+
+@torch.no_grad()
+def test_prompts_of_unlike_length_are_read_without_most_of_their_padding():
+    model, read = model_of("Llama"), []
+    prompts = [[12, 13] * length for length in (40, 5, 39, 4, 5, 20)]
+    apart = cut(_generate(model, prompts, settings(), rows_leave=False))
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    assert cut(_generate(model, prompts, settings(), rows_leave=True)) == apart
+    assert read[:4] == [2 * 79, 39, 2 * 9, 6]  # rows (one of them twice), by the tokens of the longest but one
 
 
 @torch.no_grad()

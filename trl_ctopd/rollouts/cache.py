@@ -54,6 +54,24 @@ def growing_cache(model: PreTrainedModel) -> Cache | None:
     return cache
 
 
+def can_join(cache: Cache) -> bool:
+    """Whether rows of `cache` can be padded."""
+    return all(type(layer) is GrowingLayer for layer in cache.layers)
+
+
+def joined(caches: list[Cache]) -> Cache:
+    """The rows of all caches that `can_join`, one after the other, padded on the left. It is the first one, changed."""
+    if len(caches) == 1:
+        return caches[0]
+    width = max(cache.get_seq_length() for cache in caches)
+    for layer, *others in zip(*(cache.layers for cache in caches), strict=True):
+        parts = [(own.keys, own.values) for own in (layer, *others)]
+        padded = [[nn.functional.pad(part, (0, 0, width - part.shape[-2], 0)) for part in own] for own in parts]
+        layer.reset()
+        layer.update(*(torch.cat(own) for own in zip(*padded, strict=True)))
+    return caches[0]
+
+
 def is_plain(model: nn.Module, cache: Cache | None) -> bool:
     """Whether `cache` is all that `model` keeps of a batch, and rows of it can be selected and repeated."""
     plain = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer)

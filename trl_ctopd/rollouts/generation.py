@@ -5,7 +5,7 @@ Decisions
 - Only the run's own settings shape the distribution.
 - Rows that have ended leave the batch. Whenever half of the rows have ended, the call ends, and the others continue in a
   new call: from their KV cache or, where a model keeps more than plain keys and values, after reading their text again.
-- Equal prompts are read once, and their cache is copied to all their rows.
+- Equal prompts are read once, and their cache is copied to all their rows. On a CPU prompts of like length are read together.
 - On a CPU the products of few rows, which all of a decode step are, are computed by `models/few_rows.py`.
 - A LoRA adapter is merged while the student writes (`merge_adapter_for_generation`). In half precision the merged weights are
   rounded otherwise than the two parts that are scored. The log-probs that tokens were sampled with are then recorded, so that the
@@ -42,7 +42,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..models.few_rows import few_rows_fast
 from ..models.merging import mergeable, merged
 from ..models.sharding import gathered_under_fsdp, is_sharded
-from .cache import growing_cache, has_virtual_tokens, is_plain
+from .cache import can_join, growing_cache, has_virtual_tokens, is_plain, joined
 from .pairing import Prompt, pad_rows
 
 
@@ -253,7 +253,7 @@ def _generate(
         check_prompt_learning(model.active_peft_config)
     cache, criteria = None, None
     if rows_leave:
-        cache = _read_once(model, sequences, mask, config) or growing_cache(model)
+        cache = _begun(model, sequences, mask, config)
     while True:
         if rows_leave:
             criteria = StoppingCriteriaList([_HalfHaveEnded(stop_ids, len(rows))])
@@ -290,26 +290,51 @@ def _selected(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cach
     return cache
 
 
-def _read_once(
+def _begun(
     model: PreTrainedModel, sequences: torch.Tensor, mask: torch.Tensor, config: GenerationConfig
 ) -> Cache | None:
     """
-    A cache with all but the last token of each prompt, of which equal ones were read once. `None` where all are different or the
-    model's cache cannot be shared.
+    The cache to begin with. It holds all but the last token of each prompt where equal prompts are thus read once, or, on a CPU,
+    prompts of unlike length without most of their padding; otherwise it is empty. `None` where the model keeps other state.
 
     Args:
         sequences, mask: (B, L) prompts, padded on the left.
     """
+    cache, width = growing_cache(model), mask.shape[1]
     different, place = torch.cat([mask, sequences], 1).unique(dim=0, return_inverse=True)
-    if len(different) == len(sequences) or mask.sum(1).min() < 2 or (cache := growing_cache(model)) is None:
-        return None
-    own_mask, own = different.split(mask.shape[1], dim=1)
-    call = copy.deepcopy(config)
-    call.update(max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-    output = model.generate(
-        input_ids=own[:, :-1], attention_mask=own_mask[:, :-1], generation_config=call, **{_CACHE: cache}
-    )
-    return _selected(model, getattr(output, _CACHE), place)
+    lengths = different[:, :width].sum(1).tolist()
+    if cache is None or min(lengths) < 2:
+        return cache
+    groups = [list(range(len(lengths)))]
+    if sequences.device.type == "cpu" and can_join(cache):  # elsewhere padding is cheaper than further calls
+        groups = _alike(lengths)
+    if len(groups) == 1 and len(different) == len(sequences):
+        return cache
+    call, parts = copy.deepcopy(config), []
+    call.update(max_new_tokens=1, return_dict_in_generate=True)
+    with torch.random.fork_rng([sequences.device] if sequences.device.type == "cuda" else []):  # one token is drawn
+        for group in groups:
+            own, ids = different[group, :-1].split([width, width - 1], dim=1)
+            own, begin = own[:, :-1], width - max(lengths[row] for row in group)
+            output = model.generate(
+                input_ids=ids[:, begin:],
+                attention_mask=own[:, begin:],
+                generation_config=call,
+                **{_CACHE: growing_cache(model)},
+            )
+            parts.append(getattr(output, _CACHE))
+    where = torch.tensor(sum(groups, [])).argsort()
+    return _selected(model, joined(parts), where.to(place.device)[place])
+
+
+def _alike(lengths: list[int]) -> list[list[int]]:
+    """Rows in groups: none is shorter than four fifths of the longest in its group."""
+    groups = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not groups or 5 * lengths[row] < 4 * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 class _HalfHaveEnded(StoppingCriteria):
