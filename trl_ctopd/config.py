@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from transformers import GenerationConfig
@@ -530,6 +531,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     def __post_init__(self):
         if self.bf16 is None and not self.use_cpu and not is_torch_bf16_gpu_available():
             self.bf16 = False  # TRL's default of True is an error on a machine without bfloat16
+        self._check_numbers()
         super().__post_init__()
         for name, known in (
             ("credit", (*CREDITS, *PREFIX_CREDITS)),
@@ -557,11 +559,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         )
         for name in (*counts, *optional):
             value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name} must be a whole number, an int, got {value!r} ({type(value).__name__}).")
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if not 0 <= self.reward_weight < float("inf"):
             raise ValueError(f"reward_weight must be finite and not negative, got {self.reward_weight}.")
@@ -607,9 +605,9 @@ class CrossTokenizerGKDConfig(GKDConfig):
                 "seq_kd=True lets the teacher write what the student does not, and with lmbda=1.0 the student writes all: set lmbda "
                 "below 1."
             )
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(
-                f"temperature must be positive, got {self.temperature}: on-policy distillation samples; for greedy "
+                f"temperature must be finite and positive, got {self.temperature}: on-policy distillation samples; for greedy "
                 "evaluation call `model.generate` yourself."
             )
         if isinstance(self.distillation_loss, str) and self.distillation_loss not in LOSSES:
@@ -622,6 +620,19 @@ class CrossTokenizerGKDConfig(GKDConfig):
             problem = "cannot learn from text the student did not write" if known else "is not the name of a loss"
             raise ValueError(f"off_policy_loss {self.off_policy_loss!r} {problem}: choose one of {', '.join(allowed)}.")
 
+    def _check_numbers(self):
+        """Text and NaN, before anything compares them: NaN is neither too small nor too large."""
+        for name, kind in CrossTokenizerGKDConfig.__annotations__.items():
+            value = getattr(self, name)
+            if value is None and kind in (int | None, float | None):
+                continue
+            if kind in (int, int | None) and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be a whole number, an int, got {value!r} ({type(value).__name__}).")
+            if kind in (float, float | None) and (
+                not isinstance(value, Real) or isinstance(value, bool) or value != value
+            ):
+                raise ValueError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
+
     def _check_generation_kwargs(self):
         asked = {name for name, value in (self.generation_kwargs or {}).items() if value is not None}
         if "stop_strings" in asked:
@@ -633,6 +644,11 @@ class CrossTokenizerGKDConfig(GKDConfig):
         if owned := sorted(asked & _OWNED_BY_TRAINER):
             raise ValueError(
                 f"generation_kwargs cannot set {', '.join(owned)}: these have fields of their own, or follow from the models."
+            )
+        if assisted := sorted(asked & {"prompt_lookup_num_tokens", "assistant_early_exit"}):
+            raise ValueError(
+                f"generation_kwargs has {', '.join(assisted)}: with a draft, transformers writes one text at a time, and here a batch is "
+                "written."
             )
         if unknown := sorted(asked - set(GenerationConfig().to_dict())):
             raise ValueError(

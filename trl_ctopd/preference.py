@@ -26,7 +26,7 @@ from trl.trainer.utils import get_config_model_id
 from .config import CrossTokenizerGKDConfig
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.heads import base_model
-from .models.loading import check_vocabulary, load_tokenizer
+from .models.loading import by_name, check_vocabulary, load_tokenizer
 from .rollouts.pairing import Prompt, Rollout
 from .rollouts.prompts import COLUMNS, render_row
 from .teachers.local import LocalTeacher, load_teacher
@@ -160,6 +160,8 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs,
     ):
+        model, teacher_model = by_name(model), by_name(teacher_model)
+        positive_teacher, negative_teacher = by_name(positive_teacher), by_name(negative_teacher)
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         args = CrossTokenizerDPOConfig(f"{os.path.basename(model_id)}-ctpd") if args is None else args
         if not isinstance(args, CrossTokenizerDPOConfig):

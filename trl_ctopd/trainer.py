@@ -27,7 +27,7 @@ from .looking.samples import Samples
 from .losses import Metrics, ScoredChunks
 from .losses.reference_kl import reference_kl
 from .models.heads import base_model
-from .models.loading import ensure_pad_token, load_tokenizer
+from .models.loading import by_name, ensure_pad_token, load_tokenizer
 from .models.reference import Reference
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
@@ -45,6 +45,7 @@ from .text.continuations import Continuations
 from .text.vocabulary import VocabularyPair
 from .training.checks import (
     check_arguments,
+    check_learns,
     check_losses,
     check_run,
     check_takes_rewards,
@@ -121,6 +122,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         teacher_gate: Callable | None = None,
     ):
+        model, teacher_model = by_name(model), by_name(teacher_model)
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         args = CrossTokenizerGKDConfig(f"{Path(model_id).name}-ctopd") if args is None else args
         if teacher_model is None:
@@ -301,6 +303,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
                 if self.args.log_completions or reports_of(self):
                     micro_batches = self.current_gradient_accumulation_steps if model.training else 1
                     self._samples.keep(inputs, batch, -(-self.args.num_completions_to_print // micro_batches))
+            if model.training and torch.is_grad_enabled():
+                check_learns(loss)
             return loss
 
     def _score(self, model: nn.Module, inputs: dict) -> tuple[ScoredChunks, torch.Tensor, Metrics]:

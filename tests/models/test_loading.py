@@ -6,7 +6,17 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from toys import SHAPE, STUDENT_TEMPLATE, step_of, student_model, student_tokenizer, weights
+from toys import (
+    SGD,
+    SHAPE,
+    STUDENT_TEMPLATE,
+    step_of,
+    student_model,
+    student_tokenizer,
+    teacher_model,
+    teacher_tokenizer,
+    weights,
+)
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from trl_ctopd.models.loading import adapter_base, check_saves, load_tokenizer
@@ -99,6 +109,37 @@ def test_sampling_settings_without_do_sample_are_made_such_as_can_be_saved(build
     trainer.train()
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1").generation_config
     assert config.do_sample and {name: getattr(config, name) for name in flag} == flag
+
+
+def test_settings_of_beams_without_beams_are_refused_and_not_called_sampling(build, caplog):
+    model = student_model()
+    model.generation_config.length_penalty = 0.5
+    with pytest.raises(ValueError, match="generation config could not be saved once it is trained"):
+        build(model=model)
+    assert not model.generation_config.do_sample and "do_sample" not in caplog.text
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_an_end_of_text_beyond_the_embedding_is_refused(build, side):
+    model = {"student": student_model, "teacher": teacher_model}[side]()
+    model.generation_config.eos_token_id = [2, 50256]
+    with pytest.raises(
+        ValueError, match=f"The {side}'s generation config ends a text at the token 50256, and its model embeds"
+    ):
+        build(**{"model" if side == "student" else "teacher": model})
+
+
+def test_models_are_given_by_path_objects_too(build, tmp_path):
+    for name, model, tokenizer in (
+        ("s", student_model(), student_tokenizer()),
+        ("t", teacher_model(), teacher_tokenizer()),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    tokenizers = {"processing_class": None, "teacher_processing_class": None}
+    named = build(model=str(tmp_path / "s"), teacher=str(tmp_path / "t"), **tokenizers, **SGD)
+    by_path = build(model=tmp_path / "s", teacher=tmp_path / "t", **tokenizers, **SGD)
+    torch.testing.assert_close(step_of(by_path), step_of(named), rtol=0, atol=0)
 
 
 def test_what_could_not_be_saved_is_refused_before_the_first_step(build, tmp_path, monkeypatch):

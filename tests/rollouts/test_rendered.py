@@ -1,7 +1,7 @@
 """Rows come in whatever shape and format, go to the models that they were rendered for, and are named where they cannot."""
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from toys import TEACHER_TEMPLATE, prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
 from trl_ctopd.rollouts.pairing import Prompt
@@ -219,7 +219,8 @@ PARTS = [{"type": "text", "text": "What is 3 plus 4?"}]
             r"`messages` holds a lone surrogate .U\+DC00 at character 0.",
         ),
         ({"prompt": [{"role": "user", "content": 7}]}, "`prompt` holds content of the type int"),
-        ({"prompt": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": 3}, ""),
+        ({"prompt": [{"role": 3, "content": "Hi"}]}, "`prompt` must hold dicts with `role` and `content`"),
+        ({"prompt": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": 3}, "must be a dict, got 3"),
     ],
 )
 def test_a_row_that_cannot_be_rendered_is_named(build, row, said):
@@ -232,3 +233,12 @@ def test_a_row_that_cannot_be_rendered_is_named(build, row, said):
     trainer = build(dataset=IterableDataset.from_generator(lambda: iter([good])))
     with pytest.raises(ValueError, match=f"Row 1 of the test dataset: .*{said}"):
         list(trainer._prepare_dataset(stream, None, trainer.args, False, None, "test"))
+
+
+@pytest.mark.parametrize(
+    ("made", "way"),
+    [(Dataset.to_list, "Dataset.from_list"), (lambda rows: DatasetDict(test=rows), "one of its splits")],
+)
+def test_what_is_no_dataset_is_told_how_it_becomes_one(build, made, way):
+    with pytest.raises(TypeError, match=f"The test dataset must be a `Dataset` or `IterableDataset`, got .*{way}"):
+        build().predict(made(prompts(2)))

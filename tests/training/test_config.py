@@ -148,6 +148,23 @@ def test_a_count_that_is_no_whole_number_is_told_so(value):
         config(max_new_tokens=value)
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"temperature": "1"}, "temperature must be a number, got '1'"),
+        ({"lmbda": float("nan")}, "lmbda must be a number, got nan"),
+        ({"temperature": float("inf")}, "temperature must be finite and positive, got inf"),
+        ({"top_k": 5.0}, "top_k must be a whole number, an int, got 5.0"),
+        ({"teacher_server_timeout": "5"}, "teacher_server_timeout must be a number, got '5'"),
+        ({"teacher_server_retries": 2.5}, "teacher_server_retries must be a whole number, an int, got 2.5"),
+        ({"generation_kwargs": {"prompt_lookup_num_tokens": 2}}, "prompt_lookup_num_tokens: with a draft.*one text"),
+    ],
+)
+def test_a_setting_that_no_run_could_use_is_refused_with_its_name_and_value(setting, told):
+    with pytest.raises(ValueError, match=told):
+        config(**setting)
+
+
 def test_stop_strings_are_refused_with_what_ends_a_turn():
     with pytest.raises(ValueError, match="stop_strings=.*has no turn end.*eos_token_id"):
         config(generation_kwargs={"stop_strings": ["Question:"]})

@@ -325,6 +325,15 @@ def test_a_checkpoint_without_one_of_its_parts_is_told_by_it_and_the_one_before_
         to_resume_from(str(last), str(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_has_changed_since_it_was_saved_is_told_with_its_checkpoint(build, trained, tmp_path, part):
+    shutil.copytree(trained, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-3" / part
+    file.write_bytes(b"\x07" * file.stat().st_size)
+    with pytest.raises(ValueError, match="checkpoint-3 cannot be read.*it has changed since"):
+        build(**{**SAVED, "max_steps": 4}).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_is_marked_as_whole_and_before_older_ones_go(
     build, tmp_path, monkeypatch
 ):

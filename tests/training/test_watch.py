@@ -69,6 +69,16 @@ def test_a_student_with_nothing_to_train_is_refused(build, tmp_path):
     build(model=PeftModel.from_pretrained(student_model(), tmp_path / "adapter", is_trainable=True)).train()
 
 
+def test_a_student_whose_active_adapter_is_not_the_one_that_is_trained_is_told_so(build):
+    student = get_peft_model(student_model(), LoraConfig(target_modules="all-linear"))
+    student.add_adapter("other", LoraConfig(target_modules="all-linear"))
+    student.set_adapter("other")
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad = "lora_" in name and "default" in name
+    with pytest.raises(ValueError, match="loss depends on no weight that is to be trained.*set_adapter"):
+        build(model=student).train()
+
+
 def test_a_teacher_that_shares_the_students_weights_is_refused(build):
     base = student_model()
     student = get_peft_model(base, LoraConfig(target_modules="all-linear"))

@@ -2,6 +2,8 @@
 trained can be saved."""
 
 import json
+import os
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -120,8 +122,15 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str | None):
     tokenizer.pad_token = pad_token
 
 
+def by_name(model):
+    """A model, or a dict of them by name: given as a `Path` they become text, and else they stay as they are."""
+    if isinstance(model, Mapping):
+        return {name: by_name(own) for name, own in model.items()}
+    return os.fspath(model) if isinstance(model, os.PathLike) else model
+
+
 def check_vocabulary(side: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-    """Raises `ValueError` where the tokenizer has ids that the model does not embed."""
+    """Raises `ValueError` where the tokenizer, or what ends a text in the generation config, has ids that the model does not embed."""
     if any(type(module).__name__ == "TrainableTokensLayer" for module in model.get_output_embeddings().modules()):
         raise ValueError(
             f"The {side} has `trainable_token_indices` (TRL sets them for tokens that `chat_template_path` adds), and its LM head is "
@@ -136,6 +145,15 @@ def check_vocabulary(side: str, model: PreTrainedModel, tokenizer: PreTrainedTok
         raise ValueError(
             f"The {side}'s tokenizer has ids up to {highest}, but its model embeds {rows} tokens: this is not the model's "
             "tokenizer, or `model.resize_token_embeddings(len(tokenizer))` is missing."
+        )
+    ends = model.generation_config.eos_token_id
+    strange = [
+        token for token in (ends if isinstance(ends, list | tuple) else [ends]) if token is not None and token >= rows
+    ]
+    if strange:
+        raise ValueError(
+            f"The {side}'s generation config ends a text at the token {strange[0]}, and its model embeds {rows}: set "
+            f"`model.generation_config.eos_token_id` to the ids that do, such as the tokenizer's {tokenizer.eos_token_id}."
         )
 
 
@@ -240,16 +258,18 @@ def _make_generation_config_whole(model: PreTrainedModel):
     config = model.generation_config
     try:
         config.validate(strict=True)
-    except ValueError as error:
-        if config.do_sample:
+    except ValueError:
+        greedy, config.do_sample = config.do_sample, True
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            config.do_sample = greedy
             raise ValueError(
                 f"The student's generation config could not be saved once it is trained: {error}"
             ) from error
         logger.warning(
             "The student's generation config has sampling settings without `do_sample`, which could not be saved: it is set to True."
         )
-        config.do_sample = True
-        config.validate(strict=True)
 
 
 def forget_gguf(model: nn.Module):

@@ -53,9 +53,18 @@ def render_dataset(
 
     Prompts that leave no room for a completion are an error, or dropped (`args.overlong_prompts`), which is logged.
 
-    Raises `ValueError` for a dataset without rows, one that was rendered for other models, one of which no row is left, and what
+    Raises `TypeError` for what is no dataset, and `ValueError` for a dataset without rows, one that was rendered for other models, one of which no row is left, and what
     `render_row` and `check_room` raise.
     """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        way = (
+            "choose one of its splits"
+            if isinstance(dataset, Mapping)
+            else "`Dataset.from_list(rows)` makes one of rows"
+        )
+        raise TypeError(
+            f"The {dataset_name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`: {way}."
+        )
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError(f"The {dataset_name} dataset is empty.")
     if dataset.column_names is not None and set(COLUMNS) <= set(dataset.column_names):

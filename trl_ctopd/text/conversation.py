@@ -80,9 +80,12 @@ def _read(row: dict) -> Conversation:
             f"a row needs either `prompt` or `messages`, and this one has the columns {sorted(row)}: rename or remove "
             "columns of the dataset (`dataset.rename_column`, `dataset.remove_columns`) so that one of the two is left"
         )
+    kwargs = row.get("chat_template_kwargs", {})
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"`chat_template_kwargs` must be a dict, got {kwargs!r}")
     rest = {
         "tools": _tools(row.get("tools")),
-        "chat_template_kwargs": _without_none(row.get("chat_template_kwargs", {})),
+        "chat_template_kwargs": _without_none(kwargs),
     }
     if "messages" in row:
         *prompt, last = _messages(row["messages"], "messages")
@@ -169,7 +172,7 @@ def _messages(value, column: str) -> list[dict]:
 
 
 def _message(value, column: str) -> dict:
-    if not isinstance(value, Mapping) or value.get("role") is None:
+    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
         raise ValueError(f"`{column}` must hold dicts with `role` and `content`, got {value!r}")
     message = _without_none(value)
     if isinstance(message.get("content"), list):

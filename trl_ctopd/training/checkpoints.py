@@ -13,6 +13,7 @@ Decisions
 
 import json
 import os
+import pickle
 import re
 import shutil
 import uuid
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
@@ -179,6 +181,21 @@ def day_of(checkpoint: str | None) -> date | None:
     manifest = (_read(Path(checkpoint) / MANIFEST) if checkpoint else None) or {}
     day = manifest.get("settings", {}).get("prompt_date")
     return date.fromisoformat(day) if day else None
+
+
+@contextmanager
+def read_whole(checkpoint: str | None) -> Iterator[None]:
+    """Raises `ValueError` with the checkpoint's name where a file of it is read in this block and is not what was saved, though it
+    has its size."""
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise ValueError(
+            f"A file of {checkpoint} cannot be read ({type(error).__name__}), though it has the size that was saved: it has changed since. "
+            "Go on from an earlier checkpoint: resume_from_checkpoint=PATH."
+        ) from error
 
 
 def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:

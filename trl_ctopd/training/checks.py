@@ -268,6 +268,15 @@ def check_trainable(model: nn.Module):
         )
 
 
+def check_learns(loss: torch.Tensor):
+    """Raises `ValueError` where no weight that is to be trained has part in `loss`."""
+    if not loss.requires_grad:
+        raise ValueError(
+            "The loss depends on no weight that is to be trained: what requires a gradient is in no active part of the student. With "
+            "several adapters, `model.set_adapter(name)` chooses the one that is trained."
+        )
+
+
 def check_same_data(accelerator, train_dataset, eval_dataset):
     """
     Every process must be given the same dataset, of which it reads its share. Raises `ValueError` where their lengths differ, since

@@ -27,8 +27,8 @@ class ResumableTrainer(GKDTrainer):
     Overrides:
     - `_get_train_sampler`, `get_train_dataloader`: every process and every resume reads the rows in the same order; with
       `rollout_reuse`, the prompts of a step are repeated;
-    - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`: a run resumes from a complete checkpoint of its
-      own, with the rollouts that were not yet used.
+    - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_from_checkpoint`: a
+      run resumes from a complete checkpoint of its own, with the rollouts that were not yet used.
 
     A subclass calls `_prepare_to_resume` before it renders its datasets, and has `panel`, `student_side`, `rollouts` and
     `_prepare_dataset`.
@@ -127,8 +127,17 @@ class ResumableTrainer(GKDTrainer):
         self.accelerator.wait_for_everyone()  # the next step marks the checkpoint as complete
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._pending.load(checkpoint)
-            if self.rollouts.early_stop is not None:
-                self.rollouts.early_stop.load(checkpoint)
+        with checkpoints.read_whole(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self._pending.load(checkpoint)
+                if self.rollouts.early_stop is not None:
+                    self.rollouts.early_stop.load(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None):
+        with checkpoints.read_whole(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_from_checkpoint(self, checkpoint: str, *args, **kwargs):
+        with checkpoints.read_whole(checkpoint):
+            super()._load_from_checkpoint(checkpoint, *args, **kwargs)
