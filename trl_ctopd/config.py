@@ -191,6 +191,13 @@ class CrossTokenizerGKDConfig(GKDConfig):
             "teacher's at the same place are one chunk) or mask (it is not scored; always so under losses on whole distributions)."
         },
     )
+    mask_strings: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Strings that are not scored wherever the student writes them, such as </think>, with the tokens that hold them; "
+            "counted in masked_bytes/markup. Markup that only one of the two templates has is masked anyway."
+        },
+    )
     thought_policy: str = field(
         default="mask",
         metadata={
@@ -563,6 +570,10 @@ class CrossTokenizerGKDConfig(GKDConfig):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if not 0 <= self.reward_weight < float("inf"):
             raise ValueError(f"reward_weight must be finite and not negative, got {self.reward_weight}.")
+        if isinstance(self.mask_strings, str) or not all(
+            isinstance(own, str) and own for own in self.mask_strings or ()
+        ):
+            raise ValueError(f"mask_strings must be a list of strings that are not empty, got {self.mask_strings!r}.")
         if isinstance(self.teacher_server_url, str):
             self.teacher_server_url = [self.teacher_server_url]
         if not 0 <= self.reference_kl < float("inf"):

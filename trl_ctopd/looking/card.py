@@ -125,6 +125,7 @@ SETTINGS_IF_CHANGED = (
     "top_k",
     "min_p",
     "generation_kwargs",
+    "mask_strings",
     "reference_kl",
     "reference_teacher",
     "reference_teacher_alpha",

@@ -114,8 +114,8 @@ class Seat:
     def aligner(self) -> TextAligner | OneTokenizer:
         student = self.student.tokenizer
         if is_one_tokenizer(student, self.tokenizer):
-            return OneTokenizer(student)
-        return aligner_of(self.student, self.side)
+            return OneTokenizer(student, self._args.mask_strings or ())
+        return aligner_of(self.student, self.side, self._args.mask_strings or ())
 
     def vocabulary(self, student_size: int, device: torch.device) -> VocabularyPair:
         """What the student's vocabulary (`student_size` rows of its LM head) and this teacher's have in common."""
@@ -157,6 +157,7 @@ class Seat:
             markup_policy=args.markup_policy if self._markup_is_comparable else "mask",
             thought_policy=args.thought_policy,
             eos_policy=args.eos_policy,
+            masked_strings=args.mask_strings or (),
         )
 
     def continuations(self, student_size: int) -> Continuations | None:

@@ -143,7 +143,7 @@ class TextAligner:
 
     def occurrences(self, data: bytes) -> list[MaskedStretch]:
         """Where the masked strings occur in the bytes of a text."""
-        return _occurrences(self._markup, [data])
+        return occurrences(self._markup, [data])
 
     def read_run(self, text: str, continues: bool) -> tuple[list[int], np.ndarray, np.ndarray, list[MaskedStretch]]:
         """
@@ -167,7 +167,7 @@ class TextAligner:
             return []
         texts, data, student, silent = _student_reading(completions, self._student)
         teacher = self._teacher_reading(texts)
-        masked = sorted([*student.masked, *teacher.masked, *_occurrences(self._markup, data)], key=_place)
+        masked = sorted([*student.masked, *teacher.masked, *occurrences(self._markup, data)], key=_place)
         places = _integers(chain.from_iterable(map(_place, masked))).reshape(-1, 2)
         lengths = _lengths(data)
         chunks = synchronized_chunks(student.side, teacher.side, lengths, places)
@@ -312,7 +312,7 @@ def _drop_first_byte(spelled: list[bytes], widths: np.ndarray, rows: list[int]) 
         spelled[row] = spelled[row][1:]
 
 
-def _occurrences(strings: list[bytes], texts: Sequence[bytes]) -> list[MaskedStretch]:
+def occurrences(strings: list[bytes], texts: Sequence[bytes]) -> list[MaskedStretch]:
     """Where `strings` occur in the bytes of all texts, overlaps included: `(?=...)` finds the second `aa` of `aaa`."""
     return [
         MaskedStretch(base + match.start(), base + match.start() + len(string), "markup")

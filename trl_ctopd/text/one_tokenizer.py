@@ -1,7 +1,8 @@
 """Alignment of two models that have the same tokenizer: plain on-policy distillation.
 
 The teacher reads the ids that the student sampled, canonical or not. So every token is its own chunk, and nothing is
-masked. Only ids past the tokenizer (padding rows of an LM head), for which the teacher may have no embedding, take no part.
+masked but the strings that are to be. Ids past the tokenizer (padding rows of an LM head), for which the teacher may have no embedding,
+take no part.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .aligner import AlignedTokens, TextAlignment
+from .aligner import AlignedTokens, TextAlignment, occurrences
 from .token_bytes import token_bytes, token_table
 
 
@@ -19,10 +20,14 @@ def is_one_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 class OneTokenizer:
-    """Replaces `TextAligner` where `is_one_tokenizer` is True."""
+    """Replaces `TextAligner` where `is_one_tokenizer` is True. `masked_strings`: as there; a control token of such a name is masked too."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, masked_strings: Sequence[str] = ()):
         self._table = token_table(tokenizer)
+        self._markup = [string.encode() for string in masked_strings]
+        self._controls = [
+            i for i, name in self._table.names.items() if name in masked_strings and i in self._table.special
+        ]
 
     def __call__(self, completions: Sequence[Sequence[int]]) -> list[TextAlignment]:
         return [self._align(np.array(ids, dtype=np.int64)) for ids in completions]
@@ -30,15 +35,20 @@ class OneTokenizer:
     def _align(self, ids: np.ndarray) -> TextAlignment:
         spelled, widths = self._table.read(ids)
         known = ids < len(self._table.rows)
-        read = np.arange(known.sum())
-        ends = np.cumsum(widths[known])
+        ends = np.cumsum(widths)
+        masked = occurrences(self._markup, [spelled])
+        taking_part = known & ~np.isin(ids, self._controls)
+        for stretch in masked:
+            taking_part &= (ends <= stretch.start) | (ends - widths >= stretch.end)
+        chunks = np.where(taking_part, np.cumsum(taking_part) - 1, -1)
+        begin, end = (side[taking_part] for side in (ends - widths, ends))
         return TextAlignment(
             spelled.decode(errors="replace"),
-            AlignedTokens(ids.tolist(), np.where(known, np.cumsum(known) - 1, -1), widths),
-            AlignedTokens(ids[known].tolist(), read, widths[known]),
-            num_chunks=len(read),
-            masked=[],
+            AlignedTokens(ids.tolist(), chunks, widths),
+            AlignedTokens(ids[known].tolist(), chunks[known], widths[known]),
+            num_chunks=int(taking_part.sum()),
+            masked=sorted(masked, key=lambda stretch: (stretch.start, stretch.end)),
             _spelled=spelled,
-            _spans=np.stack([ends - widths[known], ends], 1),
+            _spans=np.stack([begin, end], 1),
             _tables=(self._table, self._table),
         )

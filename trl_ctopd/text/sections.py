@@ -21,7 +21,7 @@ meet at the ends of markup, and never within it.
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -327,12 +327,13 @@ class Sectioned:
     opening: list[int]
 
 
-def aligner_of(student: Speaker, teacher: Speaker) -> TextAligner:
-    """The aligner of what the student writes with the teacher's tokens, each in its own template's markup."""
+def aligner_of(student: Speaker, teacher: Speaker, masked_strings: Sequence[str] = ()) -> TextAligner:
+    """The aligner of what the student writes with the teacher's tokens, each in its own template's markup. `masked_strings` are masked
+    beside markup that one side has no equivalent of."""
     return TextAligner(
         student.tokenizer,
         teacher.tokenizer,
-        masked_strings=unshared_markup(student, teacher),
+        masked_strings=sorted({*unshared_markup(student, teacher), *masked_strings}),
         teacher_control_ids=teacher.control_ids,
         teacher_continues=teacher.continues,
     )
@@ -344,6 +345,7 @@ class SectionAligner:
     Args:
         aligner: of the two tokenizers, see `aligner_of`.
         student, teacher: of the two conversations.
+        masked_strings: markup with one of these is masked.
         markup_policy, thought_policy, eos_policy: of `plan`.
     """
 
@@ -352,8 +354,10 @@ class SectionAligner:
         aligner: TextAligner,
         student: Speaker,
         teacher: Speaker,
+        masked_strings: Sequence[str] = (),
         **policies: str,
     ):
+        self._masked_strings = masked_strings
         self._aligner, self._speakers, self._policies = aligner, (student, teacher), policies
         self._controls = {name: teacher.tokenizer.convert_tokens_to_ids(name) for name in teacher.controls}
         self._eos = teacher.tokenizer.convert_ids_to_tokens(teacher.turn_end[-1])
@@ -398,6 +402,7 @@ class SectionAligner:
         if ended and CALLS in parsed.kinds:
             calls = self._calls(written, parsed, student, read_turn(teacher), executed, policies)
         planned = plan(parsed, written, ended, read_turn(teacher), self._eos, calls=calls, **policies)
+        planned = replace(planned, units=tuple(self._masked(unit, written) for unit in planned.units))
         self._say({unit.reason for unit in planned.units})
         grid = _Grid(planned.units, written, self._aligner)
         # a tokenizer that puts a space before a text writes that of the opening itself
@@ -483,6 +488,13 @@ class SectionAligner:
             Unit(last.end - 1, last.end, stop if bridged else "", False),
         ]
         return [unit for unit in units if unit.teacher or unit.end > unit.start]
+
+    def _masked(self, unit: Unit, written: str) -> Unit:
+        """The unit; masked if it is markup with one of the masked strings."""
+        if unit.shared or unit.reason is not None:
+            return unit
+        text = "".join(_name(run, self._aligner.student_table.names) for run in _runs(written[unit.start : unit.end]))
+        return replace(unit, reason="markup") if any(own in text for own in self._masked_strings) else unit
 
     def _say(self, reasons: set[str | None]) -> None:
         for reason in sorted(reasons & _SAID.keys() - self._said):
