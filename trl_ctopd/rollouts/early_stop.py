@@ -175,7 +175,8 @@ class EarlyStop:
     # Writing
 
     def write(self, write: Writer, model: nn.Module, prompts: list[Prompt], step: int) -> list[Written]:
-        """Completions by `write`, of which some may be left unfinished."""
+        """Completions by `write`, of which some may be left unfinished. Where the length of a call varies, `write` takes `limit`, as
+        `TransformersWriter` does."""
         if isinstance(self._rule, Growing):
             return write(model, prompts, step, limit=self._rule.limit(step, self._args.max_new_tokens))
         threshold = self._rule.threshold(step)
