@@ -26,7 +26,7 @@ from .looking.run_card import RunCard
 from .looking.samples import Samples
 from .losses import Metrics, ScoredChunks
 from .losses.reference_kl import reference_kl
-from .models.heads import base_model
+from .models.heads import base_model, has_imbalance
 from .models.loading import by_name, ensure_pad_token, load_tokenizer
 from .models.reference import Reference
 from .models.sharding import keep_scores_in_float32, left_unprepared
@@ -182,6 +182,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state)
         keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)
         start = Reference(self.model, self.accelerator) if keeps_start else None
+        self.aux_loss_enabled = self.aux_loss_enabled and has_imbalance(base_model(self.model))
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, start)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
         check_losses(losses, self.model, self.panel, lambda: self.vocabulary)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from toys import SGD, SHAPE, fix_rollouts, step_of, student_model, student_tokenizer, teacher_model, teacher_tokenizer
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 
 EXPERTS = {
@@ -123,6 +123,32 @@ def test_an_adapter_on_all_linear_layers_says_whether_it_reaches_the_experts(bui
 def test_the_three_shapes_have_a_balance_of_their_own():
     for shape in EXPERTS:
         assert hasattr(sys.modules[type(student(shape)).__module__], "load_balancing_loss_func")
+
+
+def test_a_mixture_without_a_balance_of_its_own_trains_without_one(build):
+    torch.manual_seed(0)
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    }
+    config = DeepseekV3Config(
+        **{
+            **SHAPE,
+            "num_key_value_heads": 2,
+            "vocab_size": len(student_tokenizer()),
+            "eos_token_id": 2,
+            **heads,
+            **experts,
+        },
+        first_k_dense_replace=1,
+    )
+    trainer = build(model=AutoModelForCausalLM.from_config(config))
+    trainer.train()
+    assert not any("aux_loss" in entry for entry in trainer.state.log_history)
 
 
 def test_other_models_have_no_imbalance(build):

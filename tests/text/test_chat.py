@@ -587,6 +587,27 @@ def test_a_template_that_writes_the_day_writes_the_day_it_is_given_whatever_day_
     assert sides[0].fingerprint == sides[1].fingerprint, "another day is no other model"
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{{ strftime_now("%d %B %Y") }}',
+        "{% set form = '%d %B %Y' %}{{ strftime_now(form) }}",
+        '{{ strftime_now("%d" ~ " %B %Y") }}',
+        '{{ strftime_now(format="%d %B %Y") }}',
+        '{% if strftime_now is defined %}{% set now = strftime_now("%d %B %Y") %}{{ now }}{% endif %}',
+        '{% macro head() %}{{ strftime_now("%d %B %Y") | trim }}{% endmacro %}{{ head() }}',
+    ],
+)
+def test_the_day_is_the_one_it_is_given_however_a_template_asks_for_it(call):
+    speaker = Speaker(toy(f"\n{call}.\n" + CHATML), day=date(2001, 2, 3))
+    plain = Speaker(toy("\n03 February 2001.\n" + CHATML))
+    assert speaker.prompt_ids(Conversation([USER])) == plain.prompt_ids(Conversation([USER]))
+    for form in ("%-d.%-m.%y", "%A %j %p %I"):
+        asked = Speaker(toy(f'{{{{ strftime_now("{form}") }}}}|' + CHATML), day=date(2001, 2, 3))
+        written = Speaker(toy(date(2001, 2, 3).strftime(form) + "|" + CHATML))
+        assert asked.prompt_ids(Conversation([USER])) == written.prompt_ids(Conversation([USER]))
+
+
 def test_the_day_is_no_part_of_what_a_dataset_is_cached_by_where_no_template_writes_it():
     states = [Speaker(real("qwen2.5"), day=date(2001, 2, day)).__getstate__() for day in (3, 4)]
     assert states[0] == states[1]

@@ -126,6 +126,11 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
     model.forward = types.MethodType(forward, model)
 
 
+def has_imbalance(model: PreTrainedModel) -> bool:
+    """Whether the model class has a load-balancing loss. DeepSeek-V3's kind balances its experts otherwise."""
+    return hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
+
+
 def _imbalance(model: PreTrainedModel, router_logits: tuple[torch.Tensor, ...], routed: torch.Tensor) -> torch.Tensor:
     """The load-balancing loss, by the function in the model class's own module."""
     balance = sys.modules[type(model).__module__].load_balancing_loss_func

@@ -42,7 +42,7 @@ from .turns import (
 
 
 THINKING = ("<think>", "</think>")
-_DAY = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+_DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcdHIjmMpSUwWxXyY"]
 _OF_THE_LAST_CALL = ("truncation", "padding")  # what a tokenizer keeps of how it was called
 
 
@@ -326,8 +326,15 @@ class Template:
         kwargs = {**self.chat_template_kwargs, **kwargs}
         if self.writes_day:
             source = self.tokenizer.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
-            kwargs["chat_template"] = _DAY.sub(lambda call: f'"{self.day.strftime(call[1] or call[2])}"', source)
+            kwargs["chat_template"] = _strftime_of(self.day) + source
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+
+
+def _strftime_of(day: date) -> str:
+    """A macro in the place of the template's `strftime_now`, however that is called: a variable that is a function would arrive as
+    text. It writes nothing by itself."""
+    written = "".join(f"|replace('{directive}', '{day.strftime(directive)}')" for directive in _DIRECTIVES)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{written} }}}}{{%- endmacro +%}}"
 
 
 def _with_thought(message: dict) -> dict:
