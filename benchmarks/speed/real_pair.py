@@ -73,7 +73,9 @@ def summary(steps: list[dict]) -> dict:
     }
 
 
-def main(assets: Path, models: Path, before: Path, generations: int, rounds: int, new_tokens: int, output: Path):
+def main(
+    assets: Path, models: Path, before: Path, generations: int, rounds: int, new_tokens: int, gold: bool, output: Path
+):
     report, completions = header(), 8
     torch.set_num_threads(1)
     student = models / STUDENT
@@ -81,11 +83,12 @@ def main(assets: Path, models: Path, before: Path, generations: int, rounds: int
     arguments = (str(student), str(models / TEACHER), questions, str(new_tokens), str(generations))
     speed = bandwidth("cpu")
     sides = {"before": Side("ours", before, *arguments), "here": Side("ours", ROOT, *arguments)}
-    sides["gold"] = Side("gold", ROOT, *arguments)
+    if gold:
+        sides["gold"] = Side("gold", ROOT, *arguments)
     steps = {name: [] for name in sides}
     for turn in range(rounds):
         names = list(sides)
-        for name in names[turn % 3 :] + names[: turn % 3]:
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             steps[name].append(sides[name].step())
             print(name, {key: round(value, 1) for key, value in steps[name][-1]["phases"].items()}, flush=True)
     for side in sides.values():
@@ -95,7 +98,8 @@ def main(assets: Path, models: Path, before: Path, generations: int, rounds: int
     limit = writing_limit(AutoModelForCausalLM.from_pretrained(student), completions, prompt, new_tokens, speed)
     ratios = {
         f"{part} over {other}": found["here"][part] / found[other][part]
-        for other in ("before", "gold")
+        for other in found
+        if other != "here"
         for part in ("cpu_seconds", "writing_cpu_seconds")
     }
     report |= {"completions": completions, "generations": generations, "new_tokens": new_tokens, "rounds": rounds}
@@ -115,10 +119,11 @@ if __name__ == "__main__":
     parser.add_argument("--generations", type=int, choices=(1, 2, 4), default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--no-gold", dest="gold", action="store_false", help="leave GOLD out")
     parser.add_argument("--output", type=Path)
     chosen = parser.parse_args()
     if not os.environ.get("CTOPD_MODELS"):
         parser.error("CTOPD_MODELS names no folder with the two models")
     path = chosen.output or ROOT / "benchmarks" / "results" / "speed" / f"real_pair_{chosen.generations}.json"
-    sizes = (chosen.generations, chosen.rounds, chosen.new_tokens, path)
+    sizes = (chosen.generations, chosen.rounds, chosen.new_tokens, chosen.gold, path)
     main(assets_folder(parser), Path(os.environ["CTOPD_MODELS"]), chosen.before.resolve(), *sizes)
