@@ -126,8 +126,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
             "help": "For dpca only: how a chunk's gap is shared among its student tokens. semantic (by log-prob, as in the "
             "paper), uniform, byte_length, last, macro (each token gets the whole gap: the chunk is one action; without a clip, "
             "this is the unbiased gradient of each chunk's reverse KL given the text before it), previous (macro, and a "
-            "chunk's first token also gets the gap of the chunk before: open chunks that keep the fixed point, from log-probs "
-            "alone), or by the teacher's distributions over the beginnings of a chunk: remaining (macro's gradient with less noise) "
+            "chunk's first token also gets the gap of the chunk before: open chunks with less drift, from log-probs alone), or by the teacher's distributions over the beginnings of a chunk: remaining (macro's gradient with less noise) "
             "or prefix (each token gets what it changed; the least noise, another gradient). None: macro with closed chunks, "
             "semantic with open ones."
         },

@@ -39,7 +39,7 @@ CASES = {
     "bpm": (PIECES, {}),
     "escd": (PIECES, {"max_steps": 40}),  # the slowest of them
     "alm": (DEMO, {"lmbda": 0.0}),
-    "gvpo": (DEMO, {"num_generations": 4}),
+    "gvpo": (DEMO, {"num_generations": 2}),
     "uld": (DEMO, {"lmbda": 0.0, "distillation_loss_kwargs": {"uld_pairing": "chunk"}}),
     # by position alone it learns nothing; the paper has it beside a cross-entropy that weighs 1 / .15 as much
     "multi_level_ot": (PIECES, {"lmbda": 0.0, "distillation_loss_kwargs": {"cross_entropy_weight": 1 / 0.15}}),

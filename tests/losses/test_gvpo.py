@@ -101,3 +101,27 @@ def test_what_cannot_be_scored_counts_on_neither_side_and_no_chance_is_bounded()
 def test_a_negative_power_is_refused():
     with pytest.raises(ValueError, match="gvpo's length_power must be at least 0, got -1.0"):
         build_loss("gvpo", length_power=-1.0)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_student_that_is_not_its_teacher_is_led_back_by_groups_of_its_own_and_of_its_teachers_texts(own):
+    """Where tokens nest on both sides, so that no alignment could be right."""
+    world, generator = World(SHAPES["m:n"]), torch.Generator().manual_seed(1)
+    noise = torch.randn(world.logits.shape, generator=generator, dtype=torch.float64)
+    logits = (world.logits + 0.5 * noise).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+
+    def divergence():
+        log_p = world.scored(logits.detach()).student_log_probs.sum(1)
+        return (log_p.exp() * (log_p - world.law.log())).sum().item()
+
+    start = divergence()
+    prompts = torch.arange(8).repeat_interleave(4)
+    for _ in range(150):
+        law = world.scored(logits.detach()).student_log_probs.sum(1).exp() if own else world.law
+        rows = torch.multinomial(law, 32, replacement=True, generator=generator)
+        value, _ = GVPO()(replace(whole(world, logits, rows), prompts=prompts), 32)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert divergence() < 0.3 * start
