@@ -39,7 +39,7 @@ from trl_ctopd import CrossTokenizerDPOConfig, CrossTokenizerDPOTrainer
 
 OUTPUT = Path(__file__).parents[1] / "results" / "preference" / "preference.json"
 SWAPPED = 0.3
-LEARNING_RATES = (3e-5, 1e-4, 3e-4)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 METHODS = ("dpo", "ctpd", "ctpd_weights")
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 BETA, BATCH = 0.1, 16
