@@ -182,7 +182,12 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state)
         keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)
         start = Reference(self.model, self.accelerator) if keeps_start else None
-        self.aux_loss_enabled = self.aux_loss_enabled and has_imbalance(base_model(self.model))
+        if self.aux_loss_enabled and not has_imbalance(base_model(self.model)):
+            self.aux_loss_enabled = False
+            logger.warning(
+                f"router_aux_loss_coef={self.router_aux_loss_coef} has no effect: transformers has no load-balancing loss for "
+                f"{type(base_model(self.model)).__name__}."
+            )
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, start)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
         check_losses(losses, self.model, self.panel, lambda: self.vocabulary)

@@ -125,7 +125,7 @@ def test_the_three_shapes_have_a_balance_of_their_own():
         assert hasattr(sys.modules[type(student(shape)).__module__], "load_balancing_loss_func")
 
 
-def test_a_mixture_without_a_balance_of_its_own_trains_without_one(build):
+def test_a_mixture_without_a_balance_of_its_own_trains_without_one_and_says_so(build, caplog):
     torch.manual_seed(0)
     heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8}
     experts = {
@@ -146,7 +146,8 @@ def test_a_mixture_without_a_balance_of_its_own_trains_without_one(build):
         },
         first_k_dense_replace=1,
     )
-    trainer = build(model=AutoModelForCausalLM.from_config(config))
+    trainer = build(model=AutoModelForCausalLM.from_config(config), router_aux_loss_coef=0.1)
+    assert "has no effect: transformers has no load-balancing loss for DeepseekV3ForCausalLM" in caplog.text
     trainer.train()
     assert not any("aux_loss" in entry for entry in trainer.state.log_history)
 
