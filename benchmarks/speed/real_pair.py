@@ -9,8 +9,7 @@ eight completions of at most 64 tokens, one thread, on the CPU. With `--generati
 `real_pair_<generations>.json` to `benchmarks/results/speed/`.
 
 Decisions:
-- Each side is a process of its own, built before anything is timed, and sides take turns. There is no warm-up: the first round has the
-  C compiler's half second.
+- Each side is a process of its own, built before anything is timed, and sides take turns. There is no warm-up.
 - Processor time is compared, in total and in its parts, since the machine may have other work. Ratios are those of the medians.
 - GOLD has no parts of its own: its own time for writing is measured from outside. Its micro-batches hold as many completions as
   the others'; with several a prompt it gets each prompt as often, since it would read it as often.

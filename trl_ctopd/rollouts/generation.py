@@ -6,7 +6,6 @@ Decisions
 - Rows that have ended leave the batch. Whenever half of the rows have ended, the call ends, and the others continue in a
   new call: from their KV cache or, where a model keeps more than plain keys and values, after reading their text again.
 - Equal prompts are read once, and their cache is copied to all their rows. On a CPU prompts of like length are read together.
-- On a CPU the products of few rows, which all of a decode step are, are computed by `models/few_rows.py`.
 - A LoRA adapter is merged while the student writes (`merge_adapter_for_generation`). In half precision the merged weights are
   rounded otherwise than the two parts that are scored. The log-probs that tokens were sampled with are then recorded, so that the
   difference is logged and weighs the advantages, as with vLLM. This needs sampling that only a temperature shapes.
@@ -39,7 +38,6 @@ from transformers.generation import ContinuousBatchingConfig, GenerateDecoderOnl
 from trl.models.utils import unwrap_model_for_generation
 
 from ..config import CrossTokenizerGKDConfig
-from ..models.few_rows import few_rows_fast
 from ..models.merging import mergeable, merged
 from ..models.sharding import gathered_under_fsdp, is_sharded
 from .cache import can_join, growing_cache, has_virtual_tokens, is_plain, joined
@@ -148,7 +146,6 @@ def write(
         gathered_under_fsdp(unwrapped) if sharded and not together else nullcontext(),
         _ready_to_generate(unwrapped, config),
         merged(layers),
-        few_rows_fast(unwrapped),
     ):
         for start in range(0, len(order), size):
             rows = order[start : start + size]
