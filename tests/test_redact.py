@@ -15,6 +15,8 @@ SPELLINGS = {
     "after an equals sign": (f"--api-key={SECRET}",),
     "several of them": ("--api_keys", "first-one-is-open", SECRET),
     "a hub token": ("--hub_token", SECRET),
+    "a token of a store": ("--storage_options", json.dumps({"sas_token": SECRET})),
+    "a token of a tracker": (f"--trackio-token={SECRET}",),
     "a nested option": (f"--model.password={SECRET}",),
     "camel case": ("--accessToken", SECRET),
     "JSON": ("--model_init_kwargs", json.dumps({"token": SECRET})),

@@ -27,6 +27,9 @@ _OWNERS = {
     "api", "access", "auth", "hub", "hf", "id", "refresh", "session", "bearer", "secret", "private", "security", "server",
     "service", "account", "aws", "azure", "github", "gitlab", "wandb", "openai", "anthropic", "fireworks", "user", "admin",
     "deploy", "write", "read", "registry", "encryption", "signing", "subscription", "license", "client", "teacher",
+    "sas", "oauth", "jwt", "sso", "pat", "bot", "app", "device", "slack", "discord", "google", "gcp", "vault", "storage",
+    "database", "db", "cloud", "ngrok", "replicate", "together", "groq", "mistral", "cohere", "runpod", "modal", "comet",
+    "neptune", "mlflow", "clearml", "trackio",
 }  # fmt: skip
 _BY_FORM = re.compile(
     r"\b(?:hf_\w{8,}|api_org_\w{8,}|gh[opsur]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{8,}|fw_\w{16,}|"
