@@ -52,10 +52,18 @@ class Noise:
 def configured(spec: str):
     """A loss from its text form: `dpca:event=open,credit=semantic` is dpca with these settings."""
     name, _, settings = spec.partition(":")
-    pairs = (setting.split("=") for setting in settings.split(",") if setting)
-    return build_loss(
-        name, **{key: float(value) if value.replace(".", "").isdigit() else value for key, value in pairs}
-    )
+    pairs = (pair.split("=") for pair in settings.split(",") if pair)
+    return build_loss(name, **{key: setting(value) for key, value in pairs})
+
+
+def setting(text: str) -> int | float | str:
+    """A number where `text` is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def measured(student: str, teacher: str, data: str, specs: list[str], draws: int) -> dict:
