@@ -174,7 +174,7 @@ def test_completions_of_another_layout_are_left_and_said_so(build, tmp_path, cap
     written, _ = watched(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert [len(own) for own in written] == [4]
-    assert "keeps completions of other settings than these" in caplog.text
+    assert "keeps completions that were made with other settings" in caplog.text
 
 
 def test_figures_of_the_students_own_text_come_from_the_first_use_alone(build):

@@ -600,7 +600,7 @@ def test_neither_key_nor_address_is_in_the_card_and_the_key_in_no_file(build, se
     [
         (
             {"distillation_loss": "gold"},
-            "GOLD needs the teacher's logits.*Choose one of dpca, strict_sampled, alm, sft",
+            "GOLD needs the teacher's logits.*Choose one of dpca, strict_sampled, alm, gvpo, sft",
         ),
         ({"lmbda": 0.5, "off_policy_loss": "uld"}, "ULD needs the teacher's logits"),
         ({"temperature": 0.7}, "temperature=0.7.*at temperature 1"),

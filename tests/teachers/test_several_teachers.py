@@ -78,7 +78,7 @@ def test_samples_are_read_again_with_their_own_teacher(run):
             "is 'maths', and the teachers are 'math', 'code'",
         ),
         ({"teacher_processing_class": teacher_tokenizer()}, "pass a dict with their names"),
-        ({"distillation_loss": "gold"}, "GOLD needs the teacher's logits.*dpca, strict_sampled, alm, sft"),
+        ({"distillation_loss": "gold"}, "GOLD needs the teacher's logits.*dpca, strict_sampled, alm, gvpo, sft"),
         ({"lmbda": 0.5, "seq_kd": True}, "seq_kd: with several teachers"),
     ],
 )
