@@ -40,7 +40,7 @@ def build(tmp_path):
         ({"eos_policy": "drop"}, "'drop'.*bridge, mask"),
         ({"distillation_loss": "kl"}, "'kl'.*dpca"),
         ({"distillation_loss_kwargs": {"clip": 1}}, "'clip'.*credit, advantage_clip"),
-        ({"off_policy_loss": "dpca"}, "'dpca'.*did not write.*alm, uld, .*sft"),
+        ({"off_policy_loss": "dpca"}, "'dpca'.*did not write.*alm, .*uld, .*sft"),
         ({"distillation_loss": "sft"}, "'sft'.*lmbda=1.0"),
         ({"advantage_clip": -1.0}, "positive or None, got -1.0"),
         ({"temperature": 0.0}, "positive, got 0.0"),
