@@ -317,6 +317,7 @@ def _begun(
                 input_ids=ids[:, begin:],
                 attention_mask=own[:, begin:],
                 generation_config=call,
+                synced_gpus=False,  # by default true where weights are sharded, and processes have unlike numbers of groups
                 **{_CACHE: growing_cache(model)},
             )
             parts.append(getattr(output, _CACHE))
