@@ -27,7 +27,9 @@ def run(assets: Path, output: Path, module: str, *options: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "options", [(), pytest.param(("--gpu",), marks=pytest.mark.slow)], ids=["on the CPU", "as on a GPU"]
+    "options",
+    [pytest.param(options, marks=pytest.mark.slow) for options in ((), ("--gpu",))],
+    ids=["on the CPU", "as on a GPU"],
 )
 def test_a_step_beside_golds_and_the_floor(assets, tmp_path, options):
     report = run(assets, tmp_path / "step.json", "step", *options)
