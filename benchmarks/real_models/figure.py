@@ -1,6 +1,6 @@
 """The README's picture of `make demo-real`, from its committed figures.
 
-    python -m benchmarks.real_models.figure     # from the repository root
+python -m benchmarks.real_models.figure     # from the repository root
 """
 
 import json

@@ -45,7 +45,9 @@ def test_the_whole_window_is_written_in_one_call_with_every_generation(build):
     generate = trainer.model.generate
 
     def counted(**inputs):
-        if inputs["generation_config"].max_new_tokens > 1:  # a call for one token reads a prompt that rows have in common
+        if (
+            inputs["generation_config"].max_new_tokens > 1
+        ):  # a call for one token reads a prompt that rows have in common
             calls.append(inputs["input_ids"].shape[0])
         return generate(**inputs)
 

@@ -170,7 +170,9 @@ class LogProbsOnly(LocalTeacher):
 
 def test_a_loss_on_distributions_refuses_a_teacher_that_gives_log_probs_only(build, monkeypatch):
     monkeypatch.setattr("trl_ctopd.teachers.panel.LocalTeacher", LogProbsOnly)
-    message = "BPM needs the teacher's logits, and a teacher .* gives logprobs only.*dpca, strict_sampled, alm, gvpo, sft"
+    message = (
+        "BPM needs the teacher's logits, and a teacher .* gives logprobs only.*dpca, strict_sampled, alm, gvpo, sft"
+    )
     with pytest.raises(ValueError, match=message):
         build(distillation_loss="bpm")
     with pytest.raises(ValueError, match="GOLD needs"):
