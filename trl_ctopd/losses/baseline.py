@@ -25,7 +25,7 @@ import torch
 
 from .base import ScoredChunks
 from .distributions import over_tiles
-from .reverse_kl import places
+from .reverse_kl import going_on, likeliest_alone, places, told_by_server
 
 
 BASELINES = ("kl",)
@@ -62,17 +62,14 @@ def next_token_kl(
     def divergence(log_p, *rows):
         if likeliest is None:
             log_q, teacher_ids, written, head = rows
-            count = log_q.shape[1] if top_k is None else min(top_k, log_q.shape[1])
-            if count < log_q.shape[1]:
-                top = log_q.topk(count, dim=1)
-                log_q = torch.full_like(log_q, -torch.inf).scatter(1, top.indices, top.values)
+            log_q, rest = likeliest_alone(log_q, top_k)
         else:
             teacher_ids, written, head, ids, values = rows
-            log_q = _of_likeliest(ids, values, top_k, len(prefixes.place))
+            log_q, rest = told_by_server(ids, values, top_k, len(prefixes.place))
         p = log_p.exp()
         if closed and not batch.vocabulary.is_one_tokenizer:
             p = _leaving_closed(batch, p, head)
-        return (_kl(prefixes, p, log_q.exp(), teacher_ids, written, bound, complete=top_k is None),)
+        return (_kl(prefixes, p, log_q.exp(), rest, teacher_ids, written, bound),)
 
     student, teacher = (batch.student, at.student), None if likeliest is not None else (batch.teacher, at.teacher)
     [found] = over_tiles(divergence, max(1, batch.tile_tokens // _COPIES), student, teacher, *per_row)
@@ -83,35 +80,22 @@ def next_token_kl(
     )
 
 
-def _of_likeliest(ids: torch.Tensor, log_probs: torch.Tensor, top_k: int, size: int) -> torch.Tensor:
-    """(n, V_T) log-probs of the `top_k` likeliest of `ids` (n, k), -inf elsewhere and for those that the tokenizer does not know."""
-    log_probs, best = log_probs.topk(min(top_k, log_probs.shape[1]), dim=1)
-    ids = ids.gather(1, best)
-    known = log_probs.masked_fill(ids >= size, -torch.inf)
-    return log_probs.new_full((len(ids), size), -torch.inf).scatter_reduce(1, ids.clamp(max=size - 1), known, "amax")
-
-
 def _leaving_closed(batch: ScoredChunks, p: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """(n, V_S) the student's probabilities given that no token goes on in the teacher's token `head` (n,), -1 for none."""
-    [some] = (head >= 0).nonzero(as_tuple=True)
-    row, token = (
-        torch.from_numpy(found).to(head.device) for found in batch.vocabulary.continuations.rows(head[some].tolist())
-    )
-    p = p.index_put((some[row], token.long()), p.new_zeros(()))
+    p = p.index_put(going_on(batch, head), p.new_zeros(()))
     return p / p.sum(1, keepdim=True).clamp(min=_SMALLEST)
 
 
-def _kl(prefixes, p, q, teacher_ids, written, bound, complete) -> torch.Tensor:
+def _kl(prefixes, p, q, rest, teacher_ids, written, bound) -> torch.Tensor:
     """(n,) K_c of the student's probabilities (n, V_S) and the teacher's (n, V_T) at places where `written` (n,) bytes of token
-    `teacher_ids` (n,) are there already. Unless the teacher's are `complete`, what they leave is that of all untold outcomes."""
+    `teacher_ids` (n,) are there already. `rest` (n,), if not all of the teacher's are known, is that of all untold outcomes."""
     possible = q * prefixes.going_on(teacher_ids, written)
-    rest = possible.new_zeros(len(q)) if complete else (1 - q.sum(1)).clamp(min=0)
-    total = (possible.sum(1) + rest).clamp(min=_SMALLEST)
+    total = (possible.sum(1) + (0 if rest is None else rest)).clamp(min=_SMALLEST)
     outcome = torch.where(written[:, None] == 0, prefixes.first_outcome, prefixes.outcome[prefixes.entries(written)])
     size = len(prefixes.student_outcome) + 1
     t = q.new_zeros(len(q), size).scatter_add(1, outcome, possible / total[:, None]).to(p.dtype)
-    by_outcome = p.new_zeros(len(p), size).index_add(1, prefixes.student_outcome, p)
-    if not complete:
+    by_outcome = prefixes.by_outcome(p)
+    if rest is not None:
         untold = t == 0
         together = (by_outcome * untold).sum(1)
         t, by_outcome = (

@@ -184,10 +184,10 @@ class ReverseKL(Loss):
         def decisions(log_p, *rows):
             if teacher is None:
                 *rows, likeliest, log_q = rows
-                known = self._told_by_server(likeliest, log_q, len(batch.vocabulary.prefixes.place))
+                known = told_by_server(likeliest, log_q, self.top_k, len(batch.vocabulary.prefixes.place))
             else:
                 log_q, *rows = rows
-                known = self._known(log_q)
+                known = likeliest_alone(log_q, self.top_k)
             return self._decisions(batch, log_p, *known, *rows)
 
         drawn, closed, opened, tokens, guess, sharp, close_told, open_told, own_close, own_open, contradicted = (
@@ -279,7 +279,7 @@ class ReverseKL(Loss):
         token; and whether the sampled token contradicts the table of continuations.
         """
         prefixes, count = batch.vocabulary.prefixes, len(ids)
-        row, token = _going_on(batch, head)
+        row, token = going_on(batch, head)
         drawn_goes_on = torch.zeros_like(closes).index_fill(0, row[token == ids[row]], True)
         contradicted = (head >= 0) & (drawn_goes_on == closes)
         inside = (head >= 0) & ~closes & ~contradicted
@@ -315,25 +315,27 @@ class ReverseKL(Loss):
         ratio = t.clamp_(min=floor).div_(p.clamp_(min=floor)).log_()
         return ratio if self.advantage_clip is None else ratio.clamp_(-self.advantage_clip, self.advantage_clip)
 
-    def _known(self, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The teacher's log-probs (n, V_T), -inf where they are not known, and the probability (n,) of what is not."""
-        if self.top_k is None or self.top_k >= log_q.shape[1]:
-            return log_q, None
-        top = log_q.topk(self.top_k, dim=1)
-        known = torch.full_like(log_q, -torch.inf).scatter(1, top.indices, top.values)
-        return known, (1 - known.exp().sum(1)).clamp(min=0)
 
-    def _told_by_server(
-        self, ids: torch.Tensor, log_probs: torch.Tensor, size: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`_known` of the likeliest tokens (n, k); those that the tokenizer does not know are not known either."""
-        log_probs, best = log_probs.topk(min(self.top_k, log_probs.shape[1]), dim=1)
-        ids = ids.gather(1, best)
-        log_probs = log_probs.masked_fill(ids >= size, -torch.inf)
-        known = log_probs.new_full((len(ids), size), -torch.inf).scatter_reduce(
-            1, ids.clamp(max=size - 1), log_probs, "amax"
-        )
-        return known, (1 - known.exp().sum(1)).clamp(min=0)
+def likeliest_alone(log_q: torch.Tensor, top_k: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The teacher's log-probs (n, V_T), -inf where they are not known, and the probability (n,) of what is not."""
+    if top_k is None or top_k >= log_q.shape[1]:
+        return log_q, None
+    top = log_q.topk(top_k, dim=1)
+    known = torch.full_like(log_q, -torch.inf).scatter(1, top.indices, top.values)
+    return known, (1 - known.exp().sum(1)).clamp(min=0)
+
+
+def told_by_server(
+    ids: torch.Tensor, log_probs: torch.Tensor, top_k: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`likeliest_alone` of the likeliest tokens (n, k); those that the tokenizer does not know are not known either."""
+    log_probs, best = log_probs.topk(min(top_k, log_probs.shape[1]), dim=1)
+    ids = ids.gather(1, best)
+    log_probs = log_probs.masked_fill(ids >= size, -torch.inf)
+    known = log_probs.new_full((len(ids), size), -torch.inf).scatter_reduce(
+        1, ids.clamp(max=size - 1), log_probs, "amax"
+    )
+    return known, (1 - known.exp().sum(1)).clamp(min=0)
 
 
 class _Expected(torch.autograd.Function):
@@ -350,7 +352,7 @@ class _Expected(torch.autograd.Function):
         return weights * grad[:, None], -grad * weights.sum(1), None
 
 
-def _going_on(batch: ScoredChunks, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def going_on(batch: ScoredChunks, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(K,) rows of a tile and the student tokens with which the teacher's token `head` (n,) of each goes on."""
     [some] = (head >= 0).nonzero(as_tuple=True)
     row, token = (
