@@ -25,6 +25,7 @@ import argparse
 import ast
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from importlib.resources import files
 
 
@@ -60,18 +61,24 @@ INHERITED = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    own = ("cli/distillation.py", "DistillArguments"), ("config.py", "CrossTokenizerGKDConfig")
+    run("ctopd distill", __doc__, own, "distillation", arguments)
+
+
+def run(
+    prog: str, about: str, own: Sequence[tuple[str, str]], module: str, arguments: Sequence[str] | None = None
+) -> None:
+    """A command of which `module`, beside this one, has the parser and `main`. For `--help` it is not imported."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & {*arguments}:
-        own = ("cli/distillation.py", "DistillArguments"), ("config.py", "CrossTokenizerGKDConfig")
-        short_help("ctopd distill", __doc__, own).print_help()
+        short_help(prog, about, own).print_help()
         return
-    from . import distillation
-
-    parser = distillation.parser(prog="ctopd distill")
+    command = import_module(f".{module}", __package__)
+    parser = command.parser(prog=prog)
     if "--help-all" in arguments:
         parser.print_help()
     else:
-        distillation.main(*parser.parse_args_and_config(arguments))
+        command.main(*parser.parse_args_and_config(arguments))
 
 
 def short_help(prog: str, about: str, own: Sequence[tuple[str, str]]) -> argparse.ArgumentParser:

@@ -20,22 +20,11 @@ Chunks weighed by two more teachers, one trained on the preference and one on it
     ctopd prefer ... --positive_teacher teacher-dpo --negative_teacher teacher-dpo-swapped
 """
 
-import sys
 from collections.abc import Sequence
 
-from .distill import short_help
+from .distill import run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if {"-h", "--help"} & {*arguments}:
-        own = ("cli/pairs.py", "PreferArguments"), ("preference.py", "CrossTokenizerDPOConfig")
-        short_help("ctopd prefer", __doc__, own).print_help()
-        return
-    from . import pairs
-
-    parser = pairs.parser(prog="ctopd prefer")
-    if "--help-all" in arguments:
-        parser.print_help()
-    else:
-        pairs.main(*parser.parse_args_and_config(arguments))
+    own = ("cli/pairs.py", "PreferArguments"), ("preference.py", "CrossTokenizerDPOConfig")
+    run("ctopd prefer", __doc__, own, "pairs", arguments)
