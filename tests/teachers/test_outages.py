@@ -89,6 +89,36 @@ def test_a_server_that_was_given_up_is_tried_again_in_the_next_step(serve):
     assert_right(scores(teacher), right(server))
 
 
+def test_late_failures_of_a_step_that_was_given_up_do_not_give_up_the_next(serve):
+    held = threading.Event()
+    late = [prompt + completion for prompt, completion in zip(*texts(), strict=True)][6:]
+
+    def habit(request, ids):
+        if ids in late:
+            held.wait(600)
+        request.send(500, {"error": "as ordered"})
+        return True
+
+    server = serve(habit)
+    teacher = connected(server, retries=1, timeout=600)
+    with pytest.raises(TeacherServerError):
+        scores(teacher)
+    begin = teacher._servers.begin
+    let_rest, resting = teacher._servers._let_rest, []
+
+    def beginning():
+        begin()
+        server.misbehaves = False
+        held.set()  # the last requests of the first step fail now
+        while teacher._servers.servers[0].in_flight:
+            time.sleep(0.001)
+
+    teacher._servers.begin = beginning
+    teacher._servers._let_rest = lambda *asked, **more: (resting.append(asked), let_rest(*asked, **more))
+    assert_right(scores(teacher), right(server))
+    assert held.is_set() and not resting
+
+
 def test_a_text_that_fails_alone_is_left_out_and_the_run_goes_on(serve):
     bad = texts()[0][2] + texts()[1][2]
     server = serve(lambda request, ids: HABITS["500, always"](request, ids) if ids == bad else None)

@@ -109,6 +109,7 @@ class Servers:
         self._quiet_since = 0.0  # time of the last answer, or of the first request since then
         self._answers = 0  # in this step
         self._given_up = ""  # the reason
+        self._revivals = 0  # steps begun after one that was given up
         key = _key(api_key_env)
         self._clients = {proxy: client(proxy, concurrency, _IDLE) for proxy in {own.proxy for own in self.servers}}
         for own in self._clients.values():
@@ -149,6 +150,7 @@ class Servers:
             self._answers = 0
             if self._given_up:
                 self._given_up = ""
+                self._revivals += 1
                 for server in self.servers:
                     server.failures, server.rests_until = 0, 0.0
 
@@ -187,12 +189,14 @@ class Servers:
                 self._open -= 1
 
     def _post(self, request: Callable[[Server], tuple[str, dict]]) -> tuple[dict, Server]:
-        tries = 0
+        tries, revivals = 0, self._revivals
         while True:
             server = self._take()
             try:
                 answer = self.send(server, "POST", *request(server))
             except FailedTryError as failure:
+                if revivals != self._revivals:  # it says nothing of how the server is now
+                    raise TeacherServerError(str(failure)) from failure
                 tries += 1
                 self._let_rest(server, failure)
                 if tries > self._retries and not self._answers:
@@ -266,10 +270,12 @@ class Servers:
         return self._quiet_since + self._patience - time.monotonic()
 
     def _recheck(self, server: Server):
+        revivals = self._revivals
         try:
             self.confirm(server)
         except FailedTryError as failure:
-            self._let_rest(server, failure, suspect=True)
+            if revivals == self._revivals:
+                self._let_rest(server, failure, suspect=True)
         except Exception as error:
             self._let_rest(server, FailedTryError(str(error), unfit=True))
         else:
