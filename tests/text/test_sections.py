@@ -14,7 +14,8 @@ import trl
 from trl_ctopd import token_bytes
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
 from trl_ctopd.text.chat import Conversation, Speaker
-from trl_ctopd.text.sections import Grammar, SectionAligner, aligner_of, symbols
+from trl_ctopd.text.parsing import Grammar, symbols
+from trl_ctopd.text.sections import SectionAligner, aligner_of
 from trl_ctopd.text.token_bytes import token_table
 from trl_ctopd.text.turns import ANSWER, CALL, CALLS, THOUGHT, TOOLS, USER, Turn
 

@@ -14,7 +14,8 @@ import trl
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
 from trl_ctopd.text.calls import a_call
 from trl_ctopd.text.chat import Conversation, Speaker
-from trl_ctopd.text.sections import SectionAligner, aligner_of, named
+from trl_ctopd.text.parsing import named
+from trl_ctopd.text.sections import SectionAligner, aligner_of
 from trl_ctopd.text.token_bytes import token_table
 from trl_ctopd.text.turns import CALLS, THOUGHT
 

@@ -13,7 +13,8 @@ import torch
 
 from ..text.aligner import AlignedTokens, TextAligner, TextAlignment
 from ..text.altered_text import MaskedStretch
-from ..text.sections import SectionAligner, named
+from ..text.parsing import named
+from ..text.sections import SectionAligner
 from .frames import Frame, Prompt, TurnOf
 
 

@@ -26,7 +26,9 @@ from transformers.utils import get_json_schema
 
 from ..config import CrossTokenizerGKDConfig
 from ..text.chat import Conversation, Speaker
-from ..text.sections import Grammar, lost_kinds, read_calls, symbols, text_of
+from ..text.parsing import Grammar, symbols, text_of
+from ..text.planning import lost_kinds
+from ..text.sections import read_calls
 from ..text.token_bytes import token_table
 from ..text.turns import ANSWER, CALL, CALL_ID, CALLS, RESULT, THOUGHT, USER, Unrenderable, read_turn
 from .frames import Frame, Later, Prompt, conversation_from_json

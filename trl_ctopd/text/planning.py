@@ -1,0 +1,125 @@
+"""What the teacher reads for a completion that was parsed into sections: the same turn in its own template's markup."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .parsing import SPACE, START, Parsed, steps
+from .turns import ANSWER, CALLS, THOUGHT, Turn
+
+
+_REASON = {THOUGHT: "thought", CALLS: "call"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A stretch of the student's turn, and what the teacher reads in its place.
+
+    Attributes:
+        start, end: the stretch, in the student's symbols.
+        teacher: what the teacher reads in its place; "" where `shared`.
+        shared: whether both sides have the same text there; False for markup.
+        reason: why the stretch is masked; None where it is not.
+    """
+
+    start: int
+    end: int
+    teacher: str
+    shared: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the teacher reads for a completion.
+
+    Attributes:
+        on_tail: whether it goes on from the teacher's generation prompt; False: from its stem.
+        opening: what stands before the first unit; read, not scored.
+        units: in order; they cover the completion.
+    """
+
+    on_tail: bool
+    opening: str
+    units: tuple[Unit, ...]
+
+
+def plan(
+    parsed: Parsed,
+    written: str,
+    ended: bool,
+    teacher: Turn,
+    eos: str,
+    *,
+    markup_policy: str = "bridge",
+    thought_policy: str = "mask",
+    eos_policy: str = "bridge",
+    calls: Sequence[Unit] | None = None,
+) -> Plan:
+    """
+    Sets the sections that `Grammar.parse` found beside the teacher's form of the same turn.
+
+    Args:
+        written: the completion's symbols.
+        teacher: how its template writes this turn.
+        eos: its EOS token, which ends a turn where the template writes no end.
+        calls: units of the calls, from the first call's name to the end of the turn; None where the teacher cannot read them.
+    """
+    sections, marks, kinds = parsed.sections, parsed.marks, list(parsed.kinds)
+    between = {(here, there): literal for here, there, literal in reversed(steps(teacher))}  # the simplest form's
+    lost = {kinds.index(kind): _REASON[kind] for kind in lost_kinds(parsed.kinds, teacher, calls is None)}
+    form = teacher.forms.get(tuple(kind for n, kind in enumerate(kinds) if n not in lost))
+    literals = list(form.literals) if form else [between.get((START, kinds[0]), "") if 0 not in lost else ""]
+    if not form and all(n in lost for n in range(len(kinds))):
+        literals = [between.get((START, ANSWER), "")]
+    on_tail = literals[0].startswith(teacher.tail)
+    literals[0] = literals[0].removeprefix(teacher.tail)
+
+    units: list[Unit] = []
+    opening, kept = "", 0
+    for n, ((kind, a, b), (begin, end)) in enumerate(zip(sections, marks, strict=False)):
+        reason = lost.get(n)
+        if reason == "thought" and thought_policy == "text":
+            units += [Unit(begin, end, "", False, "markup"), Unit(a, b, "", True)]
+            continue
+        if reason is not None:
+            units += [Unit(begin, end, "", False, reason), Unit(a, b, "", False, reason)]
+            continue
+        literal = _spaced(literals[kept], written[begin:end]) if form and form.loose else literals[kept]
+        if n and n - 1 in lost and thought_policy == "text":
+            literal = literal or "\n\n"
+        after_lost = n > 0 and n - 1 in lost
+        if not kept and begin == end and not after_lost:
+            opening = literal
+        else:
+            why = lost[n - 1] if after_lost else None if markup_policy == "bridge" and literal else "markup"
+            units.append(Unit(begin, end, literal, False, why))
+        units += calls if kind == CALLS and calls is not None else [Unit(a, b, "", True)]
+        kept += 1
+    if not kept:
+        opening = literals[0]
+    if ended and (calls is None or CALLS not in kinds):
+        begin, end = marks[-1]
+        last_lost = lost.get(len(sections) - 1)
+        bridged = eos_policy == "bridge" and form is not None and not last_lost
+        literal = ((form.end or eos) if form else "") if bridged else ""
+        units.append(Unit(begin, end, literal, False, last_lost if last_lost else None))
+    return Plan(on_tail, opening, tuple(unit for unit in units if unit.shared or unit.teacher or unit.end > unit.start))
+
+
+def lost_kinds(kinds: tuple[str, ...], teacher: Turn, without_calls: bool) -> set[str]:
+    """Those of a student's sections that the teacher's template has no place for."""
+    lost = {CALLS} & {*kinds} if without_calls else set()
+    kept = tuple(kind for kind in kinds if kind not in lost)
+    opens = any(form.sections[0] == THOUGHT for form in teacher.forms.values())
+    if THOUGHT in kept and not (opens if len(kept) == 1 else kept in teacher.forms):  # one alone is unfinished
+        lost = lost | {THOUGHT}
+    return lost
+
+
+def _spaced(literal: str, mark: str) -> str:
+    """A literal of a loose form, with the whitespace that the student wrote around its own."""
+    core = mark.strip(SPACE)
+    if not core or not literal or literal != literal.strip(SPACE):
+        return literal
+    before, _, after = mark.partition(core)
+    return before + literal + after
