@@ -23,7 +23,7 @@ from unittest import mock
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl.experimental.gold import GOLDConfig, GOLDTrainer, gold_trainer
 
 from benchmarks.clock import Clock, stopwatch
@@ -205,7 +205,8 @@ def do(run: Run, world: World, folder: Path, rendered: dict) -> dict:
     trainer.remove_callback(PrinterCallback)
     (_watch_trl if method.gold else _watch_ours)(trainer, clock)
     clock.start()
-    with teacher_template(world) if method.own_template else nullcontext():
+    sides = world.student_tokenizer, world.teacher_tokenizer
+    with teacher_template(*sides) if method.own_template else nullcontext():
         trainer.train()
     clock.stop()
     tokens = {name: int(count) for name, count in clock.step.tokens.items()}
@@ -228,11 +229,11 @@ def do(run: Run, world: World, folder: Path, rendered: dict) -> dict:
         "teacher_flops": 2 * parameters["teacher"] * tokens["teacher"] * method.teacher_flops,
         "student_flops": int((6 + 2 * written_share) * parameters["student"] * tokens["student"]),
         "finite": bool(finite),
-        "log": [{name: _number(entry[name]) for name in LOGGED if name in entry} for entry in log],
+        "log": [{name: number(entry[name]) for name in LOGGED if name in entry} for entry in log],
     }
 
 
-def _number(value):
+def number(value):
     return (round(value, 5) if math.isfinite(value) else str(value)) if isinstance(value, float) else value
 
 
@@ -390,10 +391,9 @@ def _watch_trl(trainer: GOLDTrainer, clock: Clock) -> None:
 
 
 @contextmanager
-def teacher_template(world: World) -> Iterator[None]:
-    """Inside, GOLD's teacher reads each question in its own chat template."""
+def teacher_template(*sides: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Inside, GOLD's teacher reads each question in its own chat template. `sides`: the student's tokenizer and the teacher's."""
     original: Callable = gold_trainer.build_teacher_inputs_from_texts
-    sides = (world.student_tokenizer, world.teacher_tokenizer)
     mark = "QUESTION"
     student, teacher = (
         t.apply_chat_template(messages(mark), add_generation_prompt=True, tokenize=False).split(mark) for t in sides

@@ -411,11 +411,11 @@ def curves(lines: Lines, path: Path) -> None:
     plt.close(figure)
 
 
-def fill(path: Path, blocks: dict[str, str]) -> None:
+def fill(path: Path, blocks: dict[str, str], marker: str = "quality") -> None:
     """Replaces the text between the markers of each block that the file has."""
     text = path.read_text()
     for name, block in blocks.items():
-        pattern = rf"(<!-- quality: {re.escape(name)} -->\n).*?(<!-- /quality -->)"
+        pattern = rf"(<!-- {marker}: {re.escape(name)} -->\n).*?(<!-- /{marker} -->)"
         text = re.sub(pattern, lambda found, block=block: f"{found[1]}\n{block}\n\n{found[2]}", text, flags=re.DOTALL)
     path.write_text(text)
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import torch
 from demo_real import problems
-from demo_real.run import STUDENT, TEACHER, build, named
+from demo_real.run import STUDENT, TEACHER, build, named, prompts_of
 
 from benchmarks import report
 from trl_ctopd.losses import LOSSES, build_loss
@@ -74,7 +74,7 @@ def measured(student: str, teacher: str, data: str, specs: list[str], draws: int
         trainer = build(
             student,
             teacher,
-            tasks,
+            prompts_of(tasks),
             Path(folder),
             distillation_loss=reading,
             per_device_train_batch_size=PROMPTS,

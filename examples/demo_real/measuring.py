@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_ctopd import CrossTokenizerGKDTrainer
+from trl_ctopd.losses import build_loss
 from trl_ctopd.losses.credit import gaps
 
 
@@ -50,17 +51,24 @@ def ratio(rows: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def measure(trainer: CrossTokenizerGKDTrainer, dataset=None) -> Gap:
     """Samples an answer to each prompt of `dataset`, or of the trainer's own evaluation set, with the same seed every time."""
+    return measured_rows(trainer, dataset)[0]
+
+
+def measured_rows(trainer: CrossTokenizerGKDTrainer, dataset=None) -> tuple[Gap, list[tuple[float, int]]]:
+    """As `measure`, and for each prompt the gap in nats and the bytes of its answer. All chunks count, whatever the loss reads:
+    published DPCA takes the loss's place."""
     loss = trainer.distillation_loss
-    trainer.distillation_loss = recorded = _Recorded(loss)
+    trainer.distillation_loss = recorded = _Recorded(build_loss("dpca", event="open"))
     try:
         found = trainer.evaluate(dataset)
     finally:
         trainer.distillation_loss = loss
     value, error = ratio([row for row in recorded.rows if row[1]])
-    return Gap(
+    gap = Gap(
         round(value, 5),
         round(error, 5),
         round(found["eval_entropy"], 4),
         round(found["eval_completions/mean_length"], 2),
         round(found["eval_completions/truncated_fraction"], 4),
     )
+    return gap, recorded.rows

@@ -80,9 +80,9 @@ def main(student: str, teacher: str, data: str, output: Path, loss: str, steps: 
     trainer = build(
         student,
         teacher,
-        training,
+        prompts_of(training),
         output / "student",
-        held_out[:GAP_PROMPTS],
+        prompts_of(held_out[:GAP_PROMPTS]),
         distillation_loss=loss,
         per_device_train_batch_size=PROMPTS_PER_STEP,
         per_device_eval_batch_size=PROMPTS_PER_STEP,
@@ -132,27 +132,29 @@ def main(student: str, teacher: str, data: str, output: Path, loss: str, steps: 
 
 
 def build(
-    student: str, teacher: str, training: Sequence[Problem], folder: Path, held_out: Sequence[Problem] = (), **settings
+    student: str, teacher: str, training: Sequence[dict], folder: Path, held_out: Sequence[dict] = (), **settings
 ) -> CrossTokenizerGKDTrainer:
-    """A trainer on the CPU in float32, with a LoRA adapter on all linear layers. `settings`: further ones of the config."""
-    train, evaluation = (Dataset.from_list([{"prompt": task.messages} for task in own]) for own in (training, held_out))
+    """A trainer on rows of datasets, with a LoRA adapter on all linear layers; on the CPU in float32, unless `settings` of the
+    config say otherwise."""
+    on_cpu = {
+        "model_init_kwargs": {"dtype": "float32"},
+        "teacher_model_init_kwargs": {"dtype": "float32"},
+        "bf16": False,
+        "use_cpu": True,
+    }
+    common = {"output_dir": str(folder), "gradient_checkpointing": False, "report_to": "none"}
     return CrossTokenizerGKDTrainer(
         model=student,
         teacher_model=teacher,
-        args=CrossTokenizerGKDConfig(
-            output_dir=str(folder),
-            model_init_kwargs={"dtype": "float32"},
-            teacher_model_init_kwargs={"dtype": "float32"},
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            **settings,
-        ),
-        train_dataset=train,
-        eval_dataset=evaluation if held_out else None,
+        args=CrossTokenizerGKDConfig(**{**common, **on_cpu, **settings}),
+        train_dataset=Dataset.from_list(list(training)),
+        eval_dataset=Dataset.from_list(list(held_out)) if held_out else None,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
+
+
+def prompts_of(tasks: Sequence[Problem]) -> list[dict]:
+    return [{"prompt": task.messages} for task in tasks]
 
 
 def peak_memory() -> float:

@@ -194,12 +194,11 @@ def test_only_what_comes_after_the_given_beginning_is_learned():
 def test_golds_teacher_is_given_its_own_template_and_other_text_is_refused(monkeypatch):
     items = [TASKS[0].draw(random.Random(seed)) for seed in range(50)]
     student, teacher = toy_pairs.build("digits", [item.prompt for item in items])
-    world = type("World", (), {"student_tokenizer": student, "teacher_tokenizer": teacher})
     seen = []
     name = "build_teacher_inputs_from_texts"
     monkeypatch.setattr(methods.gold_trainer, name, lambda tokenizer, prompts, completions: seen.extend(prompts))
     question = {"conversation": models.messages("Add 1 2"), "add_generation_prompt": True, "tokenize": False}
-    with methods.teacher_template(world):
+    with methods.teacher_template(student, teacher):
         build = getattr(methods.gold_trainer, name)
         build(teacher, [student.apply_chat_template(**question)], [""])
         with pytest.raises(ValueError, match="Not a prompt"):
