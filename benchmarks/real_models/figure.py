@@ -4,11 +4,7 @@ python -m benchmarks.real_models.figure     # from the repository root
 """
 
 import json
-import sys
 from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from demo_real.run import HELD_OUT
 from demo_real.show import learning_curve

@@ -10,12 +10,8 @@ Decisions:
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import torch
 from demo_real import problems

@@ -23,7 +23,6 @@ import hashlib
 import json
 import logging
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -32,9 +31,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import torch
 from datasets import Dataset
@@ -132,7 +128,7 @@ class Watch(TrainerCallback):
         model.train(training)
         self._paused += spent.cpu_seconds
         rows = [[round(nats, 4), size] for nats, size in rows]
-        self.curve[step] = {**asdict(gap), "cpu_seconds": round(trained, 1), "rows": rows}
+        self.curve[step] = {**asdict(gap), "cpu_seconds": round(trained, 2), "rows": rows}
 
 
 def do(run: Run, folder: Path, models: Path | None) -> dict:

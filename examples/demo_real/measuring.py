@@ -44,6 +44,8 @@ class _Recorded:
 def ratio(rows: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Σx / Σy of pairs (x, y), and its standard error by linearization: √(Σ(x − ry)² n/(n − 1)) / Σy."""
     total = sum(y for _, y in rows)
+    if not total:
+        raise ValueError("No gap can be measured: no byte of the answers was scored by both models.")
     value = sum(x for x, _ in rows) / total
     spread = sum((x - value * y) ** 2 for x, y in rows) * len(rows) / max(1, len(rows) - 1)
     return value, math.sqrt(spread) / total

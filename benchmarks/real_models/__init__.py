@@ -1,0 +1,7 @@
+"""Benchmarks on pretrained models. They share the parts of `make demo-real`, which lie in examples/."""
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))

@@ -1,0 +1,204 @@
+"""The tables and the picture of docs/real_models.md, from the lines of `run.py`.
+
+    python -m benchmarks.real_models.report       # from the repository root
+
+A gap is Σ nats / Σ bytes over the held-out prompts. Its standard error, and that of a difference, is over prompts by linearization:
+methods answer the same prompts, so what a prompt adds to both cancels in their difference. Seeds are averaged for each prompt first.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.quality.report import fill
+from benchmarks.quality.run import read
+
+from .data import DATASETS
+from .run import METHODS, RATE, RESULTS, UPDATES
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "real_models.md"
+DEFAULT, HOME = "dpca", "smollm2<-qwen"
+NAMES = {
+    "start": "untrained",
+    "dpca": "`dpca` (the default)",
+    "dpca_open": '`dpca`, `event="open"`',
+    "sft": "`sft` on references",
+    "seq_kd": "`seq_kd`",
+    "trl_gold_off": "TRL's GOLD on references",
+    "trl_gold_on": "TRL's GOLD on-policy, hybrid",
+}
+
+
+@dataclass
+class Point:
+    """The gap after some updates, each prompt's part of its error, and the means over seeds of what else was measured."""
+
+    gap: float
+    parts: np.ndarray
+    cpu_seconds: float
+    entropy: float
+    mean_length: float
+    truncated_fraction: float
+    seeds: int
+
+    @property
+    def error(self) -> float:
+        return error(self.parts)
+
+
+Curve = dict[int, Point]
+
+
+def error(parts: np.ndarray) -> float:
+    return parts.std(ddof=1) / math.sqrt(len(parts))
+
+
+def parts(rows: Sequence[tuple[float, int]]) -> np.ndarray:
+    """(x − r y) / mean y of each row, with r = Σx / Σy: their mean is 0, and their standard error that of r."""
+    nats, sizes = np.array(rows, float).T
+    return (nats - nats.sum() / sizes.sum() * sizes) / sizes.mean()
+
+
+def curves(lines: Sequence[dict], dataset: str, pair: str = HOME, rate: float = RATE) -> dict[str, Curve]:
+    """Each method's points by the number of updates, in the order of the methods."""
+    found = {}
+    for method in ("start", *METHODS):
+        own = [
+            line
+            for line in lines
+            if "error" not in line
+            and line["run"]["learning_rate"] in (rate, 0.0)
+            and all(line["run"][k] == v for k, v in {"method": method, "dataset": dataset, "pair": pair}.items())
+        ]
+        steps = {int(step) for line in own for step in line["curve"]}
+        if own:
+            found[method] = {step: _point([line["curve"][str(step)] for line in own]) for step in sorted(steps)}
+    return found
+
+
+def _point(seeds: list[dict]) -> Point:
+    def mean(name):
+        return sum(seed[name] for seed in seeds) / len(seeds)
+
+    names = ("cpu_seconds", "entropy", "mean_length", "truncated_fraction")
+    own = np.mean([parts(seed["rows"]) for seed in seeds], axis=0)
+    return Point(mean("nats_per_byte"), own, *map(mean, names), len(seeds))
+
+
+def at_cpu_seconds(curve: Curve, start: Point, seconds: float) -> tuple[Point, bool]:
+    """The point at `seconds` of training on the line between the measured ones; else the last, and whether it comes before."""
+    points = [start, *curve.values()]
+    for before, after in zip(points[:-1], points[1:], strict=True):
+        if seconds <= after.cpu_seconds:
+            share = (seconds - before.cpu_seconds) / (after.cpu_seconds - before.cpu_seconds)
+            mixed = [(1 - share) * a + share * b for a, b in zip(_values(before), _values(after), strict=True)]
+            return Point(*mixed, after.seeds), False
+    return points[-1], True
+
+
+def _values(point: Point) -> tuple:
+    return point.gap, point.parts, point.cpu_seconds, point.entropy, point.mean_length, point.truncated_fraction
+
+
+def table(found: dict[str, Curve]) -> str:
+    steps = sorted({step for curve in found.values() for step in curve} - {0})
+    last = f"after {UPDATES}"
+    rows = [
+        f"| | seeds | {' | '.join(f'gap after {step}' for step in steps)} | CPU seconds, {last} | entropy, {last} "
+        f"| tokens | cut off |",
+        "|---" * (6 + len(steps)) + "|",
+    ]
+    for method, curve in found.items():
+        gaps = [f"{curve[step].gap:.3f} ± {curve[step].error:.3f}" if step in curve else "" for step in steps]
+        if method == "start":
+            gaps[0] = f"before: {curve[0].gap:.3f} ± {curve[0].error:.3f}"
+        point = curve[0 if method == "start" else UPDATES]
+        rows.append(
+            f"| {NAMES.get(method, f'`{method}`')} | {point.seeds} | {' | '.join(gaps)} | {point.cpu_seconds:.0f} "
+            f"| {point.entropy:.2f} | {point.mean_length:.0f} | {100 * point.truncated_fraction:.0f} % |"
+        )
+    return "\n".join(rows)
+
+
+def beside_the_default(found: dict[str, Curve]) -> str:
+    """Each method's gap minus the default's after 12 updates: after as many updates, after all of its own, and at equal CPU
+    seconds. Positive: the default is closer to the teacher."""
+    own = found[DEFAULT][UPDATES]
+    rows = [
+        f"| gap minus that of the default | after {UPDATES} updates | after 24 | at {own.cpu_seconds:.0f} CPU seconds |",
+        "|---|---|---|---|",
+    ]
+    for method, curve in found.items():
+        if method in ("start", DEFAULT):
+            continue
+        point, early = at_cpu_seconds(curve, found["start"][0], own.cpu_seconds)
+        cells = [_difference(curve.get(step), own) for step in (UPDATES, 24)]
+        cells.append(_difference(point, own) + (f" (its last, at {point.cpu_seconds:.0f})" if early else ""))
+        rows.append(f"| {NAMES.get(method, f'`{method}`')} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _difference(point: Point | None, own: Point) -> str:
+    return "" if point is None else f"{point.gap - own.gap:+.3f} ± {error(point.parts - own.parts):.3f}"
+
+
+def refused(lines: Sequence[dict]) -> str:
+    rows = [
+        f"- {line['run']['method']}, {line['run']['dataset']}: {line['error']}" for line in lines if "error" in line
+    ]
+    return "\n".join(rows) or "None."
+
+
+def blocks(lines: Sequence[dict]) -> dict[str, str]:
+    made = {"refused": refused(lines)}
+    for dataset in DATASETS:
+        found = curves(lines, dataset)
+        if "start" in found:
+            made[dataset] = table(found)
+            if len(found) > 2 and DEFAULT in found:
+                made[f"{dataset} beside the default"] = beside_the_default(found)
+    return made
+
+
+def plot(lines: Sequence[dict], path: Path) -> None:
+    """The gap over updates and over CPU seconds, a row of two for each data set."""
+    shown = {dataset: found for dataset in DATASETS if len(found := curves(lines, dataset)) > 1}
+    figure, axes = plt.subplots(
+        len(shown), 2, figsize=(11, 3.8 * len(shown)), layout="constrained", sharey="row", squeeze=False
+    )
+    for row, (dataset, found) in zip(axes, shown.items(), strict=True):
+        start = found.pop("start")[0]
+        for colour, (method, curve) in enumerate(found.items()):
+            points = [start, *curve.values()]
+            for side, places in zip(row, ([0, *curve], [point.cpu_seconds for point in points]), strict=True):
+                gaps, errors = [point.gap for point in points], [point.error for point in points]
+                label = NAMES.get(method, method).replace("`", "")
+                side.errorbar(places, gaps, yerr=errors, marker="o", capsize=3, color=f"C{colour}", label=label)
+        row[0].set(title=f"{dataset}: held-out gap", xlabel="updates", ylabel="nats a byte", ylim=(0, None))
+        row[1].set(title="the same", xlabel="CPU seconds of training")
+        row[1].legend(frameon=False, fontsize=8)
+        for side in row:
+            side.spines[["top", "right"]].set_visible(False)
+            side.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS / "runs.jsonl")
+    options = parser.parse_args()
+    lines = [*read(options.results).values()]
+    fill(PAGE, blocks(lines), "real_models")
+    plot(lines, RESULTS / "gap.png")

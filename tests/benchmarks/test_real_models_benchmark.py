@@ -1,0 +1,169 @@
+"""The comparison on real models in little: toy models in their place, cut off and begun again, and its report."""
+
+import json
+
+import numpy as np
+import pytest
+from toys import student_model, student_tokenizer
+
+from benchmarks.real_models import data, gpu, report, run
+
+
+def rows() -> list[dict]:
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"What is {n} plus one?"}],
+            "completion": [{"role": "assistant", "content": f"The sum is {n + 1}."}],
+        }
+        for n in range(12)
+    ]
+
+
+def plain() -> list[dict]:
+    return [{"prompt": f"The sum of {n} and", "completion": f" one is {n + 1}, the sum of two."} for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, model, tokenizer in (
+        ("student", student_model(), student_tokenizer()),
+        ("teacher", student_model(seed=1), student_tokenizer()),
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """The file of results: after a run that was cut off within its last line, begun again, and begun once more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(run.PAIRS, "smollm2<-qwen", ("some/student", "some/teacher"))
+        patch.setattr(run, "DATASETS", {"gsm8k": rows, "text": plain})
+        patch.setattr(run, "UPDATES", 2)
+        patch.setattr(run, "LONGER", {"dpca_open": 3})
+        patch.setattr(run, "MEASURED_AT", (2, 3))
+        methods = ["dpca", "dpca_open", "trl_gold_off"]
+        wanted = list(run.runs(methods, ["gsm8k", "text"], 1, [1e-3], ["smollm2<-qwen"]))
+        wanted = [run.Run(**{**vars(one), "prompts": 2, "tokens": 4, "held_out": 4}) for one in wanted]
+        path = tmp_path_factory.mktemp("results") / "runs.jsonl"
+        run.main(wanted[:2], path, folder, None)
+        whole = path.read_text()
+        path.write_text(whole[:-40])
+        run.main(wanted, path, folder, None)
+        once = path.read_text()
+        run.main(wanted, path, folder, None)
+        assert path.read_text() == once
+    assert once.startswith(whole.splitlines(keepends=True)[0])
+    return path
+
+
+def test_each_method_of_each_data_set_is_run_once_and_measured_on_the_same_prompts(finished):
+    lines = [*run.read(finished).values()]
+    assert [(line["run"]["dataset"], line["run"]["method"]) for line in lines] == [
+        (dataset, method) for dataset in ("gsm8k", "text") for method in ("start", "dpca", "dpca_open", "trl_gold_off")
+    ]
+    for line in lines:
+        assert "error" not in line and line["finite"]
+        steps = {"start": ["0"], "dpca_open": ["2", "3"]}.get(line["run"]["method"], ["2"])
+        assert [*line["curve"]] == steps
+        for point in line["curve"].values():
+            assert len(point["rows"]) == 4
+            nats, sizes = np.array(point["rows"]).T
+            assert point["nats_per_byte"] == pytest.approx(nats.sum() / sizes.sum(), abs=1e-4)
+        assert len(line["log"]) == line["run"]["updates"]
+        assert len(line["revision"]) == 40 and line["versions"].keys() >= {"torch", "trl", "trl_ctopd"}
+
+
+def test_every_trainer_changes_the_student_that_is_measured(finished):
+    lines = {(line["run"]["dataset"], line["run"]["method"]): line for line in run.read(finished).values()}
+    for (dataset, method), line in lines.items():
+        if method != "start":
+            assert line["curve"]["2"]["rows"] != lines[dataset, "start"]["curve"]["0"]["rows"]
+            assert line["curve"]["2"]["cpu_seconds"] > 0
+
+
+def made_up(method, seed, gap, prompts=(0.0, 0.0), cpu_seconds=100.0, steps=(12,)):
+    """A finished run: two prompts of 10 bytes, whose gaps differ from `gap` by `prompts`."""
+    measured = [[10 * (gap + prompts[0]), 10], [10 * (gap + prompts[1]), 10]]
+    point = {"nats_per_byte": gap, "rows": measured, "entropy": 1.0, "mean_length": 9.0, "truncated_fraction": 0.5}
+    settings = {"method": method, "dataset": "mbpp", "pair": report.HOME, "seed": seed}
+    settings["learning_rate"] = 0.0 if method == "start" else report.RATE
+    times = {step: {**point, "cpu_seconds": cpu_seconds * step / 12} for step in steps}
+    return {"run": settings, "curve": json.loads(json.dumps(times))}
+
+
+def test_what_a_prompt_adds_to_both_methods_is_no_error_of_their_difference():
+    lines = [
+        made_up("start", 0, 0.5, steps=(0,)),
+        made_up("dpca", 0, 0.2, (0.1, -0.1)),
+        made_up("sft", 0, 0.3, (0.1, -0.1)),
+        made_up("bpm", 0, 0.3, (-0.1, 0.1)),
+    ]
+    found = report.curves(lines, "mbpp")
+    assert found["dpca"][12].error == pytest.approx(0.1)
+    table = report.beside_the_default(found)
+    assert "| `sft` on references | +0.100 ± 0.000 |" in table
+    assert "| `bpm` | +0.100 ± 0.200 |" in table
+
+
+def test_gaps_are_compared_at_equal_cpu_seconds_too():
+    lines = [
+        made_up("start", 0, 0.5, steps=(0,)),
+        made_up("dpca", 0, 0.2, cpu_seconds=100),
+        made_up("sft", 0, 0.3, cpu_seconds=200),
+        made_up("bpm", 0, 0.4, cpu_seconds=50),
+    ]
+    table = report.beside_the_default(report.curves(lines, "mbpp"))
+    assert "+0.200 ± 0.000 |" in next(row for row in table.splitlines() if "sft" in row)  # half way from .5 to .3
+    assert "+0.200 ± 0.000 (its last, at 50)" in next(row for row in table.splitlines() if "bpm" in row)
+
+
+def test_seeds_are_averaged():
+    lines = [made_up("dpca", 0, 0.2, (0.1, -0.1)), made_up("dpca", 1, 0.4, (-0.1, 0.1))]
+    point = report.curves(lines, "mbpp")["dpca"][12]
+    assert (point.gap, point.error, point.seeds) == (pytest.approx(0.3), pytest.approx(0), 2)
+
+
+def test_the_report_renders_from_real_runs(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "UPDATES", 2)
+    lines = [*run.read(finished).values()]
+    for line in lines:
+        line["run"]["learning_rate"] = min(report.RATE, line["run"]["learning_rate"])
+    made = report.blocks(lines)
+    assert "| `dpca` (the default) | 1 |" in made["gsm8k"]
+    assert "| TRL's GOLD on references |" in made["text beside the default"]
+    report.plot(lines, tmp_path / "gap.png")
+    assert (tmp_path / "gap.png").stat().st_size > 5_000
+
+
+def test_the_gpu_script_measures_trains_and_says_how_many_steps_it_took(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ANSWER_TOKENS", 4)
+    tasks = [
+        {"task_id": n, "text": f"Add {n}.", "code": f"def add(x):\n    return x + {n}", "test_list": ["assert True"]}
+        for n in range(8)
+    ]
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("\n".join(map(json.dumps, tasks)))
+    found = gpu.measured(
+        str(folder / "student"), str(folder / "teacher"), str(file), "reverse_kl", 2, 2, 4, 3, 8.0, "cpu"
+    )
+    assert found["steps"] == 2 and [entry["step"] for entry in found["curve"]] == [1, 2]
+    assert found["before"]["tasks"] == 3 and found["before"]["nats_per_byte"] != found["after"]["nats_per_byte"]
+    short = gpu.measured(
+        str(folder / "student"), str(folder / "teacher"), str(file), "reverse_kl", 50, 2, 4, 3, 0.0, "cpu"
+    )
+    assert short["steps"] == 1
+
+
+def test_plain_text_is_cut_between_words_and_nothing_of_it_is_lost(tmp_path, monkeypatch):
+    paragraph = " ".join(f"word{n}" for n in range(100))
+    kept = {"text": paragraph, "source": "xquad.en"}
+    folder = tmp_path / "datasets" / "multilingual"
+    folder.mkdir(parents=True)
+    lines = [kept, kept, {"text": "short", "source": "xquad.en"}, {"text": paragraph, "source": "xquad.de"}]
+    (folder / "sample.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setenv("CTOPD_ASSETS", str(tmp_path))
+    [row] = data.text()
+    assert row["prompt"] + row["completion"] == paragraph and row["prompt"].split()[-1] == "word39"
