@@ -6,6 +6,7 @@ the trained student to one folder for each case.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 SGD = {"optim": "sgd", "learning_rate": 0.03, "max_grad_norm": 0.0}
 CLIPPED = {"optim": "adamw_torch", "learning_rate": 1e-2, "adam_epsilon": 1e-2, "max_grad_norm": 0.05}
 THREE = {"accumulation": 3, "batch": 4}
+RULE = {"window": 3, "patience": 1, "exempt": 2, "quantile": 0.9, "warmup_steps": 1, "warmup_rollouts": 4}
+KAT = {"early_stop": "kat", "early_stop_kwargs": RULE}
 FIXED = {
     "full": {"batch": 8, **CLIPPED},
     "full-accumulated": {**THREE, **SGD, "gradient_checkpointing": True},
@@ -41,11 +44,13 @@ FIXED = {
     "remote": {"batch": 8, "served": True, **SGD},
     "given": {**THREE, "lmbda": 0.5, "off_policy_loss": "gold", **SGD},
     "shuffled": {"batch": 8, "train_sampling_strategy": "random", **SGD},
+    "cut": {**THREE, "max_new_tokens": 40, **KAT, **SGD},
 }
 WRITTEN = {
     "written": {"batch": 4, "lmbda": 0.5, "accumulation": 2, "gradient_checkpointing": True, **CLIPPED},
     "written-lora": {"lora": True, "batch": 4, "num_generations": 2, "gather_for_generation": False, **CLIPPED},
     "written-in-half": {"batch": 4, "bf16": True, **CLIPPED},
+    "written-and-cut": {"batch": 8, "max_new_tokens": 12, **KAT, **CLIPPED},
     "written-by-the-teacher": {"batch": 4, "lmbda": 0.5, "seq_kd": True, "accumulation": 2, "lora": True, **SGD},
 }
 CASES = {**FIXED, **WRITTEN}
@@ -106,8 +111,9 @@ def build(
         peft_config=adapter,
     )
     if fixed:
+        texts, told = partial(text, trainer.processing_class, blank=blank), "early_stop" in settings
         trainer.rollouts.write = lambda model, given, step: [
-            (text(trainer.processing_class, prompt, blank), None) for prompt in given
+            (ids, [-5.0 - token % 3 for token in ids] if told else None) for ids in map(texts, given)
         ]
     return trainer
 

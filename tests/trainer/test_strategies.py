@@ -157,6 +157,14 @@ def test_rows_that_a_server_fails_to_score_are_counted_over_both_processes(strat
         assert 0 < sum(entry["teacher/failed_fraction"] for entry in rank["log"]) / 3 < 1
 
 
+@pytest.mark.parametrize(("strategy", "name"), cases(["cut", "written-and-cut"]))
+def test_completions_of_both_processes_are_cut_by_one_threshold(strategy, name, together):
+    for rank in together(strategy, name)[0]:
+        before, *after = rank["log"]
+        assert before["early_stop/masked_fraction"] == 0 and "early_stop/threshold" not in before
+        assert all(0 < log["early_stop/masked_fraction"] < 1 and log["early_stop/threshold"] > 0 for log in after)
+
+
 @pytest.mark.parametrize(("strategy", "name"), cases([name for name in CASES if name != "remote"]))
 def test_the_teacher_is_shared_out_where_the_student_is_and_learns_nothing(strategy, name, together):
     for rank in together(strategy, name)[0]:
