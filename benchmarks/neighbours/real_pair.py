@@ -1,6 +1,6 @@
 """Where rollouts end early, on two pretrained models: whole completions, KAT, random cuts of its lengths, and growing lengths.
 
-    python -m benchmarks.neighbours.real_pair [--models FOLDER] [--data mbpp.jsonl]     # 40 minutes of one core
+    python -m benchmarks.neighbours.real_pair [--models FOLDER] [--data mbpp.jsonl]     # half an hour of one core
 
 Models, prompts and the loss are those of `examples/demo_real`. Every run has the same prompts, number of updates and seed, so all
 are alike until the first cut.
@@ -8,6 +8,7 @@ are alike until the first cut.
 Decisions:
 - `SETTINGS` are KAT's, made small for a run of six updates: with the paper's warm-up nothing would be cut.
 - `learned_from` counts the student tokens in the loss, over all updates. `tokens_written` counts what the student wrote.
+- What the output file has already is not run again, so that a case can be run alone.
 - The gap is measured on whole completions of prompts that no update has seen, with the same draws before and after. Its standard
   error is over prompts.
 
@@ -16,6 +17,7 @@ Left out: more than one seed, and how many tasks are solved, which six updates d
 
 import argparse
 import gc
+import json
 import sys
 import tempfile
 from dataclasses import asdict
@@ -34,30 +36,31 @@ from benchmarks.speed.models import quiet
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "neighbours"
-HELD_OUT, PROMPTS, TOKENS, UPDATES, PIECE = 12, 4, 192, 6, 64
-SETTINGS = {"window": 32, "patience": 4, "warmup_steps": 2, "warmup_rollouts": 8}
+HELD_OUT, PROMPTS, TOKENS, UPDATES, PIECE = 12, 4, 128, 6, 48
+SETTINGS = {"window": 16, "patience": 4, "warmup_steps": 2, "warmup_rollouts": 8}
+START = "start"  # measured, and not trained
 CASES = {
+    START: {},
     "whole": {},
     "kat": {"early_stop": "kat", "early_stop_kwargs": SETTINGS},
     "random": {"early_stop": "random", "early_stop_kwargs": SETTINGS},
-    "growing": {"early_stop": "growing", "early_stop_kwargs": {"start": 64, "steps": UPDATES}},
+    "growing": {"early_stop": "growing", "early_stop_kwargs": {"start": 48, "steps": UPDATES}},
     "kat in pieces": {"early_stop": "kat", "early_stop_kwargs": SETTINGS, "early_stop_tokens": PIECE},
 }
 
 
-def run(trainer, measures_start: bool) -> dict:
-    """Trains, and measures the held-out gap: after it, and before it too where asked."""
-    found = {"gap_before": asdict(measure(trainer))} if measures_start else {}
+def run(trainer) -> dict:
+    """Trains, and measures the held-out gap after it."""
     with stopwatch() as spent:
         trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     names = ("cut_fraction", "masked_fraction", "threshold", "max_new_tokens")
-    return found | {
-        "gap_after": asdict(measure(trainer)),
+    return {
+        "gap": asdict(measure(trainer)),
         "tokens_written": round(PROMPTS * sum(log["completions/mean_length"] for log in logs)),
-        "learned_from": round(sum(scored(log) for log in logs)),
+        "learned_from": round(sum(map(scored, logs))),
         "cpu_seconds": round(spent.cpu_seconds, 1),
-        "updates": [{name: log.get(f"early_stop/{name}") for name in names} for log in logs],
+        "updates": [{name: log[f"early_stop/{name}"] for name in names if f"early_stop/{name}" in log} for log in logs],
     }
 
 
@@ -78,8 +81,10 @@ def main() -> None:
     quiet()
     found = report.header() | {"student": STUDENT, "teacher": TEACHER, "loss": LOSS, "learning_rate": LEARNING_RATE}
     found |= {"updates": options.updates, "prompts": PROMPTS, "max_new_tokens": TOKENS, "held_out": HELD_OUT, "seed": 0}
-    tasks, runs = problems.load_problems(options.data), {}
-    for case in options.cases:
+    if options.output.exists():
+        found["runs"] = json.loads(options.output.read_text())["runs"]
+    tasks, runs = problems.load_problems(options.data), found.setdefault("runs", {})
+    for case in (case for case in options.cases if case not in runs):
         with tempfile.TemporaryDirectory() as folder:
             trainer = build(
                 named(STUDENT, options.models), named(TEACHER, options.models), tasks[HELD_OUT:], Path(folder),
@@ -87,9 +92,9 @@ def main() -> None:
                 per_device_train_batch_size=PROMPTS, per_device_eval_batch_size=HELD_OUT, max_steps=options.updates,
                 max_new_tokens=TOKENS, logging_steps=1, save_strategy="no", seed=0, disable_tqdm=True, **CASES[case],
             )  # fmt: skip
-            runs[case] = run(trainer, not runs)
+            runs[case] = {"gap": asdict(measure(trainer))} if case == START else run(trainer)
         print(case, runs[case], flush=True)
-        report.save(options.output, found | {"runs": runs})
+        report.save(options.output, found)
         del trainer
         gc.collect()
 
