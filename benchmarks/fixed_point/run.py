@@ -61,7 +61,7 @@ class Numbers:
             [Prompt([stop], [end])] * 1000, completions, TextAligner(student, teacher), turn_ends={stop: [end]}
         )
         self.batch = collate(rollouts, stop)
-        add_going_on(self.batch, rollouts, [Continuations(student, teacher, [stop])] * 1000)
+        add_going_on(self.batch, rollouts, {"": Continuations(student, teacher, [stop])})
         tokens = sorted({token for ids in completions for token in ids})
         column = {token: number for number, token in enumerate(tokens)}
         counts = Counter(tuple(ids[:i]) for ids in completions for i in range(len(ids) + 1))

@@ -1,11 +1,13 @@
 """What closed chunks read of a rollout, against a loop over its chunks, on random ones."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from trl_ctopd.rollouts.blending import blended
 from trl_ctopd.rollouts.closing import add_going_on, ends, without_unclosed
 from trl_ctopd.rollouts.pairing import Prompt, Rollout, collate
 
@@ -20,7 +22,7 @@ class Table:
         return np.array(self.known[token], dtype=np.int64)
 
 
-def random_rollout(rng: random.Random, ended: bool) -> Rollout:
+def random_rollout(rng: random.Random, ended: bool, name: str = "") -> Rollout:
     """Chunks of one to three tokens a side, with masked stretches between them, of which a side may have no token."""
     sides, chunk = ([], []), 0
     for _ in range(rng.randrange(8)):
@@ -31,7 +33,7 @@ def random_rollout(rng: random.Random, ended: bool) -> Rollout:
     student, teacher = (np.array(side, dtype=np.int64) for side in sides)
     ids = [[rng.randrange(size) for _ in side] for size, side in zip((90, 50), (student, teacher), strict=True)]
     return Rollout(
-        Prompt([1] * rng.randrange(1, 4), [2]),
+        Prompt([1] * rng.randrange(1, 4), [2], teacher=name),
         student_ids=ids[0],
         student_chunks=student,
         student_widths=np.ones_like(student),
@@ -76,19 +78,19 @@ def test_a_chunks_edges_have_the_teachers_token_that_lies_before_them(seed):
 def test_the_last_chunk_of_a_text_that_was_cut_off_is_left_out_where_its_token_might_go_on(seed, ended):
     rng = random.Random(seed)
     rollout, table = random_rollout(rng, ended), Table(rng)
-    found = without_unclosed(rollout, table)
+    found = without_unclosed(rollout, {"": table})
     token = reference_ends(rollout)[-1]
     drops = not ended and token >= 0 and bool(table.known[token])
     last = rollout.num_chunks - 1
     for own, left in ((rollout.student_chunks, found.student_chunks), (rollout.teacher_chunks, found.teacher_chunks)):
         assert left.tolist() == [-1 if drops and chunk == last else chunk for chunk in own]
-    assert without_unclosed(rollout, None) is rollout
+    assert without_unclosed(rollout, {"": None}) is rollout
 
 
 def test_some_of_these_texts_lose_a_chunk_and_some_do_not():
     rngs = [random.Random(seed) for seed in range(40)]
     lost = [
-        without_unclosed(rollout, Table(rng)) is not rollout for rng in rngs for rollout in [random_rollout(rng, False)]
+        without_unclosed(rollout, {"": Table(rng)}) is not rollout for rng in rngs for rollout in [random_rollout(rng, False)]
     ]
     assert 5 < sum(lost) < 35
 
@@ -96,12 +98,12 @@ def test_some_of_these_texts_lose_a_chunk_and_some_do_not():
 @rollouts
 def test_the_pairs_are_the_places_and_tokens_that_go_on_there_without_the_one_that_was_drawn(seed):
     rng = random.Random(seed)
-    rows = [random_rollout(rng, ended=True) for _ in range(4)]
-    tables = [Table(rng), None, Table(rng), Table(rng)]
+    tables = {"a": Table(rng), "b": None, "c": Table(rng), "d": Table(rng)}
+    rows = [random_rollout(rng, ended=True, name=name) for name in tables]
     batch = collate(rows, 0)
     add_going_on(batch, rows, tables)
     wanted, scored = {}, set()
-    for row, (rollout, table) in enumerate(zip(rows, tables, strict=True)):
+    for row, (rollout, table) in enumerate(zip(rows, tables.values(), strict=True)):
         begin = len(rollout.prompt.student_ids)
         for place, token in enumerate(reference_ends(rollout)[:-1]):
             goes_on = table.known[token] if table is not None and token >= 0 else []
@@ -119,3 +121,64 @@ def test_the_pairs_are_the_places_and_tokens_that_go_on_there_without_the_one_th
     assert found == {place: tokens for place, tokens in wanted.items() if tokens}
     blocks = batch["going_on"][1] >> 4
     assert torch.equal(blocks, blocks.sort().values), "in the order in which the head's tiles come"
+
+
+@rollouts
+def test_each_teacher_of_a_mixture_tells_what_goes_on_with_its_own_tokens(seed):
+    rng = random.Random(seed)
+    tables = {"a": Table(rng), "b": Table(rng), "c": None}
+    weights = {"a": 0.5, "b": 0.3, "c": 0.2}
+    size = rng.randrange(1, 9)
+    sides = [one_text(rng, size, name) for name in tables]
+    rollout = blended(Prompt([1, 1], [2], teacher="a"), [*weights.values()], sides)
+    single = random_rollout(rng, ended=True, name="b")
+    batch = collate([single, rollout], 0)
+    add_going_on(batch, [single, rollout], tables)
+
+    wanted = {}
+    for row, own in enumerate([[(1.0, "b", single)], list(zip(weights.values(), weights, sides, strict=True))]):
+        chunks = [single, rollout][row].student_chunks
+        for weight, name, side in own:
+            for place, token in zip(*edges(chunks, side), strict=True):
+                if tables[name] is not None and tables[name].known[token] and place < len(chunks):
+                    ids = {*tables[name].known[token]} - {side.student_ids[place]}
+                    wanted.setdefault((row, place), []).append((pytest.approx(weight), ids))
+    places = torch.cat([batch["scored"], batch["scored_again"]], 1).T.tolist()
+    starts, length = batch["prompt_lengths"].tolist(), batch["input_ids"].shape[1]
+    goes_on = [set() for _ in places]
+    for place, token in batch["going_on"].T.tolist():
+        goes_on[place].add(token)
+    found = {}
+    for (row, column), weight, ids in zip(places, batch["close_weights"].tolist(), goes_on, strict=True):
+        if ids:
+            found.setdefault((row, column + length + 1 - starts[row]), []).append((weight, ids))
+    assert found == {place: [pair for pair in pairs if pair[1]] for place, pairs in wanted.items() if any(p[1] for p in pairs)}
+
+
+def one_text(rng: random.Random, size: int, name: str) -> Rollout:
+    """A teacher's rollout of a text of `size` student tokens, all of which take part."""
+    chunks = sorted(rng.randrange(size) for _ in range(size))
+    chunks = [sorted({*chunks}).index(chunk) for chunk in chunks]
+    read = [chunk for chunk in range(max(chunks) + 1) for _ in range(rng.randrange(1, 3))]
+    return replace(
+        random_rollout(rng, ended=True, name=name), student_ids=[*range(size)], student_chunks=np.array(chunks),
+        student_widths=np.ones(size, dtype=np.int64), teacher_ids=[rng.randrange(50) for _ in read],
+        teacher_chunks=np.array(read), num_chunks=max(chunks) + 1,
+    )  # fmt: skip
+
+
+def edges(chunks, side: Rollout) -> tuple[list[int], list[int]]:
+    """Where `chunks`, of which each is one or more of `side`'s, begin after another token or end, and the teacher's token before."""
+    places, tokens = [], []
+    for place in range(1, len(chunks) + 1):
+        before = chunks[place - 1]
+        if before >= 0 and (place == len(chunks) or chunks[place] != before):
+            own = side.student_chunks[place - 1]
+            places.append(place)
+            tokens.append([t for t, c in zip(side.teacher_ids, side.teacher_chunks, strict=True) if c == own][-1])
+        elif before < 0 and place < len(chunks) and chunks[place] >= 0:
+            first = [n for n, c in enumerate(side.teacher_chunks) if c == side.student_chunks[place]][0]
+            if first:
+                places.append(place)
+                tokens.append(side.teacher_ids[first - 1])
+    return places, tokens

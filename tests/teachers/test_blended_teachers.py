@@ -37,11 +37,29 @@ def test_a_row_whose_whole_weight_is_on_one_teacher_is_that_teachers_row(build):
     assert torch.equal(found, expected)
 
 
-def test_two_equal_teachers_are_the_one(build):
-    expected = step_of(trainer_of(build, ROWS, teacher_model(), teacher_tokenizer()))
+@pytest.mark.parametrize("event", ["open", "closed"])
+def test_two_equal_teachers_are_the_one(build, event):
+    expected = step_of(trainer_of(build, ROWS, teacher_model(), teacher_tokenizer(), event=event))
     twins = {"math": teacher_model(), "code": teacher_model()}
-    found = step_of(trainer_of(build, weighted(0.3), twins, {name: teacher_tokenizer() for name in twins}))
+    tokenizers = {name: teacher_tokenizer() for name in twins}
+    found = step_of(trainer_of(build, weighted(0.3), twins, tokenizers, event=event))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_closing_of_a_mixture_is_the_weighted_mean_of_its_teachers(build):
+    def scored(dataset, **settings):
+        trainer = trainer_of(build, dataset, **{"event": "closed", **settings})
+        window = [next(iter(trainer.get_train_dataloader()))["prompts"]]
+        [batch], _ = trainer.rollouts.roll_out(trainer.model, window, 0, "train", trainer._timers["train"])
+        batch, entropy, _ = trainer._score(trainer.model, trainer._prepare_inputs(batch))
+        return batch, entropy
+
+    alone, expected_entropy = scored(ROWS.add_column("teacher", ["math"] * 6))
+    both, entropy = scored(weighted(0.3))  # the other reads as the student does: nothing goes on with its tokens
+    assert torch.equal(alone.student_chunks, both.student_chunks) and alone.close_log_probs.min() < -1e-3
+    torch.testing.assert_close(both.close_log_probs, 0.3 * alone.close_log_probs)
+    torch.testing.assert_close(both.student_log_probs, alone.student_log_probs)
+    torch.testing.assert_close(entropy, expected_entropy)
 
 
 def test_the_gap_to_a_mixture_is_the_weighted_mean_of_the_gaps(build):
@@ -90,7 +108,6 @@ def test_rows_without_columns_take_the_weights_of_the_config(build):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"event": None}, "The train dataset has rows that several teachers read together, and .*closed chunks"),
         (
             {"teacher": teacher_model(), "tokenizer": teacher_tokenizer(), "teacher_weights": {"math": 1}},
             "there is one",

@@ -12,8 +12,11 @@ Decisions
 - The mixture has as many tokens in a chunk as the teacher with most of them, the first of which has all of L(c): a chunk is 1:1 only
   where it is for every teacher.
 - A row with one teacher of weight above 0 is that teacher's row.
+- Closed chunks: L_k(c) says that teacher k's last token is closed, so the student's log-prob of it counts the weighted mean of
+  log p_close,k (rollouts/closing.py). A student that equals all its teachers then has gap 0 in every chunk.
 
-Left out: closed chunks, which ask where one tokenizer cuts; arithmetic mixtures; tools.
+Left out: arithmetic mixtures; tools; closed chunks of each teacher by itself, which would be exact where tokenizers cut at unlike
+places and teachers disagree (docs/blending.md).
 """
 
 import json
@@ -118,7 +121,7 @@ def blended(prompt: Prompt, weights: Sequence[float], rollouts: Sequence[Rollout
     sizes = np.max([np.bincount(own[own >= 0], minlength=count) for own in of_tokens], axis=0)
     starts = np.append(0, np.cumsum(sizes))
     parts = tuple(
-        Part(weight, rollout, np.where(own >= 0, starts[own.clip(0)], -1))
+        Part(weight, rollout, np.where(own >= 0, starts[own.clip(0)], -1), own)
         for weight, rollout, own in zip(weights, rollouts, of_tokens, strict=True)
     )
     return replace(

@@ -6,9 +6,11 @@ Decisions
 - The next token that was drawn did close it, whatever the table says of it: it is never among those that go on.
 - After masked text a chunk begins where the teacher's token before it is closed, so what closes that one is told too.
 - A text that was cut off has no next distribution at its end. Its last chunk takes no part, unless nothing can go on there.
+- In a mixture of teachers each closes its own token, and log p_close is the weighted mean of theirs (rollouts/blending.py). The row
+  of a place where several tell it is projected once for each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,9 @@ import torch
 
 from ..text.continuations import Continuations
 from .pairing import Rollout, pad_rows
+
+
+Tables = Mapping[str, Continuations | None]  # by a teacher's name, with what its tokens go on
 
 
 def ends(rollout: Rollout) -> np.ndarray:
@@ -41,36 +46,68 @@ def _outer(chunks: np.ndarray, num_chunks: int) -> tuple[np.ndarray, np.ndarray]
     return first, last
 
 
-def without_unclosed(rollout: Rollout, continuations: Continuations | None) -> Rollout:
-    """Of a text that was cut off, without its last chunk, if the teacher's last token might go on there."""
-    if continuations is None or rollout.ended or not len(rollout.student_chunks):
+def _of_teachers(rollout: Rollout) -> Iterator[tuple[float, str, np.ndarray]]:
+    """Of each teacher that reads the rollout: its weight, its name, and the `ends` of its tokens."""
+    if not rollout.num_chunks:
+        return
+    if not rollout.parts:
+        yield 1.0, rollout.prompt.teacher, ends(rollout)
+    for part in rollout.parts:
+        own = {"student_chunks": rollout.student_chunks, "teacher_chunks": part.chunks}
+        view = replace(part.rollout, num_chunks=rollout.num_chunks, **own)
+        yield part.weight, view.prompt.teacher, ends(view)
+
+
+def _may_go_on(tables: Tables, teacher: str, token: int) -> bool:
+    table = tables[teacher]
+    return token >= 0 and table is not None and len(table.of(token)) > 0
+
+
+def without_unclosed(rollout: Rollout, tables: Tables) -> Rollout:
+    """Of a text that was cut off, without its last chunk, if a teacher's last token might go on there."""
+    if rollout.ended or not any(_may_go_on(tables, name, int(own[-1])) for _, name, own in _of_teachers(rollout)):
         return rollout
-    token, chunk = ends(rollout)[-1], rollout.student_chunks.max()
-    if token < 0 or not len(continuations.of(int(token))):
-        return rollout
+    chunk = rollout.student_chunks.max()
     student, teacher = (np.where(own == chunk, -1, own) for own in (rollout.student_chunks, rollout.teacher_chunks))
     return replace(rollout, student_chunks=student, teacher_chunks=teacher)
 
 
-def add_going_on(batch: dict, rollouts: Sequence[Rollout], continuations: Sequence[Continuations | None]):
+def add_going_on(batch: dict, rollouts: Sequence[Rollout], tables: Tables):
     """
     Gives what `collate` made of `rollouts` the `going_on` (2, K): places among the `scored` tokens, and the student ids that
     would go on with the teacher's token there; `scored` then counts the rows too that tell only how the chunk before closes.
     In the order that `ClosingLogProbFunction` reads them.
+
+    With mixtures of teachers, also `scored_again` (2, m), places that come after the `scored`, for the second and further teachers'
+    tokens; and `close_weights` (n + m,), what log p_close at each counts.
     """
     length, starts = batch["input_ids"].shape[1], batch["prompt_lengths"].tolist()
-    tokens = [ends(rollout)[:-1] for rollout in rollouts]
-    for own, table in zip(tokens, continuations, strict=True):
-        own[[token >= 0 and (table is None or not len(table.of(token))) for token in own.tolist()]] = -1
-    grid = pad_rows(tokens, length, -1, starts)[:, 1:]
-    row, column = ((batch["student_chunks"] >= 0) | (grid >= 0)).nonzero(as_tuple=True)
-    batch["scored"] = torch.stack([row, column - length])
+    told = [list(_of_teachers(rollout)) for rollout in rollouts]
+    most = max(1, *map(len, told))
+    weights, grids = torch.zeros(most, len(told)), []
+    for n in range(most):  # every row's n-th teacher
+        tokens = [np.full(0, -1)] * len(told)
+        for row, own in enumerate(told):
+            if n < len(own):
+                weights[n, row], name, found = own[n]
+                tokens[row] = np.array([t if _may_go_on(tables, name, t) else -1 for t in found[:-1].tolist()])
+        grids.append(pad_rows(tokens, length, -1, starts)[:, 1:])
+    grid = torch.stack(grids)
+
+    once = (batch["student_chunks"] >= 0) | (grid >= 0).any(0)
+    again = (grid >= 0).index_fill(0, torch.tensor(0), False)
+    nth, row, column = torch.cat([once[None].nonzero(), again.nonzero()]).T
+    batch["scored"], scored_again = torch.stack([row, column - length]).split([int(once.sum()), int(again.sum())], 1)
+    if any(rollout.parts for rollout in rollouts):
+        batch["scored_again"], batch["close_weights"] = scored_again, weights[nth, row]
 
     drawn = batch["input_ids"][row, column + 1].tolist()
     places, ids = [], []
-    for place, (own, token, next_id) in enumerate(zip(row.tolist(), grid[row, column].tolist(), drawn, strict=True)):
+    for place, (n, own, token, next_id) in enumerate(
+        zip(nth.tolist(), row.tolist(), grid[nth, row, column].tolist(), drawn, strict=True)
+    ):
         if token >= 0:
-            found = continuations[own].of(token)
+            found = tables[told[own][n][1]].of(token)
             found = found[found != next_id]
             places.append(np.full(len(found), place))
             ids.append(found)

@@ -43,11 +43,13 @@ class Part:
         weight: of its log-probs.
         rollout: the completion in its tokens.
         places: (T_k,) for each of its tokens, the mixture's token whose log-prob it adds to; -1 for none.
+        chunks: (T_k,) for each of its tokens, the mixture's chunk; -1 for none.
     """
 
     weight: float
     rollout: "Rollout"
     places: np.ndarray
+    chunks: np.ndarray
 
 
 @dataclass
@@ -364,10 +366,13 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
     }
 
 
-def on_grid(values: torch.Tensor, scored: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """`values` (n,) of the tokens that `collate` returns as `scored`, as (B, S), 0 elsewhere."""
+def on_grid(
+    values: torch.Tensor, scored: torch.Tensor, input_ids: torch.Tensor, add: bool = False
+) -> torch.Tensor:
+    """`values` (n,) of the tokens that `collate` returns as `scored`, as (B, S), 0 elsewhere. `add`: their sum where a place comes
+    more than once."""
     grid = torch.zeros(input_ids.shape, dtype=values.dtype, device=input_ids.device)
-    return grid.index_put(tuple(scored), values.to(grid.device))[:, :-1]
+    return grid.index_put(tuple(scored), values.to(grid.device), accumulate=add)[:, :-1]
 
 
 def on_columns(values: Sequence[Sequence[float]], batch: dict) -> torch.Tensor:

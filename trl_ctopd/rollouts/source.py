@@ -190,12 +190,11 @@ class RolloutSource:
         for index, (rows, on) in enumerate(zip(self._rows(rollouts, window, on_policy), on_policy, strict=True)):
             own, tables = [rollouts[row] for row in rows], self._continuations(on)
             if tables:
-                of_row = [tables[rollout.prompt.teacher] for rollout in own]
-                whole, own = own, [without_unclosed(*pair) for pair in zip(own, of_row, strict=True)]
+                whole, own = own, [without_unclosed(rollout, tables) for rollout in own]
                 unclosed += sum(left is not before for left, before in zip(own, whole, strict=True))
             batch = collate(own, self._student.tokenizer.pad_token_id, args.pad_to_multiple_of)
             if tables:
-                add_going_on(batch, own, of_row)
+                add_going_on(batch, own, tables)
             batch["teacher_places"] = torch.tensor([names.index(rollout.prompt.teacher) for rollout in own])
             teacher_length = batch["teacher_chunks"].shape[1]
             batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)

@@ -22,7 +22,6 @@ from ..models.loading import adapter_base, check_saves, forget_gguf, load_model,
 from ..redact import redact
 from ..rollouts.early_stop import check_early_stop, check_pieces
 from ..rollouts.generation import check_prompt_learning
-from ..rollouts.prompts import BLEND
 from ..teachers.panel import Panel
 from ..teachers.servers import is_url, is_url_without_scheme
 from ..text.vocabulary import VocabularyPair
@@ -138,7 +137,6 @@ def check_run(
     """Raises `ValueError` for what is known to fail once the run's processes, its student and its data are there."""
     check_strategy(args, accelerator)
     check_same_data(accelerator, train_dataset, eval_dataset)
-    check_blends(args, train_dataset, eval_dataset)
     check_trainable(model)
     warn_of_experts(model)
     check_saves(model, tokenizer, args.output_dir if args.should_save else None)
@@ -297,23 +295,6 @@ def check_same_data(accelerator, train_dataset, eval_dataset):
             logger.warning(
                 f"The {name} dataset has other rows in some processes than in others. Each process is dealt some of the rows of its "
                 "own dataset, so that the others are never read: give every process the whole dataset."
-            )
-
-
-def check_blends(args: CrossTokenizerGKDConfig, train_dataset, eval_dataset):
-    """Raises `ValueError` for rows that several teachers read together under a loss of closed chunks."""
-    if not any(getattr(loss, "event", "open") == "closed" for loss in losses_by_text(args)):
-        return
-    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
-    for name, dataset in {"train": train_dataset, **evaluated}.items():
-        if dataset is None or BLEND not in (dataset.column_names or ()):
-            continue
-        found = dataset.unique(BLEND) if isinstance(dataset, Dataset) else [next(iter(dataset))[BLEND]]
-        if any(found):
-            raise ValueError(
-                f"The {name} dataset has rows that several teachers read together, and distillation_loss={loss_name(args.distillation_loss)!r} "
-                "with closed chunks asks where one teacher's tokenizer cuts: set event='open' (with credit='previous' it keeps "
-                "most of the fixed point), or give every row one teacher."
             )
 
 

@@ -92,16 +92,22 @@ class Scorer:
             drawn and read.
         """
         student, scored = base_model(self._accelerator.unwrap_model(model)), inputs["scored"]
+        asked = torch.cat([scored, inputs["scored_again"]], 1) if "scored_again" in inputs else scored
         with phase("student"), hidden_states(student) if on_distributions else nullcontext() as states:
             scores = model(
                 input_ids=inputs["input_ids"],
-                scored=scored,
-                targets=inputs["input_ids"][scored[0], scored[1] + 1],
+                scored=asked,
+                targets=inputs["input_ids"][asked[0], asked[1] + 1],
                 **self._routed(inputs),
                 **({"going_on": inputs["going_on"]} if "going_on" in inputs else {}),
             )
-        log_probs, entropy = (on_grid(values, scored, inputs["input_ids"]) for values in scores[:2])
-        close = None if scores[3] is None else on_grid(scores[3], scored, inputs["input_ids"])
+        count = scored.shape[1]
+        log_probs, entropy = (on_grid(values[:count], scored, inputs["input_ids"]) for values in scores[:2])
+        close = scores[3]
+        if close is not None:
+            mixes = "close_weights" in inputs
+            close = close * inputs["close_weights"].to(close.device) if mixes else close
+            close = on_grid(close, asked, inputs["input_ids"], add=mixes)
         old, old_close = (None, None) if old_scores is None else (*old_scores.to(log_probs.device), None)[:2]
         teacher_log_probs, likeliest, metrics = self._settled(inputs["teacher_log_probs"], phase)
         batch = ScoredChunks(
