@@ -84,6 +84,17 @@ def test_every_trainer_changes_the_student_that_is_measured(finished):
             assert line["curve"]["2"]["cpu_seconds"] > 0
 
 
+def test_an_untrained_student_has_the_same_gap_whatever_loss_it_is_to_learn_by(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(run.PAIRS, "smollm2<-qwen", ("some/student", "some/teacher"))
+    monkeypatch.setattr(run, "DATASETS", {"gsm8k": rows})
+    curves = [
+        run.do(run.Run(method, "gsm8k", "smollm2<-qwen", 0, 0.0, 0, tokens=4, held_out=4), tmp_path, folder)["curve"]
+        for method in ("dpca", "reverse_kl", "sft")
+    ]
+    measured = [{name: curve[0][name] for name in ("nats_per_byte", "entropy", "rows")} for curve in curves]
+    assert measured == 3 * measured[:1]
+
+
 def made_up(method, seed, gap, prompts=(0.0, 0.0), cpu_seconds=100.0, steps=(12,)):
     """A finished run: two prompts of 10 bytes, whose gaps differ from `gap` by `prompts`."""
     measured = [[10 * (gap + prompts[0]), 10], [10 * (gap + prompts[1]), 10]]
