@@ -331,7 +331,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=1.0,
         metadata={
             "help": "With `reward_funcs`: what a completion's reward, normalised within its prompt's completions, counts beside its "
-            "chunks' gaps in nats. For dpca and strict_sampled."
+            "chunks' gaps in nats. For dpca, reverse_kl and strict_sampled."
         },
     )
     reward_weights: list[float] | None = field(

@@ -1,6 +1,5 @@
 """Closed chunks of a mixture of teachers, by exact expectation over all texts: where a perfect student stays."""
 
-import numpy as np
 import pytest
 import torch
 from fixed_points import Shape, World, words
@@ -64,9 +63,7 @@ def away(logits, by):
 
 def weighted(worlds, logits):
     """The weighted mean of the gradients that the teachers alone give."""
-    return sum(
-        weight * world.expected_gradient(CLOSED, logits) for weight, world in zip(WEIGHTS, worlds, strict=True)
-    )
+    return sum(weight * world.expected_gradient(CLOSED, logits) for weight, world in zip(WEIGHTS, worlds, strict=True))
 
 
 @pytest.mark.parametrize("tokens", MIXTURES.values(), ids=MIXTURES)

@@ -243,6 +243,45 @@ def test_a_token_that_goes_on_where_the_teacher_cut_after_all_closes_nothing_and
     assert value_and_gradient(ReverseKL(), replace(micro_batch, pair=pair))[1].isfinite().all()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_reward_adds_the_score_function_of_the_scored_tokens_times_itself(seed):
+    micro_batch = toy_scene(DIGITS, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(len(micro_batch.student_ids), generator=generator, dtype=torch.float64)
+    importance = torch.rand(micro_batch.student_ids.shape, generator=generator, dtype=torch.float64)
+
+    def gradient(**given):
+        return value_and_gradient(
+            lambda batch, num_items: ReverseKL()(replace(batch, **given), num_items), micro_batch
+        )[1]
+
+    found = gradient(importance=importance, rewards=rewards) - gradient(importance=importance)
+    for row, chunks in enumerate(micro_batch.student_chunks.tolist()):
+        for place, chunk in enumerate(chunks):
+            weight = rewards[row].item() * importance[row, place].item() / 7 if chunk >= 0 else 0.0
+            chances = micro_batch.student_logits[row, place].double().softmax(0).tolist()
+            drawn = int(micro_batch.student_ids[row, place])
+            wanted = [weight * (chance - (token == drawn)) for token, chance in enumerate(chances)]
+            assert found[row, place].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_expectation_of_what_a_reward_adds_is_the_slope_of_the_expected_reward():
+    world = numbers(DIGITS)
+    start = moved(world)
+    rewards = torch.randn(len(world.rows), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def rewarded(batch, num_items):
+        return ReverseKL()(replace(batch, rewards=rewards), num_items)
+
+    found = world.expected_gradient(rewarded, start) - world.expected_gradient(ReverseKL(), start)
+    step = torch.zeros_like(found, requires_grad=True)
+    logits = (start + step[world.prefixes]).log_softmax(-1)
+    own = batch_of(replace(world.micro_batch, student_logits=logits)).student_log_probs.sum(1).exp()
+    (slope,) = torch.autograd.grad((own * rewards).sum(), step)
+    assert slope.abs().max() > 1e-3
+    torch.testing.assert_close(found, -slope, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"), [({"top_k": -1}, "top_k .*-1"), ({"advantage_clip": 0.0}, "advantage_clip .*0.0")]
 )

@@ -90,7 +90,9 @@ def test_the_last_chunk_of_a_text_that_was_cut_off_is_left_out_where_its_token_m
 def test_some_of_these_texts_lose_a_chunk_and_some_do_not():
     rngs = [random.Random(seed) for seed in range(40)]
     lost = [
-        without_unclosed(rollout, {"": Table(rng)}) is not rollout for rng in rngs for rollout in [random_rollout(rng, False)]
+        without_unclosed(rollout, {"": Table(rng)}) is not rollout
+        for rng in rngs
+        for rollout in [random_rollout(rng, False)]
     ]
     assert 5 < sum(lost) < 35
 
@@ -152,7 +154,9 @@ def test_each_teacher_of_a_mixture_tells_what_goes_on_with_its_own_tokens(seed):
     for (row, column), weight, ids in zip(places, batch["close_weights"].tolist(), goes_on, strict=True):
         if ids:
             found.setdefault((row, column + length + 1 - starts[row]), []).append((weight, ids))
-    assert found == {place: [pair for pair in pairs if pair[1]] for place, pairs in wanted.items() if any(p[1] for p in pairs)}
+    assert found == {
+        place: [pair for pair in pairs if pair[1]] for place, pairs in wanted.items() if any(p[1] for p in pairs)
+    }
 
 
 def one_text(rng: random.Random, size: int, name: str) -> Rollout:

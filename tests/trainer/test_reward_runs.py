@@ -70,10 +70,12 @@ def test_plain_text_reaches_functions_as_text(build):
     assert seen[:2] == ["What is 0? "] * 2 and seen[8:10] == ["one plus two is the sum of what", " is the sum"]
 
 
-def test_the_step_is_the_teachers_and_in_proportion_to_the_weight_the_rewards(build):
-    alone = step_of(varied(build(dataset=numbered(), **ORDER)))
+@pytest.mark.parametrize("loss", ["dpca", "reverse_kl"])
+def test_the_step_is_the_teachers_and_in_proportion_to_the_weight_the_rewards(build, loss):
+    settings = {"dataset": numbered(), "distillation_loss": loss, **ORDER}
+    alone = step_of(varied(build(**settings)))
     steps = [
-        step_of(varied(build(dataset=numbered(), reward_funcs=longer, reward_weight=weight, **ORDER))) - alone
+        step_of(varied(build(reward_funcs=longer, reward_weight=weight, **settings))) - alone
         for weight in (0.0, 0.5, 1.0)
     ]
     assert steps[0].abs().max() < 1e-7 and steps[2].abs().max() > 1e-3
@@ -189,7 +191,10 @@ def test_of_a_text_that_is_wrong_in_part_the_other_chunks_stay(build):
     [
         ({"num_generations": 1, "reward_funcs": longer}, "num_generations=1 makes one: set num_generations to 2"),
         ({"reward_funcs": longer, "lmbda": 0.0}, "no effect with lmbda=0.0"),
-        ({"reward_funcs": longer, "distillation_loss": "alm"}, "ALM has none: choose one of dpca, strict_sampled"),
+        (
+            {"reward_funcs": longer, "distillation_loss": "alm"},
+            "ALM has none: choose one of dpca, reverse_kl, strict_sampled",
+        ),
         ({"reward_funcs": longer, "reward_weights": [1.0, 2.0]}, "reward_weights has 2 entries and reward_funcs 1"),
         ({"reward_funcs": 3}, "3 cannot be"),
         ({"reward_funcs": [longer, longer]}, "called 'longer'"),

@@ -41,6 +41,7 @@ class PolicyGradient(Loss):
 
     policy: ClassVar[str] = "on"
     weighs_by_ratio: ClassVar[bool] = True
+    takes_rewards: ClassVar[bool] = True
 
     clip_ratio_low: float = 0.2
     clip_ratio_high: float = 0.28

@@ -135,7 +135,8 @@ class ReverseKL(Loss):
         g_d(o) = clip(log t_d(o) − log p_d(o), ±advantage_clip),
         R_d = clip(G_c − Σ_{d' of c up to d} (log t_d'(o_d') − log p_d'(o_d')), ±advantage_clip),
 
-    and G_c the gap of d's chunk, as in [`DPCA`] with `event="closed"`.
+    and G_c the gap of d's chunk, as in [`DPCA`] with `event="closed"`. Rewards (`ScoredChunks.rewards`) are a policy gradient of
+    their own on the scored tokens: nothing of them can be told before a text is complete, so no part of theirs is exact.
 
     A perfect student stays unless its tokens hold several of the teacher's. Where later text parts again what a token had joined,
     it moves too, as with closed chunks.
@@ -150,6 +151,7 @@ class ReverseKL(Loss):
     signal: ClassVar[str] = "logits"
     copies: ClassVar[int] = 8
     policy: ClassVar[str] = "on"
+    takes_rewards: ClassVar[bool] = True
     event: ClassVar[str] = "closed"  # so that the last chunk of a text that was cut off takes no part
     structures: ClassVar[tuple[str, ...]] = ("prefixes", "continuations")
 
@@ -238,6 +240,8 @@ class ReverseKL(Loss):
             if batch.importance is not None:
                 bounded = bounded * batch.importance.flatten()[positions]
             value = value + (bounded * (score - score.detach()).exp()).sum()
+        if batch.rewards is not None:
+            value = value + self._rewarded(batch)
         metrics = {
             "advantage/clipped_fraction": (cut, batch.scored_tokens),
             "loss/compared_fraction": (at.told.sum(), batch.scored_tokens),
@@ -246,6 +250,14 @@ class ReverseKL(Loss):
             "closing/contradicted_fraction": (contradicted.sum(), batch.scored_tokens),
         }
         return -value / num_items, metrics
+
+    @staticmethod
+    def _rewarded(batch: ScoredChunks) -> torch.Tensor:
+        """Σ_i reward · exp(log p_i − sg(log p_i)) over the scored tokens."""
+        rewards = batch.rewards[:, None] * (batch.student_chunks >= 0)
+        if batch.importance is not None:
+            rewards = rewards * batch.importance
+        return (rewards * (batch.student_log_probs - batch.student_log_probs.detach()).exp()).sum()
 
     def _scores(self, drawn, closed, opened, closes, inside):
         """(n,) log-prob of each student token given that it goes on, or that what lay there is left."""

@@ -366,9 +366,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
     }
 
 
-def on_grid(
-    values: torch.Tensor, scored: torch.Tensor, input_ids: torch.Tensor, add: bool = False
-) -> torch.Tensor:
+def on_grid(values: torch.Tensor, scored: torch.Tensor, input_ids: torch.Tensor, add: bool = False) -> torch.Tensor:
     """`values` (n,) of the tokens that `collate` returns as `scored`, as (B, S), 0 elsewhere. `add`: their sum where a place comes
     more than once."""
     grid = torch.zeros(input_ids.shape, dtype=values.dtype, device=input_ids.device)

@@ -16,7 +16,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
 from ..losses.compass import Compass
-from ..losses.policy_gradient import PolicyGradient
 from ..models.heads import base_model, check_head
 from ..models.loading import adapter_base, check_saves, forget_gguf, load_model, warn_of_experts
 from ..redact import redact
@@ -404,11 +403,11 @@ def check_signal(loss: Callable, signals: Sequence[str]):
 
 
 def check_takes_rewards(loss: Callable):
-    """Raises `ValueError` where `loss` has no advantages that rewards could be added to."""
-    if not isinstance(loss, PolicyGradient):
-        able = [name for name, known in LOSSES.items() if issubclass(known, PolicyGradient)]
+    """Raises `ValueError` where `loss` would leave rewards out."""
+    if not getattr(loss, "takes_rewards", False):
+        able = [name for name, known in LOSSES.items() if known.takes_rewards]
         raise ValueError(
-            f"reward_funcs are added to the advantages of a policy gradient, and {loss_name(loss)} has none: choose one of "
+            f"reward_funcs are added to the advantages of sampled tokens, and {loss_name(loss)} has none: choose one of "
             f"{', '.join(able)}, or leave reward_funcs out."
         )
 
