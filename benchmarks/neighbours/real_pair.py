@@ -1,18 +1,18 @@
 """Where rollouts end early, on two pretrained models: whole completions, KAT, random cuts of its lengths, and growing lengths.
 
-    python -m benchmarks.neighbours.real_pair [--models FOLDER] [--data mbpp.jsonl]     # half an hour of one core
+    python -m benchmarks.neighbours.real_pair [--models FOLDER] [--data mbpp.jsonl]     # 20 minutes of one core
 
 Models, prompts and the loss are those of `examples/demo_real`. Every run has the same prompts, number of updates and seed, so all
 are alike until the first cut.
 
 Decisions:
-- `SETTINGS` are KAT's, made small for a run of six updates: with the paper's warm-up nothing would be cut.
+- `SETTINGS` are KAT's, made small for a run of five updates: with the paper's warm-up nothing would be cut.
 - `learned_from` counts the student tokens in the loss, over all updates. `tokens_written` counts what the student wrote.
 - What the output file has already is not run again, so that a case can be run alone.
 - The gap is measured on whole completions of prompts that no update has seen, with the same draws before and after. Its standard
   error is over prompts.
 
-Left out: more than one seed, and how many tasks are solved, which six updates do not move beyond the noise.
+Left out: more than one seed, and how many tasks are solved, which five updates do not move beyond the noise.
 """
 
 import argparse
@@ -36,15 +36,15 @@ from benchmarks.speed.models import quiet
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "neighbours"
-HELD_OUT, PROMPTS, TOKENS, UPDATES, PIECE = 12, 4, 128, 6, 48
-SETTINGS = {"window": 16, "patience": 4, "warmup_steps": 2, "warmup_rollouts": 8}
+HELD_OUT, PROMPTS, TOKENS, UPDATES, PIECE = 8, 4, 96, 5, 32
+SETTINGS = {"window": 12, "patience": 4, "warmup_steps": 1, "warmup_rollouts": 4}
 START = "start"  # measured, and not trained
 CASES = {
     START: {},
     "whole": {},
     "kat": {"early_stop": "kat", "early_stop_kwargs": SETTINGS},
     "random": {"early_stop": "random", "early_stop_kwargs": SETTINGS},
-    "growing": {"early_stop": "growing", "early_stop_kwargs": {"start": 48, "steps": UPDATES}},
+    "growing": {"early_stop": "growing", "early_stop_kwargs": {"start": 32, "steps": UPDATES}},
     "kat in pieces": {"early_stop": "kat", "early_stop_kwargs": SETTINGS, "early_stop_tokens": PIECE},
 }
 
