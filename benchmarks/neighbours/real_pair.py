@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from demo_real import problems
 from demo_real.measuring import measure
-from demo_real.run import LEARNING_RATE, LOSS, STUDENT, TEACHER, build, named
+from demo_real.run import LEARNING_RATE, LOSS, STUDENT, TEACHER, build, named, prompts_of
 
 from benchmarks import report
 from benchmarks.clock import stopwatch
@@ -83,12 +83,12 @@ def main() -> None:
     found |= {"updates": options.updates, "prompts": PROMPTS, "max_new_tokens": TOKENS, "held_out": HELD_OUT, "seed": 0}
     if options.output.exists():
         found["runs"] = json.loads(options.output.read_text())["runs"]
-    tasks, runs = problems.load_problems(options.data), found.setdefault("runs", {})
+    rows, runs = prompts_of(problems.load_problems(options.data)), found.setdefault("runs", {})
     for case in (case for case in options.cases if case not in runs):
         with tempfile.TemporaryDirectory() as folder:
             trainer = build(
-                named(STUDENT, options.models), named(TEACHER, options.models), tasks[HELD_OUT:], Path(folder),
-                tasks[:HELD_OUT], distillation_loss=LOSS, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+                named(STUDENT, options.models), named(TEACHER, options.models), rows[HELD_OUT:], Path(folder),
+                rows[:HELD_OUT], distillation_loss=LOSS, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
                 per_device_train_batch_size=PROMPTS, per_device_eval_batch_size=HELD_OUT, max_steps=options.updates,
                 max_new_tokens=TOKENS, logging_steps=1, save_strategy="no", seed=0, disable_tqdm=True, **CASES[case],
             )  # fmt: skip
