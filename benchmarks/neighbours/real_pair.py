@@ -70,14 +70,14 @@ def scored(log: dict) -> float:
     return written * (1 - log["alignment/masked_fraction"]) * (1 - log.get("early_stop/masked_fraction", 0))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="folder with both models; else they come from the hub")
     parser.add_argument("--data", default=problems.HUB_NAME, help="hub name, or a .jsonl file with MBPP's columns")
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--cases", nargs="+", default=[*CASES], choices=CASES)
     parser.add_argument("--output", type=Path, default=RESULTS / "early_stop_real.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     quiet()
     found = report.header() | {"student": STUDENT, "teacher": TEACHER, "loss": LOSS, "learning_rate": LEARNING_RATE}
     found |= {"updates": options.updates, "prompts": PROMPTS, "max_new_tokens": TOKENS, "held_out": HELD_OUT, "seed": 0}

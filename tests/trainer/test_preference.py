@@ -100,6 +100,25 @@ def test_columns_equal_a_loop_over_chunks_and_leave_out_what_cannot_be_compared(
         assert of_tokens == pytest.approx(wanted) and reference == pytest.approx(total)
 
 
+def test_with_a_constant_weight_chunks_may_be_merged():
+    generator = torch.Generator().manual_seed(1)
+    log_probs = -torch.rand(8, generator=generator, dtype=torch.float64)
+    student, teacher = [0, 0, 1, 2, 3, 3], [0, 1, 1, 2, 2, 3, 3, 3]
+    apart = columns(student, log_probs, teacher, torch.full((4,), 0.7, dtype=torch.float64))
+    merged = ([chunk // 2 for chunk in side] for side in (student, teacher))
+    merged_student, merged_teacher = merged
+    together = columns(merged_student, log_probs, merged_teacher, torch.full((2,), 0.7, dtype=torch.float64))
+    assert apart[0] == together[0] and apart[1] == pytest.approx(together[1])
+
+
+@pytest.mark.parametrize("policy", ["bridge", "mask"])
+def test_the_end_of_an_answer_is_a_chunk_of_its_own_or_takes_no_part(tmp_path, policy):
+    row = build(tmp_path, eos_policy=policy).train_dataset[0]
+    stop = student_tokenizer().eos_token_id
+    assert row["chosen_ids"][-1] == stop and row["chosen_weights"][-1] == (policy == "bridge")
+    assert row["chosen_weights"][0] == 1
+
+
 def test_with_one_tokenizer_and_no_weights_it_is_trls_dpo(tmp_path):
     """Whose reference log-probs are the teacher's."""
     tokenizer = student_tokenizer()
