@@ -9,6 +9,7 @@ every prefix. The chunks, and the tokens that may continue at their ends, are th
 """
 
 import argparse
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.report import header, save
 from trl_ctopd.losses import ALM, DPCA, ScoredChunks, StrictSampled
-from trl_ctopd.rollouts.closing import add_going_on
+from trl_ctopd.rollouts.closing import add_going_on, without_undecided
 from trl_ctopd.rollouts.pairing import Prompt, collate, on_grid, pair
 from trl_ctopd.text.aligner import TextAligner
 from trl_ctopd.text.continuations import Continuations
@@ -32,7 +33,8 @@ PAIRS = (
     ("mistral-v3", "llama-3.2"),
     ("phi-3-mini", "deepseek-v3"),
     ("llama-2", "llama-3.2"),
-    ("smollm2-instruct", "gpt2"),  # whose merges over digits are undone by later ones
+    ("smollm2-instruct", "gpt2"),  # in both of these a later digit can undo what the next one decided
+    ("smollm2-instruct", "t5-small"),
 )
 METHODS = {
     "dpca (closed, macro: the default)": DPCA(),
@@ -50,18 +52,24 @@ class Numbers:
     """
     The thousand texts in two tokenizers, and the student as a table of logits.
 
+    Args:
+        closed: whether chunks are those that closed events need, see `without_undecided`.
+
     Attributes:
         start (P, V): the student's log-probs at its P prefixes over its V tokens, with the teacher's distribution of texts.
     """
 
-    def __init__(self, student, teacher):
+    def __init__(self, student, teacher, closed: bool):
         stop, end = student.eos_token_id, teacher.eos_token_id
         completions = [[*student.encode(f"{n}.", add_special_tokens=False), stop] for n in range(1000)]
         rollouts = pair(
             [Prompt([stop], [end])] * 1000, completions, TextAligner(student, teacher), turn_ends={stop: [end]}
         )
+        tables = {"": Continuations(student, teacher, [stop])}
+        if closed:
+            rollouts = [without_undecided(rollout, tables) for rollout in rollouts]
         self.batch = collate(rollouts, stop)
-        add_going_on(self.batch, rollouts, {"": Continuations(student, teacher, [stop])})
+        add_going_on(self.batch, rollouts, tables)
         tokens = sorted({token for ids in completions for token in ids})
         column = {token: number for number, token in enumerate(tokens)}
         counts = Counter(tuple(ids[:i]) for ids in completions for i in range(len(ids) + 1))
@@ -79,7 +87,7 @@ class Numbers:
         going_on = [(n, column[i]) for n, i in self.batch["going_on"].T.tolist() if i in column]
         self.places, self.ids = torch.tensor(going_on, dtype=torch.long).view(-1, 2).T
         self.teacher = self._teacher_log_probs([rollout.teacher_ids for rollout in rollouts])
-        self.chunks = sum(rollout.num_chunks for rollout in rollouts) / 1000
+        self.chunks = sum(len({*rollout.student_chunks}) for rollout in rollouts) / 1000
 
     def _teacher_log_probs(self, texts: list[list[int]]) -> torch.Tensor:
         counts = Counter(tuple(ids[:i]) for ids in texts for i in range(len(ids) + 1))
@@ -143,13 +151,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, required=True, help="folder with `tokenizers/` of the published models")
     parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--student", help="only this student's pairs; the other runs in the file are kept")
+    parser.add_argument("--teacher", help="only this teacher's")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    report, found = header(), []
-    for names in PAIRS:
-        world = Numbers(*(AutoTokenizer.from_pretrained(args.assets / "tokenizers" / name) for name in names))
-        print(f"{names[0]} <- {names[1]}: {world.chunks:.2f} chunks a text")
+    chosen = [pair for pair in PAIRS if args.student in (None, pair[0]) and args.teacher in (None, pair[1])]
+    kept = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
+    report, found = header(), [run for run in kept if (run["student"], run["teacher"]) not in chosen]
+    for names in chosen:
+        pair = [AutoTokenizer.from_pretrained(args.assets / "tokenizers" / name) for name in names]
+        worlds = {closed: Numbers(*pair, closed) for closed in (True, False)}
+        print(
+            f"{names[0]} <- {names[1]}: {worlds[False].chunks:.2f} chunks a text, {worlds[True].chunks:.2f} closed ones"
+        )
         for method, loss in METHODS.items():
+            world = worlds[getattr(loss, "event", "open") == "closed"]
             figures = train(world, loss)
             found.append(
                 {"student": names[0], "teacher": names[1], "chunks": world.chunks, "method": method, **figures}

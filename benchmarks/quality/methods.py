@@ -2,7 +2,8 @@
 
 Decisions:
 - Our methods all use `CrossTokenizerGKDTrainer`; `trl_gold…` are TRL's own `GOLDTrainer`.
-- Every run has the same number of updates, prompts and completions a prompt, AdamW with linear decay and no warm-up. A
+- Every run has the same number of updates, prompts and completions a prompt, but for `gvpo`, which compares completions of one prompt: it
+  has as many completions, four for each of a quarter of the prompts. All have AdamW with linear decay and no warm-up. A
   method's own settings are those of its paper. The learning rate is chosen for each method and world from one grid.
 - TRL's trainer lets the teacher read the student's chat template, in the teacher's tokens. Teachers as small as these know
   only their own template. In `trl_gold_template…` a patch in this file gives the teacher its own template instead.
@@ -104,6 +105,7 @@ METHODS: dict[str, Method] = {
     "escd": _ours("escd"),
     "gold": _ours("gold"),
     "alm": _ours("alm"),
+    "gvpo": _ours("gvpo", num_generations=4, per_device_train_batch_size=6),
     "dpca_byte_length": _ours("dpca", event="open", credit="byte_length"),
     "xtoken": _ours("xtoken"),
     "uld": _ours("uld"),
@@ -295,10 +297,9 @@ def _trainer(
         model=copy.deepcopy(world.student),
         teacher_model=copy.deepcopy(world.teacher),  # a trainer replaces its models' forward
         args=CrossTokenizerGKDConfig(
-            **_common(run, world, folder),
             max_new_tokens=world.task.max_new_tokens,
             activation_checkpointing=False,
-            **method.config,
+            **{**_common(run, world, folder), **method.config},
         ),
         train_dataset=rows,
         processing_class=world.student_tokenizer,

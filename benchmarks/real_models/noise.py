@@ -7,10 +7,12 @@ Decisions:
   all linear layers. All losses get the same draws, so that their figures can be compared side by side.
 - For n draws with gradients g_k over the adapter's weights and mean m: variance V = Σ|g_k − m|² / (n − 1), squared mean
   |m|² − V / n, since |m|² alone includes a part of the noise. The figure is V over that. It is well measured if it is below n.
+- Results are written after each draw from the second on, so that a run may be stopped.
 """
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -62,7 +64,8 @@ def setting(text: str) -> int | float | str:
     return text
 
 
-def measured(student: str, teacher: str, data: str, specs: list[str], draws: int) -> dict:
+def measured(student: str, teacher: str, data: str, specs: list[str], draws: int) -> Iterator[tuple[int, dict]]:
+    """After each draw but the first, their number and the figures by loss."""
     tasks = problems.load_problems(data)[:PROMPTS]
     losses = {spec: configured(spec) for spec in specs}
     reading = next((loss for loss in losses.values() if loss.signal == "logits"), next(iter(losses.values())))
@@ -90,7 +93,8 @@ def measured(student: str, teacher: str, data: str, specs: list[str], draws: int
             noise[spec].add(torch.cat([weight.grad.flatten() for weight in weights]))
             model.zero_grad(set_to_none=True)
         print(f"draw {draw + 1} of {draws}", flush=True)
-    return {spec: own.figures() for spec, own in noise.items()}
+        if draw:
+            yield draw + 1, {spec: own.figures() for spec, own in noise.items()}
 
 
 def main() -> None:
@@ -105,9 +109,9 @@ def main() -> None:
     options = parser.parse_args()
     made_with = report.header()
     student, teacher = named(STUDENT, options.models), named(TEACHER, options.models)
-    found = measured(student, teacher, options.data, options.losses, options.draws)
-    settings = {"prompts": PROMPTS, "tokens": TOKENS, "draws": options.draws, "student": STUDENT, "teacher": TEACHER}
-    report.save(options.output, {**made_with, **settings, "losses": found})
+    settings = {"prompts": PROMPTS, "tokens": TOKENS, "student": STUDENT, "teacher": TEACHER}
+    for draws, found in measured(student, teacher, options.data, options.losses, options.draws):
+        report.save(options.output, {**made_with, **settings, "draws": draws, "losses": found})
     for spec, figures in found.items():
         print(f"{spec:40} {'unknown' if figures['noise'] is None else round(figures['noise'], 2)}")
 

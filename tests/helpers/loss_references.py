@@ -55,6 +55,7 @@ class Vocabularies:
     teacher: Vocabulary
     encode: Callable[[str], list[int]]
     going_on: Callable[[int], set[int]] = lambda w: set()  # the student ids that continue a teacher token
+    later_digits_undo: bool = False  # whether the teacher's boundaries within a number depend on later digits
 
     @functools.cached_property
     def bridged(self) -> bool:
@@ -462,6 +463,9 @@ def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0
     bound = math.inf if advantage_clip is None else advantage_clip
     standing = {found.i: found for found in byte_rows(row, pair, False)}
     chunks = row.scorable()
+    for i in [i for chunk in chunks for i in chunk.student[1:]]:
+        if pair.later_digits_undo and pair.student.rows[row.student_ids[i - 1]][-1:].isdigit():
+            standing.pop(i, None)
     closing = [row.log_p.new_zeros(()) for _ in chunks]  # log-prob of leaving the chunk's last token as it is
     opening = [row.log_p.new_zeros(()) for _ in chunks]  # the same of the chunk before
     decisions: list[list[Decision]] = [[] for _ in chunks]

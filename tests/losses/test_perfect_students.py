@@ -7,23 +7,26 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from test_logit_losses import Pair
-from test_reverse_kl import DIGITS, World, closings, numbers, written_by_both
+from test_logit_losses import Completion, Pair
+from test_reverse_kl import DIGITS, World, closings, moved, numbers, written_by_both
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from trl_ctopd.losses import LOSSES, build_loss
 from trl_ctopd.losses.prefix_credit import PREFIX_CREDITS
+from trl_ctopd.rollouts.closing import without_undecided
+from trl_ctopd.rollouts.pairing import Prompt, Rollout
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
 
 
-def letters(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
-    """BPE of a, b and c."""
-    tokens = ["$", *"abc", *("".join(merge) for merge in merges)]
+def pieces(characters: str, *merges: tuple[str, str]) -> PreTrainedTokenizerFast:
+    """BPE of these characters."""
+    tokens = ["$", *characters, *("".join(merge) for merge in merges)]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["$"])
@@ -40,6 +43,8 @@ MERGES = {  # the student's and the teacher's
 }
 TEXTS = ["".join(word) for length in (1, 2, 3) for word in itertools.product("abc", repeat=length)]
 PARTED = "m:1, parted again"
+UNDONE, JOINED = "m:1, digits undone by later ones", "the same, chunks joined"  # 12 is one token, and 123 is 1 and 23
+NUMBERS = ["".join(word) + end for n in (1, 2, 3) for word in itertools.product("123", repeat=n) for end in (".", "")]
 SHAPES = [*(shape for shape in MERGES if shape != PARTED), "m:1, digits"]
 
 
@@ -47,8 +52,28 @@ SHAPES = [*(shape for shape in MERGES if shape != PARTED), "m:1, digits"]
 def world(shape: str) -> World:
     if shape == "m:1, digits":
         return numbers(DIGITS)
-    student, teacher = (letters(*merges) for merges in MERGES[shape])
+    if shape == UNDONE:
+        student, teacher = pieces("123."), pieces("123.", ("2", "3"), ("1", "2"))
+        return written_by_both(Pair(student, teacher, [0], [0], [0], extra=(0, 0)), NUMBERS)
+    if shape == JOINED:
+        return replace(own := world(UNDONE), rows=[joined(own.pair, row) for row in own.rows])
+    student, teacher = (pieces("abc", *merges) for merges in MERGES[shape])
     return written_by_both(Pair(student, teacher, [0], [0], [0], extra=(0, 0)), TEXTS)
+
+
+def joined(pair: Pair, row: Completion) -> Completion:
+    """As the trainer does for closed chunks."""
+    prompt = Prompt([0], [0])
+    sides = (
+        row.student_ids,
+        np.array(row.student_chunks),
+        np.array(row.widths),
+        row.teacher_ids,
+        np.array(row.teacher_chunks),
+    )
+    rollout = Rollout(prompt, *sides, max(row.student_chunks) + 1, True, False, None, [0])
+    found = without_undecided(rollout, {"": pair.vocabulary.continuations})
+    return replace(row, student_chunks=found.student_chunks.tolist(), teacher_chunks=found.teacher_chunks.tolist())
 
 
 def counts(shape: str) -> set[tuple[int, int]]:
@@ -114,6 +139,33 @@ def test_a_perfect_student_stays_where_the_table_says_so_and_moves_elsewhere(nam
 @pytest.mark.parametrize("name", ["dpca", "reverse_kl"])
 def test_where_later_text_parts_again_what_a_token_had_joined_closed_chunks_move_it(name):
     assert drift(name, PARTED) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("dpca", {}),
+        *(("dpca", {"credit": credit}) for credit in PREFIX_CREDITS),
+        ("reverse_kl", {}),
+        ("reverse_kl", {"top_k": 2}),
+    ],
+)
+def test_where_a_later_digit_undoes_a_boundary_it_stays_if_chunks_are_joined_there(name, knobs):
+    assert counts(UNDONE) == {(1, 1), (2, 1)}
+    assert (4, 3) in counts(JOINED)
+    assert drift(name, UNDONE, **knobs) > 1e-3
+    assert drift(name, JOINED, **knobs) < 1e-10
+
+
+@pytest.mark.parametrize("top_k", [1, 3, None])
+def test_what_the_teacher_tells_of_joined_chunks_changes_the_noise_and_not_the_expectation(top_k):
+    student = moved(world(JOINED))
+    nothing, some = (
+        world(JOINED).expected_gradient(build_loss("reverse_kl", top_k=k, advantage_clip=None), student)
+        for k in (0, top_k)
+    )
+    assert nothing.abs().max() > 0.01
+    assert (some - nothing).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", LOSSES)

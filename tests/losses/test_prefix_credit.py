@@ -47,14 +47,16 @@ def reference(loss, batch):
             log_p[0] -= before
             gap = math.fsum(max(-100.0, batch.teacher_log_probs[row, j].item()) for j, _ in theirs)
             gap -= math.fsum(log_p) + after
-            f = [0.0]
+            f, told = [0.0], [True]  # where it is not told, F is as if both models agreed
             for n in range(1, len(own) + 1):
                 written = dummy + b"".join(spelled[:n])
-                f.append(math.log(beginning(theirs, log_q, rows[1], written)) if alike else math.fsum(log_p[:n]))
+                digits = any(text in written for text in map(b"%d".__mod__, range(10)))
+                told.append(bool(alike) and not (digits and batch.vocabulary.later_digits_undo))
+                f.append(math.log(beginning(theirs, log_q, rows[1], written)) if told[-1] else math.fsum(log_p[:n]))
             for n, i in enumerate(own):
                 left = gap - (f[n] - math.fsum(log_p[:n]))
                 step = f[n + 1] - f[n] - log_p[n]
-                tokens[row, i] = step if loss.credit == "prefix" and i != last and alike else left
+                tokens[row, i] = step if loss.credit == "prefix" and i != last and told[n + 1] else left
             closing[row, first] -= gap
             if last + 1 < length and after:
                 closing[row, last + 1] += gap - (f[-1] - math.fsum(log_p))
@@ -94,6 +96,10 @@ def test_gradient_equals_a_loop_over_chunks_and_vocabulary(credit, event, pair):
     total, weight = metrics["credit/without_prefix_fraction"]
     assert total == ((batch.student_tokens > 1) & batch.scorable).sum() - several
     assert weight == (batch.student_tokens > 0).sum()
+
+
+def test_in_some_toys_a_later_digit_undoes_a_boundary_and_in_some_not():
+    assert {TOYS[pair]().vocabulary.later_digits_undo for pair in TOYS} == {True, False}
 
 
 def test_some_chunks_of_the_toys_have_several_tokens_on_both_sides():

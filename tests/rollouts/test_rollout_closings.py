@@ -8,15 +8,20 @@ import pytest
 import torch
 
 from trl_ctopd.rollouts.blending import blended
-from trl_ctopd.rollouts.closing import add_going_on, ends, without_unclosed
+from trl_ctopd.rollouts.closing import add_going_on, ends, without_unclosed, without_undecided
 from trl_ctopd.rollouts.pairing import Prompt, Rollout, collate
 
 
 class Table:
-    """As `Continuations`: with what each teacher token goes on."""
+    """As `Continuations`: with what each teacher token goes on, and which are undecided."""
 
-    def __init__(self, rng: random.Random):
+    def __init__(self, rng: random.Random, undecided: float = 0.0):
         self.known = {token: sorted(rng.sample(range(90), rng.choice([0, 0, 3, 40]))) for token in range(50)}
+        self.later_digits_undo = undecided > 0
+        self.digits = {token for token in range(50) if rng.random() < undecided} if undecided else set()
+
+    def undecided(self, token: int) -> bool:
+        return token in self.digits
 
     def of(self, token: int) -> np.ndarray:
         return np.array(self.known[token], dtype=np.int64)
@@ -85,6 +90,66 @@ def test_the_last_chunk_of_a_text_that_was_cut_off_is_left_out_where_its_token_m
     for own, left in ((rollout.student_chunks, found.student_chunks), (rollout.teacher_chunks, found.teacher_chunks)):
         assert left.tolist() == [-1 if drops and chunk == last else chunk for chunk in own]
     assert without_unclosed(rollout, {"": None}) is rollout
+
+
+@rollouts
+def test_a_text_that_was_cut_off_after_an_undecided_token_loses_its_last_chunk(seed):
+    rng = random.Random(seed)
+    rollout, table = random_rollout(rng, False), Table(rng, undecided=1.0)
+    found = without_unclosed(rollout, {"": table})
+    last = rollout.num_chunks - 1 if reference_ends(rollout)[-1] >= 0 else None
+    assert found.student_chunks.tolist() == [-1 if chunk == last else chunk for chunk in rollout.student_chunks]
+
+
+@rollouts
+def test_chunks_after_whose_end_the_next_token_does_not_decide_are_joined_with_the_next(seed):
+    rng = random.Random(seed)
+    rollout, table = random_rollout(rng, True), Table(rng, undecided=0.5)
+    wanted = [rollout.student_chunks.tolist(), rollout.teacher_chunks.tolist()]
+    for chunk in range(1, rollout.num_chunks):
+        places = [side.index(number) for side, number in zip(wanted, (chunk, chunk), strict=True)]
+        before = [rollout.student_chunks[places[0] - 1], rollout.teacher_chunks[places[1] - 1]] if min(places) else []
+        if before == [chunk - 1] * 2 and rollout.teacher_ids[places[1] - 1] in table.digits:
+            for side in wanted:
+                number = side[side.index(chunk) - 1]
+                side[:] = [number if own == chunk else own for own in side]
+    found = without_undecided(rollout, {"": table})
+    assert [found.student_chunks.tolist(), found.teacher_chunks.tolist()] == wanted
+    assert all(without_undecided(rollout, {"": none}) is rollout for none in (Table(rng), None))
+
+
+@rollouts
+def test_chunks_of_a_mixture_are_joined_where_any_teachers_token_is_undecided(seed):
+    rng = random.Random(seed)
+    tables = {"a": Table(rng, undecided=0.3), "b": Table(rng, undecided=0.3), "c": None, "d": Table(rng)}
+    size = rng.randrange(1, 9)
+    rollout = blended(Prompt([1], [2], teacher="a"), [0.25] * 4, [one_text(rng, size, name) for name in tables])
+    found = without_undecided(rollout, tables)
+    ends_undecided = set()
+    for part in rollout.parts:
+        table = tables[part.rollout.prompt.teacher]
+        for place, token in zip(*edges(rollout.student_chunks, part.rollout), strict=True):
+            if table is not None and token in table.digits:
+                ends_undecided.add(place)
+    wanted = rollout.student_chunks.tolist()
+    for place in range(1, size):
+        if place in ends_undecided and min(rollout.student_chunks[place - 1 : place + 1]) >= 0:
+            own = rollout.student_chunks[place]
+            wanted = [wanted[place - 1] if chunk == own else chunk for chunk in wanted]
+    assert found.student_chunks.tolist() == wanted
+    for part in found.parts:
+        told = part.places >= 0
+        assert np.array_equal(found.teacher_chunks[part.places[told]], part.chunks[told])
+
+
+def test_some_of_these_chunks_are_joined_and_some_are_not():
+    rngs = [random.Random(seed) for seed in range(40)]
+    before = [random_rollout(rng, True) for rng in rngs]
+    after = [
+        without_undecided(rollout, {"": Table(rng, undecided=0.5)}) for rollout, rng in zip(before, rngs, strict=True)
+    ]
+    counts = [sum(len({*rollout.student_chunks} - {-1}) for rollout in rows) for rows in (before, after)]
+    assert 0.5 * counts[0] < counts[1] < 0.95 * counts[0]
 
 
 def test_some_of_these_texts_lose_a_chunk_and_some_do_not():

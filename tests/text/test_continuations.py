@@ -5,13 +5,14 @@ import random
 
 import pytest
 from needs import assets
+from tokenizers import Tokenizer, decoders, models
 from tokenizers_for_tests import CORPUS, byte_level, gemma_like, metaspace_bpe, unigram, word_piece
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trl_ctopd import token_bytes
 from trl_ctopd.text import continuations as module
 from trl_ctopd.text.aligner import encode_as_text
-from trl_ctopd.text.continuations import Continuations
+from trl_ctopd.text.continuations import Continuations, later_digits_undo
 
 
 def encoded(tokenizer, texts):
@@ -111,6 +112,40 @@ def test_digits_go_on_while_the_teacher_takes_three_at_a_time():
     if start in ids:
         going_on = {rows[i] for i in table.of(ids[start]).tolist()}
         assert {row[2:] for row in known if row[:2] == start} <= going_on
+
+
+def numbers_by_merges(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
+    """BPE of digits alone."""
+    tokens = [*"0123456789", *("".join(merge) for merge in merges)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+THREE_DIGITS = byte_level(600, digits=3)
+NUMBERS = {
+    "123 is 1 and 23": (numbers_by_merges(("2", "3"), ("1", "2")), True),
+    "123 is 12 and 3": (numbers_by_merges(("1", "2"), ("2", "3")), False),
+    "1234 is 12 and 34": (numbers_by_merges(("1", "2"), ("3", "4")), False),
+    "123 is one token": (numbers_by_merges(("1", "2"), ("12", "3")), False),
+    "groups of three": (THREE_DIGITS, False),
+    "no numbers": (byte_level(600, digits=1), False),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_whether_a_later_digit_undoes_what_the_next_one_decided(name):
+    teacher, undone = NUMBERS[name]
+    table, rows = Continuations(byte_level(330, digits=1), teacher), token_bytes(teacher)
+    assert table.later_digits_undo == undone
+    assert table.undecided(rows.index(b"7")) == undone
+    assert not table.undecided(len(rows) + 5)
+    assert b"e" not in rows or not table.undecided(rows.index(b"e"))
+
+
+@pytest.mark.parametrize(("name", "undone"), [("gpt2", True), ("llama-3.2", False), ("qwen2.5", False)])
+def test_of_published_tokenizers_gpt2s_is_one_of_them(name, undone):
+    assert later_digits_undo(AutoTokenizer.from_pretrained(assets() / "tokenizers" / name)) == undone
 
 
 def test_what_stands_for_no_text_neither_goes_on_nor_is_gone_on_with():

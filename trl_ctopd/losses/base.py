@@ -185,11 +185,12 @@ class ScoredChunks:
     def prefix_excess(self) -> torch.Tensor:
         """
         (B, C) bytes that the teacher's tokens of a chunk spell beyond those that the student's do: 1 or -1 where one
-        side has put a dummy prefix space before the text and the other has not, else 0. The end of a turn has none,
-        whatever the teacher writes before its control token.
+        side has put a dummy prefix space before the text and the other has not, else 0. A chunk with the end of a turn has
+        none, whatever the teacher writes before its control token.
         """
         excess = self.teacher_sum(self.vocabulary.teacher_widths[self.teacher_ids]) - self.student_bytes
-        return excess.masked_fill(self.student_bytes == 0, 0)
+        ends = self.student_sum((self.vocabulary.student_widths[self.student_ids] == 0).long()) > 0
+        return excess.masked_fill(ends, 0)
 
     @cached_property
     def student_bytes(self) -> torch.Tensor:

@@ -40,9 +40,9 @@ class DPCA(PolicyGradient):
 
     G_c = L_T(c) − L_S(c) + log p_close(c − 1) − log p_close(c): the same gap for the whole text.
 
-    A perfect student stays unless its tokens hold several of the teacher's. With closed chunks, whatever the credit: G_c is then 0,
-    where no later text parts again what a token had joined. With open ones it stays only where all chunks are one token on
-    each side.
+    A perfect student stays unless its tokens hold several of the teacher's. With closed chunks, whatever the credit: G_c is then 0
+    where no later text parts again what a token had joined. (Where later digits do, the trainer joins the chunks.) With open ones it
+    stays only where all chunks are one token on each side.
 
     Args:
         credit (`str`, *optional*): how a chunk's gap is shared among its student tokens, see

@@ -11,7 +11,8 @@ and F is at most the exact one. No paper uses F as credit.
 
 Decisions: a prefix's tokens are a range of the vocabulary in the order of its bytes, so that a sum over them is the difference of two
 cumulated probabilities, in float64. A chunk of which the two sides spell different bytes (markup of two templates, the end of a turn)
-has no F.
+has no F. Where a later digit can undo the teacher's boundary, its boundaries within a number are not known before it ends: after the first
+digit of a chunk, F is not known.
 
 Letters as in `credit`; n teacher positions, R prefixes at one of them at most.
 """
@@ -35,11 +36,13 @@ class Beginnings(NamedTuple):
     log F where it is known, float64.
 
     `before`, `after` (B, S): F at the beginning and at the end of each student token, of the text that begins at its chunk's start.
-    `after` of a chunk's last token does not say that the teacher's token ends there. `known` (B, C): chunks that have F.
+    `after` of a chunk's last token does not say that the teacher's token ends there. `told` (B, S): where `after` is known. `known`
+    (B, C): chunks that have F.
     """
 
     before: torch.Tensor
     after: torch.Tensor
+    told: torch.Tensor
     known: torch.Tensor
 
 
@@ -96,7 +99,7 @@ def beginnings(batch: ScoredChunks, closes: torch.Tensor) -> Beginnings:
     told = torch.zeros(shape.numel(), dtype=torch.bool, device=device).index_fill(0, targets, True).view(shape)
     mass = torch.zeros(shape.numel(), dtype=torch.float64, device=device).index_add(0, targets, parts).view(shape)
     after = mass.log().clamp(min=FLOOR).masked_fill(~told, 0)
-    return Beginnings(_at_the_next_token(after, batch.student_chunks), after, known)
+    return Beginnings(_at_the_next_token(after, batch.student_chunks), after, told, known)
 
 
 def _entries(batch: ScoredChunks, closes: list[list[bool]]) -> tuple[list[_Entries], torch.Tensor]:
@@ -124,6 +127,8 @@ def _entries(batch: ScoredChunks, closes: list[list[bool]]) -> tuple[list[_Entri
         end = dummy
         for target, token in own if closes[row][chunk] else own[:-1]:
             end += len(token)
+            if batch.vocabulary.later_digits_undo and any(byte in b"0123456789" for byte in token):
+                break
             entries += [_Entries(target, place, read[begin:end], q) for begin, place, q in starts if begin < end]
     return entries, known
 
@@ -187,11 +192,11 @@ def prefix_advantages(
         1, first.clamp(max=chunks.shape[1] - 1)
     )
     upto = written - spread(start, chunks)  # P_{i+1}
-    past = (f.before - (upto - own)).to(gap.dtype)  # F - P, of the text before a token
-    now = (f.after - upto).to(gap.dtype)
-    known = spread(f.known, chunks)
-    left = spread(gap, chunks) - past * known
-    tokens = left if credit == "remaining" else torch.where(known & ~ends, now - past, left)
-    close = gap - (now * known).gather(1, last.clamp(min=0)) * (after != 0)
+    told_before = _at_the_next_token(f.told, chunks)
+    past = (f.before - (upto - own)).to(gap.dtype) * told_before  # F - P, of the text before a token
+    now = (f.after - upto).to(gap.dtype) * f.told
+    left = spread(gap, chunks) - past
+    tokens = left if credit == "remaining" else torch.where(f.told & ~ends, now - past, left)
+    close = gap - now.gather(1, last.clamp(min=0)) * (after != 0)
     unknown = ~f.known & (batch.student_tokens > 1) & batch.scorable
     return PrefixAdvantages(tokens.masked_fill(chunks < 0, 0), close), unknown

@@ -20,6 +20,8 @@ Decisions.
 - A token that goes on by the table, and yet the teacher's tokenizer cut before it, is counted, and nothing goes on there: DPCA leaves
   that one token out of those that go on.
 - Guesses, and what is left to the sample, are each clipped: a guess that is far off is not repeated by its correction.
+- Where a later digit can undo the teacher's boundary (`VocabularyPair.later_digits_undo`), which of its tokens is begun within a
+  number depends on what follows. Within a chunk, the token after a digit has the guess 0.
 - With `top_k`, the teacher is known by its likeliest tokens, and all that none of them stands for is one outcome: a server tells
   as much (`ScoredChunks.teacher_likeliest`). The token that was read is not one of them for having been read: a guess rests on
   the text before it. `top_k=0` is closed DPCA with credit "macro".
@@ -81,6 +83,10 @@ def places(batch: ScoredChunks) -> Places:
         torch.zeros_like(student).index_put((index[standing.student],), column)
         for column in (standing.teacher, standing.teacher_ids, standing.written)
     )
+    vocabulary = batch.vocabulary
+    if vocabulary.later_digits_undo:
+        after_digit = vocabulary.student_digits[batch.student_ids.flatten()[(student - 1).clamp(min=0)]]
+        told &= first | ~after_digit
     ends = student.new_full((shape.numel(),), -1)
     ends[chunks.student_last] = torch.arange(len(chunks.row), device=student.device)
     before = torch.where(first & (position > 0), ends[(student - 1).clamp(min=0)], -1)
@@ -138,8 +144,8 @@ class ReverseKL(Loss):
     and G_c the gap of d's chunk, as in [`DPCA`] with `event="closed"`. Rewards (`ScoredChunks.rewards`) are a policy gradient of
     their own on the scored tokens: nothing of them can be told before a text is complete, so no part of theirs is exact.
 
-    A perfect student stays unless its tokens hold several of the teacher's. Where later text parts again what a token had joined,
-    it moves too, as with closed chunks.
+    A perfect student stays unless its tokens hold several of the teacher's. Where later text other than digits parts again what a
+    token had joined, it moves too, as with closed chunks.
 
     Args:
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on guesses and corrections in nats; `None` for none but

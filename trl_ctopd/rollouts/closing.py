@@ -6,6 +6,8 @@ Decisions
 - The next token that was drawn did close it, whatever the table says of it: it is never among those that go on.
 - After masked text a chunk begins where the teacher's token before it is closed, so what closes that one is told too.
 - A text that was cut off has no next distribution at its end. Its last chunk takes no part, unless nothing can go on there.
+- Where the next token does not decide whether the boundary stays (`Continuations.undecided`), no chunk ends. This rests on the
+  text before alone: were it to rest on what follows, the chunks' gaps would no longer be 0 for a perfect student.
 - In a mixture of teachers each closes its own token, and log p_close is the weighted mean of theirs (rollouts/blending.py). The row
   of a place where several tell it is projected once for each.
 """
@@ -63,9 +65,44 @@ def _may_go_on(tables: Tables, teacher: str, token: int) -> bool:
     return token >= 0 and table is not None and len(table.of(token)) > 0
 
 
+def _undecided(tables: Tables, teacher: str, token: int) -> bool:
+    table = tables[teacher]
+    return token >= 0 and table is not None and table.undecided(token)
+
+
+def without_undecided(rollout: Rollout, tables: Tables) -> Rollout:
+    """With each chunk that ends after an undecided token of a teacher's joined with the next one, if that follows at once. The joined chunk
+    has the number of the first."""
+    told = [
+        (name, own) for _, name, own in _of_teachers(rollout) if (table := tables[name]) and table.later_digits_undo
+    ]
+    if not told:
+        return rollout
+    student_first, _ = _outer(rollout.student_chunks, rollout.num_chunks)
+    teachers = [part.chunks for part in rollout.parts] or [rollout.teacher_chunks]
+    joins = np.arange(rollout.num_chunks) > 0  # with the one before
+    for side in (rollout.student_chunks, *teachers):
+        first, last = _outer(side, rollout.num_chunks)
+        joins[1:] &= (last[:-1] >= 0) & (first[1:] == last[:-1] + 1)
+    for chunk in np.flatnonzero(joins):
+        joins[chunk] = any(_undecided(tables, name, int(own[student_first[chunk]])) for name, own in told)
+    number = np.maximum.accumulate(np.where(joins, 0, np.arange(rollout.num_chunks)))
+
+    def renumbered(chunks: np.ndarray) -> np.ndarray:
+        return np.where(chunks >= 0, number[chunks], -1)
+
+    return replace(
+        rollout,
+        student_chunks=renumbered(rollout.student_chunks),
+        teacher_chunks=renumbered(rollout.teacher_chunks),
+        parts=tuple(replace(part, chunks=renumbered(part.chunks)) for part in rollout.parts),
+    )
+
+
 def without_unclosed(rollout: Rollout, tables: Tables) -> Rollout:
     """Of a text that was cut off, without its last chunk, if a teacher's last token might go on there."""
-    if rollout.ended or not any(_may_go_on(tables, name, int(own[-1])) for _, name, own in _of_teachers(rollout)):
+    tokens = [(name, int(own[-1])) for _, name, own in _of_teachers(rollout)]
+    if rollout.ended or not any(_may_go_on(tables, *own) or _undecided(tables, *own) for own in tokens):
         return rollout
     chunk = rollout.student_chunks.max()
     student, teacher = (np.where(own == chunk, -1, own) for own in (rollout.student_chunks, rollout.teacher_chunks))

@@ -25,7 +25,7 @@ from ..models.sharding import own_rows
 from ..text.aligner import align_text
 from ..text.chat import Speaker
 from ..text.continuations import Continuations
-from .closing import add_going_on, without_unclosed
+from .closing import add_going_on, without_unclosed, without_undecided
 from .early_stop import EarlyStop
 from .generation import TransformersWriter, Writer, Written, sampling_config, write
 from .metrics import rollout_metrics
@@ -190,6 +190,7 @@ class RolloutSource:
         for index, (rows, on) in enumerate(zip(self._rows(rollouts, window, on_policy), on_policy, strict=True)):
             own, tables = [rollouts[row] for row in rows], self._continuations(on)
             if tables:
+                own = [without_undecided(rollout, tables) for rollout in own]
                 whole, own = own, [without_unclosed(rollout, tables) for rollout in own]
                 unclosed += sum(left is not before for left, before in zip(own, whole, strict=True))
             batch = collate(own, self._student.tokenizer.pad_token_id, args.pad_to_multiple_of)

@@ -15,7 +15,8 @@ Decisions.
 - WordPiece takes the longest piece: u continues t where u begins with the rest of a longer piece of t's kind. For Unigram
   the tokenizer itself is called for each u that begins with the rest of a longer piece. For any other tokenizer only the
   bytes are used: u continues t where u begins with the rest of a longer token.
-- u is judged as if the text ended with it. Later tokens could still join it or split it; that is not predicted.
+- u is judged as if the text ended with it. Later tokens could still join it or split it. On real text that happens where a
+  tokenizer has merges over digits (GPT-2's): `517` may be `5` and `17` although `51` is a token. `undecided` tells where.
 - Tokens that stand for no text (turn ends, control tokens, padding rows) continue nothing, and nothing continues an added
   token. Where a character takes several tokens, its bytes are merged like any others, and no pre-tokenizer cuts inside it.
 
@@ -28,11 +29,13 @@ import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import cached_property
+from itertools import accumulate, product
 from typing import Any
 
 import numpy as np
 
+from .aligner import encode_as_text
 from .token_bytes import token_table
 
 
@@ -122,6 +125,7 @@ class Continuations:
         self.texts = sorted(by_text)
         self._ids = [by_text[text] for text in self.texts]
         self._rows = token_table(teacher_tokenizer).rows
+        self._tokenizer = teacher_tokenizer
         self._teacher = _Teacher(teacher_tokenizer)
         self._known: dict[int, np.ndarray] = {}
         self._joins: dict[tuple[str, int], bool] = {}
@@ -145,6 +149,16 @@ class Continuations:
         sizes = [len(ids) for ids in found]
         ids = np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
         return np.repeat(np.arange(len(sizes)), sizes), ids
+
+    def undecided(self, teacher_id: int) -> bool:
+        """Whether the next student token does not yet decide if the boundary after this teacher token stays: it ends in a digit, and
+        the teacher's tokenizer lets a later digit undo what the next one decided."""
+        return teacher_id < len(self._rows) and self._rows[teacher_id][-1:].isdigit() and self.later_digits_undo
+
+    @cached_property
+    def later_digits_undo(self) -> bool:
+        """Of the teacher's tokenizer, as the function of that name."""
+        return later_digits_undo(self._tokenizer)
 
     def _going_on(self, token: int) -> list[int]:
         teacher = self._teacher
@@ -212,6 +226,24 @@ class Continuations:
                 known[kind] = len(self._samples)
                 self._samples.append(start)
             self._kinds.append(known[kind])
+
+
+def later_digits_undo(tokenizer: Any) -> bool:
+    """Whether among the numbers of up to four digits there are two that begin with the same text and one more digit, and the tokenizer
+    cuts after that text in only one of them."""
+    rows = token_table(tokenizer).rows
+    numbers = [f"{number:0{digits}}" for digits in (2, 3, 4) for number in range(10**digits)]
+    decided: dict[str, bool] = {}
+    for text, tokens in zip(numbers, encode_as_text(tokenizer, numbers), strict=True):
+        read = b"".join(rows[token] for token in tokens.ids)
+        if not read.endswith(text.encode()):  # it does not know some digit
+            continue
+        before = len(read) - len(text)  # a dummy prefix
+        cuts = {end - before for end in accumulate(len(rows[token]) for token in tokens.ids)}
+        for end in range(1, len(text)):
+            if decided.setdefault(text[: end + 1], end in cuts) != (end in cuts):
+                return True
+    return False
 
 
 class _Teacher:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from .aligner import encode_as_text
-from .continuations import Continuations, Merges
+from .continuations import Continuations, Merges, later_digits_undo
 from .one_tokenizer import is_one_tokenizer
 from .token_bytes import token_bytes
 
@@ -315,6 +315,16 @@ class VocabularyPair:
     def student_whitespace(self) -> torch.Tensor:
         """(V_S,) True for tokens that are only whitespace."""
         return torch.tensor([bool(row) and not row.strip() for row in self._student.rows], device=self._device)
+
+    @cached_property
+    def later_digits_undo(self) -> bool:
+        """Whether the teacher's boundaries within a number depend on later digits."""
+        return not self.is_one_tokenizer and later_digits_undo(self._tokenizers[1])
+
+    @cached_property
+    def student_digits(self) -> torch.Tensor:
+        """(V_S,) True for tokens that end in a digit."""
+        return torch.tensor([row[-1:].isdigit() for row in self._student.rows], device=self._device)
 
     def _check_overlap(self):
         if self._student.by_bytes.keys().isdisjoint(self._teacher.by_bytes):
