@@ -95,12 +95,17 @@ def key(run: Run) -> str:
 
 
 def runs(
-    methods: Sequence[str], datasets: Sequence[str], seeds: int, rates: Sequence[float], pairs: Sequence[str]
+    methods: Sequence[str],
+    datasets: Sequence[str],
+    seeds: int,
+    rates: Sequence[float],
+    pairs: Sequence[str],
+    updates: int | None = None,
 ) -> Iterator[Run]:
     for seed, dataset, pair in product(range(seeds), datasets, pairs):
         yield Run("start", dataset, pair, seed, 0.0, 0)
         for rate, method in product(rates, methods):
-            yield Run(method, dataset, pair, seed, rate, LONGER.get(method, UPDATES))
+            yield Run(method, dataset, pair, seed, rate, updates or LONGER.get(method, UPDATES))
 
 
 class Watch(TrainerCallback):
@@ -232,6 +237,7 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=["smollm2<-qwen"])
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--rates", nargs="+", type=float, default=[RATE])
+    parser.add_argument("--updates", type=int, help="of every run; else 12, and 24 of dpca_open")
     parser.add_argument("--minutes", type=float, help="no run is begun after that time")
     parser.add_argument("--models", type=Path, help="folder with both models; else they come from the hub")
     parser.add_argument("--results", type=Path, default=RESULTS / "runs.jsonl")
@@ -240,5 +246,5 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    wanted = runs(options.methods, options.datasets, options.seeds, options.rates, options.pairs)
+    wanted = runs(options.methods, options.datasets, options.seeds, options.rates, options.pairs, options.updates)
     main(list(wanted), options.results, options.models, options.minutes)
