@@ -40,6 +40,13 @@ NAMES = {
 }
 
 
+TITLES = {
+    "mbpp": "## Programming tasks (MBPP)",
+    "text": "## Plain text\n\nThe first 40 words of paragraphs of Wikipedia, continued without a chat template.",
+    "gsm8k": "## Word problems (GSM8K's questions)",
+}
+
+
 @dataclass
 class Point:
     """The gap after some updates, each prompt's part of its error, and the means over seeds of what else was measured."""
@@ -71,7 +78,7 @@ def parts(rows: Sequence[tuple[float, int]]) -> np.ndarray:
 
 
 def curves(lines: Sequence[dict], dataset: str, pair: str = HOME, rate: float = RATE) -> dict[str, Curve]:
-    """Each method's points by the number of updates, in the order of the methods."""
+    """Each method's points by the number of updates, in the order of the methods. Of a seed that was run twice, the longer run."""
     found = {}
     for method in ("start", *METHODS):
         own = [
@@ -81,9 +88,12 @@ def curves(lines: Sequence[dict], dataset: str, pair: str = HOME, rate: float = 
             and line["run"]["learning_rate"] in (rate, 0.0)
             and all(line["run"][k] == v for k, v in {"method": method, "dataset": dataset, "pair": pair}.items())
         ]
-        steps = {int(step) for line in own for step in line["curve"]}
+        longest = {line["run"]["seed"]: line["curve"] for line in sorted(own, key=lambda line: line["run"]["updates"])}
+        steps = sorted({int(step) for curve in longest.values() for step in curve})
         if own:
-            found[method] = {step: _point([line["curve"][str(step)] for line in own]) for step in sorted(steps)}
+            found[method] = {
+                step: _point([curve[str(step)] for curve in longest.values() if str(step) in curve]) for step in steps
+            }
     return found
 
 
@@ -111,8 +121,12 @@ def _values(point: Point) -> tuple:
     return point.gap, point.parts, point.cpu_seconds, point.entropy, point.mean_length, point.truncated_fraction
 
 
+def _steps(found: dict[str, Curve]) -> list[int]:
+    return sorted({step for curve in found.values() for step in curve} - {0})
+
+
 def table(found: dict[str, Curve]) -> str:
-    steps = sorted({step for curve in found.values() for step in curve} - {0})
+    steps = _steps(found)
     last = f"after {UPDATES}"
     rows = [
         f"| | seeds | {' | '.join(f'gap after {step}' for step in steps)} | CPU seconds, {last} | entropy, {last} "
@@ -123,7 +137,9 @@ def table(found: dict[str, Curve]) -> str:
         gaps = [f"{curve[step].gap:.3f} ± {curve[step].error:.3f}" if step in curve else "" for step in steps]
         if method == "start":
             gaps[0] = f"before: {curve[0].gap:.3f} ± {curve[0].error:.3f}"
-        point = curve[0 if method == "start" else UPDATES]
+        point = curve.get(0 if method == "start" else UPDATES)
+        if point is None:
+            continue
         rows.append(
             f"| {NAMES.get(method, f'`{method}`')} | {point.seeds} | {' | '.join(gaps)} | {point.cpu_seconds:.0f} "
             f"| {point.entropy:.2f} | {point.mean_length:.0f} | {100 * point.truncated_fraction:.0f} % |"
@@ -135,15 +151,20 @@ def beside_the_default(found: dict[str, Curve]) -> str:
     """Each method's gap minus the default's after 12 updates: after as many updates, after all of its own, and at equal CPU
     seconds. Positive: the default is closer to the teacher."""
     own = found[DEFAULT][UPDATES]
+    steps = _steps(found)
+    after = " | ".join(f"after {step} updates" for step in steps)
     rows = [
-        f"| gap minus that of the default | after {UPDATES} updates | after 24 | at {own.cpu_seconds:.0f} CPU seconds |",
-        "|---|---|---|---|",
+        f"| gap minus that of the default after {UPDATES} | {after} | at {own.cpu_seconds:.0f} CPU seconds |",
+        "|---" * (2 + len(steps)) + "|",
     ]
     for method, curve in found.items():
-        if method in ("start", DEFAULT):
+        if method == DEFAULT:
+            continue
+        if method == "start":
+            rows.append(f"| untrained | {_difference(curve[0], own)} |" + " |" * len(steps))
             continue
         point, early = at_cpu_seconds(curve, found["start"][0], own.cpu_seconds)
-        cells = [_difference(curve.get(step), own) for step in (UPDATES, 24)]
+        cells = [_difference(curve.get(step), own) for step in steps]
         cells.append(_difference(point, own) + (f" (its last, at {point.cpu_seconds:.0f})" if early else ""))
         rows.append(f"| {NAMES.get(method, f'`{method}`')} | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -165,8 +186,8 @@ def blocks(lines: Sequence[dict]) -> dict[str, str]:
     for dataset in DATASETS:
         found = curves(lines, dataset)
         if "start" in found:
-            made[dataset] = table(found)
-            if len(found) > 2 and DEFAULT in found:
+            made[dataset] = f"{TITLES[dataset]}\n\n{table(found)}"
+            if DEFAULT in found:
                 made[f"{dataset} beside the default"] = beside_the_default(found)
     return made
 

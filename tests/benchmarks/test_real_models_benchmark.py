@@ -99,7 +99,7 @@ def made_up(method, seed, gap, prompts=(0.0, 0.0), cpu_seconds=100.0, steps=(12,
     """A finished run: two prompts of 10 bytes, whose gaps differ from `gap` by `prompts`."""
     measured = [[10 * (gap + prompts[0]), 10], [10 * (gap + prompts[1]), 10]]
     point = {"nats_per_byte": gap, "rows": measured, "entropy": 1.0, "mean_length": 9.0, "truncated_fraction": 0.5}
-    settings = {"method": method, "dataset": "mbpp", "pair": report.HOME, "seed": seed}
+    settings = {"method": method, "dataset": "mbpp", "pair": report.HOME, "seed": seed, "updates": steps[-1]}
     settings["learning_rate"] = 0.0 if method == "start" else report.RATE
     times = {step: {**point, "cpu_seconds": cpu_seconds * step / 12} for step in steps}
     return {"run": settings, "curve": json.loads(json.dumps(times))}
@@ -131,6 +131,12 @@ def test_gaps_are_compared_at_equal_cpu_seconds_too():
     assert "+0.200 ± 0.000 (its last, at 50)" in next(row for row in table.splitlines() if "bpm" in row)
 
 
+def test_of_a_seed_that_was_run_twice_the_longer_run_counts():
+    lines = [made_up("dpca_open", 0, 0.1, steps=(12, 24)), made_up("dpca_open", 0, 0.3)]
+    curve = report.curves(lines, "mbpp")["dpca_open"]
+    assert [(step, point.gap, point.seeds) for step, point in curve.items()] == [(12, 0.1, 1), (24, 0.1, 1)]
+
+
 def test_seeds_are_averaged():
     lines = [made_up("dpca", 0, 0.2, (0.1, -0.1)), made_up("dpca", 1, 0.4, (-0.1, 0.1))]
     point = report.curves(lines, "mbpp")["dpca"][12]
@@ -143,7 +149,7 @@ def test_the_report_renders_from_real_runs(finished, tmp_path, monkeypatch):
     for line in lines:
         line["run"]["learning_rate"] = min(report.RATE, line["run"]["learning_rate"])
     made = report.blocks(lines)
-    assert "| `dpca` (the default) | 1 |" in made["gsm8k"]
+    assert "| `dpca` (the default) | 1 |" in made["gsm8k"] and made["text"].startswith("## Plain text")
     assert "| TRL's GOLD on references |" in made["text beside the default"]
     report.plot(lines, tmp_path / "gap.png")
     assert (tmp_path / "gap.png").stat().st_size > 5_000
