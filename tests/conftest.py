@@ -44,9 +44,7 @@ def assets() -> Path:
 @pytest.fixture(scope="session")
 def real_tokenizer(assets: Path) -> Callable[[str], Any]:
     """`real_tokenizer("gpt2")` is the tokenizer of that folder, loaded once in a test run."""
-    from transformers import AutoTokenizer
-
-    return functools.cache(lambda name: AutoTokenizer.from_pretrained(assets / "tokenizers" / name))
+    return functools.cache(needs.tokenizer)
 
 
 @pytest.fixture(scope="session")

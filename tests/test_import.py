@@ -131,8 +131,10 @@ def in_a_fresh_process(code):
 def test_the_maths_loads_no_framework_and_nothing_that_shows_it(room):
     modules = [f"trl_ctopd.{module}" for module in FILES if room_of(module) == room]
     loaded, is_function = in_a_fresh_process(
-        f"import {', '.join(modules)}\nimport json, sys, trl_ctopd\n"
-        "print(json.dumps([sorted(sys.modules), callable(trl_ctopd.token_bytes)]))"
+        # a dependency that takes one of them where it finds it, as httpx takes rich, does not find it
+        f"import sys\nsys.modules.update(dict.fromkeys({sorted(FRAMEWORKS)}))\n"
+        f"import {', '.join(modules)}\nimport json, trl_ctopd\n"
+        "print(json.dumps([[name for name, module in sys.modules.items() if module], callable(trl_ctopd.token_bytes)]))"
     )
     assert set(modules) <= set(loaded)
     assert not FRAMEWORKS & {name.partition(".")[0] for name in loaded}

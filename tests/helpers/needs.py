@@ -15,6 +15,17 @@ def assets() -> Path:
     return Path(os.environ["CTOPD_ASSETS"])
 
 
+def tokenizer(name: str):
+    """That published tokenizer."""
+    import transformers
+    from packaging.version import Version
+
+    folder = assets() / "tokenizers" / name
+    if name.startswith("deepseek") and Version(transformers.__version__) < Version("5.22"):
+        pytest.skip("needs transformers 5.22: without a config.json older ones load DeepSeek's tokenizer as Llama's")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
 def models() -> Path:
     """The folder of two small pretrained models that CTOPD_MODELS names."""
     if not os.environ.get("CTOPD_MODELS"):

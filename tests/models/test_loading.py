@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from tokenizers_for_tests import unigram
 from toys import (
     SGD,
     SHAPE,
@@ -17,7 +18,7 @@ from toys import (
     teacher_tokenizer,
     weights,
 )
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from trl_ctopd.models.loading import adapter_base, check_saves, load_tokenizer
 
@@ -297,3 +298,24 @@ def test_tokens_added_to_a_student_whose_head_is_its_embedding_are_refused_with_
     known.write_text(STUDENT_TEMPLATE, encoding="utf-8")
     built(str(known), LoraConfig(target_modules="all-linear")).train()
     built(chat_folder).train()
+
+
+def test_a_tokenizer_that_transformers_has_rebuilt_is_warned_of(tmp_path, caplog):
+    unigram().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')  # with which AutoTokenizer builds a Qwen2Tokenizer
+    found = load_tokenizer(None, str(tmp_path), None, False)
+    own = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert found.tokenize("the dog's") != own.tokenize("the dog's")
+    assert f"The tokenizer of {tmp_path} reads text otherwise than its tokenizer.json" in caplog.text
+    caplog.clear()
+    load_tokenizer(found, "", None, False)
+    assert "reads text otherwise" in caplog.text, "given as it is, too"
+    caplog.clear()
+    load_tokenizer(own, "", None, False)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "gpt2", "llama-2", "llama-3.2", "qwen2.5", "t5-small"])
+def test_no_published_tokenizer_is_said_to_be_rebuilt(name, assets, caplog):
+    load_tokenizer(None, str(assets / "tokenizers" / name), None, False)
+    assert not caplog.text

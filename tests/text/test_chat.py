@@ -13,7 +13,7 @@ import needs
 import pytest
 import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from trl import maybe_convert_to_chatml
 
 from trl_ctopd.text.chat import Conversation, Speaker, read_example, unshared_markup
@@ -67,9 +67,7 @@ CALL = {
 RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "name": "add", "content": "4"}
 
 
-@functools.cache
-def real(name):
-    return AutoTokenizer.from_pretrained(needs.assets() / "tokenizers" / name)
+real = functools.cache(needs.tokenizer)
 
 
 def speaker(name):

@@ -4,10 +4,10 @@ import json
 import random
 
 import pytest
-from needs import assets
+from needs import assets, tokenizer
 from tokenizers import Tokenizer, decoders, models
 from tokenizers_for_tests import CORPUS, byte_level, gemma_like, metaspace_bpe, unigram, word_piece
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from trl_ctopd import token_bytes
 from trl_ctopd.text import continuations as module
@@ -92,7 +92,7 @@ def test_of_published_tokenizers_it_says_what_they_make_of_real_text(student, te
     lines = (folder / "datasets/gsm8k/test.jsonl").read_text().splitlines()[:12]
     code = (folder / "datasets/mbpp/mbpp.jsonl").read_text().splitlines()[:6]
     texts = [json.loads(line)["answer"] for line in lines] + [json.loads(line)["code"] for line in code]
-    student, teacher = (AutoTokenizer.from_pretrained(folder / "tokenizers" / name) for name in (student, teacher))
+    student, teacher = tokenizer(student), tokenizer(teacher)
     asked, wrong = disagreements(student, teacher, texts, 4, 20)
     assert asked > 1000
     assert len(wrong) <= 0.003 * asked, wrong[:10]
@@ -145,7 +145,7 @@ def test_whether_a_later_digit_undoes_what_the_next_one_decided(name):
 
 @pytest.mark.parametrize(("name", "undone"), [("gpt2", True), ("llama-3.2", False), ("qwen2.5", False)])
 def test_of_published_tokenizers_gpt2s_is_one_of_them(name, undone):
-    assert later_digits_undo(AutoTokenizer.from_pretrained(assets() / "tokenizers" / name)) == undone
+    assert later_digits_undo(tokenizer(name)) == undone
 
 
 def test_what_stands_for_no_text_neither_goes_on_nor_is_gone_on_with():

@@ -5,12 +5,15 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import transformers
 from accelerate.logging import get_logger
 from peft import AutoPeftModelForCausalLM, PeftModel
+from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +24,7 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 logger = get_logger(__name__)
 
-_MISTRAL_PROBE = "It's 12345 times HTTPServer's camelCase,  'The ÉCOLE'\n\n  don't (x) += \"naïve\"..."
+_PROBE = "It's 12345 times HTTPServer's camelCase,  'The ÉCOLE'\n\n  don't (x) += \"naïve\"..."
 
 
 def adapter_base(name: str, revision: str | None = None) -> str | None:
@@ -76,6 +79,8 @@ def load_tokenizer(tokenizer, model_id, revision, trust_remote_code, gguf_file=N
             f"{type(tokenizer).__name__} writes prompts without a chat template that could be read: pass "
             "`AutoTokenizer.from_pretrained(name, mistral_format=False)`, with `chat_template` set where the model brings none."
         )
+    if os.path.isdir(tokenizer.name_or_path):  # of a hub's name the revision is not known
+        _warn_if_rebuilt(tokenizer, tokenizer.name_or_path, None)
     return tokenizer
 
 
@@ -87,8 +92,9 @@ def _saved_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
     """
     tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     if not _is_mistral_common(tokenizer):
+        _warn_if_rebuilt(tokenizer, name, kwargs.get("revision"))
         return tokenizer
-    expected = tokenizer.encode(_MISTRAL_PROBE, add_special_tokens=False)
+    expected = tokenizer.encode(_PROBE, add_special_tokens=False)
     for mended in ({}, {"fix_mistral_regex": True}):  # many a tokenizer.json on the hub has a wrong pattern
         found = AutoTokenizer.from_pretrained(name, mistral_format=False, **mended, **kwargs)
         if found.eos_token is None:
@@ -97,12 +103,35 @@ def _saved_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
                 "pass as processing class a tokenizer of the same vocabulary with `chat_template` and special tokens, such as that of "
                 "the model's conversion for transformers."
             )
-        if found.encode(_MISTRAL_PROBE, add_special_tokens=False) == expected:
+        if found.encode(_PROBE, add_special_tokens=False) == expected:
             return found
     raise ValueError(
         f"{name} has a tokenizer for mistral-common and one for transformers, and the two read one text differently: pass the one that "
         "the model was trained with as processing class, loaded by `AutoTokenizer.from_pretrained(name, mistral_format=False)`."
     )
+
+
+def _warn_if_rebuilt(tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None):
+    """Warns where transformers has not loaded what `tokenizer.json` says: for some classes and types of model it builds another
+    tokenizer around the vocabulary."""
+    file = cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if file is None or not tokenizer.is_fast or tokenizer.init_kwargs.get("fix_mistral_regex"):
+        return
+    if tokenizer.encode(_PROBE, add_special_tokens=False) != _ids_by_file(file, os.path.getmtime(file)):
+        logger.warning(
+            f"The tokenizer of {name} reads text otherwise than its tokenizer.json: transformers {transformers.__version__} has loaded it "
+            f"as {type(tokenizer).__name__}. If the model was trained with tokenizer.json, pass as processing class "
+            f"`PreTrainedTokenizerFast.from_pretrained({name!r})`."
+        )
+
+
+@cache
+def _ids_by_file(file: str, modified: float) -> list[int]:
+    """What a `tokenizer.json` makes of the probe text."""
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer.encode(_PROBE, add_special_tokens=False).ids
 
 
 def _is_mistral_common(tokenizer: PreTrainedTokenizerBase) -> bool:
