@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -34,6 +36,7 @@ def test_the_demo_recovers_the_gap_without_being_shown_an_answer(tmp_path):
     assert (tmp_path / "student" / "model.safetensors").exists()
 
 
+@pytest.mark.slow  # over a minute
 def test_the_loop_without_a_trainer_closes_the_gap():
     printed = run(EXAMPLES / "minimal_loop.py", timeout=3600)
     gaps = [float(gap) for gap in re.findall(r"gap (\S+) nats/byte", printed)]

@@ -767,7 +767,9 @@ def real_scene(student: Any, teacher: Any) -> Scene:
     return scene(pair, [row for row in completions(pair, seed=3, tokens=4) if row.student_ids])
 
 
-@pytest.mark.parametrize("pair", ["smollm2-instruct gpt2", "llama-2 smollm2-instruct"])
+@pytest.mark.parametrize(
+    "pair", ["smollm2-instruct gpt2", pytest.param("llama-2 smollm2-instruct", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("name", "knobs"), named(LOSSES))
 def test_full_vocabularies_give_the_formula_too(real_tokenizer, pair, name, knobs):
     micro_batch = real_scene(*map(real_tokenizer, pair.split()))
