@@ -79,11 +79,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "early_stop_real.json")
     options = parser.parse_args(arguments)
     quiet()
-    found = report.header() | {"student": STUDENT, "teacher": TEACHER, "loss": LOSS, "learning_rate": LEARNING_RATE}
-    found |= {"updates": options.updates, "prompts": PROMPTS, "max_new_tokens": TOKENS, "held_out": HELD_OUT, "seed": 0}
+    settings = {"student": STUDENT, "teacher": TEACHER, "loss": LOSS, "learning_rate": LEARNING_RATE}
+    settings |= {
+        "updates": options.updates,
+        "prompts": PROMPTS,
+        "max_new_tokens": TOKENS,
+        "held_out": HELD_OUT,
+        "seed": 0,
+    }
+    found, runs = report.header() | settings, {}
     if options.output.exists():
-        found["runs"] = json.loads(options.output.read_text())["runs"]
-    rows, runs = prompts_of(problems.load_problems(options.data)), found.setdefault("runs", {})
+        before = json.loads(options.output.read_text())
+        if other := [
+            f"{name} {before.get(name)}, now {own}" for name, own in settings.items() if before.get(name) != own
+        ]:
+            parser.error(f"{options.output} is of other settings ({'; '.join(other)}): choose another --output.")
+        runs = before["runs"]
+    found["runs"], rows = runs, prompts_of(problems.load_problems(options.data))
     for case in (case for case in options.cases if case not in runs):
         with tempfile.TemporaryDirectory() as folder:
             trainer = build(

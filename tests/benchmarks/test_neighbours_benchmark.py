@@ -34,10 +34,14 @@ def in_little(tmp_path, monkeypatch):
     return run
 
 
-def test_every_case_is_run_once_and_told_by_what_was_written_and_cut(in_little):
+def test_every_case_is_run_once_and_told_by_what_was_written_and_cut(in_little, monkeypatch, capsys):
     first = in_little("start", "kat")["runs"]
     assert first["start"]["gap"] != first["kat"]["gap"] and first["start"].keys() == {"gap"}
     before, after = first["kat"]["updates"]
     assert before == {"cut_fraction": 0, "masked_fraction": 0} and after.keys() == {*before, "threshold"}
     assert 0 <= first["kat"]["learned_from"] < first["kat"]["tokens_written"] <= 2 * 2 * 24
     assert in_little("start", "kat")["runs"] == first
+    monkeypatch.setattr(real_pair, "TOKENS", 25)
+    with pytest.raises(SystemExit):
+        in_little("start")
+    assert "max_new_tokens 24, now 25" in capsys.readouterr().err
