@@ -24,7 +24,7 @@ from benchmarks.quality.report import fill
 from benchmarks.quality.run import read
 
 from .data import DATASETS
-from .run import METHODS, RATE, RESULTS, UPDATES
+from .run import METHODS, PAIRS, RATE, RESULTS, UPDATES
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "real_models.md"
@@ -44,6 +44,10 @@ TITLES = {
     "mbpp": "## Programming tasks (MBPP)",
     "text": "## Plain text\n\nThe first 40 words of paragraphs of Wikipedia, continued without a chat template.",
     "gsm8k": "## Word problems (GSM8K's questions)",
+}
+PAIR_TITLES = {
+    "qwen<-smollm2": "The pair in the other direction, on programming tasks: Qwen2.5-Coder-0.5B-Instruct learns from SmolLM2.",
+    "smollm2<-smollm2": "SmolLM2 learns from itself, on programming tasks.",
 }
 
 
@@ -126,17 +130,14 @@ def _steps(found: dict[str, Curve]) -> list[int]:
 
 
 def table(found: dict[str, Curve]) -> str:
-    steps = _steps(found)
-    last = f"after {UPDATES}"
+    steps, last = _steps(found), f"after {UPDATES}"
+    gaps = " | ".join(["gap before", *(f"gap after {step}" for step in steps)])
     rows = [
-        f"| | seeds | {' | '.join(f'gap after {step}' for step in steps)} | CPU seconds, {last} | entropy, {last} "
-        f"| tokens | cut off |",
-        "|---" * (6 + len(steps)) + "|",
+        f"| | seeds | {gaps} | CPU seconds, {last} | entropy, {last} | tokens | cut off |",
+        "|---" * (7 + len(steps)) + "|",
     ]
     for method, curve in found.items():
-        gaps = [f"{curve[step].gap:.3f} ± {curve[step].error:.3f}" if step in curve else "" for step in steps]
-        if method == "start":
-            gaps[0] = f"before: {curve[0].gap:.3f} ± {curve[0].error:.3f}"
+        gaps = [f"{curve[step].gap:.3f} ± {curve[step].error:.3f}" if step in curve else "" for step in (0, *steps)]
         point = curve.get(0 if method == "start" else UPDATES)
         if point is None:
             continue
@@ -183,6 +184,9 @@ def refused(lines: Sequence[dict]) -> str:
 
 def blocks(lines: Sequence[dict]) -> dict[str, str]:
     made = {"refused": refused(lines)}
+    for pair in PAIRS:
+        if pair != HOME and "start" in (found := curves(lines, "mbpp", pair)):
+            made[f"mbpp {pair}"] = f"{PAIR_TITLES[pair]}\n\n{table(found)}"
     for dataset in DATASETS:
         found = curves(lines, dataset)
         if "start" in found:

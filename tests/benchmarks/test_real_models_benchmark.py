@@ -131,6 +131,14 @@ def test_gaps_are_compared_at_equal_cpu_seconds_too():
     assert "+0.200 ± 0.000 (its last, at 50)" in next(row for row in table.splitlines() if "bpm" in row)
 
 
+def test_a_pair_of_which_only_the_start_was_measured_has_its_row():
+    line = made_up("start", 0, 0.5, steps=(0,))
+    line["run"]["pair"] = "qwen<-smollm2"
+    assert report.blocks([line])["mbpp qwen<-smollm2"].endswith(
+        "| untrained | 1 | 0.500 ± 0.000 | 0 | 1.00 | 9 | 50 % |"
+    )
+
+
 def test_of_a_seed_that_was_run_twice_the_longer_run_counts():
     lines = [made_up("dpca_open", 0, 0.1, steps=(12, 24)), made_up("dpca_open", 0, 0.3)]
     curve = report.curves(lines, "mbpp")["dpca_open"]
