@@ -2,8 +2,9 @@
 Whether a student that equals its teacher stays, and one that does not arrives, through the trainer.
 
     python -m benchmarks.fixed_point.trained      # from the repository root; some minutes
+    python -m benchmarks.fixed_point.trained --steps 240 --methods reverse_kl "dpca (closed, the default)" --every 20 --output FILE
 
-Writes `benchmarks/results/fixed_point/trained.json`.
+Writes `benchmarks/results/fixed_point/trained.json`; with `--every`, also the reverse KL during training.
 
 Decisions:
 - A text is a whole number from 0 to 999 and a full stop, all equally likely. The teacher writes up to three digits a token, the
@@ -20,11 +21,12 @@ import copy
 import json
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, Olmo2Config, PrinterCallback, set_seed
+from transformers import LlamaConfig, Olmo2Config, PrinterCallback, TrainerCallback, set_seed
 
 from benchmarks.quality import models
 from benchmarks.quality.models import messages
@@ -97,7 +99,19 @@ def state(student, student_tokenizer, teacher, teacher_tokenizer) -> dict:
     return {"kl": round(kl, 5), "digits": [round(x, 5) for x in by_digits], "elsewhere": round(1 - whole, 5)}
 
 
-def train(method: str, world, steps: int, batch: int, seed: int) -> dict:
+class Curve(TrainerCallback):
+    """The reverse KL after every so many steps."""
+
+    def __init__(self, every: int, kl_of: Callable):
+        self._every, self._kl_of, self.kl = every, kl_of, {}
+
+    def on_step_end(self, args, trainer_state, control, model, **kwargs):
+        if trainer_state.global_step % self._every == 0:
+            self.kl[trainer_state.global_step] = self._kl_of(model.eval())
+            model.train()
+
+
+def train(method: str, world, steps: int, batch: int, seed: int, every: int | None) -> dict:
     teacher, teacher_tokenizer, student, student_tokenizer = world
     with tempfile.TemporaryDirectory() as folder:
         trainer = CrossTokenizerGKDTrainer(
@@ -126,32 +140,51 @@ def train(method: str, world, steps: int, batch: int, seed: int) -> dict:
             teacher_processing_class=teacher_tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
+        curve = Curve(
+            every or steps + 1, lambda model: state(model, student_tokenizer, teacher, teacher_tokenizer)["kl"]
+        )
+        trainer.add_callback(curve)
         trainer.train()
-    return state(trainer.model.eval(), student_tokenizer, teacher, teacher_tokenizer)
+    found = state(trainer.model.eval(), student_tokenizer, teacher, teacher_tokenizer)
+    return {**found, "curve": curve.kl} if every else found
 
 
-def main(steps: int, batch: int, pretraining: int, seed: int, starts: list[str]) -> None:
+def main(
+    steps: int,
+    batch: int,
+    pretraining: int,
+    seed: int,
+    starts: list[str],
+    methods: list[str],
+    every: int | None,
+    file: Path,
+) -> None:
     settings = {"steps": steps, "batch": batch, "pretraining": pretraining, "seed": seed, "learning_rate": RATE}
-    kept = json.loads(FILE.read_text()) if FILE.exists() else {}
+    kept = json.loads(file.read_text()) if file.exists() else {}
     same = all(kept.get(name) == value for name, value in settings.items())
     report = {**header(), **settings, "starts": kept["starts"] if same else {}}
     for start in starts:
         world = build(start, pretraining)
-        found = report["starts"][start] = {"start": state(world[2], world[3], world[0], world[1])}
-        for method in METHODS:
-            found[method] = train(method, world, steps, batch, seed)
+        found = report["starts"].setdefault(start, {})
+        found["start"] = state(world[2], world[3], world[0], world[1])
+        for method in methods:
+            found[method] = train(method, world, steps, batch, seed, every)
             print(start, method, found[method], flush=True)
-            save(FILE, report)
+            save(file, report)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--pretraining", type=int, default=200)
+    parser.add_argument("--pretraining", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--every", type=int)
+    parser.add_argument("--output", type=Path, default=FILE)
     arguments = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    main(arguments.steps, arguments.batch, arguments.pretraining, arguments.seed, arguments.starts)
+    settings = arguments.steps, arguments.batch, arguments.pretraining, arguments.seed, arguments.starts
+    main(*settings, arguments.methods, arguments.every, arguments.output)

@@ -442,7 +442,7 @@ def escd(row: Row, pair: Vocabularies, mask_whitespace: bool = True) -> Tensor:
 
 @dataclass(frozen=True)
 class Decision:
-    """Log-prob of what was chosen; what is exact of it; and log t - log p of it, as it is and within bounds."""
+    """Log-prob of what was chosen; what is exact of it; and log t - log p of it, as it is (0 where t is) and within bounds."""
 
     log_p: Tensor
     exact: Tensor
@@ -455,8 +455,7 @@ def decided(p: Tensor, t: Tensor, chosen: int, log_p: Tensor, bound: float) -> D
     sharp = t.log().clamp(min=-80) - p.detach().log().clamp(min=-80)
     sharp[t.isnan() | (p.detach() == 0)] = 0
     guess = sharp.clamp(-bound, bound)
-    own = chosen if t[chosen] != 0 else None
-    return Decision(log_p, (p * guess).sum(), (guess if own is None else sharp)[chosen].item(), guess[chosen].item())
+    return Decision(log_p, (p * guess).sum(), 0.0 if t[chosen] == 0 else sharp[chosen].item(), guess[chosen].item())
 
 
 def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0, top_k: int | None = None) -> Tensor:
@@ -547,8 +546,8 @@ def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0
         gap = row.teacher_budget(chunk) - row.student_budget(chunk) + opening[n] - closing[n]
         rest = gap.item()
         for decision in decisions[n] + ([ends[n]] if n in ends else []):
+            correction = max(-bound, min(bound, rest)) - decision.guess
             rest -= decision.sharp
-            correction = max(-bound, min(bound, rest))
             total = total - decision.exact - correction * (decision.log_p - decision.log_p.detach()).exp()
     return total
 

@@ -157,15 +157,28 @@ def test_where_a_later_digit_undoes_a_boundary_it_stays_if_chunks_are_joined_the
     assert drift(name, JOINED, **knobs) < 1e-10
 
 
-@pytest.mark.parametrize("top_k", [1, 3, None])
-def test_what_the_teacher_tells_of_joined_chunks_changes_the_noise_and_not_the_expectation(top_k):
-    student = moved(world(JOINED))
+SPANNING = "2:2"  # the student's bc spans the teacher's ab and c, and no later text parts what a token had joined
+MERGES[SPANNING] = (BC,), (AB,)
+
+
+@pytest.mark.parametrize("shape", ["m:1", "1:n", SPANNING, JOINED])
+@pytest.mark.parametrize("top_k", [2, None])
+@pytest.mark.parametrize("clip", [10.0, None])
+def test_what_the_teacher_tells_changes_the_noise_and_not_the_expectation(shape, top_k, clip):
+    student = moved(world(shape), by=0.5)
     nothing, some = (
-        world(JOINED).expected_gradient(build_loss("reverse_kl", top_k=k, advantage_clip=None), student)
+        world(shape).expected_gradient(build_loss("reverse_kl", top_k=k, advantage_clip=clip), student)
         for k in (0, top_k)
     )
     assert nothing.abs().max() > 0.01
     assert (some - nothing).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("top_k", [2, None])
+def test_but_where_later_text_parts_again_what_a_token_had_joined_it_changes_that_too(top_k):
+    student = moved(world(PARTED), by=0.5)
+    nothing, some = (world(PARTED).expected_gradient(build_loss("reverse_kl", top_k=k), student) for k in (0, top_k))
+    assert (some - nothing).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -14,12 +14,13 @@ Decisions.
 - What BPM compares is conditional: on going on inside a teacher token, on having left it. Held against the student's
   *un*conditional distribution it depends on the token that was drawn, and the expectation would not be kept.
 - A student token that no teacher token stands for (one that spans two of the teacher's) has the guess −`advantage_clip`, and
-  the sample corrects it.
+  the sample corrects it. As a baseline for later decisions it counts 0.
 - At a chunk's end beside text that takes no part, and only there, nothing is known of the closing but its log-prob
   (`ScoredChunks.close_log_probs`): its guess is 0.
 - A token that goes on by the table, and yet the teacher's tokenizer cut before it, is counted, and nothing goes on there: DPCA leaves
   that one token out of those that go on.
-- Guesses, and what is left to the sample, are each clipped: a guess that is far off is not repeated by its correction.
+- A is clipped before the guess is taken off it, so that with the clip, too, the expectation does not depend on the guesses. Were the
+  difference clipped, a token with the guess −`advantage_clip` could never be rewarded.
 - Where a later digit can undo the teacher's boundary (`VocabularyPair.later_digits_undo`), which of its tokens is begun within a
   number depends on what follows. Within a chunk, the token after a digit has the guess 0.
 - With `top_k`, the teacher is known by its likeliest tokens, and all that none of them stands for is one outcome: a server tells
@@ -139,7 +140,7 @@ class ReverseKL(Loss):
     loss = −Σ_d [Σ_o p_d(o) sg(g_d(o)) + sg(R_d) · log p_d(o_d)] / N over the decisions d, with
 
         g_d(o) = clip(log t_d(o) − log p_d(o), ±advantage_clip),
-        R_d = clip(G_c − Σ_{d' of c up to d} (log t_d'(o_d') − log p_d'(o_d')), ±advantage_clip),
+        R_d = clip(G_c − Σ_{d' of c before d} (log t_d'(o_d') − log p_d'(o_d')), ±advantage_clip) − g_d(o_d),
 
     and G_c the gap of d's chunk, as in [`DPCA`] with `event="closed"`. Rewards (`ScoredChunks.rewards`) are a policy gradient of
     their own on the scored tokens: nothing of them can be told before a text is complete, so no part of theirs is exact.
@@ -230,19 +231,22 @@ class ReverseKL(Loss):
         total = gap.new_zeros(len(gap)).index_add(0, at.chunk, by_row.to(gap.dtype))
         left = gap[at.chunk]
         where = at.before[closes]
+        nothing = torch.zeros_like(gap)
         corrections = (
-            (left - past, self._scores(drawn, closed, opened, closes, inside)),
-            ((left - past + sharp)[inside], opened[inside]),
-            (gap[where] - total[where] - close_sharp[closes], closed[closes]),
-            ((gap - total)[ended.chunk], ended.score),
-            (gap[begun.chunk], -begun.score),
+            (left - past + sharp, guess, self._scores(drawn, closed, opened, closes, inside)),
+            ((left - past + sharp + open_sharp)[inside], open_guess[inside], opened[inside]),
+            ((gap - total)[where], close_guess[closes], closed[closes]),
+            ((gap - total)[ended.chunk], nothing[ended.chunk], ended.score),
+            (gap[begun.chunk], nothing[begun.chunk], -begun.score),
         )
         value = tokens.sum() + leaving.sum()
         cut, size = 0, 0
         weights = (at.student, at.student[inside], at.student[closes], ended.position, begun.position)
-        for (rest, score), positions in zip(corrections, weights, strict=True):
-            bounded = self._bounded(rest.detach())
-            cut, size = cut + (bounded != rest).sum(), size + bounded.abs().sum()
+        for (advantage, guessed, score), positions in zip(corrections, weights, strict=True):
+            bounded = self._bounded(advantage.detach())
+            cut += (bounded != advantage).sum()
+            bounded = bounded - guessed
+            size += bounded.abs().sum()
             if batch.importance is not None:
                 bounded = bounded * batch.importance.flatten()[positions]
             value = value + (bounded * (score - score.detach()).exp()).sum()
@@ -285,10 +289,9 @@ class ReverseKL(Loss):
     def _guess(
         self, log_t: torch.Tensor, log_p: torch.Tensor, known: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """log t − log p within bounds, and not; the bound too where the teacher has nothing. 0 where it is not known."""
+        """log t − log p within bounds, and not, but then 0 where the teacher has nothing. Both are 0 where it is not known."""
         sharp = log_ratio(log_t, log_p).masked_fill(~known, 0)
-        bounded = self._bounded(sharp)
-        return bounded, torch.where(log_t == -torch.inf, bounded, sharp)
+        return self._bounded(sharp), sharp.masked_fill(log_t == -torch.inf, 0)
 
     def _decisions(self, batch, log_p, known_q, rest, teacher_ids, written, told, head, closes, ids):
         """
