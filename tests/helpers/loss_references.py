@@ -481,10 +481,11 @@ def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0
         q, rest = known(j)
         text = pair.teacher.texts.get(head)
         own = sum(q.get(w, 0.0) for w in (pair.teacher.ids[text] if text else [head]))
-        beyond = [w for w in pair.teacher.beginning.get(text, []) if pair.teacher.texts[w] != text] if text else []
-        if not beyond:  # what goes on is cut otherwise, and no token's probability tells of it
-            return math.nan, math.nan
-        longer = sum(q.get(w, 0.0) for w in beyond)
+        longer = (
+            sum(q.get(w, 0.0) for w in pair.teacher.beginning.get(text, []) if pair.teacher.texts[w] != text)
+            if text
+            else 0.0
+        )
         if rest is not None:
             if own == 0 and longer == 0:
                 return math.nan, math.nan
@@ -503,8 +504,6 @@ def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0
             elif place and here is not None and here.written:
                 head = pair.teacher.ids.get(here.written, [None])[0]
             on = set() if head is None else pair.going_on(head)
-            if head is not None and (v in on) == (ended is not None):
-                here = None
             if not on or (v in on) == (ended is not None):
                 head, ended, on = None, None, set()
             among = everything
