@@ -13,10 +13,15 @@ import torch
 import transformers
 from accelerate.logging import get_logger
 from peft import AutoPeftModelForCausalLM, PeftModel
-from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
@@ -128,10 +133,7 @@ def _warn_if_rebuilt(tokenizer: PreTrainedTokenizerBase, name: str, revision: st
 @cache
 def _ids_by_file(file: str, modified: float) -> list[int]:
     """What a `tokenizer.json` makes of the probe text."""
-    tokenizer = Tokenizer.from_file(file)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer.encode(_PROBE, add_special_tokens=False).ids
+    return PreTrainedTokenizerFast(tokenizer_file=file).encode(_PROBE, add_special_tokens=False)
 
 
 def _is_mistral_common(tokenizer: PreTrainedTokenizerBase) -> bool:
