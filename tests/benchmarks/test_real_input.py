@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+pytestmark = pytest.mark.slow  # half a minute: random models with 128 and 152 thousand rows
 real_input = runpy.run_module("benchmarks.real_input")
 
 
@@ -21,7 +22,6 @@ def folder(assets, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow  # half a minute: two random models with 128 and 152 thousand rows
 def test_the_script_distils_qwen_into_llama_over_their_full_vocabularies(folder):
     small = {"per_device_train_batch_size": 2, "max_new_tokens": 24}
     run = real_input["distill"]("llama-3.2", "qwen2.5", folder, folder / "questions.jsonl", steps=2, **small)

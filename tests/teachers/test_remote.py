@@ -585,6 +585,9 @@ def test_the_config_names_servers_and_the_model_whose_tokenizer_is_loaded(build,
 
 def test_neither_key_nor_address_is_in_the_card_and_the_key_in_no_file(build, serve, monkeypatch, tmp_path):
     monkeypatch.setenv("TEACHER_SERVER_API_KEY", "sesame")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # where there is no hub, its card is asked for in vain, slowly
     server = serve(api_key="sesame", root="lab/Teacher-7B")
     trainer = build(teacher=server.url, save_strategy="steps", save_steps=1)
     trainer.train()

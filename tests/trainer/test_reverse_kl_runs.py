@@ -2,6 +2,7 @@
 sampler's tokens; beside the plain step in this process."""
 
 import contextlib
+from itertools import product
 
 import pytest
 import torch
@@ -53,8 +54,13 @@ def close(found: torch.Tensor, expected: torch.Tensor):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 + 1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-@pytest.mark.parametrize("top_k", KNOWN)
+@pytest.mark.parametrize(
+    ("kind", "top_k"),
+    [
+        pytest.param(kind, top_k, marks=[] if (kind, top_k) in (("vllm", 8), ("sglang", 128)) else pytest.mark.slow)
+        for kind, top_k in product(["vllm", "sglang"], KNOWN)
+    ],
+)
 def test_a_servers_likeliest_tokens_give_the_step_of_the_same_teacher_in_this_process(build, serve, kind, top_k):
     served = serve(protocol=kind)
     remote = fix_rollouts(reverse_kl(build, top_k, teacher=served.url))
