@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tokenizers_for_tests import unigram
 from toys import (
@@ -301,6 +302,7 @@ def test_tokens_added_to_a_student_whose_head_is_its_embedding_are_refused_with_
 
 
 def test_a_tokenizer_that_transformers_has_rebuilt_is_warned_of(tmp_path, caplog):
+    PartialState(cpu=True)  # accelerate's loggers write once it is there, and a config makes it
     unigram().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')  # with which AutoTokenizer builds a Qwen2Tokenizer
     found = load_tokenizer(None, str(tmp_path), None, False)
