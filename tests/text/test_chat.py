@@ -569,7 +569,7 @@ def test_a_prefilled_think_that_is_closed_again_is_no_prefill():
     assert not Speaker(toy(closed)).prefills_thinking
 
 
-@pytest.mark.parametrize("name", ["llama3_2", "gptoss", "muse_glimmer"])
+@pytest.mark.parametrize("name", ["llama3_2", "gptoss", pytest.param("muse_glimmer", marks=pytest.mark.slow)])
 def test_a_template_that_writes_the_day_writes_the_day_it_is_given_whatever_day_it_is(name):
     source = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
     tokenizer, asked = real("llama-3.2"), Conversation([USER])
