@@ -32,6 +32,7 @@ from demo_real.run import LEARNING_RATE, LOSS, STUDENT, TEACHER, build, named, p
 
 from benchmarks import report
 from benchmarks.clock import stopwatch
+from benchmarks.real_models import MEASURED_RUN
 from benchmarks.speed.models import quiet
 
 
@@ -100,9 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             trainer = build(
                 named(STUDENT, options.models), named(TEACHER, options.models), rows[HELD_OUT:], Path(folder),
-                rows[:HELD_OUT], distillation_loss=LOSS, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+                rows[:HELD_OUT], distillation_loss=LOSS, learning_rate=LEARNING_RATE,
                 per_device_train_batch_size=PROMPTS, per_device_eval_batch_size=HELD_OUT, max_steps=options.updates,
-                max_new_tokens=TOKENS, logging_steps=1, save_strategy="no", seed=0, disable_tqdm=True, **CASES[case],
+                max_new_tokens=TOKENS, seed=0, **MEASURED_RUN, **CASES[case],
             )  # fmt: skip
             runs[case] = {"gap": asdict(measure(trainer))} if case == START else run(trainer)
         print(case, runs[case], flush=True)

@@ -23,6 +23,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks import report
 
+from . import MEASURED_RUN
 from .run import RESULTS
 
 
@@ -80,10 +81,7 @@ def measured(
             max_steps=steps,
             max_new_tokens=tokens,
             learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            disable_tqdm=True,
+            **MEASURED_RUN,
         )
         trainer.add_callback(deadline)
         trainer.remove_callback(PrinterCallback)

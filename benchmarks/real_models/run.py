@@ -47,6 +47,7 @@ from benchmarks.report import header
 from benchmarks.speed.models import quiet
 from trl_ctopd import CrossTokenizerGKDTrainer
 
+from . import MEASURED_RUN
 from .data import DATASETS
 
 
@@ -145,10 +146,7 @@ def do(run: Run, folder: Path, models: Path | None) -> dict:
         "per_device_train_batch_size": run.prompts,
         "max_steps": run.updates,
         "learning_rate": run.learning_rate,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
+        **MEASURED_RUN,
         "dataloader_pin_memory": False,
         "seed": run.seed,
     }
