@@ -36,7 +36,12 @@ from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 
 STUDENT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEACHER = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
-HELD_OUT, GAP_PROMPTS, ANSWER_TOKENS = 40, 32, 160
+HELD_OUT = 200  # tasks that are never learned from
+SOLVED, GAP_PROMPTS, ANSWER_TOKENS = (
+    40,
+    32,
+    160,
+)  # of the held-out tasks, how many are answered and how many give the gap
 STEPS, PROMPTS_PER_STEP, TOKENS, LEARNING_RATE = 12, 8, 96, 3e-4
 LOSS = "reverse_kl"  # the teacher is in this process, so its distributions are at hand
 STEPS_BETWEEN_CHECKPOINTS = 4
@@ -76,7 +81,7 @@ def main(student: str, teacher: str, data: str, output: Path, loss: str, steps: 
     settings = {"student": student, "teacher": teacher, "data": data, "loss": loss, "steps": steps, "seed": seed}
     notes = Notes(output / "measured.json", settings)
     tasks = problems.load_problems(data)
-    held_out, training = tasks[:HELD_OUT], tasks[HELD_OUT:]
+    held_out, training = tasks[:SOLVED], tasks[HELD_OUT:]
     trainer = build(
         student,
         teacher,

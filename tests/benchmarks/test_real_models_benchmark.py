@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
 from toys import student_model, student_tokenizer
 
-from benchmarks.real_models import data, gpu, report, run
+from benchmarks.real_models import data, gpu, report, run, solved
 
 
 def rows() -> list[dict]:
@@ -192,3 +193,51 @@ def test_plain_text_is_cut_between_words_and_nothing_of_it_is_lost(tmp_path, mon
     monkeypatch.setenv("CTOPD_ASSETS", str(tmp_path))
     [row] = data.text()
     assert row["prompt"] + row["completion"] == paragraph and row["prompt"].split()[-1] == "word39"
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    lines = [{"task_id": n, "text": "Add one.", "code": "", "test_list": ["assert add(1) == 2"]} for n in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_tasks_solved_are_counted_once_for_each_model_and_for_the_adapter(folder, tasks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(solved, "STUDENT", "some/student")
+    monkeypatch.setattr(solved, "TEACHER", "some/teacher")
+    monkeypatch.setattr(solved, "ANSWER_TOKENS", 4)
+    own = get_peft_model(student_model(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    own.save_pretrained(tmp_path / "adapter")
+    arguments = ["--models", str(folder), "--data", str(tasks), "--tasks", "3", "--samples", "2"]
+    arguments += ["--output", str(tmp_path / "solved.json")]
+    solved.main(arguments)
+    first = json.loads((tmp_path / "solved.json").read_text())["rows"]
+    assert list(first) == ["student", "teacher"]
+
+    right = "def add(x):\n    return x + 1"
+    asked = []
+
+    def answering(model, tokenizer, conversations, max_new_tokens, samples=0):
+        asked.append(samples)
+        return [(right if n % 4 == 1 else "no", 4, True) for n in range(len(conversations) * max(1, samples))]
+
+    monkeypatch.setattr(solved, "answers", answering)
+    solved.main([*arguments, "--adapter", str(tmp_path / "adapter")])
+    second = json.loads((tmp_path / "solved.json").read_text())["rows"]
+    assert {name: second[name] for name in first} == first
+    assert asked == [0, 2]
+    assert second["trained"]["greedy"] == [False, True, False]
+    assert second["trained"]["any"] == [True, False, True]
+    assert "trained: 1 of 3 greedy (+0.33 ± 0.33), 2 in any of 2 samples" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        solved.main([*arguments[:4], "--tasks", "201"])
+    with pytest.raises(SystemExit):
+        solved.main([*arguments[:4], "--tasks", "2", *arguments[-2:]])
+
+
+def test_the_error_of_a_gain_is_that_of_paired_differences():
+    generator = np.random.default_rng(0)
+    before, after = (generator.integers(0, 2, 50).astype(bool).tolist() for _ in range(2))
+    paired = np.array(after, dtype=float) - np.array(before, dtype=float)
+    assert solved.gain(after, before) == pytest.approx((paired.mean(), paired.std(ddof=1) / 50**0.5))

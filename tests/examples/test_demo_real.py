@@ -89,6 +89,7 @@ def test_it_measures_trains_and_goes_on_where_it_was_stopped(tmp_path, data, mon
         tokenizer.save_pretrained(tmp_path / name)
     for name, value in {
         "HELD_OUT": 4,
+        "SOLVED": 4,
         "GAP_PROMPTS": 4,
         "ANSWER_TOKENS": 4,
         "TOKENS": 4,

@@ -1,0 +1,101 @@
+"""How many programming tasks the pretrained pair solves, and a student with a trained adapter: greedy, and in any of four samples.
+
+    python -m benchmarks.real_models.solved [--models FOLDER] [--data mbpp.jsonl]            # the student as published, and the teacher
+    python -m benchmarks.real_models.solved [...] --adapter demo_real_output/student        # also with the adapter of `make demo-real`
+
+Decisions:
+- The tasks are the first of those that `make demo-real` and its figures hold out.
+- A task is solved where all of its tests pass, in a process of its own (`examples/demo_real/sandbox.py`).
+- Two rows are compared task by task: the standard error of their difference is that of the paired differences.
+- What the output file has already is not run again. An adapter is known by its name.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from demo_real import problems
+from demo_real.answering import answers
+from demo_real.run import ANSWER_TOKENS, HELD_OUT, STUDENT, TEACHER, named
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import report
+from benchmarks.clock import stopwatch
+from benchmarks.speed.models import quiet
+
+
+RESULTS = Path(__file__).parents[1] / "results" / "real_models" / "solved.json"
+TASKS, SAMPLES = 100, 4
+
+
+def count(model: str, adapter: str | None, tasks: Sequence[problems.Problem], samples: int) -> dict:
+    """`greedy`: for each task whether the greedy answer solves it. `any`: whether one of `samples` answers does."""
+    own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter:
+        own = PeftModel.from_pretrained(own, adapter).merge_and_unload()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    asked = [task.messages for task in tasks]
+    with stopwatch() as spent:
+        texts, lengths, _ = zip(*answers(own, tokenizer, asked, ANSWER_TOKENS), strict=True)
+        found = {
+            "greedy": problems.solved(tasks, texts),
+            "python": sum(map(problems.is_python, texts)),
+            "mean_length": round(sum(lengths) / len(lengths), 1),
+        }
+        if samples:
+            drawn = [text for text, _, _ in answers(own, tokenizer, asked, ANSWER_TOKENS, samples)]
+            each = problems.solved([task for task in tasks for _ in range(samples)], drawn)
+            found["any"] = [any(each[n : n + samples]) for n in range(0, len(each), samples)]
+    return {**found, "cpu_seconds": round(spent.cpu_seconds, 1)}
+
+
+def gain(after: Sequence[bool], before: Sequence[bool]) -> tuple[float, float]:
+    """The mean difference of paired outcomes, and its standard error."""
+    differences = [int(own) - int(other) for own, other in zip(after, before, strict=True)]
+    mean = sum(differences) / len(differences)
+    spread = sum((own - mean) ** 2 for own in differences) / (len(differences) - 1)
+    return mean, math.sqrt(spread / len(differences))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, help="folder that has both models; else they come from the hub")
+    parser.add_argument("--data", default=problems.HUB_NAME, help="hub name, or a .jsonl file with MBPP's columns")
+    parser.add_argument("--adapter", help="folder of a trained adapter")
+    parser.add_argument("--name", default="trained", help="of the adapter's row")
+    parser.add_argument("--tasks", type=int, default=TASKS, help=f"at most {HELD_OUT}, which no step has learned from")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="answers drawn for each task; 0: greedy alone")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    if options.tasks > HELD_OUT:
+        parser.error(f"--tasks={options.tasks}: only {HELD_OUT} tasks are held out")
+    quiet()
+    settings = {"student": STUDENT, "teacher": TEACHER, "tasks": options.tasks, "answer_tokens": ANSWER_TOKENS}
+    if options.output.exists():
+        kept = json.loads(options.output.read_text())
+        if any(kept[name] != value for name, value in settings.items()):
+            parser.error(f"{options.output} is of other settings than {settings}: choose another --output")
+    else:
+        kept = {**report.header(), **settings, "rows": {}}
+    tasks = problems.load_problems(options.data)[: options.tasks]
+    student, teacher = (named(name, options.models) for name in (STUDENT, TEACHER))
+    wanted = {"student": (student, None), "teacher": (teacher, None)}
+    if options.adapter:
+        wanted[options.name] = student, options.adapter
+    rows = kept["rows"]
+    for name, (model, adapter) in wanted.items():
+        if name not in rows:
+            rows[name] = {"samples": options.samples, **count(model, adapter, tasks, options.samples)}
+            report.save(options.output, kept)
+    for name, row in rows.items():
+        mean, error = gain(row["greedy"], rows["student"]["greedy"])
+        drawn = f", {sum(row['any'])} in any of {row['samples']} samples" if "any" in row else ""
+        print(f"{name}: {sum(row['greedy'])} of {options.tasks} greedy ({mean:+.2f} ± {error:.2f}){drawn}")
+
+
+if __name__ == "__main__":
+    main()
