@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from toys import student_model, student_tokenizer
 
-from benchmarks.real_models import data, gpu, report, run, solved
+from benchmarks.real_models import data, gpu, precision, report, run, solved
 
 
 def rows() -> list[dict]:
@@ -241,3 +242,27 @@ def test_the_error_of_a_gain_is_that_of_paired_differences():
     before, after = (generator.integers(0, 2, 50).astype(bool).tolist() for _ in range(2))
     paired = np.array(after, dtype=float) - np.array(before, dtype=float)
     assert solved.gain(after, before) == pytest.approx((paired.mean(), paired.std(ddof=1) / 50**0.5))
+
+
+def test_half_precision_is_compared_with_float32_token_by_token(folder, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "STUDENT", "some/student")
+    monkeypatch.setattr(precision, "TEACHER", "some/teacher")
+    monkeypatch.setattr(precision, "TOKENS", 8)
+    output = tmp_path / "precision.json"
+    precision.main(["--models", str(folder), "--data", str(tasks), "--output", str(output)])
+    found = json.loads(output.read_text())["models"]
+    for figures in found.values():
+        assert figures["tokens"] > 3
+        assert 0 < figures["mean_absolute"] < 0.1
+        assert figures["mean_absolute"] <= figures["quantile_99"]
+
+
+def test_a_difference_in_precision_is_told_with_its_bias_and_error():
+    generator = np.random.default_rng(0)
+    rounded, exact = (torch.tensor(generator.normal(size=200)) for _ in range(2))
+    difference = (rounded - exact).numpy()
+    found = precision.compared(rounded, exact)
+    assert found["mean_absolute"] == pytest.approx(np.abs(difference).mean(), abs=1e-5)
+    assert found["bias"] == pytest.approx(difference.mean(), abs=1e-5)
+    assert found["bias_standard_error"] == pytest.approx(difference.std(ddof=1) / 200**0.5, abs=1e-5)
+    assert found["quantile_99"] == pytest.approx(np.quantile(np.abs(difference), 0.99), abs=1e-4)
