@@ -22,7 +22,7 @@ from .redact import HIDDEN, redacted
 EOS_POLICIES = ("bridge", "mask")
 THOUGHT_POLICIES = ("mask", "text")
 EARLY_STOPS = ("kat", "random", "growing")
-GENERATION_BACKENDS = ("transformers", "transformers_continuous")
+GENERATION_BACKENDS = ("auto", "transformers", "transformers_compiled", "transformers_continuous")
 _OWNED_BY_TRAINER = {
     "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p", "do_sample", "num_beams", "use_cache",
     "eos_token_id", "pad_token_id", "num_return_sequences", "return_dict_in_generate",
@@ -233,11 +233,12 @@ class CrossTokenizerGKDConfig(GKDConfig):
     )
 
     generation_backend: str = field(
-        default="transformers",
+        default="auto",
         metadata={
-            "help": "How the student generates: transformers (one `generate` call a step; rows that have ended leave it) or "
-            "transformers_continuous (`generate_batch`: paged cache and continuous batching, for a GPU and many completions "
-            "of uneven length)."
+            "help": "How the student generates: transformers (one `generate` call a step; rows that have ended leave it), "
+            "transformers_compiled (the same with a static cache and a compiled decode step), transformers_continuous "
+            "(`generate_batch`: paged cache and continuous batching, for a GPU and many completions of uneven length) or auto "
+            "(compiled on a CUDA GPU where the student allows it, else transformers; the log says which, and why)."
         },
     )
     gather_for_generation: bool = field(

@@ -18,27 +18,32 @@ IDS = torch.arange(40).view(2, 20) % 30
 
 
 @torch.no_grad()
-def test_within_the_model_computes_the_same_and_afterwards_every_weight_is_the_one_it_was():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_within_the_model_computes_the_same_and_afterwards_every_weight_is_the_one_it_was(in_place):
     model = adapted()
     before = {name: (weight, weight.data_ptr(), weight.clone()) for name, weight in model.named_parameters()}
     logits = model(input_ids=IDS).logits
     for _ in range(20):
         layers = mergeable(model)
         assert len(layers) > 0
-        with merged(layers):
+        with merged(layers, in_place):
             torch.testing.assert_close(model(input_ids=IDS).logits, logits, rtol=1e-4, atol=1e-5)
+            moved = [name for name, weight in model.named_parameters() if weight.data_ptr() != before[name][1]]
+            assert len(moved) == (0 if in_place else len(layers))
     for name, weight in model.named_parameters():
         own, place, value = before[name]
         assert weight is own and weight.data_ptr() == place and torch.equal(weight, value)
     assert torch.equal(model(input_ids=IDS).logits, logits)
 
 
-def test_weights_are_put_back_when_writing_fails():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_weights_are_put_back_when_writing_fails(in_place):
     model = adapted()
-    places = [weight.data_ptr() for weight in model.parameters()]
-    with pytest.raises(RuntimeError, match="amid"), merged(mergeable(model)):
+    places = [(weight.data_ptr(), weight.detach().clone()) for weight in model.parameters()]
+    with pytest.raises(RuntimeError, match="amid"), merged(mergeable(model), in_place):
         raise RuntimeError("amid the call")
-    assert [weight.data_ptr() for weight in model.parameters()] == places
+    for weight, (place, value) in zip(model.parameters(), places, strict=True):
+        assert weight.data_ptr() == place and torch.equal(weight, value)
     assert not any(layer.merged for layer in mergeable(model))
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trl_ctopd.rollouts import generation
 from trl_ctopd.rollouts.generation import (
-    _CACHE,
+    CACHE,
     _generate,
     _generate_continuously,
     _SampledLogProbs,
@@ -174,7 +174,7 @@ def test_virtual_tokens_are_refused_by_the_versions_that_write_without_them_and_
     check_prompt_learning(LoraConfig())
 
 
-@pytest.mark.skipif(_CACHE == "cache", reason="with this transformers, virtual tokens are refused")
+@pytest.mark.skipif(CACHE == "cache", reason="with this transformers, virtual tokens are refused")
 @torch.no_grad()
 def test_virtual_tokens_are_read_to_the_end():
     adapter = with_virtual_tokens()

@@ -45,17 +45,22 @@ def _is_plain(layer: LoraLayer, uses: Counter) -> bool:
 
 
 @contextmanager
-def merged(layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """Within, these layers of `mergeable` are merged."""
-    kept = [(p, p.data) for layer in layers for p in layer.get_base_layer().parameters(recurse=False)]
+def merged(layers: Sequence[LoraLayer], in_place: bool = False) -> Iterator[None]:
+    """Within, these layers of `mergeable` are merged. `in_place`: no weight changes its address, which a CUDA graph has recorded."""
+    parameters = [p for layer in layers for p in layer.get_base_layer().parameters(recurse=False)]
+    kept = [(p, p.data.clone() if in_place else p.data) for p in parameters]
     try:
-        for parameter, data in kept:
-            parameter.data = data.clone()
+        if not in_place:
+            for parameter, data in kept:
+                parameter.data = data.clone()
         for layer in layers:
             layer.merge()
         yield
     finally:
         for parameter, data in kept:
-            parameter.data = data
+            if in_place:
+                parameter.data.copy_(data)
+            else:
+                parameter.data = data
         for layer in layers:
             layer.merged_adapters.clear()

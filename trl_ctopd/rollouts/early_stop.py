@@ -118,7 +118,7 @@ def check_early_stop(args: CrossTokenizerGKDConfig):
         )
     if args.early_stop == "growing":
         return
-    if args.generation_backend != "transformers" and not args.use_vllm:
+    if args.generation_backend == "transformers_continuous" and not args.use_vllm:
         raise ValueError(
             f"early_stop={args.early_stop!r} reads the log-probs that the student samples with, which "
             f"generation_backend={args.generation_backend!r} does not tell: choose 'transformers'."

@@ -46,7 +46,7 @@ from .pairing import Prompt, pad_rows
 
 Written = tuple[list[int], list[float] | None]
 # the name of the cache in what `generate` takes and returns: transformers 5.24 renamed it
-_CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 class Writer(Protocol):
@@ -66,10 +66,18 @@ class Writer(Protocol):
 
 class TransformersWriter:
     """A [`Writer`] by the student's own `generate`, under `config` and `args`. `record`: always tells the log-probs that it sampled
-    with, which only a temperature may have shaped."""
+    with, which only a temperature may have shaped. `decode`: as of `write`."""
 
-    def __init__(self, config: GenerationConfig, accelerator, args: CrossTokenizerGKDConfig, record: bool = False):
+    def __init__(
+        self,
+        config: GenerationConfig,
+        accelerator,
+        args: CrossTokenizerGKDConfig,
+        record: bool = False,
+        decode: Callable | None = None,
+    ):
         self._config, self._accelerator, self._args, self._record = config, accelerator, args, record
+        self._decode = decode
 
     def __call__(self, model: nn.Module, prompts: list[Prompt], step: int, limit: int | None = None) -> list[Written]:
         """`limit`: in place of the config's `max_new_tokens`."""
@@ -77,9 +85,8 @@ class TransformersWriter:
         if limit is not None:
             config = copy.deepcopy(config)
             config.max_new_tokens = limit
-        return write(
-            model, ids, config, self._accelerator, args, args.generation_backend, merge=True, record=self._record
-        )
+        options = {"merge": True, "record": self._record, "decode": self._decode}
+        return write(model, ids, config, self._accelerator, args, args.generation_backend, **options)
 
 
 def sampling_config(args: CrossTokenizerGKDConfig, stop_ids: list[int], pad_token_id: int) -> GenerationConfig:
@@ -108,13 +115,15 @@ def write(
     backend: str = "transformers",
     merge: bool = False,
     record: bool = False,
+    decode: Callable | None = None,
 ) -> list[Written]:
     """
     Completions of `prompts` (token ids) in the same order, each up to and including its first stop token.
 
     `model` may be wrapped (DDP, DeepSpeed) and have gradient checkpointing on; its state is restored afterwards. `backend`:
     one of `GENERATION_BACKENDS`. `merge`: whether its adapter is merged meanwhile, where `args` and the model allow it. `record`:
-    whether the log-probs are returned in any case, for the backend `"transformers"`.
+    whether the log-probs are returned in any case, which continuous batching does not tell. `decode`: a `compiled.CompiledDecode`, in
+    the place of `model.generate`.
     """
     if not prompts:
         return []
@@ -125,6 +134,7 @@ def write(
         rows_leave=not (together or args.generation_kwargs),
         together=together,
         device=accelerator.device if sharded else None,
+        decode=decode,
     )
     if backend == "transformers_continuous":
         generate = partial(_generate_continuously, settings=args.transformers_continuous_batching_config or {})
@@ -145,7 +155,7 @@ def write(
         ) as unwrapped,
         gathered_under_fsdp(unwrapped) if sharded and not together else nullcontext(),
         _ready_to_generate(unwrapped, config),
-        merged(layers),
+        merged(layers, in_place=decode is not None),
     ):
         for start in range(0, len(order), size):
             rows = order[start : start + size]
@@ -167,7 +177,7 @@ def _merging(model, config: GenerationConfig, accelerator, args: CrossTokenizerG
     if accelerator.mixed_precision == "no" and all(own.get_base_layer().weight.dtype in full for own in layers):
         return layers, False
     plain = config.do_sample and not any((args.generation_kwargs, args.top_k, args.min_p)) and args.top_p == 1
-    recorded = bool(layers) and plain and backend == "transformers"
+    recorded = bool(layers) and plain and backend != "transformers_continuous"
     return layers if recorded or wanted else [], recorded
 
 
@@ -200,7 +210,7 @@ class _SampledLogProbs(LogitsProcessor):
 
     def _take(self, input_ids: torch.Tensor):
         if self._log_probs is not None:
-            self._found.append(self._log_probs.gather(1, input_ids[:, -1:])[:, 0])
+            self._found.append(self._log_probs.gather(1, input_ids[: len(self._rows), -1:])[:, 0])
 
 
 @contextmanager
@@ -235,9 +245,10 @@ def _generate(
     together: bool = False,
     device: torch.device | None = None,
     recorder: _SampledLogProbs | None = None,
+    decode: Callable | None = None,
 ) -> list[list[int]]:
     """Completions, with whatever follows their first stop token. `together`: every process makes the same number of forward
-    passes."""
+    passes. `decode`: takes the place of `model.generate`."""
     width, limit = max(map(len, prompts)), config.max_new_tokens
     device = device or model.get_input_embeddings().weight.device
     flipped = [prompt[::-1] for prompt in prompts]  # for padding on the left
@@ -248,7 +259,7 @@ def _generate(
     stop_ids = torch.tensor(config.eos_token_id, device=device)
     if isinstance(model, PeftModel):
         check_prompt_learning(model.active_peft_config)
-    cache, criteria = None, None
+    cache, criteria, generate = None, None, partial(decode, model) if decode else model.generate
     if rows_leave:
         cache = _begun(model, sequences, mask, config)
     while True:
@@ -258,14 +269,14 @@ def _generate(
         call.update(max_new_tokens=width + limit - sequences.shape[1], return_dict_in_generate=True)
         if recorder is not None:
             recorder.begin(rows, sequences.shape[1] - width)
-        output = model.generate(
+        output = generate(
             input_ids=sequences,
             attention_mask=mask,
             generation_config=call,
             stopping_criteria=criteria,
             synced_gpus=together,
             logits_processor=None if recorder is None else LogitsProcessorList([recorder]),
-            **{_CACHE: cache},
+            **{CACHE: cache},
         )
         if recorder is not None:
             recorder.end(output.sequences)
@@ -276,7 +287,7 @@ def _generate(
             return written.tolist()
         rows, sequences = rows[left], output.sequences[left]
         mask = torch.cat([mask[left], mask.new_ones(len(left), sequences.shape[1] - mask.shape[1])], 1)
-        cache = _selected(model, getattr(output, _CACHE, None), left)
+        cache = _selected(model, getattr(output, CACHE, None), left)
 
 
 def _selected(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cache | None:
@@ -318,9 +329,9 @@ def _begun(
                 attention_mask=own[:, begin:],
                 generation_config=call,
                 synced_gpus=False,  # by default true where weights are sharded, and processes have unlike numbers of groups
-                **{_CACHE: growing_cache(model)},
+                **{CACHE: growing_cache(model)},
             )
-            parts.append(getattr(output, _CACHE))
+            parts.append(getattr(output, CACHE))
     where = torch.tensor(sum(groups, [])).argsort()
     return _selected(model, joined(parts), where.to(place.device)[place])
 
@@ -383,7 +394,7 @@ def check_prompt_learning(config: PeftConfig):
     Where transformers names its cache `cache`, PEFT's `generate` (0.21.2, the newest one tested) looks for the old name and
     does not find it. The text is then not what the adapter's own forward passes would write.
     """
-    if config.is_prompt_learning and _CACHE == "cache":
+    if config.is_prompt_learning and CACHE == "cache":
         raise ValueError(
             f"{config.peft_type.value}: with transformers {transformers.__version__} and PEFT {peft.__version__}, a model with "
             "virtual tokens writes text that is not its own (transformers 5.24 renamed `past_key_values`, which PEFT still looks "

@@ -26,6 +26,7 @@ from ..text.aligner import align_text
 from ..text.chat import Speaker
 from ..text.continuations import Continuations
 from .closing import add_going_on, without_unclosed, without_undecided
+from .compiled import COMPILED, CompiledDecode, chosen_backend, while_compiling
 from .early_stop import EarlyStop
 from .generation import TransformersWriter, Writer, Written, sampling_config, write
 from .metrics import rollout_metrics
@@ -91,7 +92,10 @@ def student_writer(
     """
     if args.use_vllm:
         return VLLMWriter(model, accelerator, student.tokenizer, args, config.eos_token_id)
-    return TransformersWriter(config, accelerator, args, record=args.early_stop in ("kat", "random"))
+    decode = None
+    if chosen_backend(model, args, accelerator) == COMPILED:
+        decode = CompiledDecode(falls_back=args.generation_backend == "auto")
+    return TransformersWriter(config, accelerator, args, args.early_stop in ("kat", "random"), decode)
 
 
 class RolloutSource:
@@ -167,7 +171,7 @@ class RolloutSource:
                 prompts if on else [prompt.before_reference() for prompt in prompts]
                 for prompts, on in zip(window, on_policy, strict=True)
             ]
-        with phase("generation"):
+        with phase("generation"), while_compiling(lambda: phase("compilation")):
             tools = self._tools if mode == "train" or args.tools_in_evaluation else None
             early_stop = self.early_stop if mode == "train" else None
             write = self.write if early_stop is None else partial(early_stop.write, self.write)

@@ -34,7 +34,7 @@ def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
     """Raises `ValueError` for settings that vLLM cannot write with."""
     if args.vllm_mode not in MODES:
         raise ValueError(f"Unknown vllm_mode {args.vllm_mode!r}: choose one of {', '.join(MODES)}.")
-    if args.generation_backend != "transformers" or args.generation_batch_size is not None:
+    if args.generation_backend not in ("auto", "transformers") or args.generation_batch_size is not None:
         raise ValueError(
             f"use_vllm=True writes in place of generation_backend={args.generation_backend!r} and batches by itself: leave "
             "generation_backend and generation_batch_size at their defaults."

@@ -19,6 +19,7 @@ from ..losses.compass import Compass
 from ..models.heads import base_model, check_head
 from ..models.loading import adapter_base, check_saves, forget_gguf, load_model, warn_of_experts
 from ..redact import redact
+from ..rollouts.compiled import check_compiled
 from ..rollouts.early_stop import check_early_stop, check_pieces
 from ..rollouts.generation import check_prompt_learning
 from ..teachers.panel import Panel
@@ -137,6 +138,7 @@ def check_run(
     check_strategy(args, accelerator)
     check_same_data(accelerator, train_dataset, eval_dataset)
     check_trainable(model)
+    check_compiled(model, args, accelerator)
     warn_of_experts(model)
     check_saves(model, tokenizer, args.output_dir if args.should_save else None)
 

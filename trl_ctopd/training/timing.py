@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from .metrics import Meter
 
 
-UNAVOIDABLE = ("generation", "teacher", "teacher_wait", "student", "optimizer")
+UNAVOIDABLE = ("generation", "compilation", "teacher", "teacher_wait", "student", "optimizer")
 
 
 class PhaseTimer(TrainerCallback):
@@ -20,7 +20,7 @@ class PhaseTimer(TrainerCallback):
     Times the phases of a step; as a callback it also times the optimizer and ends a training step by itself.
 
     Adds to `meter`, each a mean a step: `seconds/<phase>`, `seconds/step`, and `compute_overhead`, the share of the step
-    outside of generation, the teacher's forward passes or the wait for its server, the student's forward and backward
+    outside of generation, compilation, the teacher's forward passes or the wait for its server, the student's forward and backward
     passes and its update.
     """
 

@@ -114,6 +114,7 @@ MORE = [
 ]
 PHASES = {
     "generation": "the student writes",
+    "compilation": "torch compiles",
     "teacher": "the teacher reads",
     "teacher_wait": "waiting for the teacher's server",
     "student": "the student learns",
