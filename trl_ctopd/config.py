@@ -354,7 +354,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=True,
         metadata={
             "help": "Distribute a step's completions over its micro-batches by length, the longest first: less padding, the same "
-            "gradient. Completions of one prompt may end up in different micro-batches."
+            "gradient. Completions of one prompt may end up in different micro-batches, unless the student reads them with one copy "
+            "of it (docs/speed.md)."
         },
     )
     rollout_reuse: int = field(

@@ -28,6 +28,7 @@ from .losses import Metrics, ScoredChunks
 from .losses.reference_kl import reference_kl
 from .models.heads import base_model, has_imbalance
 from .models.loading import by_name, ensure_pad_token, load_tokenizer
+from .models.packing import packer_for
 from .models.reference import Reference
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
@@ -179,7 +180,10 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         loop = ToolLoop(tools, *sides, self.stop_ids, args, self.student_context) if tools else None
         reads = self._reads_distributions, self._tables_for
         own = args, self.accelerator, self.student_side, self.panel
-        self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state)
+        # dropout would draw once for a prompt that rows share; experts are balanced over the tokens of padded rows
+        packs = args.disable_dropout and not self.aux_loss_enabled
+        packer = packer_for("student", self.model, self.accelerator) if packs else None
+        self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state, packer)
         keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)
         start = Reference(self.model, self.accelerator) if keeps_start else None
         if self.aux_loss_enabled and not has_imbalance(base_model(self.model)):

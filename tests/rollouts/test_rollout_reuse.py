@@ -256,6 +256,11 @@ def test_rows_are_dealt_by_length_and_batches_keep_their_sizes():
     assert grouped_by_length([2, 2, 2], [[1], [0, 2]]) == [[1], [0, 2]], "in order where lengths are equal"
 
 
+def test_rows_of_one_group_are_dealt_one_after_another_the_group_of_the_longest_first():
+    lengths, groups = [5, 1, 9, 3, 7, 9], ["a", "b", "a", "c", "b", "c"]
+    assert grouped_by_length(lengths, [[0, 1], [2, 3], [4, 5]], groups) == [[2, 0], [5, 3], [4, 1]]
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"lmbda": 0.5, "seed": 1}, {"distillation_loss": "gold", "lmbda": 0.5, "seed": 1}]
 )

@@ -4,7 +4,7 @@ Lists of ids in, padded tensors out. Rows are prompt + completion padded on the 
 every kind of position embedding. Index i of a chunk tensor belongs to the token at i + 1, as for log-probs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -23,6 +23,7 @@ __all__ = [
     "Part",
     "Prompt",
     "Rollout",
+    "by_length",
     "collate",
     "grouped_by_length",
     "on_columns",
@@ -317,9 +318,22 @@ def unscored(rollout: Rollout) -> Rollout:
     )
 
 
-def grouped_by_length(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The rows of `batches`, redistributed by length, the longest first. Each batch keeps its size."""
-    rows = iter(sorted((row for batch in batches for row in batch), key=lambda row: -lengths[row]))
+def by_length(rows: Iterable[int], lengths: Sequence[int], groups: Sequence[Hashable] | None = None) -> list[int]:
+    """`rows`, the longest first. With the group of each row, those of one group follow one another, the group of the longest first."""
+    order = sorted(rows, key=lambda row: -lengths[row])
+    if groups is None:
+        return order
+    first: dict[Hashable, int] = {}
+    for place, row in enumerate(order):
+        first.setdefault(groups[row], place)
+    return sorted(order, key=lambda row: first[groups[row]])
+
+
+def grouped_by_length(
+    lengths: Sequence[int], batches: Sequence[Sequence[int]], groups: Sequence[Hashable] | None = None
+) -> list[list[int]]:
+    """The rows of `batches`, redistributed `by_length`. Each batch keeps its size."""
+    rows = iter(by_length((row for batch in batches for row in batch), lengths, groups))
     return [list(islice(rows, len(batch))) for batch in batches]
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..config import CrossTokenizerGKDConfig
+from ..models.packing import Packer
 from ..models.sharding import own_rows
 from ..text.aligner import align_text
 from ..text.chat import Speaker
@@ -111,6 +112,7 @@ class RolloutSource:
         continuations: by a teacher's name, with what its tokens go on, where the loss on text of the student (True) or on
             other text (False) reads how chunks close; else nothing.
         judges: reward completions and leave out those that are wrong.
+        packer: packs the student's rows, where it can read such.
         state: gives the trainer's state, for the judges.
         tools: executes the student's calls of tools, in training, and in evaluation with `tools_in_evaluation`.
     """
@@ -127,12 +129,13 @@ class RolloutSource:
         tools: ToolLoop | None = None,
         judges: Judges | None = None,
         state: Callable[[], Any] = lambda: None,
+        packer: Packer | None = None,
     ):
         self._args, self._accelerator = args, accelerator
         self._student, self._teachers = student, teachers
         self.write, self._reads_distributions = write, reads_distributions
         self._continuations, self._tools = continuations, tools
-        self._judges, self._state = judges, state
+        self._judges, self._state, self._packer = judges, state, packer
         self.early_stop = None
         if args.early_stop is not None:
             self.early_stop = EarlyStop(args, accelerator, teachers, tools is not None, judges is not None)
@@ -160,8 +163,8 @@ class RolloutSource:
             them; `teacher_places` (B,), each row's teacher by its place among the seats; `prompts` (B,), a number of each row's
             prompt; `on_policy`, whether the student
             wrote it; `index`, its place in the step; `teacher_hidden` (B, T, H) where its loss needs it; `going_on` (2, K)
-            where its loss reads how chunks close (see `add_going_on`); and
-            `sampled_log_probs` (B, S) where the writer told them. And the figures of the completions.
+            where its loss reads how chunks close (see `add_going_on`); `sampled_log_probs` (B, S) where the writer told them; and
+            `packed`, the same rows packed, where that is less work. And the figures of the completions.
         """
         args, repeats = self._args, self._args.num_generations if mode == "train" else 1
         window = [[prompt for prompt in prompts for _ in range(repeats)] for prompts in window]
@@ -212,6 +215,10 @@ class RolloutSource:
             if sampled[rows[0]] is not None:
                 batch["sampled_log_probs"] = on_columns([sampled[row] for row in rows], batch)
             batch["prompts"] = torch.tensor([row // repeats for row in rows])
+            if self._packs(on):
+                texts = [rollout.prompt.student_ids for rollout in own], [rollout.student_ids for rollout in own]
+                packed = self._packer(*texts, batch["input_ids"].shape[1], args.pad_to_multiple_of or 1)
+                batch.update({} if packed is None else {"packed": packed})
             if rewards is not None:
                 batch["rewards"] = rewards[rows]
             batches.append({**batch, "on_policy": on, "index": index})
@@ -326,17 +333,29 @@ class RolloutSource:
         own = own_rows(self._accelerator, len(prompts))
         return [*prompts[:own], *(replace(prompt, is_padding=True) for prompt in prompts[own:])]
 
+    def _packs(self, on_policy: bool) -> bool:
+        """Whether the student may read packed rows. A loss on distributions reads its hidden states as they lie in padded ones."""
+        return self._packer is not None and not self._reads_distributions(on_policy)
+
     def _rows(
         self, rollouts: Sequence[Rollout], window: Sequence[Sequence[Prompt]], on_policy: Sequence[bool]
     ) -> list[list[int]]:
-        """The rows of each micro-batch; with `length_grouped`, dealt by length among those of one kind."""
+        """The rows of each micro-batch; with `length_grouped`, dealt by length among those of one kind. Those of one prompt stay
+        together where they are packed."""
         ends = [*accumulate(map(len, window), initial=0)]
         batches = [list(range(start, end)) for start, end in pairwise(ends)]
         if not self._args.length_grouped:
             return batches
         lengths = [len(rollout.prompt.student_ids) + len(rollout.student_ids) for rollout in rollouts]
+        prompts = [tuple(rollout.prompt.student_ids) for rollout in rollouts]
         own, given = (
-            iter(grouped_by_length(lengths, [rows for rows, on in zip(batches, on_policy, strict=True) if on == kind]))
+            iter(
+                grouped_by_length(
+                    lengths,
+                    [rows for rows, on in zip(batches, on_policy, strict=True) if on == kind],
+                    prompts if self._packs(kind) else None,
+                )
+            )
             for kind in (True, False)
         )
         return [next(own if on else given) for on in on_policy]

@@ -9,13 +9,15 @@ from transformers import PreTrainedModel
 
 from ..models.heads import add_token_scores, base_model, hidden_states
 from ..models.loading import load_model, switch_router_logits_off
+from ..models.packing import packed_inputs, packer_for
 from ..models.sharding import is_sharded, place_teacher
-from ..rollouts.pairing import pad_rows
+from ..rollouts.pairing import by_length, pad_rows
 
 
 class LocalTeacher:
     """
-    A frozen causal language model that scores text it did not write. It is sharded like the student (ZeRO-3, FSDP).
+    A frozen causal language model that scores text it did not write. It is sharded like the student (ZeRO-3, FSDP). Where the
+    model can, completions of one prompt are read with one copy of it (see `models.packing`).
 
     Args:
         model (`PreTrainedModel`): the teacher. It is put in eval mode, and its parameters are frozen.
@@ -37,6 +39,7 @@ class LocalTeacher:
         self.batch_size = batch_size
         self._accelerator = accelerator
         self.model = place_teacher(model, accelerator)
+        self._packer = packer_for("teacher", model, accelerator)
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +63,7 @@ class LocalTeacher:
 
         Returns:
             B float32 tensors on the teacher's device, the b-th of shape (len(completions[b]),), in nats, in the order given.
-            Rows are scored `batch_size` at a time, sorted by length, the longest first.
+            Rows are scored `batch_size` at a time, those of one prompt one after another, the longest first.
         """
         return [log_probs for log_probs, _ in self._score(prompts, completions, other_ends, with_hidden=False)]
 
@@ -77,7 +80,8 @@ class LocalTeacher:
     @torch.no_grad()
     def _score(self, prompts, completions, other_ends, with_hidden):
         other_ends = [()] * len(prompts) if other_ends is None else other_ends
-        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]) - len(completions[row]))
+        lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        order = by_length(range(len(prompts)), lengths, list(map(tuple, prompts)) if self._packer else None)
         scores = [None] * len(prompts)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -98,11 +102,13 @@ class LocalTeacher:
         targets = [token for completion in completions for token in completion]
         ends = [(row, token) for row, own in enumerate(other_ends) for token in own]
         last = torch.tensor([(row, len(rows[row]) - 2 - width) for row, _ in ends], dtype=torch.long).reshape(-1, 2).T
-        inputs = {
-            "input_ids": pad_rows(rows, width, 0),  # no token sees the padding after it, so any id will do
-            "scored": torch.cat([scored, last], dim=1),
-            "targets": torch.tensor([*targets, *(token for _, token in ends)], dtype=torch.long),
-        }
+        asked = torch.cat([scored, last], dim=1)
+        packed = self._packer(prompts, completions, width) if self._packer else None
+        if packed is None:  # no token sees the padding after it, so any id will do
+            inputs = {"input_ids": pad_rows(rows, width, 0), "scored": asked}
+        else:
+            inputs = packed_inputs(packed, asked)
+        inputs["targets"] = torch.tensor([*targets, *(token for _, token in ends)], dtype=torch.long)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         capture = hidden_states(self.base_model) if with_hidden else nullcontext([])
         with self._accelerator.autocast(), capture as states:  # the precision that the student is scored in
@@ -111,7 +117,7 @@ class LocalTeacher:
             log_probs[row][-1] = torch.logaddexp(log_probs[row][-1], other)
         if not with_hidden:
             return [(own, None) for own in log_probs]
-        hidden = states[0][tuple(scored.to(states[0].device))]
+        hidden = states[0][tuple(inputs["scored"][:, : len(targets)].to(states[0].device))]
         return list(zip(log_probs, hidden.cpu().split(counts), strict=True))
 
 

@@ -11,6 +11,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..losses import Distributions, Metrics, ScoredChunks
 from ..models.heads import add_token_scores, base_model, hidden_states, lm_head
 from ..models.loading import check_vocabulary, disable_dropout, switch_router_logits_off
+from ..models.packing import packed_inputs
 from ..models.reference import Reference
 from ..rollouts.pairing import on_grid
 from ..rollouts.vllm import importance
@@ -44,6 +45,12 @@ def prepare_student(model: nn.Module, side: Speaker, args: CrossTokenizerGKDConf
         )
     student.generation_config.eos_token_id = stop_ids  # the saved student stops where it learned to
     return stop_ids
+
+
+def _rows(inputs: dict, scored: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the student reads of a micro-batch for the scores at `scored`: packed rows where there are any."""
+    packed = inputs.get("packed")
+    return {"input_ids": inputs["input_ids"], "scored": scored} if packed is None else packed_inputs(packed, scored)
 
 
 class Scorer:
@@ -95,8 +102,7 @@ class Scorer:
         asked = torch.cat([scored, inputs["scored_again"]], 1) if "scored_again" in inputs else scored
         with phase("student"), hidden_states(student) if on_distributions else nullcontext() as states:
             scores = model(
-                input_ids=inputs["input_ids"],
-                scored=asked,
+                **_rows(inputs, asked),
                 targets=inputs["input_ids"][asked[0], asked[1] + 1],
                 **self._routed(inputs),
                 **({"going_on": inputs["going_on"]} if "going_on" in inputs else {}),
@@ -138,7 +144,7 @@ class Scorer:
             metrics = {**metrics, **drawn}
         if self._reference is not None and inputs["on_policy"]:
             targets = inputs["input_ids"][scored[0], scored[1] + 1]
-            found = self._reference.log_probs(model, input_ids=inputs["input_ids"], scored=scored, targets=targets)
+            found = self._reference.log_probs(model, **_rows(inputs, scored), targets=targets)
             batch.reference_log_probs = on_grid(found, scored, inputs["input_ids"])
         if on_distributions:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front

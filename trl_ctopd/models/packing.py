@@ -1,0 +1,215 @@
+"""Rows packed for one forward pass: several completions of a prompt share it, and short rows share the space that padding took.
+
+A packed row is one or more prompts, each followed by completions of it. Every token keeps the position that it has in its own
+text, and sees its own prompt and its own completion alone, so that its hidden state and the gradients are those of padded rows.
+
+Decisions
+- What is packed, and how tightly, is decided by counts alone (`Packer`): the products of a forward pass, of which attention grows
+  with the square of a packed row's length and is not skipped where a mask hides it.
+- Only the forward pass is packed. Whatever reads its scores asks by row and column of the padded grid.
+- A model is packed for only if a trial at the start gives the hidden states of padded rows.
+
+Left out: kernels that read rows of unlike length without padding (flash attention's), and prompts that only begin alike.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .heads import attention_mask_of, base_model
+
+
+logger = get_logger(__name__)
+
+_LEAST_SAVED = 0.1  # of the products, below which rows are padded: counts say no more of a machine's time
+_ALIGNED = 8  # CUDA's kernel would copy a mask of another width in every layer
+_SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
+class Packed(TypedDict):
+    """
+    B rows as P packed ones of width W.
+
+    Keys:
+        input_ids, position_ids (P, W): each token, and its position in its own text; 0 where nothing is left to pack.
+        pieces (2, P, W): the number of the prompt or completion that a token belongs to, and of the one that this continues
+            (of a completion its prompt, otherwise itself). -1 where nothing is left to pack.
+        places (B, L): index of each token of the padded rows into the flattened packed ones; 0 for padding.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    pieces: torch.Tensor
+    places: torch.Tensor
+
+
+def packed_inputs(packed: Packed, scored: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `add_token_scores` takes, for `scored` (2, n) of the padded rows: row, and column counted from the end."""
+    width, places = packed["input_ids"].shape[1], packed["places"][tuple(scored)]
+    rows = {name: packed[name] for name in ("input_ids", "position_ids", "pieces")}
+    return {**rows, "scored": torch.stack([places // width, places % width - width])}
+
+
+class Packer:
+    """
+    Packs rows of prompt + completion, for a model of hidden size `hidden_size`.
+
+    A token costs about 12 H² products a layer in the linear layers (H: hidden size), and in attention 2 H for each token of its row,
+    half of which the causal mask of padded rows skips. Rows are packed to the width at which that is least, if it is at least a tenth
+    less than that of padded rows, and if the mask takes no more memory than a layer's own tensors for the tokens that are left out
+    (some 8 H of each).
+    """
+
+    def __init__(self, hidden_size: int):
+        self._hidden_size = hidden_size
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], length: int, multiple: int = 1
+    ) -> Packed | None:
+        """`None` where the padded rows, of `length` tokens, are as good. `multiple`: of which the packed width is to be one."""
+        layout = self._layout([(tuple(p), len(c)) for p, c in zip(prompts, completions, strict=True)], length, multiple)
+        return None if layout is None else _filled(*layout, prompts, completions, length)
+
+    def _layout(self, rows: list[tuple[tuple[int, ...], int]], length: int, multiple: int):
+        """The packed rows, each as a list of rows that share a prompt, and their width."""
+        multiple = math.lcm(multiple, _ALIGNED)
+        linear, longest = 12 * self._hidden_size, max(len(prompt) + count for prompt, count in rows)
+        least = (1 - _LEAST_SAVED) * len(rows) * length * (linear + length)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row in sorted(range(len(rows)), key=lambda row: -rows[row][1]):
+            groups.setdefault(rows[row][0], []).append(row)
+        whole = max(len(prompt) + sum(rows[row][1] for row in own) for prompt, own in groups.items())
+        found, widths = None, range(longest, max(whole, 2 * longest) + 1, max(1, longest // 2))
+        for capacity in sorted({*widths, whole}):
+            bins = _bins(groups, [count for _, count in rows], capacity)
+            width = -(-max(size for size, _ in bins) // multiple) * multiple
+            cells = len(bins) * width
+            saved = len(rows) * length - cells
+            products = cells * (linear + 2 * width)
+            if products <= least and cells * width <= 8 * self._hidden_size * saved:
+                found, least = ([own for _, own in bins], width), products
+        return found
+
+
+def _bins(groups: dict, counts: Sequence[int], capacity: int) -> list[tuple[int, list[list[int]]]]:
+    """Rows of equal prompts, put into as few bins of `capacity` tokens as is easily found: the longest first, each into the first
+    bin that has room. A prompt whose completions do not fit into one bin is read again. Each bin with its size."""
+    parts = []
+    for prompt, rows in groups.items():
+        shares: list[list] = []
+        for row in rows:
+            share = next((own for own in shares if own[0] + counts[row] <= capacity), None)
+            if share is None:
+                shares.append(share := [len(prompt), []])
+            share[0] += counts[row]
+            share[1].append(row)
+        parts += shares
+    bins: list[list] = []
+    for size, rows in sorted(parts, key=lambda part: -part[0]):
+        own = next((own for own in bins if own[0] + size <= capacity), None)
+        if own is None:
+            bins.append(own := [0, []])
+        own[0] += size
+        own[1].append(rows)
+    return [tuple(own) for own in bins]
+
+
+def _filled(bins: list[list[list[int]]], width: int, prompts, completions, length: int) -> Packed:
+    ids, positions = np.zeros((2, len(bins), width), dtype=np.int64)
+    pieces = np.full((2, len(bins), width), -1)
+    places = np.zeros((len(prompts), length), dtype=np.int64)
+    piece = 0
+    for number, groups in enumerate(bins):
+        end = 0
+        for rows in groups:
+            prompt, own, size = prompts[rows[0]], piece, len(prompts[rows[0]])
+            start = number * width + end
+            for text, before, row in [(prompt, 0, None), *((completions[row], size, row) for row in rows)]:
+                cells = slice(end, end + len(text))
+                ids[number, cells] = text
+                positions[number, cells] = np.arange(before, before + len(text))
+                pieces[0, number, cells], pieces[1, number, cells] = piece, own
+                if row is not None:
+                    places[row, :size] = np.arange(start, start + size)
+                    places[row, size : size + len(text)] = np.arange(
+                        number * width + end, number * width + end + len(text)
+                    )
+                end += len(text)
+                piece += 1
+    ids, positions, pieces, places = map(torch.from_numpy, (ids, positions, pieces, places))
+    return Packed(input_ids=ids, position_ids=positions, pieces=pieces, places=places)
+
+
+def packer_for(side: str, model: nn.Module, accelerator) -> Packer | None:
+    """A packer for `model`, not yet wrapped and with an adapter or without; `None` where it has to read padded rows, with the reason
+    logged."""
+    inner, reason = base_model(model), None
+    if accelerator.distributed_type in _SHARDED:
+        reason = "it may be sharded"
+    elif isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
+        reason = "its adapter has virtual tokens"
+    else:
+        reason = _unlike(inner)
+    if reason is not None:
+        logger.info(f"The {side} reads padded rows, each with its own prompt: {reason}.")
+        return None
+    return Packer(inner.config.get_text_config().hidden_size)
+
+
+def _unlike(model: PreTrainedModel) -> str | None:
+    """Why packed rows would not give what padded ones do."""
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa":  # "eager" would hold the scores of whole packed rows
+        return f"its attention is {config._attn_implementation}, not sdpa"
+    if not _is_full(config):
+        return "not all its layers see the whole text"
+    return _trial(model)
+
+
+def _is_full(config: PreTrainedConfig) -> bool:
+    """Whether no setting limits how far back attention sees. The mask that is given takes the place of the model's own."""
+    layers = getattr(config, "layer_types", None)
+    if layers is not None:
+        return set(layers) == {"full_attention"}
+    limits = {name: value for name, value in config.to_dict().items() if "window" in name or "chunk" in name}
+    return not any(limits.values())
+
+
+@torch.no_grad()
+def _trial(model: PreTrainedModel) -> str | None:
+    """Why the model fails a trial: two prompts, of which one has two completions, packed and each by itself."""
+    embeddings = model.get_input_embeddings().weight
+    if embeddings.device.type == "meta":
+        return "its weights are offloaded"
+    ids = (torch.arange(1, 17) * 7919 % len(embeddings)).tolist()
+    prompts, completions = [ids[:3], ids[:3], ids[3:4]], [ids[4:8], ids[8:10], ids[10:16]]
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    packed = _filled([[[0, 1], [2]]], 18, prompts, completions, 7)
+    training, kwargs = model.training, {"use_cache": False}
+    model.eval()
+    try:
+        alone = [
+            model.base_model(torch.tensor([row], device=embeddings.device), **kwargs).last_hidden_state[0]
+            for row in rows
+        ]
+        own = {name: packed[name].to(embeddings.device) for name in ("input_ids", "position_ids")}
+        mask = attention_mask_of(packed["pieces"].to(embeddings.device), embeddings.dtype)
+        together = model.base_model(**own, attention_mask=mask, **kwargs).last_hidden_state.flatten(0, 1)
+    except Exception as error:  # of any kind: what code of others says of a mask of four dimensions
+        return f"{type(model).__name__} does not take packed rows ({type(error).__name__}: {error})"
+    finally:
+        model.train(training)
+    found = [together[packed["places"][row, : len(own)].to(together.device)] for row, own in enumerate(alone)]
+    found, alone = torch.cat(found).double(), torch.cat(alone).double()
+    tolerance = 1e-4 if embeddings.dtype in (torch.float32, torch.float64) else 0.02
+    if not (found - alone).abs().max() <= tolerance * alone.abs().max():
+        return f"{type(model).__name__} gives other hidden states for packed rows"
+    return None
