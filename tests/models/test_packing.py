@@ -42,13 +42,15 @@ PACKED = {
     "Granite": ("GraniteConfig", {"logits_scaling": 4.0}),
     "OLMo 2": ("Olmo2Config", {}),
     "experts": ("Qwen3MoeConfig", EXPERTS),
+    "Gemma 3, windows of 24": ("Gemma3TextConfig", {"sliding_window": 24}),
+    "Mistral, windows of 24": ("MistralConfig", {"sliding_window": 24}),
 }
 MAMBA = {"mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 4, "mamba_n_groups": 1}
 LIMITED = "not all its layers see the whole text"
 PADDED = {
-    "Gemma 3, windows": ("Gemma3TextConfig", {}, LIMITED),
-    "Mistral, a window": ("MistralConfig", {"sliding_window": 4096}, LIMITED),
-    "Phi 3, a window": ("Phi3Config", {"sliding_window": 2047}, LIMITED),
+    "Gemma 3, small windows": ("Gemma3TextConfig", {"sliding_window": 4}, LIMITED),
+    "Phi 3, a small window": ("Phi3Config", {"sliding_window": 4}, LIMITED),
+    "Llama 4, chunks": ("Llama4TextConfig", EXPERTS, LIMITED),
     "Falcon-H1, a state": ("FalconH1Config", MAMBA, LIMITED),
     "BLOOM, no positions": ("BloomConfig", {"n_layer": 2, "n_head": 2}, "eager, not sdpa"),
     "Llama, flex": ("LlamaConfig", {"attn_implementation": "flex_attention"}, "flex_attention, not sdpa"),
@@ -266,6 +268,17 @@ def packed_shape(prompts: list[list[int]], counts: list[int], hidden: int) -> tu
 def test_a_prompt_that_rows_share_is_read_once():
     one, two = list(range(40)), list(range(1, 41))
     assert packed_shape([one, two] * 4, [10] * 8, 512) == (2, 80)
+
+
+@pytest.mark.parametrize(
+    ("name", "reach"),
+    [("Llama", 10**9), ("Gemma 3, windows of 24", 24), ("Mistral, windows of 24", 24)],
+)
+def test_rows_longer_than_a_models_window_are_padded(name, reach):
+    """In it, each layer sees the whole row, as the packed rows' mask says."""
+    packer = packer_for("student", model_of(name, torch.float32), Accelerator(cpu=True))
+    assert packer([[1] * 14] * 4, [[2] * 10, [3], [4], [5]], 24) is not None
+    assert (packer([[1] * 14] * 4, [[2] * 11, [3], [4], [5]], 25) is not None) == (reach >= 25)
 
 
 def test_rows_that_share_nothing_and_are_of_like_length_are_padded():

@@ -30,6 +30,7 @@ from .heads import attention_mask_of, base_model
 logger = get_logger(__name__)
 
 _LEAST_SAVED = 0.1  # of the products, below which rows are padded: counts say no more of a machine's time
+_TRIAL = 7  # tokens of the longest row of a trial
 _ALIGNED = 8  # CUDA's kernel would copy a mask of another width in every layer
 # of hidden states, relative: in bfloat16 two pretrained models differ by 0.04, and by 0.8 where tokens see another's completion
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -62,7 +63,7 @@ def packed_inputs(packed: Packed, scored: torch.Tensor) -> dict[str, torch.Tenso
 
 class Packer:
     """
-    Packs rows of prompt + completion, for a model of hidden size `hidden_size`.
+    Packs rows of prompt + completion, for a model of hidden size `hidden_size`, where none is longer than `reach`.
 
     A token costs about 12 H² products a layer in the linear layers (H: hidden size), and in attention 2 H for each token of its row,
     half of which the causal mask of padded rows skips. Rows are packed to the width at which that is least, if it is at least a tenth
@@ -70,8 +71,8 @@ class Packer:
     (some 8 H of each).
     """
 
-    def __init__(self, hidden_size: int):
-        self._hidden_size = hidden_size
+    def __init__(self, hidden_size: int, reach: float = math.inf):
+        self._hidden_size, self._reach = hidden_size, reach
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], length: int, multiple: int = 1
@@ -84,6 +85,8 @@ class Packer:
         """The packed rows, each as a list of rows that share a prompt, and their width."""
         multiple = math.lcm(multiple, _ALIGNED)
         linear, longest = 12 * self._hidden_size, max(len(prompt) + count for prompt, count in rows)
+        if longest > self._reach:
+            return None
         least = (1 - _LEAST_SAVED) * len(rows) * length * (linear + length)
         groups: dict[tuple[int, ...], list[int]] = {}
         for row in sorted(range(len(rows)), key=lambda row: -rows[row][1]):
@@ -163,7 +166,7 @@ def packer_for(side: str, model: nn.Module, accelerator) -> Packer | None:
     if reason is not None:
         logger.info(f"The {side} reads padded rows, each with its own prompt: {reason}.")
         return None
-    return Packer(inner.get_input_embeddings().weight.shape[1])
+    return Packer(inner.get_input_embeddings().weight.shape[1], _reach(inner.config.get_text_config()))
 
 
 def _unlike(model: PreTrainedModel) -> str | None:
@@ -171,18 +174,22 @@ def _unlike(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa":  # "eager" would hold the scores of whole packed rows
         return f"its attention is {config._attn_implementation}, not sdpa"
-    if not _is_full(config):
+    if _reach(config) < _TRIAL:
         return "not all its layers see the whole text"
     return _trial(model)
 
 
-def _is_full(config: PreTrainedConfig) -> bool:
-    """Whether no setting limits how far back attention sees. The mask that is given takes the place of the model's own."""
-    layers = getattr(config, "layer_types", None)
-    if layers is not None:
-        return set(layers) == {"full_attention"}
-    limits = {name: value for name, value in config.to_dict().items() if "window" in name or "chunk" in name}
-    return not any(limits.values())
+def _reach(config: PreTrainedConfig) -> float:
+    """The longest row in which every layer sees all that comes before; 0 where that is unknown. The mask that is given takes the
+    place of the model's own windows."""
+    layers, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    if layers:
+        limited = layers - {"full_attention"}
+    else:
+        limited = {name for name, value in config.to_dict().items() if value and ("window" in name or "chunk" in name)}
+    if not limited:
+        return math.inf
+    return window if limited in ({"sliding_attention"}, {"sliding_window"}) and window else 0
 
 
 @torch.no_grad()
@@ -194,7 +201,7 @@ def _trial(model: PreTrainedModel) -> str | None:
     ids = (torch.arange(1, 17) * 7919 % len(embeddings)).tolist()
     prompts, completions = [ids[:3], ids[:3], ids[3:4]], [ids[4:8], ids[8:10], ids[10:16]]
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    packed = _filled([[[0, 1], [2]]], 18, prompts, completions, 7)
+    packed = _filled([[[0, 1], [2]]], 18, prompts, completions, _TRIAL)
     training, kwargs = model.training, {"use_cache": False}
     model.eval()
     try:
