@@ -82,6 +82,7 @@ class Setting:
     hybrid: bool = True  # whether GOLD's hybrid loss is measured too
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    uncompiled: bool = False  # whether our trainer is measured without a compiled decode step too
 
     @property
     def prompts(self) -> int:

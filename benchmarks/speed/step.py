@@ -18,7 +18,7 @@ Decisions:
   more if they are short, and the order changes with the round. A ratio is the median of the rounds' ratios. Times are wall
   times; processor time is given beside them, since other processes do not count in it.
 - On the GPU each side runs alone: it is built, warmed up and timed, then built again with twice the prompts until memory
-  runs out.
+  runs out. Our trainer compiles its decode step there, in the step that warms it up, and is measured without compiling too.
 - The floor is three plain loops of the same sizes: `generate` with a KV cache for all prompts at once; the teacher's forward
   pass with log-probs of the given tokens, for the same ids that it read in our trainer; the student's forward and backward
   pass for the log-probs of the written tokens; then the optimizer step. The heads are the fastest ones: TRL's kernel for the
@@ -90,9 +90,11 @@ RESULTS = Path(__file__).parents[1] / "results" / "speed"
 ROWS = (128_256, 151_936)
 TILE = 512
 COLUMNS = {"cpu": 1024, "cuda": 8192}  # of the vocabulary at a time
-SIDES = ("floor", "ours", "gold", "gold hybrid")
+UNCOMPILED = "ours, not compiled"
+SIDES = ("floor", "ours", UNCOMPILED, "gold", "gold hybrid")
 PHASES = {  # in the order of the plot
     "generation": "tab:blue",
+    "compilation": "tab:cyan",
     "teacher": "tab:orange",
     "student": "tab:green",
     "optimizer": "tab:olive",
@@ -147,6 +149,7 @@ def gpu_plan(
                 hybrid,
                 device,
                 dtype=dtype,
+                uncompiled=True,
             )
     return Plan(settings, rounds=2 if quick else rounds, largest=2 if quick else largest)
 
@@ -231,6 +234,8 @@ def head_gradient(hidden: torch.Tensor, weight: torch.nn.Parameter, targets: tor
 def builders(setting: Setting, rows: list[tuple[str, str]], folder: Path) -> dict[str, Callable]:
     """A function for each side, except the floor, that builds it."""
     found = {"ours": lambda: Ours(setting, rows, folder), "gold": lambda: Gold(setting, rows, folder)}
+    if setting.uncompiled:
+        found[UNCOMPILED] = lambda: Ours(setting, rows, folder, generation_backend="transformers")
     if setting.hybrid:
         found["gold hybrid"] = lambda: Gold(setting, rows, folder, hybrid=True)
     return found
@@ -366,7 +371,7 @@ def measure(setting: Setting, plan: Plan, assets: Path, folder: Path) -> dict:
     result["sides"] = {name: summary(steps[name]) for name in SIDES if name in steps}
     for name, fits in most.items():
         result["sides"].setdefault(name, {})["most_prompts"] = fits
-    pairs = [("gold", "ours"), ("gold hybrid", "ours"), ("ours", "floor"), ("gold", "floor"), ("gold hybrid", "floor")]
+    pairs = [(name, to) for to in ("ours", "floor") for name in SIDES[1:] if name != to]
     result["ratios"] = {
         f"{name} over {to}": ratio(steps[name], steps[to]) for name, to in pairs if name in steps and to in steps
     }

@@ -36,6 +36,7 @@ def test_a_step_beside_golds_and_the_floor(assets, tmp_path, options):
     for result in report["results"].values():
         assert result["ratios"]["gold over ours"]["median"] > 0
         assert result["ratios"]["ours over floor"]["median"] > 0
+        assert ("ours, not compiled over ours" in result["ratios"]) == ("--gpu" in options)
         assert {"generation", "alignment", "teacher", "student", "loss"} <= set(result["sides"]["ours"]["phases"])
 
 

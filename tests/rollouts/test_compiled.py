@@ -1,6 +1,8 @@
 """A compiled decode step: the text of the uncompiled one, and each shape compiled once."""
 
+import copy
 import logging
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -117,6 +119,20 @@ def test_a_window_much_shorter_than_the_text_is_kept_to_and_compiled_once(family
         assert max(map(len, expected)) == 24
         assert written(model, prompts, settings(), decode=decode) == expected
     assert len(graphs) == before + 1
+
+
+@torch.no_grad()
+def test_a_copy_of_a_student_that_has_written_writes_with_its_own_weights(llama):
+    model, decode = llama
+    config = settings(max_new_tokens=6)
+    written(model, PROMPTS[:8], config, decode=decode)
+    copied = copy.deepcopy(model)
+    for weight in copied.parameters():
+        weight.normal_(0, 0.15)
+    expected = written(copied, PROMPTS[:8], config)
+    assert expected != written(model, PROMPTS[:8], config)
+    assert written(copied, PROMPTS[:8], config, decode=CompiledDecode(falls_back=False)) == expected
+    assert torch.equal(pickle.loads(pickle.dumps(model)).lm_head.weight, model.lm_head.weight)
 
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)

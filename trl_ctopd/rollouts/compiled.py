@@ -9,6 +9,8 @@ Decisions
   their place.
 - Layers with a sliding window keep all keys, and the mask hides what is outside the window. transformers' static sliding layer counts
   tokens in Python, and with fixed shapes each count would be compiled anew.
+- What transformers compiled is taken off the model between calls. It is bound to that model, and a deep copy would write with the
+  original's weights.
 - On a CPU compiling takes longer than a run saves, so "auto" compiles on CUDA alone.
 """
 
@@ -17,6 +19,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -51,6 +54,7 @@ SHORTEST = 64  # tokens of a cache
 _MOST_SHAPES = 64  # torch's own limit is 8; what goes past it runs uncompiled
 # new tokens: that of the prompt, one of a compiled step that runs, one of a step that is recorded as a CUDA graph, two that replay it
 _TRIED = 5
+_COMPILED_PARTS = ("_compiled_call", "_last_compile_config")  # of a model, where `generate` keeps them
 _OWN_SETTINGS = {"cache_implementation", "compile_config", "disable_compile", "prefill_chunk_size"}
 
 
@@ -174,6 +178,7 @@ class CompiledDecode:
         self._falls_back, self._failed = falls_back, False
         self._caches: dict[tuple[int, int], StaticCache] = {}  # by rows and length, each tried out
         self._seconds = 0.0
+        self._compiled: dict[str, Any] = {}
 
     def __call__(
         self,
@@ -189,7 +194,7 @@ class CompiledDecode:
         fill = torch.arange(size, device=input_ids.device).clamp(max=rows - 1)  # the last row over and over
         config = copy.deepcopy(generation_config)
         config.compile_config = compile_config(input_ids.device)
-        with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES):
+        with torch._dynamo.config.patch(recompile_limit=_MOST_SHAPES), self._compiled_parts(base_model(model)):
             if not self._failed and (size, length) not in self._caches:
                 self._try(model, input_ids[fill, -1:], config, length)
             if self._failed:
@@ -213,6 +218,17 @@ class CompiledDecode:
         output.sequences = output.sequences[:rows]
         output[CACHE] = _view(cache, rows, output.sequences.shape[1] - 1)
         return output
+
+    @contextmanager
+    def _compiled_parts(self, base: PreTrainedModel) -> Iterator[None]:
+        """Within, `base` has what was compiled for it here, and afterwards what it had before."""
+        before = {name: base.__dict__.pop(name) for name in _COMPILED_PARTS if name in base.__dict__}
+        base.__dict__.update(self._compiled)
+        try:
+            yield
+        finally:
+            self._compiled = {name: base.__dict__.pop(name) for name in _COMPILED_PARTS if name in base.__dict__}
+            base.__dict__.update(before)
 
     def _try(self, model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, length: int):
         """Compiles for the rows of `input_ids` (B, 1) and a cache of `length` by writing a few tokens, which are thrown away."""
