@@ -234,17 +234,17 @@ def _joined(prompt: Prompt, ids: list[int], turns: Sequence[Rollout], eos_policy
         student_widths[place : place + len(own)] = turn.student_widths
         num_chunks += turn.num_chunks
     return Rollout(
-        prompt,
-        ids,
-        student_chunks,
-        student_widths,
-        teacher_ids,
-        np.concatenate(teacher_chunks),
-        num_chunks,
-        turns[-1].ended,
-        False,
-        _joined_alignment(ids, given, turns),
-        turns[0].teacher_prompt_ids,
+        prompt=prompt,
+        student_ids=ids,
+        student_chunks=student_chunks,
+        student_widths=student_widths,
+        teacher_ids=teacher_ids,
+        teacher_chunks=np.concatenate(teacher_chunks),
+        num_chunks=num_chunks,
+        ended=turns[-1].ended,
+        unread=False,
+        alignment=_joined_alignment(ids, given, turns),
+        teacher_prompt_ids=turns[0].teacher_prompt_ids,
         given=given,
         teacher_starts=tuple(starts),
     )

@@ -1,10 +1,10 @@
 """What the teacher reads for a completion that was parsed into sections: the same turn in its own template's markup."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .parsing import SPACE, START, Parsed, steps
-from .turns import ANSWER, CALLS, THOUGHT, Turn
+from .turns import ANSWER, CALLS, THOUGHT, Form, Turn
 
 
 _REASON = {THOUGHT: "thought", CALLS: "call"}
@@ -65,12 +65,8 @@ def plan(
         calls: units of the calls, from the first call's name to the end of the turn; None where the teacher cannot read them.
     """
     sections, marks, kinds = parsed.sections, parsed.marks, list(parsed.kinds)
-    between = {(here, there): literal for here, there, literal in reversed(steps(teacher))}  # the simplest form's
     lost = {kinds.index(kind): _REASON[kind] for kind in lost_kinds(parsed.kinds, teacher, calls is None)}
-    form = teacher.forms.get(tuple(kind for n, kind in enumerate(kinds) if n not in lost))
-    literals = list(form.literals) if form else [between.get((START, kinds[0]), "") if 0 not in lost else ""]
-    if not form and all(n in lost for n in range(len(kinds))):
-        literals = [between.get((START, ANSWER), "")]
+    form, literals = _literals(kinds, lost, teacher)
     on_tail = literals[0].startswith(teacher.tail)
     literals[0] = literals[0].removeprefix(teacher.tail)
 
@@ -104,6 +100,18 @@ def plan(
         literal = ((form.end or eos) if form else "") if bridged else ""
         units.append(Unit(begin, end, literal, False, last_lost if last_lost else None))
     return Plan(on_tail, opening, tuple(unit for unit in units if unit.shared or unit.teacher or unit.end > unit.start))
+
+
+def _literals(kinds: Sequence[str], lost: Mapping[int, str], teacher: Turn) -> tuple[Form | None, list[str]]:
+    """The teacher's form of a turn of these sections without the lost ones, and what it writes before each that is left. Where
+    it has no such form: None, and what it writes before a turn's first section, or before an answer if all are lost."""
+    form = teacher.forms.get(tuple(kind for n, kind in enumerate(kinds) if n not in lost))
+    if form:
+        return form, list(form.literals)
+    before = {there: literal for here, there, literal in reversed(steps(teacher)) if here == START}  # the simplest form's
+    if len(lost) == len(kinds):
+        return None, [before.get(ANSWER, "")]
+    return None, ["" if 0 in lost else before.get(kinds[0], "")]
 
 
 def lost_kinds(kinds: tuple[str, ...], teacher: Turn, without_calls: bool) -> set[str]:
