@@ -77,7 +77,7 @@ class World:
 
         length = max(map(len, students.values()))
         rows, columns, chunks, widths, goes_on = [], [], [], [], []
-        teacher_scores, teacher_chunks = [], []
+        teacher_scores, teacher_chunks, teacher_close = [], [], []
         for text in self.texts:
             ids, read = students[text], teachers[text]
             ends = [set(itertools.accumulate(map(len, side[:-1]))) for side in (ids, read)]
@@ -105,6 +105,17 @@ class World:
                 len(shared)
             ]
             teacher_chunks.append(number)
+            teacher_close.append([0.0] * len(read))
+            for i in range(1, len(read)):
+                before = "".join(read[:i])
+                if len(before) in shared:
+                    kept = cut(before, shape.student)
+                    left = sum(
+                        theirs[*read[:i], token]
+                        for token in {*shape.teacher, STOP}
+                        if token == STOP or cut(before + token, shape.student)[: len(kept)] == kept
+                    )
+                    teacher_close[-1][i] = math.log(left / theirs[read[:i]])
             teacher_scores.append([math.log(theirs[read[: i + 1]] / theirs[read[:i]]) for i in range(len(read))])
         self._rows, self._columns = torch.tensor(rows), torch.tensor(columns)
         self._goes_on = torch.stack([torch.stack(row) for row in goes_on])
@@ -112,6 +123,9 @@ class World:
         self._fixed = {
             "teacher_log_probs": torch.tensor(
                 [own + [0.0] * (widest - len(own)) for own in teacher_scores], dtype=torch.float64
+            ),
+            "teacher_close_log_probs": torch.tensor(
+                [own + [0.0] * (widest - len(own)) for own in teacher_close], dtype=torch.float64
             ),
             "student_chunks": torch.tensor(chunks),
             "teacher_chunks": torch.tensor([own + [-1] * (widest - len(own)) for own in teacher_chunks]),

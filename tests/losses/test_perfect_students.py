@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_logit_losses import Completion, Pair
-from test_reverse_kl import DIGITS, World, closings, moved, numbers, written_by_both
+from test_reverse_kl import DIGITS, World, closings, moved, numbers, teacher_closings, written_by_both
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -92,18 +92,27 @@ def test_the_worlds_have_the_chunks_they_are_named_for():
 
 
 @functools.cache
-def drift(name: str, shape: str, **knobs) -> float:
+def drift(name: str, shape: str, told: bool = True, **knobs) -> float:
     """The greatest number in the expected gradient of a student that has the teacher's law."""
     loss, own = build_loss(name, **knobs), world(shape)
 
     def closed(batch, num_items):
-        if own.pair.vocabulary.is_one_tokenizer:
-            close = torch.zeros_like(batch.student_log_probs)
-        else:
-            close = closings(replace(own.micro_batch, student_logits=batch.student.hidden))
-        return loss(replace(batch, close_log_probs=close), num_items)
+        batch = closing_batch(own, batch, name == "dpca", told)
+        return loss(batch, num_items)
 
-    return own.expected_gradient(closed if name == "dpca" else loss).abs().max().item()
+    return own.expected_gradient(closed if name in ("dpca", "reverse_kl") else loss).abs().max().item()
+
+
+def closing_batch(own: World, batch, closes: bool, told: bool):
+    """With what closed chunks read; of the student (`closes`), which `reverse_kl` finds itself, and of the teacher (`told`)."""
+    one = own.pair.vocabulary.is_one_tokenizer
+    found = {}
+    if closes:
+        micro_batch = replace(own.micro_batch, student_logits=batch.student.hidden)
+        found["close_log_probs"] = torch.zeros_like(batch.student_log_probs) if one else closings(micro_batch)
+    if told and not one:
+        found["teacher_close_log_probs"] = teacher_closings(own.micro_batch)
+    return replace(batch, **found)
 
 
 STAYS = {  # in the words of the table and of the docstrings

@@ -118,15 +118,27 @@ def moved(world: World, seed: int = 0, by: float = 1.0) -> torch.Tensor:
 
 def closings(micro_batch: MicroBatch) -> torch.Tensor:
     """(B, S) log p_close, of the student's logits."""
-    going_on = torch.zeros_like(micro_batch.student_logits, dtype=torch.bool)
-    for row, chunks in enumerate(micro_batch.student_chunks.tolist()):
-        for place in range(1, len(chunks)):
-            if chunks[place] != chunks[place - 1] >= 0 and chunks[place] >= 0:
-                last = max(j for j, c in enumerate(micro_batch.teacher_chunks[row].tolist()) if c == chunks[place - 1])
-                token = int(micro_batch.teacher_ids[row, last])
-                going_on[row, place, micro_batch.pair.vocabulary.continuations.of(token)] = True
-                going_on[row, place, micro_batch.student_ids[row, place]] = False
-    closed = micro_batch.student_logits.log_softmax(-1).exp().masked_fill(going_on, 0).sum(-1).log()
+    table, teacher = micro_batch.pair.vocabulary.continuations, (micro_batch.teacher_ids, micro_batch.teacher_chunks)
+    return _closings(table, teacher, (micro_batch.student_ids, micro_batch.student_chunks), micro_batch.student_logits)
+
+
+def teacher_closings(micro_batch: MicroBatch) -> torch.Tensor:
+    """(B, T) log p_close of the student's tokens, of the teacher's logits."""
+    table, student = micro_batch.pair.vocabulary.continuations, (micro_batch.student_ids, micro_batch.student_chunks)
+    teacher = micro_batch.teacher_ids, micro_batch.teacher_chunks
+    return _closings(table.reverse, student, teacher, micro_batch.teacher_logits)
+
+
+def _closings(table, ended, beginning, logits: torch.Tensor) -> torch.Tensor:
+    (ids, chunks), (others, other_chunks) = ended, beginning
+    going_on = torch.zeros_like(logits, dtype=torch.bool)
+    for row, own in enumerate(other_chunks.tolist()):
+        for place in range(1, len(own)):
+            if own[place] != own[place - 1] >= 0 and own[place] >= 0:
+                last = max(j for j, c in enumerate(chunks[row].tolist()) if c == own[place - 1])
+                going_on[row, place, table.of(int(ids[row, last]))] = True
+                going_on[row, place, others[row, place]] = False
+    closed = logits.log_softmax(-1).exp().masked_fill(going_on, 0).sum(-1).log()
     return closed * going_on.any(-1)
 
 

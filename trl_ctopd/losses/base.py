@@ -63,6 +63,9 @@ class ScoredChunks:
             log-prob, with gradient, that the student leaves the teacher's last token closed there: log(1 − the probability
             of the tokens with which the teacher's tokenizer would not cut there), under the distribution that the student
             token was drawn from; 0 elsewhere. For a loss with `event = "closed"`.
+        teacher_close_log_probs (`torch.Tensor` of shape (B, T), *optional*): the same of the teacher, where a chunk ends right
+            before one of its tokens: the log-prob that it leaves the student's last token closed there. `None` where a server does not
+            tell it.
         old_close_log_probs (`torch.Tensor` of shape (B, S), *optional*): `close_log_probs` as `old_log_probs` are.
         teacher_likeliest (`tuple` of a `torch.LongTensor` and a `torch.Tensor` of shape (B, T, k), *optional*): ids and
             log-probs of the k likeliest teacher tokens at each position, for a loss with `likeliest` and a teacher behind a
@@ -98,6 +101,7 @@ class ScoredChunks:
     old_log_probs: torch.Tensor | None = None
     importance: torch.Tensor | None = None
     close_log_probs: torch.Tensor | None = None
+    teacher_close_log_probs: torch.Tensor | None = None
     old_close_log_probs: torch.Tensor | None = None
     teacher_likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
     other_spelling: torch.Tensor | None = None

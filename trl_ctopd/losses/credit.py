@@ -8,12 +8,13 @@ teacher's budget, log q̂_i = (L_T / L_S) · log p_i, so the advantage is
 
 Written as gap × share, every other way to hand out the gap is the same line with another w (`CREDITS`).
 
-L_T is the log-prob that the chunk's last teacher token *ends* where it does, and L_S says nothing of that. `closed_budgets`
-makes it say so: with p_close(c) the student's probability that what it writes after chunk c leaves that boundary where it is,
+L_T is the log-prob that the chunk's last teacher token *ends* where it does, and L_S says nothing of that. `closing` makes it say
+so: with p_close(c) the student's probability that what it writes after chunk c leaves that boundary where it is,
 
     L'_S(c) = L_S(c) − log p_close(c − 1) + log p_close(c),
 
-which telescopes to L_S of the text, so that only the chunks' parts of the gap change.
+which telescopes to L_S of the text, so that only the chunks' parts of the gap change. L_S in turn says that the student's last token
+ends there, and L_T says nothing of that: L'_T is the same with the teacher's probability to leave that boundary where it is.
 
 Shapes: B sequences, S student tokens, T teacher tokens, C chunks a sequence at most. `chunks` tensors hold each token's
 chunk number in its own sequence, -1 where the token takes no part. Nothing here carries gradient.
@@ -66,8 +67,9 @@ def closing(close_log_probs: torch.Tensor, chunks: torch.Tensor, num_chunks: int
 
     Args:
         close_log_probs (`torch.Tensor` of shape (B, S)): log p_close of the teacher's token that ends where each student
-            token begins, under the distribution that the student token is drawn from; 0 where there is none.
-        chunks (`torch.LongTensor` of shape (B, S)), num_chunks (`int`).
+            token begins, under the distribution that the student token is drawn from; 0 where there is none. Or (B, T), of the
+            student's token that ends where each of the teacher's begins, under the teacher's distribution.
+        chunks (`torch.LongTensor` of the same shape), num_chunks (`int`).
 
     Returns:
         two `torch.Tensor` of shape (B, C), 0 for chunks without tokens and past the end of a row.
@@ -150,6 +152,7 @@ def gaps(
     teacher_chunks: torch.Tensor,
     num_chunks: int,
     close_log_probs: torch.Tensor | None = None,
+    teacher_close_log_probs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Each chunk's gap L_T − L_S in nats, with the chunks neutralised whose teacher log-probs are NaN or infinite.
@@ -158,8 +161,9 @@ def gaps(
         student_log_probs (`torch.Tensor` of shape (B, S)), teacher_log_probs (`torch.Tensor` of shape (B, T)): in nats.
         student_chunks (`torch.LongTensor` of shape (B, S)), teacher_chunks (`torch.LongTensor` of shape (B, T)).
         num_chunks (`int`): C.
-        close_log_probs (`torch.Tensor` of shape (B, S), *optional*): as for `closing`; with them the gap is
-            L_T − L'_S, that of closed chunks.
+        close_log_probs (`torch.Tensor` of shape (B, S), *optional*): as for `closing`; with them L'_S takes the place of L_S.
+        teacher_close_log_probs (`torch.Tensor` of shape (B, T), *optional*): the same of the teacher; with them L'_T takes the
+            place of L_T.
 
     Returns:
         `gap` (`torch.Tensor` of shape (B, C)), 0 in neutralised chunks, and `neutral` (`torch.BoolTensor` of shape
@@ -170,6 +174,9 @@ def gaps(
         before, after = closing(close_log_probs, student_chunks, num_chunks)
         student_budget = student_budget - before + after
     teacher_budget = chunk_sum(teacher_log_probs, teacher_chunks, num_chunks)
+    if teacher_close_log_probs is not None:
+        before, after = closing(teacher_close_log_probs, teacher_chunks, num_chunks)
+        teacher_budget = teacher_budget - before + after
     neutral = ~torch.isfinite(teacher_budget)
     return (teacher_budget - student_budget).masked_fill(neutral, 0), neutral
 

@@ -154,9 +154,9 @@ class DPCA(PolicyGradient):
 
     def _gaps(self, batch: ScoredChunks) -> torch.Tensor:
         """(B, C) without bounds."""
-        close = None
+        close, teacher_close = None, None
         if self.event == "closed":
-            close = batch.policy_close_log_probs
+            close, teacher_close = batch.policy_close_log_probs, batch.teacher_close_log_probs
             if close is None:
                 raise ValueError(
                     "DPCA's closed chunks read `ScoredChunks.close_log_probs`, and the batch has none: the trainer gives them; "
@@ -164,7 +164,7 @@ class DPCA(PolicyGradient):
                 )
         teacher = floored(batch.teacher_log_probs)
         sides = batch.student_chunks, batch.teacher_chunks
-        gap, _ = gaps(batch.policy_log_probs, teacher, *sides, batch.num_chunks, close)
+        gap, _ = gaps(batch.policy_log_probs, teacher, *sides, batch.num_chunks, close, teacher_close)
         return gap
 
     def _at_closings(self, batch: ScoredChunks, begun: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:

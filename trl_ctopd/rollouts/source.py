@@ -26,7 +26,7 @@ from ..models.sharding import own_rows
 from ..text.aligner import align_text
 from ..text.chat import Speaker
 from ..text.continuations import Continuations
-from .closing import add_going_on, without_unclosed, without_undecided
+from .closing import Tables, add_going_on, without_unclosed, without_undecided
 from .compiled import COMPILED, CompiledDecode, chosen_backend, while_compiling
 from .early_stop import EarlyStop
 from .generation import TransformersWriter, Writer, Written, sampling_config, write
@@ -77,7 +77,9 @@ class Teachers(Protocol):
 
     def pair(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[Rollout]: ...
 
-    def read(self, rollouts: Sequence[Rollout], with_hidden: bool) -> Readings: ...
+    def read(
+        self, rollouts: Sequence[Rollout], with_hidden: bool, tables: Sequence[Tables] | None = None
+    ) -> Readings: ...
 
 
 def student_writer(
@@ -188,7 +190,8 @@ class RolloutSource:
             with phase("rewards"):
                 rewards, rollouts = self._judged(rollouts, window, on_policy, repeats, mode, figures)
         with phase("teacher"):
-            readings = self._teachers.read(rollouts, any(map(self._reads_distributions, on_policy)))
+            tables = [self._continuations(on) for prompts, on in zip(window, on_policy, strict=True) for _ in prompts]
+            readings = self._teachers.read(rollouts, any(map(self._reads_distributions, on_policy)), tables)
             if early_stop is not None:
                 rollouts, told = early_stop.masked(rollouts, sampled, readings, step)
                 figures.update(told)
@@ -206,6 +209,8 @@ class RolloutSource:
             batch["teacher_places"] = torch.tensor([names.index(rollout.prompt.teacher) for rollout in own])
             teacher_length = batch["teacher_chunks"].shape[1]
             batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)
+            if (close := readings.close_log_probs(rows, teacher_length)) is not None:
+                batch["teacher_close_log_probs"] = close
             if readings.reference is not None:
                 batch["reference_teacher_log_probs"] = readings.reference.log_probs(rows, teacher_length)
             if self._reads_distributions(on) and readings.hidden:

@@ -3,7 +3,10 @@ distributions, it also returns the hidden states that the logits are computed fr
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import accumulate
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -12,6 +15,18 @@ from ..models.loading import load_model, switch_router_logits_off
 from ..models.packing import packed_inputs, packer_for
 from ..models.sharding import is_sharded, place_teacher
 from ..rollouts.pairing import by_length, pad_rows
+
+
+GoingOn = tuple[np.ndarray, np.ndarray]  # (K,) places among a completion's tokens, and (K,) ids
+
+
+class TeacherScores(NamedTuple):
+    """Of a completion of T tokens: (T,) their log-probs in nats; where asked for, (T,) log-probs that none of given ids is drawn there,
+    and the (T, H) hidden states that the logits are computed from."""
+
+    log_probs: torch.Tensor
+    close: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
 
 class LocalTeacher:
@@ -65,20 +80,25 @@ class LocalTeacher:
             B float32 tensors on the teacher's device, the b-th of shape (len(completions[b]),), in nats, in the order given.
             Rows are scored `batch_size` at a time, those of one prompt one after another, the longest first.
         """
-        return [log_probs for log_probs, _ in self._score(prompts, completions, other_ends, with_hidden=False)]
+        return [own.log_probs for own in self.scores(prompts, completions, other_ends)]
 
-    def log_probs_and_hidden(
+    @torch.no_grad()
+    def scores(
         self,
         prompts: list[list[int]],
         completions: list[list[int]],
         other_ends: Sequence[Sequence[int]] | None = None,
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """`log_probs`, and for each completion the (len(completions[b]), H) hidden states that its tokens' logits are computed
-        from. These are large, and stay on the CPU."""
-        return self._score(prompts, completions, other_ends, with_hidden=True)
+        going_on: Sequence[GoingOn] | None = None,
+        with_hidden: bool = False,
+    ) -> list[TeacherScores]:
+        """
+        As `log_probs`, and more.
 
-    @torch.no_grad()
-    def _score(self, prompts, completions, other_ends, with_hidden):
+        Args:
+            going_on: for each row, places and ids, each pair once, without the id that is there: `close` at a place is the log-prob
+                that none of its ids is drawn, 0 where it has none. None: not asked for.
+            with_hidden: whether hidden states are returned. These are large, and stay on the CPU.
+        """
         other_ends = [()] * len(prompts) if other_ends is None else other_ends
         lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
         order = by_length(range(len(prompts)), lengths, list(map(tuple, prompts)) if self._packer else None)
@@ -86,12 +106,13 @@ class LocalTeacher:
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             own = ([texts[r] for r in rows] for texts in (prompts, completions, other_ends))
-            found = self._forward(*own, with_hidden)
+            asked = None if going_on is None else [going_on[r] for r in rows]
+            found = self._forward(*own, asked, with_hidden)
             for row, score in zip(rows, found, strict=True):
                 scores[row] = score
         return scores
 
-    def _forward(self, prompts, completions, other_ends, with_hidden):
+    def _forward(self, prompts, completions, other_ends, going_on, with_hidden):
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         counts = [len(completion) for completion in completions]
         width = max(map(len, rows))
@@ -111,14 +132,29 @@ class LocalTeacher:
         inputs["targets"] = torch.tensor([*targets, *(token for _, token in ends)], dtype=torch.long)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         capture = hidden_states(self.base_model) if with_hidden else nullcontext([])
+        if going_on is not None:
+            inputs["going_on"] = _in_tiles(going_on, counts).to(self.device)
         with self._accelerator.autocast(), capture as states:  # the precision that the student is scored in
-            *log_probs, others = self.model(**inputs).log_probs.split([*counts, len(ends)])
+            scores = self.model(**inputs)
+        *log_probs, others = scores.log_probs.split([*counts, len(ends)])
         for (row, _), other in zip(ends, others, strict=True):
             log_probs[row][-1] = torch.logaddexp(log_probs[row][-1], other)
-        if not with_hidden:
-            return [(own, None) for own in log_probs]
-        hidden = states[0][tuple(inputs["scored"][:, : len(targets)].to(states[0].device))]
-        return list(zip(log_probs, hidden.cpu().split(counts), strict=True))
+        close, hidden = [None] * len(rows), [None] * len(rows)
+        if going_on is not None:
+            *close, _ = scores.close_log_probs.split([*counts, len(ends)])
+        if with_hidden:
+            hidden = states[0][tuple(inputs["scored"][:, : len(targets)].to(states[0].device))].cpu().split(counts)
+        return list(map(TeacherScores, log_probs, close, hidden))
+
+
+def _in_tiles(going_on: Sequence[GoingOn], counts: Sequence[int]) -> torch.Tensor:
+    """(2, K) of all rows, whose completions have `counts` tokens, in the order that `ClosingLogProbFunction` reads."""
+    starts = [0, *accumulate(counts)]
+    nothing = np.zeros(0, dtype=np.int64)
+    places = np.concatenate([nothing, *(own + start for (own, _), start in zip(going_on, starts, strict=False))])
+    ids = np.concatenate([nothing, *(own for _, own in going_on)])
+    order = np.argsort((ids >> 4).astype(np.uint16), kind="stable")
+    return torch.from_numpy(np.stack([places[order], ids[order]]))
 
 
 def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, distributed: bool) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from ..losses import LOSSES, Metrics
 from ..models.heads import check_head
 from ..models.loading import check_vocabulary, load_tokenizer
 from ..rollouts.blending import blended, mixed, prompts_of
+from ..rollouts.closing import Tables, folded, teacher_going_on, views
 from ..rollouts.pairing import Prompt, Rollout, pad_scores, pair
 from ..text.aligner import TextAligner
 from ..text.chat import Speaker
@@ -345,16 +346,27 @@ class Panel:
         ]
         return self.pair(prompts, completions)
 
-    def read(self, rollouts: Sequence[Rollout], with_hidden: bool) -> "Readings":
-        """Each teacher scores its rows. Returns at once: a server's scores may still be on their way."""
+    def read(
+        self, rollouts: Sequence[Rollout], with_hidden: bool, tables: Sequence[Tables] | None = None
+    ) -> "Readings":
+        """
+        Each teacher scores its rows. Returns at once: a server's scores may still be on their way.
+
+        Args:
+            with_hidden: whether teachers in this process give hidden states.
+            tables: for each rollout, with what each teacher's tokens go on, where its loss reads how chunks close; else empty. Teachers
+                in this process then tell how the student's tokens close.
+        """
         readings = Readings(self._device, any(seat.remote for seat in self.seats.values()))
         readings.padding_rows = {row for row, rollout in enumerate(rollouts) if rollout.prompt.is_padding}
-        texts = list(rollouts)  # each teacher's of a mixture come after them
-        for row, rollout in enumerate(rollouts):
+        texts, own_tables = list(rollouts), list(tables or [{}] * len(rollouts))
+        for row, rollout in enumerate(rollouts):  # each teacher's of a mixture come after them
             if rollout.parts:
                 own = [part.rollout for part in rollout.parts] if rollout.teacher_ids else []
                 readings.mixtures[row] = rollout, range(len(texts), len(texts) + len(own))
-                texts += own
+                seen = [view for _, view in views(rollout)] or own
+                texts += seen[: len(own)]
+                own_tables += [own_tables[row]] * len(own)
         for name, seat in sorted(self.seats.items(), key=lambda named: not named[1].remote):
             rows = [row for row, own in enumerate(texts) if own.prompt.teacher == name and not own.parts]
             own = [texts[row] for row in rows]
@@ -364,12 +376,19 @@ class Panel:
             if seat.remote:
                 scores = seat.teacher.start(*asked)
                 readings.awaited |= {row: (scores, place) for place, row in enumerate(rows)}
-            elif with_hidden:
-                scores, hidden = zip(*seat.teacher.log_probs_and_hidden(*asked), strict=True)
-                readings.found |= zip(rows, scores, strict=True)
-                readings.hidden |= zip(rows, hidden, strict=True)
-            else:
-                readings.found |= zip(rows, seat.teacher.log_probs(*asked), strict=True)
+                continue
+            going_on = None
+            if any(own_tables[row] for row in rows):
+                going_on = [teacher_going_on(texts[row], own_tables[row].get(name)) for row in rows]
+            for row, scores in zip(rows, seat.teacher.scores(*asked, going_on, with_hidden), strict=True):
+                readings.found[row] = scores.log_probs
+                if with_hidden:
+                    readings.hidden[row] = scores.hidden
+                if own_tables[row] and row < len(rollouts):
+                    readings.close[row] = scores.close
+                elif own_tables[row]:
+                    view = texts[row]
+                    readings.found[row] = folded(*scores[:2], view.teacher_chunks, view.num_chunks)
         if self.reference is not None:
             readings.reference = self._read_by_reference(asked, readings.padding_rows)
         return readings
@@ -393,6 +412,7 @@ class Readings:
         self._device, self._some_remote = device, some_remote
         self.found: dict[int, torch.Tensor] = {}
         self.awaited: dict[int, tuple[RemoteScores, int]] = {}
+        self.close: dict[int, torch.Tensor] = {}  # how the student's tokens close, where asked for
         self.hidden: dict[int, torch.Tensor] = {}
         self.mixtures: dict[int, tuple[Rollout, range]] = {}  # and the numbers of its parts' texts
         self.padding_rows: set[int] = set()
@@ -403,6 +423,14 @@ class Readings:
         if not self._some_remote:
             return pad_scores([self.row(row) for row in rows], length)
         return Awaited(self, list(rows), length)
+
+    def close_log_probs(self, rows: Sequence[int], length: int) -> torch.Tensor | None:
+        """(len(rows), `length`) log-probs that the teacher leaves the student's token before it closed, 0 where it does not tell it;
+        None where no teacher tells it of any of these rows."""
+        if not any(row in self.close for row in rows):
+            return None
+        nothing = torch.zeros(0, device=self._device)
+        return pad_scores([self.close.get(row, nothing).to(self._device) for row in rows], length)
 
     def row(self, row: int) -> torch.Tensor:
         """(T,) log-probs of one row, which are waited for."""

@@ -109,6 +109,8 @@ class Continuations:
     Attributes:
         texts (U): the distinct texts of the student's tokens, sorted.
         merges: None where the teacher's tokenizer is not BPE.
+        reverse (`Continuations` or None): the same the other way round: for each student token, the teacher tokens that continue
+            it. None where the teacher's distributions are not known.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Continuations:
         stops: Collection[int] = (),
         merges: Merges | None = None,
     ):
+        self.reverse: Continuations | None = None
         by_text: dict[bytes, list[int]] = {}
         for token, row in enumerate(token_table(student_tokenizer).rows):
             if row and token not in stops:

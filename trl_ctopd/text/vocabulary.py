@@ -262,12 +262,19 @@ class VocabularyPair:
 
     @cached_property
     def continuations(self) -> Continuations:
-        """The student tokens that continue each teacher token. Stays on the CPU."""
-        path = None if self._cache_dir is None else Path(self._cache_dir) / f"{self._hash}-{Merges.__name__}.npz"
+        """The student tokens that continue each teacher token, and, as its `reverse`, the teacher tokens that continue each student
+        token. Stays on the CPU."""
+        student, teacher = self._tokenizers
+        found = self._continuations(student, teacher, self._student.stops, Merges.__name__)
+        found.reverse = self._continuations(teacher, student, self._teacher.stops, f"{Merges.__name__}-reverse")
+        return found
+
+    def _continuations(self, student, teacher, stops, name: str) -> Continuations:
+        path = None if self._cache_dir is None else Path(self._cache_dir) / f"{self._hash}-{name}.npz"
         kept = None if path is None else _load(Merges, path)
         if kept is not None:
             kept = Merges(*(getattr(kept, field.name).numpy() for field in fields(Merges)))
-        found = Continuations(*self._tokenizers, self._student.stops, kept)
+        found = Continuations(student, teacher, stops, kept)
         if path is not None and kept is None and found.merges is not None:
             _save(found.merges, path)
         return found

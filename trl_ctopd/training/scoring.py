@@ -130,6 +130,7 @@ class Scorer:
             prompts=inputs.get("prompts"),
             imbalance=scores[2],
             close_log_probs=close,
+            teacher_close_log_probs=inputs.get("teacher_close_log_probs"),
             old_close_log_probs=old_close,
             teacher_likeliest=likeliest,
             other_spelling=inputs.get("other_spelling"),

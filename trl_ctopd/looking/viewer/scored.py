@@ -61,6 +61,7 @@ class ScoredRollout(Shown):
         prompt: str | None = None,
         loss: Callable | None = None,
         close_log_probs: Sequence[float] | None = None,
+        teacher_close_log_probs: Sequence[float] | None = None,
     ) -> "ScoredRollout":
         """
         Scores an alignment with given log-probs.
@@ -74,6 +75,7 @@ class ScoredRollout(Shown):
             loss: a loss on log-probs from [`~trl_ctopd.losses.build_loss`], or a function of your own.
             close_log_probs: one for each of `alignment.student_ids`, as in `ScoredChunks`. Without them, a loss of closed
                 chunks is shown as that of open chunks, and `method` says so.
+            teacher_close_log_probs: one for each of `alignment.teacher_ids`, likewise.
 
         Raises:
             ValueError: the numbers of tokens and log-probs differ, a scored student log-prob is not finite, or the loss does
@@ -106,6 +108,7 @@ class ScoredRollout(Shown):
             student_ids=_row(alignment.student_ids, torch.long),
             teacher_ids=_row(alignment.teacher_ids, torch.long),
             close_log_probs=None if close_log_probs is None else _row(close_log_probs, torch.double),
+            teacher_close_log_probs=None if teacher_close_log_probs is None else _row(teacher_close_log_probs, torch.double),
         )
         log_probs = batch.student_log_probs.detach()
         gap, neutral = gaps(
@@ -150,14 +153,16 @@ class ScoredRollout(Shown):
             loss, prompt: as in `from_log_probs`.
         """
         first = len(rollout.prompt.student_ids) - 1
-        own, close = slice(first, first + len(rollout.student_ids)), batch.close_log_probs
+        own, theirs = slice(first, first + len(rollout.student_ids)), slice(len(rollout.teacher_ids))
+        close, teacher_close = batch.close_log_probs, batch.teacher_close_log_probs
         return cls.from_log_probs(
             alignment_of(rollout),
             batch.student_log_probs[row, own].tolist(),
-            batch.teacher_log_probs[row, : len(rollout.teacher_ids)].tolist(),
+            batch.teacher_log_probs[row, theirs].tolist(),
             prompt=prompt,
             loss=loss,
             close_log_probs=None if close is None else close[row, own].tolist(),
+            teacher_close_log_probs=None if teacher_close is None else teacher_close[row, theirs].tolist(),
         )
 
 
