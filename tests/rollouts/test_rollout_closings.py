@@ -8,17 +8,26 @@ import pytest
 import torch
 
 from trl_ctopd.rollouts.blending import blended
-from trl_ctopd.rollouts.closing import add_going_on, ends, without_unclosed, without_undecided
+from trl_ctopd.rollouts.closing import (
+    add_going_on,
+    ends,
+    folded,
+    student_ends,
+    teacher_going_on,
+    without_unclosed,
+    without_undecided,
+)
 from trl_ctopd.rollouts.pairing import Prompt, Rollout, collate
 
 
 class Table:
-    """As `Continuations`: with what each teacher token goes on, and which are undecided."""
+    """As `Continuations`: with what each of `tokens` goes on, of `others`, and which are undecided. `reverse`: whether it has one."""
 
-    def __init__(self, rng: random.Random, undecided: float = 0.0):
-        self.known = {token: sorted(rng.sample(range(90), rng.choice([0, 0, 3, 40]))) for token in range(50)}
+    def __init__(self, rng: random.Random, undecided: float = 0.0, reverse: bool = False, tokens=50, others=90):
+        self.known = {token: sorted(rng.sample(range(others), rng.choice([0, 0, 3, 40]))) for token in range(tokens)}
         self.later_digits_undo = undecided > 0
-        self.digits = {token for token in range(50) if rng.random() < undecided} if undecided else set()
+        self.digits = {token for token in range(tokens) if rng.random() < undecided} if undecided else set()
+        self.reverse = Table(rng, undecided, False, others, tokens) if reverse else None
 
     def undecided(self, token: int) -> bool:
         return token in self.digits
@@ -78,14 +87,66 @@ def test_a_chunks_edges_have_the_teachers_token_that_lies_before_them(seed):
     assert ends(rollout).tolist() == reference_ends(rollout)
 
 
+def exchanged(rollout: Rollout) -> Rollout:
+    """The student in the teacher's place."""
+    return replace(
+        rollout,
+        student_ids=rollout.teacher_ids,
+        teacher_ids=rollout.student_ids,
+        student_chunks=rollout.teacher_chunks,
+        teacher_chunks=rollout.student_chunks,
+    )
+
+
 @rollouts
-@pytest.mark.parametrize("ended", [True, False])
-def test_the_last_chunk_of_a_text_that_was_cut_off_is_left_out_where_its_token_might_go_on(seed, ended):
+def test_the_same_holds_with_the_two_sides_exchanged(seed):
+    rollout = random_rollout(random.Random(seed), ended=True)
+    assert student_ends(rollout).tolist() == reference_ends(exchanged(rollout))
+
+
+@rollouts
+def test_the_teacher_is_asked_for_what_goes_on_with_the_students_tokens_but_for_what_it_reads_there(seed):
     rng = random.Random(seed)
-    rollout, table = random_rollout(rng, ended), Table(rng)
+    rollout, table = random_rollout(rng, ended=True), Table(rng, reverse=True)
+    places, ids = teacher_going_on(rollout, table)
+    wanted = {
+        (place, token)
+        for place, before in enumerate(reference_ends(exchanged(rollout))[:-1])
+        if before >= 0
+        for token in {*table.reverse.known[before]} - {rollout.teacher_ids[place]}
+    }
+    assert sorted(wanted) == sorted(zip(places.tolist(), ids.tolist(), strict=True))
+    for none in (None, Table(rng)):
+        assert not len(teacher_going_on(rollout, none)[0])
+
+
+@rollouts
+def test_folded_in_closings_are_taken_off_a_chunks_first_token_and_added_to_its_last(seed):
+    rollout = random_rollout(random.Random(seed), ended=True)
+    generator = torch.Generator().manual_seed(seed)
+    log_probs, close = torch.randn(2, len(rollout.teacher_ids), generator=generator, dtype=torch.float64)
+    wanted, chunks = log_probs.tolist(), rollout.teacher_chunks.tolist()
+    for chunk in range(rollout.num_chunks):
+        inside = [place for place, own in enumerate(chunks) if own == chunk]
+        wanted[inside[0]] -= close[inside[0]].item()
+        wanted[inside[-1]] += close[inside[-1] + 1].item() if inside[-1] + 1 < len(chunks) else 0.0
+    found = folded(log_probs, close, rollout.teacher_chunks, rollout.num_chunks)
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
+
+
+@rollouts
+@pytest.mark.parametrize("reverse", [True, False])
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_last_chunk_of_a_text_that_was_cut_off_is_left_out_where_a_sides_token_might_go_on(
+    seed, ended, reverse
+):
+    rng = random.Random(seed)
+    rollout, table = random_rollout(rng, ended), Table(rng, reverse=reverse)
     found = without_unclosed(rollout, {"": table})
-    token = reference_ends(rollout)[-1]
-    drops = not ended and token >= 0 and bool(table.known[token])
+    token, own = reference_ends(rollout)[-1], reference_ends(exchanged(rollout))[-1]
+    drops = token >= 0 and bool(table.known[token])
+    drops |= reverse and own >= 0 and bool(table.reverse.known[own])
+    drops &= not ended
     last = rollout.num_chunks - 1
     for own, left in ((rollout.student_chunks, found.student_chunks), (rollout.teacher_chunks, found.teacher_chunks)):
         assert left.tolist() == [-1 if drops and chunk == last else chunk for chunk in own]
@@ -102,14 +163,18 @@ def test_a_text_that_was_cut_off_after_an_undecided_token_loses_its_last_chunk(s
 
 
 @rollouts
-def test_chunks_after_whose_end_the_next_token_does_not_decide_are_joined_with_the_next(seed):
+@pytest.mark.parametrize("reverse", [True, False])
+def test_chunks_after_whose_end_the_next_token_does_not_decide_are_joined_with_the_next(seed, reverse):
     rng = random.Random(seed)
-    rollout, table = random_rollout(rng, True), Table(rng, undecided=0.5)
+    rollout, table = random_rollout(rng, True), Table(rng, undecided=0.3 if reverse else 0.5, reverse=reverse)
     wanted = [rollout.student_chunks.tolist(), rollout.teacher_chunks.tolist()]
     for chunk in range(1, rollout.num_chunks):
         places = [side.index(number) for side, number in zip(wanted, (chunk, chunk), strict=True)]
         before = [rollout.student_chunks[places[0] - 1], rollout.teacher_chunks[places[1] - 1]] if min(places) else []
-        if before == [chunk - 1] * 2 and rollout.teacher_ids[places[1] - 1] in table.digits:
+        undecided = rollout.teacher_ids[places[1] - 1] in table.digits if min(places) else False
+        if reverse and min(places):
+            undecided |= rollout.student_ids[places[0] - 1] in table.reverse.digits
+        if before == [chunk - 1] * 2 and undecided:
             for side in wanted:
                 number = side[side.index(chunk) - 1]
                 side[:] = [number if own == chunk else own for own in side]

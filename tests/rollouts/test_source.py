@@ -35,7 +35,7 @@ class ToyTeachers:
         aligner = TextAligner(student.tokenizer, self.side.tokenizer)
         return pair(prompts, completions, aligner, turn_ends=dict.fromkeys(student.stop_ids(), self.side.turn_end))
 
-    def read(self, rollouts, with_hidden):
+    def read(self, rollouts, with_hidden, tables=None):
         places = [list(self.seats).index(rollout.prompt.teacher) for rollout in rollouts]
         scores = [
             -torch.tensor(rollout.teacher_ids, dtype=torch.float32) - 1000 * place
@@ -43,6 +43,7 @@ class ToyTeachers:
         ]
         return SimpleNamespace(
             reference=None,
+            close_log_probs=lambda rows, length: None,
             hidden={row: score[:, None].repeat(1, WIDTH) for row, score in enumerate(scores)} if with_hidden else {},
             log_probs=lambda rows, length: pad_scores([scores[row] for row in rows], length),
         )

@@ -3,7 +3,7 @@
 The paper compares a chunk's log-prob under the teacher with that of the same tokens under the student. These are two events:
 a teacher that writes "5" has said that the number ends there, else it would have written "53"; a student that writes "5"
 has not. So a student that equals its teacher is moved (docs/fixed-point.md). `event="closed"`, the default, compares like with
-like: the chunk's tokens *and* that the teacher's last token is closed at its end.
+like: the chunk's tokens *and* that the last token of either side is closed at its end.
 
 Decisions: advantages are detached and clipped to ±`advantage_clip`. A teacher's log-prob of -inf counts as -100 nats, so that
 the clip decides; a chunk whose teacher budget is NaN takes no part and is counted. With closed chunks, the gap of one that the
@@ -38,11 +38,13 @@ class DPCA(PolicyGradient):
 
         loss = −Σ_c clip(G_c, ±advantage_clip) · [Σ_{i∈c} w_i log p_i − log p_close(c − 1) + log p_close(c)] / N,
 
-    G_c = L_T(c) − L_S(c) + log p_close(c − 1) − log p_close(c): the same gap for the whole text.
+    G_c = L_T(c) − log q_close(c − 1) + log q_close(c) − [L_S(c) − log p_close(c − 1) + log p_close(c)]: the same gap for the whole
+    text. q_close(c) is the teacher's probability to leave the student's last token closed (`ScoredChunks.teacher_close_log_probs`; 1
+    where the batch does not have it).
 
-    A perfect student stays unless its tokens hold several of the teacher's. With closed chunks, whatever the credit: G_c is then 0
-    where no later text parts again what a token had joined. (Where later digits do, the trainer joins the chunks.) With open ones it
-    stays only where all chunks are one token on each side.
+    A perfect student stays where no later text parts what a token had joined, with closed chunks and whatever the credit: G_c is then 0.
+    (Where later digits do, the trainer joins the chunks.) Without q_close it moves, too, where its tokens hold several of the teacher's.
+    With open chunks it stays only where all chunks are one token on each side.
 
     Args:
         credit (`str`, *optional*): how a chunk's gap is shared among its student tokens, see
@@ -52,7 +54,7 @@ class DPCA(PolicyGradient):
             `"prefix"` and `"remaining"`: by what the teacher's distributions say of the beginning of a chunk, for a teacher in
             this process; see [`~trl_ctopd.losses.prefix_credit.prefix_advantages`]. `"remaining"` has the expectation of `"macro"`
             and less noise, `"prefix"` another expectation and the least noise near the teacher. With closed chunks a perfect
-            student stays as it does with the others. With open ones it moves: on numbers, `"remaining"` has the drift of
+            student stays as it does with the others, but with `"prefix"` not where tokens of both sides overlap. With open ones it moves: on numbers, `"remaining"` has the drift of
             `"macro"`, and `"prefix"` .75 of it.
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on |A_i| or |G_c| in nats; `None` for no bound.
         event (`str`, *optional*): `"closed"`, which reads `ScoredChunks.close_log_probs`, or `"open"`, the paper's. `None`:

@@ -151,8 +151,8 @@ class ReverseKL(Loss):
     and G_c the gap of d's chunk, as in [`DPCA`] with `event="closed"`. Rewards (`ScoredChunks.rewards`) are a policy gradient of
     their own on the scored tokens: nothing of them can be told before a text is complete, so no part of theirs is exact.
 
-    A perfect student stays unless its tokens hold several of the teacher's. Where later text other than digits parts again what a
-    token had joined, it moves too, as with closed chunks.
+    A perfect student stays where no later text parts what a token had joined, and without `teacher_close_log_probs` only if none of its
+    tokens holds several of the teacher's, as with closed chunks.
 
     Args:
         advantage_clip (`float` or `None`, defaults to `10.0`): bound on guesses and corrections in nats; `None` for none but
