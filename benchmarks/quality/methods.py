@@ -345,8 +345,7 @@ def _watch_ours(trainer: CrossTokenizerGKDTrainer, clock: Clock) -> None:
         tokens = int(args[1]["lengths"].sum())
         return {"student": tokens, "written": tokens - int(args[1]["prompt_lengths"].sum())}
 
-    clock.watch(trainer.teacher, "log_probs", "teacher", read)
-    clock.watch(trainer.teacher, "log_probs_and_hidden", "teacher", read)
+    clock.watch(trainer.teacher, "scores", "teacher", read)
     clock.watch(trainer, "training_step", "student", learned)
 
 

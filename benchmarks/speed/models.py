@@ -220,7 +220,7 @@ class Ours:
         )
         self.trainer.remove_callback(PrinterCallback)
         self.texts: tuple[list[list[int]], list[list[int]]] = ([], [])
-        self._clock.watch(self.trainer.teacher, "log_probs", "teacher", self._count_teacher)
+        self._clock.watch(self.trainer.teacher, "scores", "teacher", self._count_teacher)
         self._clock.watch(self.trainer, "training_step", "student", self._count_student)
 
     def _count_teacher(self, args: tuple, kwargs: dict, result: Any) -> dict[str, Any]:

@@ -137,9 +137,7 @@ def test_folded_in_closings_are_taken_off_a_chunks_first_token_and_added_to_its_
 @rollouts
 @pytest.mark.parametrize("reverse", [True, False])
 @pytest.mark.parametrize("ended", [True, False])
-def test_the_last_chunk_of_a_text_that_was_cut_off_is_left_out_where_a_sides_token_might_go_on(
-    seed, ended, reverse
-):
+def test_the_last_chunk_of_a_text_that_was_cut_off_is_left_out_where_a_sides_token_might_go_on(seed, ended, reverse):
     rng = random.Random(seed)
     rollout, table = random_rollout(rng, ended), Table(rng, reverse=reverse)
     found = without_unclosed(rollout, {"": table})

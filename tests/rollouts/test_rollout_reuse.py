@@ -65,11 +65,11 @@ def test_a_stream_of_prompts_cannot_be_used_again(build):
 def watched(trainer) -> tuple[list, list]:
     """The prompts of each call to write, and the number of texts of each call to the teacher."""
     written, read = [], []
-    write, score = trainer.rollouts.write, trainer.teacher.log_probs
+    write, score = trainer.rollouts.write, trainer.teacher.scores
     trainer.rollouts.write = lambda model, given, step: (
         written.append([p.student_ids for p in given]) or write(model, given, step)
     )
-    trainer.teacher.log_probs = lambda *texts: read.append(len(texts[0])) or score(*texts)
+    trainer.teacher.scores = lambda *asked: read.append(len(asked[0])) or score(*asked)
     return written, read
 
 

@@ -125,7 +125,9 @@ def test_in_bf16_vllm_is_as_near_to_the_model_as_transformers_is(folder):
 
 
 def test_a_vllm_that_tells_logits_is_refused(folder):
-    refused = pytest.raises(ValueError, match="above 0: the server has to score with raw log-probs .*--logprobs-mode raw_logprobs")
+    refused = pytest.raises(
+        ValueError, match="above 0: the server has to score with raw log-probs .*--logprobs-mode raw_logprobs"
+    )
     with vllm(folder, "--dtype", "float32", "--logprobs-mode", "raw_logits") as url, refused:
         remote(url)
 

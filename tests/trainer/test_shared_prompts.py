@@ -105,12 +105,12 @@ def test_a_local_teacher_gives_each_completion_its_own_scores(padded):
             teacher.model.register_forward_pre_hook(
                 lambda module, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True
             )
-            found.append(teacher.log_probs_and_hidden(prompts, completions, ends))
+            found.append(teacher.scores(prompts, completions, ends, with_hidden=True))
     for other in found[1:]:
         for own, theirs in zip(found[0], other, strict=True):
-            for mine, his in zip(own, theirs, strict=True):
+            for mine, his in ((own.log_probs, theirs.log_probs), (own.hidden, theirs.hidden)):
                 torch.testing.assert_close(mine, his, rtol=1e-5, atol=1e-5)
-    assert [len(own) for own, _ in found[0]] == list(map(len, completions))
+    assert [len(own.log_probs) for own in found[0]] == list(map(len, completions))
     packed, plain = read[:3], read[3:6]
     assert sum(shape.numel() for shape in packed) < 0.8 * sum(shape.numel() for shape in plain)
 

@@ -334,15 +334,15 @@ def test_chat_template_kwargs_go_to_their_own_side(build):
 
 def test_nan_teacher_log_probs_never_reach_the_weights(build):
     trainer = fix_rollouts(build(**SGD))
-    score = trainer.teacher.log_probs
+    score = trainer.teacher.scores
 
-    def broken(*texts):
-        scores = score(*texts)
-        scores[0][:] = float("nan")
-        scores[1][0] = float("-inf")
+    def broken(*asked):
+        scores = score(*asked)
+        scores[0].log_probs[:] = float("nan")
+        scores[1].log_probs[0] = float("-inf")
         return scores
 
-    trainer.teacher.log_probs = broken
+    trainer.teacher.scores = broken
     trainer.train()
     log = trainer.state.log_history[0]
     assert torch.isfinite(weights(trainer)).all()

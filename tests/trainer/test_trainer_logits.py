@@ -38,7 +38,13 @@ def test_every_loss_trains_evaluates_and_logs_what_it_compares(build, loss):
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ON_LOGITS])
 def test_no_distributions_are_prepared_for_a_loss_that_does_not_ask(build, monkeypatch, loss):
-    monkeypatch.setattr(LocalTeacher, "log_probs_and_hidden", None)  # calling it would fail
+    score = LocalTeacher.scores
+
+    def without_hidden(self, prompts, completions, other_ends, going_on, with_hidden):
+        assert not with_hidden
+        return score(self, prompts, completions, other_ends, going_on)
+
+    monkeypatch.setattr(LocalTeacher, "scores", without_hidden)
     trainer = build(distillation_loss=loss, **NEEDS.get(loss, {}))
     seen = []
     trained = trainer.distillation_loss

@@ -284,9 +284,7 @@ class ReverseKL(Loss):
         """(K,) of closed chunks, without gradient."""
         log_probs, chunks = batch.student_log_probs.detach(), batch.chunks
         sides = batch.student_chunks, batch.teacher_chunks, batch.num_chunks
-        gap, _ = gaps(
-            log_probs, batch.teacher_log_probs, *sides, teacher_close_log_probs=batch.teacher_close_log_probs
-        )
+        gap, _ = gaps(log_probs, batch.teacher_log_probs, *sides, teacher_close_log_probs=batch.teacher_close_log_probs)
         gap = gap[chunks.row, chunks.chunk]
         moved = closed[closes].to(gap.dtype)
         return gap.index_add(0, at.chunk[closes], moved).index_add(0, at.before[closes], -moved)

@@ -166,9 +166,7 @@ def add_going_on(batch: dict, rollouts: Sequence[Rollout], tables: Tables):
     tokens; and `close_weights` (n + m,), what log p_close at each counts.
     """
     length, starts = batch["input_ids"].shape[1], batch["prompt_lengths"].tolist()
-    told = [
-        [(weight, view.prompt.teacher, ends(view)) for weight, view in views(rollout)] for rollout in rollouts
-    ]
+    told = [[(weight, view.prompt.teacher, ends(view)) for weight, view in views(rollout)] for rollout in rollouts]
     most = max(1, *map(len, told))
     weights, grids = torch.zeros(most, len(told)), []
     for n in range(most):  # every row's n-th teacher

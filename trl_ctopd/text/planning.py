@@ -108,7 +108,9 @@ def _literals(kinds: Sequence[str], lost: Mapping[int, str], teacher: Turn) -> t
     form = teacher.forms.get(tuple(kind for n, kind in enumerate(kinds) if n not in lost))
     if form:
         return form, list(form.literals)
-    before = {there: literal for here, there, literal in reversed(steps(teacher)) if here == START}  # the simplest form's
+    before = {
+        there: literal for here, there, literal in reversed(steps(teacher)) if here == START
+    }  # the simplest form's
     if len(lost) == len(kinds):
         return None, [before.get(ANSWER, "")]
     return None, ["" if 0 in lost else before.get(kinds[0], "")]

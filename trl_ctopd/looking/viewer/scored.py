@@ -108,7 +108,9 @@ class ScoredRollout(Shown):
             student_ids=_row(alignment.student_ids, torch.long),
             teacher_ids=_row(alignment.teacher_ids, torch.long),
             close_log_probs=None if close_log_probs is None else _row(close_log_probs, torch.double),
-            teacher_close_log_probs=None if teacher_close_log_probs is None else _row(teacher_close_log_probs, torch.double),
+            teacher_close_log_probs=None
+            if teacher_close_log_probs is None
+            else _row(teacher_close_log_probs, torch.double),
         )
         log_probs = batch.student_log_probs.detach()
         gap, neutral = gaps(
