@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_logit_losses import Completion, Pair
+from test_logit_losses import Completion, Pair, batch_of, value_and_gradient
 from test_reverse_kl import DIGITS, World, closings, moved, numbers, teacher_closings, written_by_both
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from trl_ctopd.losses import LOSSES, build_loss
 from trl_ctopd.losses.prefix_credit import PREFIX_CREDITS
+from trl_ctopd.losses.reverse_kl import _shared_outcomes
 from trl_ctopd.rollouts.closing import without_undecided
 from trl_ctopd.rollouts.pairing import Prompt, Rollout
 
@@ -187,6 +188,51 @@ def test_what_the_teacher_tells_changes_the_noise_and_not_the_expectation(shape,
     )
     assert nothing.abs().max() > 0.01
     assert (some - nothing).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("shape", ["1:n", "m:n"])
+def test_what_the_teacher_tells_lessens_the_noise_also_where_student_tokens_hold_several_of_its_own(shape):
+    own = world(shape)
+    micro_batch = replace(own.micro_batch, student_logits=moved(own, by=0.5))
+
+    def second_moment(top_k):
+        loss = build_loss("reverse_kl", top_k=top_k)
+        _, each = value_and_gradient(
+            lambda batch, num_items: loss(closing_batch(own, batch, False, True), num_items), micro_batch, 1
+        )
+        p = batch_of(micro_batch).student_log_probs.sum(1).exp()
+        return (p * each.square().sum((1, 2))).sum()
+
+    assert second_moment(None) < 0.9 * second_moment(0)
+
+
+def test_tokens_that_no_teacher_token_stands_for_share_the_outcome_of_their_longest_stem_that_has_one():
+    pair = Pair(pieces("abc", AB, ABC, BC), pieces("abc"), [0], [0], [0], extra=(0, 0))
+    stems, rows = pair.vocabulary.student_stems.tolist(), pair.vocabulary.student_rows
+    for token, row in enumerate(rows):
+        shorter = [own for own, text in enumerate(rows) if text and row != text and row.startswith(text)]
+        assert stems[token] == max(shorter, key=lambda own: len(rows[own]), default=len(rows))
+
+    generator = torch.Generator().manual_seed(0)
+    size = len(rows) + 1
+    t, p = torch.rand(2, 50, size, generator=generator, dtype=torch.float64)
+    t = t * (torch.rand(t.shape, generator=generator) < 0.4)
+    p = p * (torch.rand(p.shape, generator=generator) < 0.8)
+    p = torch.where(torch.rand(p.shape, generator=generator) < 0.1, 1e-5 * p, p)
+    wanted, moves = p.clone(), {}
+    for row in range(50):
+        for token in range(len(rows)):
+            if t[row, token] == 0 and p[row, token] > 1e-4:
+                to = stems[token]
+                while to < len(rows) and t[row, to] == 0:
+                    to = stems[to]
+                if to < len(rows):
+                    moves[row, token] = to
+                    wanted[row, to] += p[row, token]
+                    wanted[row, token] -= p[row, token]
+    (row, token), to = _shared_outcomes(pair.vocabulary.student_stems, t, p)
+    torch.testing.assert_close(p, wanted)
+    assert dict(zip(zip(row.tolist(), token.tolist(), strict=True), to.tolist(), strict=True)) == moves and moves
 
 
 @pytest.mark.parametrize("top_k", [2, None])

@@ -14,8 +14,10 @@ full-vocabulary reverse KL). Decisions before d are past and their guesses a bas
 Decisions.
 - What BPM compares is conditional: on going on inside a teacher token, on having left it. Held against the student's
   *un*conditional distribution it depends on the token that was drawn, and the expectation would not be kept.
-- A student token that no teacher token stands for (one that spans two of the teacher's) has the guess −`advantage_clip`, and
-  the sample corrects it. As a baseline for later decisions it counts 0.
+- A student token that no teacher token stands for (one that spans two of the teacher's) shares the outcome of the longest shorter one
+  that it begins with and for which there is one: the teacher's `):` and newline tell as much of the student's newline as of its newline
+  and four spaces. Where there is none its guess is −`advantage_clip`, the sample corrects it, and as a baseline for later decisions it
+  counts 0. So is that of a token with a probability below 1e-4.
 - At a chunk's end beside text that takes no part, and only there, nothing is known of the closing but its log-prob
   (`ScoredChunks.close_log_probs`): its guess is 0.
 - A token that goes on by the table, and yet the teacher's tokenizer cut before it, is counted, and nothing goes on there: DPCA leaves
@@ -48,6 +50,7 @@ from .policy_gradient import check_clip
 
 
 _FLOOR = -80.0  # of log-probs that are compared, in nats
+_RARE = 1e-4  # the probability of a token below which its outcome is not shared
 
 
 class Places(NamedTuple):
@@ -322,15 +325,19 @@ class ReverseKL(Loss):
             p = _renormalised(log_p, given.masked_fill(~told, torch.inf), inside, row, token)
             by_outcome = prefixes.by_outcome(p)
             t, unknown = _told(prefixes, known_q, rest, teacher_ids, written)
+            spanning, shared = _shared_outcomes(batch.vocabulary.student_stems, t, by_outcome)
             if unknown is not None:  # what no known token stands for is one outcome
                 untold = t == 0
                 together = (by_outcome * untold).sum(1, keepdim=True)
                 t = torch.where(untold, unknown[:, None], t)
                 by_outcome = torch.where(untold & (by_outcome > 0), together, by_outcome)
-            outcome = prefixes.student_outcome[ids][:, None]
+            outcome = prefixes.student_outcome[ids]
+            own = outcome[spanning[0]] == spanning[1]
+            outcome = outcome.index_put((spanning[0][own],), shared[own])[:, None]
             sampled = (both.gather(1, outcome)[:, 0].log() for both in (t, by_outcome))
             guess, sharp = self._guess(*sampled, told)
             guesses = self._bounded_ratio(t, by_outcome)
+            guesses[spanning] = guesses[spanning[0], shared]
             weights = p.mul_(prefixes.by_student_token(guesses))
             of_head = _leaving(prefixes, known_q, rest, head)
             of_token = _leaving(prefixes, known_q, rest, teacher_ids)
@@ -436,6 +443,19 @@ def _told(prefixes, log_q, rest, teacher_ids, written):
         q, unknown = q / total[:, None], rest.index_put((begun,), rest[begun] / total)
     t[begun] = t.new_zeros(len(q), t.shape[1]).scatter_add_(1, prefixes.outcome[prefixes.entries(written)], q)
     return t, unknown
+
+
+def _shared_outcomes(stems: torch.Tensor, t: torch.Tensor, by_outcome: torch.Tensor):
+    """Adds to the student's probabilities `by_outcome` (n, V_S + 1), in place, those of outcomes that the teacher's `t` (n, V_S + 1) has
+    nothing for: to the longest stem for which it has. Returns rows and outcomes (m,) that were added, and (m,) to which."""
+    row, outcome = ((t == 0) & (by_outcome > _RARE)).nonzero(as_tuple=True)
+    nothing, shared = len(stems) - 1, stems[outcome]
+    while (lost := (shared != nothing) & (t[row, shared] == 0)).any():
+        shared = torch.where(lost, stems[shared], shared)
+    row, outcome, shared = (column[shared != nothing] for column in (row, outcome, shared))
+    by_outcome.index_put_((row, shared), by_outcome[row, outcome], accumulate=True)
+    by_outcome[row, outcome] = 0
+    return (row, outcome), shared
 
 
 def _leaving(prefixes, log_q, rest, teacher_ids):

@@ -309,6 +309,20 @@ class VocabularyPair:
         return _in_order(self._teacher)[1]
 
     @cached_property
+    def student_stems(self) -> torch.Tensor:
+        """(V_S + 1,) for each outcome of [`Prefixes`] that of the longest shorter student token that its text begins with; V_S for none."""
+        _, texts = _in_order(self._student)
+        stems = torch.full((self.student_size + 1,), self.student_size)
+        begun: list[tuple[bytes, int]] = []  # each begins with the one before
+        for text in dict.fromkeys(texts):
+            while begun and not text.startswith(begun[-1][0]):
+                begun.pop()
+            own = self._student.by_bytes[text][0]
+            stems[own] = begun[-1][1] if begun else self.student_size
+            begun.append((text, own))
+        return stems.to(self._device)
+
+    @cached_property
     def student_widths(self) -> torch.Tensor:
         """(V_S,) bytes of each student id."""
         return torch.tensor([len(row) for row in self._student.rows], device=self._device)
