@@ -442,7 +442,10 @@ def run(build, teacher, **settings):
 
 
 @pytest.mark.parametrize("loss", ["dpca", "strict_sampled", "alm"])
-def test_training_with_the_teacher_behind_a_server_is_training_with_it_here(build, serve, loss):
+def test_training_with_the_teacher_behind_a_server_that_tells_all_tokens_is_training_with_it_here(
+    build, serve, loss, monkeypatch
+):
+    monkeypatch.setattr("trl_ctopd.teachers.panel.CLOSING_TOKENS", len(teacher_tokenizer()))
     trainer, step = run(build, serve().url, distillation_loss=loss)
     local, expected = run(build, teacher_model(**SHARP), distillation_loss=loss)
     assert expected.abs().max() > 1e-3

@@ -50,7 +50,8 @@ def figure(trainer, name: str) -> float:
     return trainer.state.log_history[0][name]
 
 
-def test_a_teacher_at_a_server_and_one_here_train_as_two_here(run):
+def test_a_teacher_at_a_server_that_tells_all_tokens_and_one_here_train_as_two_here(run, monkeypatch):
+    monkeypatch.setattr("trl_ctopd.teachers.panel.CLOSING_TOKENS", len(teacher_tokenizer()))
     _, expected = run(teachers(), NAMED, TOKENIZERS)
     with ProtocolServer(teacher_model(), teacher_tokenizer()) as server:
         trainer, step = run({**teachers(), "math": server.url}, NAMED, TOKENIZERS)

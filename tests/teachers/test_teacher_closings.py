@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from protocol_server import ProtocolServer
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
 from trl_ctopd.rollouts.closing import student_ends
 from trl_ctopd.teachers.local import LocalTeacher
+from trl_ctopd.teachers.panel import closing_of
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -29,7 +31,7 @@ def test_a_closing_is_one_minus_the_probability_of_the_tokens_that_go_on(size, t
         kept = ids != np.array([completion[place] for place in places], dtype=np.int64)
         going_on.append((places[kept], ids[kept]))
     teacher = LocalTeacher(model, Accelerator(cpu=True), temperature, batch_size=size)
-    found = teacher.scores(asked, completions, None, going_on)
+    found = teacher.scores(asked, completions, None, going_on.__getitem__)
     alone = teacher.log_probs(asked, completions)
     for row, (prompt, completion) in enumerate(zip(asked, completions, strict=True)):
         torch.testing.assert_close(found[row].log_probs, alone[row])
@@ -53,6 +55,7 @@ def rolled_out(build, **settings):
         teacher_processing_class=student_tokenizer(),
         dataset=prompts(4),
         max_new_tokens=64,
+        length_grouped=False,
         **settings,
     )
     rows = trainer.data_collator(list(trainer.train_dataset))["prompts"]
@@ -82,3 +85,36 @@ def test_it_changes_the_gaps_of_chunks_and_not_their_sum(build_in, tmp_path):
     both, one = (loss._gaps(own) for own in (scored, replace(scored, teacher_close_log_probs=None)))
     assert (both - one).abs().max() > 1e-3
     torch.testing.assert_close(both.sum(1), one.sum(1))
+
+
+def test_of_a_servers_likeliest_tokens_a_closing_is_what_they_tell_and_with_all_of_them_the_teachers_own(
+    build_in, tmp_path
+):
+    trainer, batch, ids = rolled_out(build_in(tmp_path))
+    table, rows = trainer._continuations[""], trainer.data_collator(list(trainer.train_dataset))["prompts"]
+    [view] = trainer.panel.pair(rows[:1], [[*ids, trainer.stop_ids[0]]])
+    read = [*view.teacher_prompt_ids, *view.teacher_ids]
+    logits = trainer.teacher_model(torch.tensor([read])).logits[0, len(view.teacher_prompt_ids) - 1 : -1]
+    values, order = (logits / trainer.args.temperature).log_softmax(-1).sort(descending=True)
+    own = batch["teacher_log_probs"][0]
+    everything = closing_of(order, values, own, view, table)
+    torch.testing.assert_close(everything, batch["teacher_close_log_probs"][0], rtol=1e-4, atol=1e-5)
+    few = closing_of(order[:, :8], values[:, :8], own, view, table)
+    assert (few >= everything - 1e-5).all() and (few > everything + 1e-4).any()
+    assert not closing_of(order[:, :0], values[:, :0], own, view, table).any()
+    assert not closing_of(order, values, own, view, None).any()
+
+
+@pytest.mark.parametrize(("kind", "tells"), [("vllm", True), ("echo", False)])
+def test_a_server_that_does_not_tell_the_likeliest_tokens_is_warned_of(build, kind, tells, caplog, monkeypatch):
+    count = len(teacher_tokenizer())
+    monkeypatch.setattr("trl_ctopd.teachers.panel.CLOSING_TOKENS", count)
+    with ProtocolServer(teacher_model(), teacher_tokenizer(), protocol=kind) as server:
+        trainer = build(teacher=server.url)
+        [batch] = trainer._roll_out(
+            trainer.model, [trainer.data_collator(list(trainer.train_dataset)[:2])["prompts"]], "train"
+        )
+        close = batch["teacher_close_log_probs"].log_probs
+    assert (f"which does not return the ids of the {count} most likely tokens" in caplog.text) == (not tells)
+    assert ("what is learned there is biased" in caplog.text) == (not tells)
+    assert bool(close.any()) == tells

@@ -1,7 +1,7 @@
 """A teacher in this process: token ids in, log-probs of those tokens out, without a (B, T, V) tensor. For losses on whole
 distributions, it also returns the hidden states that the logits are computed from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import accumulate
 from typing import NamedTuple
@@ -88,15 +88,16 @@ class LocalTeacher:
         prompts: list[list[int]],
         completions: list[list[int]],
         other_ends: Sequence[Sequence[int]] | None = None,
-        going_on: Sequence[GoingOn] | None = None,
+        going_on: Callable[[int], GoingOn] | None = None,
         with_hidden: bool = False,
     ) -> list[TeacherScores]:
         """
         As `log_probs`, and more.
 
         Args:
-            going_on: for each row, places and ids, each pair once, without the id that is there: `close` at a place is the log-prob
-                that none of its ids is drawn, 0 where it has none. None: not asked for.
+            going_on: of a row, places and ids, each pair once, without the id that is there: `close` at a place is the log-prob
+                that none of its ids is drawn, 0 where it has none. None: not asked for. It is called when a row's turn comes,
+                since these may be thousands for each token.
             with_hidden: whether hidden states are returned. These are large, and stay on the CPU.
         """
         other_ends = [()] * len(prompts) if other_ends is None else other_ends
@@ -106,7 +107,7 @@ class LocalTeacher:
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             own = ([texts[r] for r in rows] for texts in (prompts, completions, other_ends))
-            asked = None if going_on is None else [going_on[r] for r in rows]
+            asked = None if going_on is None else [going_on(r) for r in rows]
             found = self._forward(*own, asked, with_hidden)
             for row, score in zip(rows, found, strict=True):
                 scores[row] = score

@@ -7,8 +7,9 @@ Left out: losses on whole distributions with several teachers, which would need 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from ..losses import LOSSES, Metrics
 from ..models.heads import check_head
 from ..models.loading import check_vocabulary, load_tokenizer
 from ..rollouts.blending import blended, mixed, prompts_of
-from ..rollouts.closing import Tables, folded, teacher_going_on, views
+from ..rollouts.closing import Tables, folded, student_ends, teacher_going_on, views
 from ..rollouts.pairing import Prompt, Rollout, pad_scores, pair
 from ..text.aligner import TextAligner
 from ..text.chat import Speaker
@@ -28,12 +29,15 @@ from ..text.one_tokenizer import OneTokenizer, is_one_tokenizer
 from ..text.sections import SectionAligner, aligner_of
 from ..text.token_bytes import token_bytes
 from ..text.vocabulary import CACHE_DIR, VocabularyPair
-from .local import LocalTeacher, load_teacher
+from .local import GoingOn, LocalTeacher, load_teacher
 from .remote import RemoteScores, RemoteTeacher
 from .servers import Servers, is_url
 
 
 ONLY = ""  # the name of a single teacher
+CLOSING_TOKENS = (
+    8  # of a server's likeliest, by which it is known how likely the teacher is to leave a student token closed
+)
 Model = str | PreTrainedModel | Sequence[str]
 
 
@@ -293,6 +297,12 @@ class Panel:
         if counts and self.only is not None and self.only.remote:
             self.only.teacher.ask_likeliest(max(counts))
 
+    def ask_closings(self):
+        """Asks servers for what tells how the student's tokens close."""
+        for seat in self.seats.values():
+            if seat.remote and not isinstance(seat.aligner, OneTokenizer):
+                seat.teacher.ask_closings(CLOSING_TOKENS)
+
     def check_heads(self):
         """Raises `ValueError` where the LM head of a teacher in this process cannot be used apart from its backbone."""
         for seat in self.seats.values():
@@ -364,7 +374,8 @@ class Panel:
             if rollout.parts:
                 own = [part.rollout for part in rollout.parts] if rollout.teacher_ids else []
                 readings.mixtures[row] = rollout, range(len(texts), len(texts) + len(own))
-                seen = [view for _, view in views(rollout)] or own
+                seen = [view for _, view in views(rollout)] if rollout.num_chunks else own
+                readings.views |= zip(readings.mixtures[row][1], seen, strict=False)
                 texts += seen[: len(own)]
                 own_tables += [own_tables[row]] * len(own)
         for name, seat in sorted(self.seats.items(), key=lambda named: not named[1].remote):
@@ -373,22 +384,20 @@ class Panel:
             asked = [r.teacher_prompt_ids for r in own], [r.teacher_ids for r in own], [r.other_ends for r in own]
             if not rows:
                 continue
+            readings.closing |= {row: (texts[row], own_tables[row].get(name)) for row in rows if own_tables[row]}
             if seat.remote:
                 scores = seat.teacher.start(*asked)
                 readings.awaited |= {row: (scores, place) for place, row in enumerate(rows)}
                 continue
             going_on = None
             if any(own_tables[row] for row in rows):
-                going_on = [teacher_going_on(texts[row], own_tables[row].get(name)) for row in rows]
+                going_on = partial(_going_on, [(texts[row], own_tables[row].get(name)) for row in rows])
             for row, scores in zip(rows, seat.teacher.scores(*asked, going_on, with_hidden), strict=True):
                 readings.found[row] = scores.log_probs
                 if with_hidden:
                     readings.hidden[row] = scores.hidden
-                if own_tables[row] and row < len(rollouts):
+                if own_tables[row]:
                     readings.close[row] = scores.close
-                elif own_tables[row]:
-                    view = texts[row]
-                    readings.found[row] = folded(*scores[:2], view.teacher_chunks, view.num_chunks)
         if self.reference is not None:
             readings.reference = self._read_by_reference(asked, readings.padding_rows)
         return readings
@@ -412,7 +421,13 @@ class Readings:
         self._device, self._some_remote = device, some_remote
         self.found: dict[int, torch.Tensor] = {}
         self.awaited: dict[int, tuple[RemoteScores, int]] = {}
-        self.close: dict[int, torch.Tensor] = {}  # how the student's tokens close, where asked for
+        self.close: dict[
+            int, torch.Tensor
+        ] = {}  # how the student's tokens close, where a teacher in this process was asked
+        self.closing: dict[
+            int, tuple[Rollout, Continuations | None]
+        ] = {}  # the texts of which any teacher was asked that
+        self.views: dict[int, Rollout] = {}  # a mixture's texts, as each teacher reads them
         self.hidden: dict[int, torch.Tensor] = {}
         self.mixtures: dict[int, tuple[Rollout, range]] = {}  # and the numbers of its parts' texts
         self.padding_rows: set[int] = set()
@@ -424,23 +439,47 @@ class Readings:
             return pad_scores([self.row(row) for row in rows], length)
         return Awaited(self, list(rows), length)
 
-    def close_log_probs(self, rows: Sequence[int], length: int) -> torch.Tensor | None:
+    def close_log_probs(self, rows: Sequence[int], length: int) -> "torch.Tensor | Awaited | None":
         """(len(rows), `length`) log-probs that the teacher leaves the student's token before it closed, 0 where it does not tell it;
-        None where no teacher tells it of any of these rows."""
-        if not any(row in self.close for row in rows):
+        or an [`Awaited`], if a server still has them. None where none of these rows was asked for it."""
+        if not any(row in self.closing for row in rows):
             return None
+        return AwaitedClosings(self, list(rows), length) if self._some_remote else self.closings(rows, length)
+
+    def closings(self, rows: Sequence[int], length: int) -> torch.Tensor:
+        """`close_log_probs`, which are waited for. Those of a mixture are in its log-probs."""
+        return pad_scores(
+            [torch.zeros(0, device=self._device) if row in self.mixtures else self._close(row) for row in rows], length
+        )
+
+    def _close(self, row: int) -> torch.Tensor:
+        """(T,) of one row or of one teacher's text in a mixture; empty where it is not told."""
         nothing = torch.zeros(0, device=self._device)
-        return pad_scores([self.close.get(row, nothing).to(self._device) for row in rows], length)
+        if row in self.close or row not in self.closing:
+            return self.close.get(row, nothing).to(self._device)
+        scores, place = self.awaited[row]
+        likeliest = scores.likeliest(place)
+        return (
+            nothing
+            if likeliest is None
+            else closing_of(*likeliest, scores.row(place), *self.closing[row]).to(self._device)
+        )
 
     def row(self, row: int) -> torch.Tensor:
         """(T,) log-probs of one row, which are waited for."""
         if row in self.mixtures:
             rollout, texts = self.mixtures[row]
-            return mixed(rollout, [self.row(text) for text in texts]) if texts else torch.zeros(0, device=self._device)
+            own = [self._folded(text) for text in texts]
+            return mixed(rollout, own) if texts else torch.zeros(0, device=self._device)
         if row in self.found:
             return self.found[row].to(self._device)
         scores, place = self.awaited[row]
         return scores.row(place).to(self._device)
+
+    def _folded(self, text: int) -> torch.Tensor:
+        """(T,) of one teacher's text in a mixture, with how the student's tokens close in it."""
+        own, close, view = self.row(text), self._close(text), self.views.get(text)
+        return own if view is None or not len(close) else folded(own, close, view.teacher_chunks, view.num_chunks)
 
     def likeliest(self, rows: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Waits for the (len(rows), `length`, k) ids and log-probs of the most likely tokens from servers, -inf past a row's end.
@@ -484,6 +523,38 @@ class Awaited:
     @property
     def metrics(self) -> Metrics:
         return {"teacher/failed_fraction": self._readings.failed(self._rows)}
+
+
+class AwaitedClosings(Awaited):
+    """Those of how the teacher leaves the student's tokens closed."""
+
+    @cached_property
+    def log_probs(self) -> torch.Tensor:
+        return self._readings.closings(self._rows, self._length)
+
+
+def closing_of(
+    ids: torch.Tensor, values: torch.Tensor, own: torch.Tensor, view: Rollout, table: Continuations | None
+) -> torch.Tensor:
+    """
+    (T,) log-probs that the teacher leaves the student's tokens closed, as far as its likeliest tokens tell.
+
+    Args:
+        ids, values (T, k): of the likeliest tokens at each place of `view.teacher_ids`, and their log-probs.
+        own (T,): log-probs of the tokens that are there. Each closes what lies before it, so no closing is less likely.
+    """
+    going_on = np.zeros(ids.shape, dtype=bool)
+    if table is not None and table.reverse is not None:
+        for place, token in enumerate(student_ends(view)[:-1].tolist()):
+            if token >= 0:
+                going_on[place] = np.isin(ids[place], table.reverse.of(token))
+    going_on &= ids.numpy() != np.array(view.teacher_ids, dtype=np.int64).reshape(-1, 1)
+    opened = (values.exp() * torch.from_numpy(going_on)).sum(1).clamp(max=1)
+    return torch.maximum((-opened).log1p(), own)
+
+
+def _going_on(texts: Sequence[tuple[Rollout, Continuations | None]], row: int) -> GoingOn:
+    return teacher_going_on(*texts[row])
 
 
 def settled(batch: dict) -> dict:

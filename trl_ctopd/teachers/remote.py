@@ -169,6 +169,19 @@ class RemoteTeacher:
 
         self._servers.each(check)
 
+    def ask_closings(self, count: int):
+        """As `ask_likeliest`, for how the teacher leaves the student's tokens closed. Where a server does not return as many, a warning
+        says that nothing is known of it."""
+        before = self._likeliest
+        try:
+            self.ask_likeliest(max(count, before or 0))
+        except ValueError as error:
+            self._likeliest = before
+            logger.warning(
+                f"{error} Closed chunks then do not know how likely the teacher is to go on where the student's token ends. Where student "
+                "tokens hold several of the teacher's (a newline with the indentation after it), what is learned there is biased."
+            )
+
     def _check_ids(self, server: Server, tokenizer, text: str):
         engine = server.engine
         expected = tokenizer.encode(text, add_special_tokens=engine.adds_special_tokens)

@@ -424,6 +424,8 @@ def check_losses(losses: Sequence[Callable], model: nn.Module, panel: Panel, voc
         for structure in getattr(loss, "structures", ()):
             getattr(vocabulary(), structure)
     panel.ask_likeliest([loss.likeliest for loss in losses if getattr(loss, "likeliest", None) is not None])
+    if any(getattr(loss, "event", "open") == "closed" for loss in losses):
+        panel.ask_closings()
     check_head("student", base_model(model))
     panel.check_heads()
 

@@ -116,6 +116,7 @@ class Scorer:
             close = on_grid(close, asked, inputs["input_ids"], add=mixes)
         old, old_close = (None, None) if old_scores is None else (*old_scores.to(log_probs.device), None)[:2]
         teacher_log_probs, likeliest, metrics = self._settled(inputs["teacher_log_probs"], phase)
+        teacher_close = inputs.get("teacher_close_log_probs")
         batch = ScoredChunks(
             student_log_probs=log_probs,
             teacher_log_probs=teacher_log_probs,
@@ -130,7 +131,7 @@ class Scorer:
             prompts=inputs.get("prompts"),
             imbalance=scores[2],
             close_log_probs=close,
-            teacher_close_log_probs=inputs.get("teacher_close_log_probs"),
+            teacher_close_log_probs=teacher_close.log_probs if isinstance(teacher_close, Awaited) else teacher_close,
             old_close_log_probs=old_close,
             teacher_likeliest=likeliest,
             other_spelling=inputs.get("other_spelling"),
