@@ -154,7 +154,11 @@ def places_of(model) -> tuple[int, ...]:
     return tuple(weight.data_ptr() for weight in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{"peft_config": LORA}, {"bf16": True}], ids=["an adapter", "mixed precision"])
+@pytest.mark.parametrize(
+    "options",
+    [{"peft_config": LORA, "gradient_checkpointing": True}, {"bf16": True}],
+    ids=["an adapter", "mixed precision"],
+)
 def test_nothing_is_compiled_after_the_second_step_and_no_weight_moves(options, graphs, build):
     trainer = build(generation_backend="transformers_compiled", max_steps=3, **options)
     assert isinstance(trainer.rollouts.write._decode, CompiledDecode)

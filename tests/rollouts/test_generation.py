@@ -246,6 +246,23 @@ def test_a_step_warns_of_no_names_that_trl_has_to_change(build):
     assert not [str(warning.message) for warning in seen if "checkpointing" in str(warning.message)]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"peft_config": LoraConfig(target_modules="all-linear")}], ids=["whole", "LoRA"]
+)
+def test_generation_leaves_no_further_hooks_on_the_embeddings(build, options):
+    trainer, found = build(gradient_checkpointing=True, max_steps=3, **options), []
+    embeddings = trainer.model.get_input_embeddings()
+    training_step = trainer.training_step
+
+    def watched(*args, **kwargs):
+        found.append(len(embeddings._forward_hooks))
+        return training_step(*args, **kwargs)
+
+    trainer.training_step = watched
+    trainer.train()
+    assert found[0] > 0 and len(set(found)) == 1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rows_leave", [True, False])
 def test_the_recorded_log_probs_are_those_of_the_models_own_plain_forward_pass(rows_leave):

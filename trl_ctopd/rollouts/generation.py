@@ -38,6 +38,7 @@ from transformers.generation import ContinuousBatchingConfig, GenerateDecoderOnl
 from trl.models.utils import unwrap_model_for_generation
 
 from ..config import CrossTokenizerGKDConfig
+from ..models.heads import base_model
 from ..models.merging import mergeable, merged
 from ..models.sharding import gathered_under_fsdp, is_sharded
 from .cache import can_join, growing_cache, has_virtual_tokens, is_plain, joined
@@ -147,6 +148,7 @@ def write(
     recorded = recorded or record
     with (
         _old_names_of_checkpointing(),
+        _no_further_hooks(model, accelerator),
         unwrap_model_for_generation(
             model,
             accelerator,
@@ -235,6 +237,20 @@ def _old_names_of_checkpointing():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
         yield
+
+
+@contextmanager
+def _no_further_hooks(model: nn.Module, accelerator):
+    """
+    TRL switches gradient checkpointing off and on again around generation, and each time transformers hangs one more hook on the
+    embeddings. Without the last ones before, their number stays. Otherwise every step would be slower than the one before it, and
+    would be compiled anew.
+    """
+    base = base_model(accelerator.unwrap_model(model))
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+    if checkpointing and getattr(base, "_require_grads_hook", None) is not None:
+        base.disable_input_require_grads()
+    yield
 
 
 def _generate(
