@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.report import header, save
 from trl_ctopd.losses import ALM, DPCA, ScoredChunks, StrictSampled
-from trl_ctopd.rollouts.closing import add_going_on, without_undecided
-from trl_ctopd.rollouts.pairing import Prompt, collate, on_grid, pair
+from trl_ctopd.rollouts.closing import add_going_on, teacher_going_on, without_undecided
+from trl_ctopd.rollouts.pairing import Prompt, Rollout, collate, on_grid, pair
 from trl_ctopd.text.aligner import TextAligner
 from trl_ctopd.text.continuations import Continuations
 
@@ -35,17 +35,34 @@ PAIRS = (
     ("llama-2", "llama-3.2"),
     ("smollm2-instruct", "gpt2"),  # in both of these a later digit can undo what the next one decided
     ("smollm2-instruct", "t5-small"),
+    ("llama-3.2", "smollm2-instruct"),  # a student token holds several of the teacher's
+    ("deepseek-v3", "qwen2.5"),
+    ("gpt2", "llama-3.2"),  # tokens of both sides overlap
 )
+STEPS, RATE = 400, 0.02
+FILE = Path(__file__).parents[1] / "results" / "fixed_point" / "exact.json"
+
+
+@dataclass
+class OneSided:
+    """A loss that is not told how the teacher leaves the student's tokens closed."""
+
+    loss: Callable
+    event: str = "closed"
+
+    def __call__(self, batch: ScoredChunks, num_items: int) -> tuple[torch.Tensor, dict]:
+        return self.loss(replace(batch, teacher_close_log_probs=None), num_items)
+
+
 METHODS = {
     "dpca (closed, macro: the default)": DPCA(),
+    "dpca, closed on the student's side alone": OneSided(DPCA()),
     "dpca, credit previous": DPCA("previous"),
     "dpca, open, semantic (the paper's)": DPCA(event="open"),
     "dpca, open, macro": DPCA("macro", event="open"),
     "strict_sampled": StrictSampled(),
     "alm": ALM(),
 }
-STEPS, RATE = 400, 0.02
-FILE = Path(__file__).parents[1] / "results" / "fixed_point" / "exact.json"
 
 
 class Numbers:
@@ -66,6 +83,7 @@ class Numbers:
             [Prompt([stop], [end])] * 1000, completions, TextAligner(student, teacher), turn_ends={stop: [end]}
         )
         tables = {"": Continuations(student, teacher, [stop])}
+        tables[""].reverse = Continuations(teacher, student, [end])
         if closed:
             rollouts = [without_undecided(rollout, tables) for rollout in rollouts]
         self.batch = collate(rollouts, stop)
@@ -86,18 +104,23 @@ class Numbers:
         self.columns = torch.tensor([column[completions[text][at]] for text, at in places])
         going_on = [(n, column[i]) for n, i in self.batch["going_on"].T.tolist() if i in column]
         self.places, self.ids = torch.tensor(going_on, dtype=torch.long).view(-1, 2).T
-        self.teacher = self._teacher_log_probs([rollout.teacher_ids for rollout in rollouts])
+        self.teacher, self.teacher_close = self._teacher_log_probs(rollouts, tables[""])
         self.chunks = sum(len({*rollout.student_chunks}) for rollout in rollouts) / 1000
 
-    def _teacher_log_probs(self, texts: list[list[int]]) -> torch.Tensor:
+    def _teacher_log_probs(self, rollouts: list[Rollout], table: Continuations) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Y, T) of the teacher's tokens, and of leaving the student's token before each closed."""
+        texts = [rollout.teacher_ids for rollout in rollouts]
         counts = Counter(tuple(ids[:i]) for ids in texts for i in range(len(ids) + 1))
-        scores = [
-            [math.log(counts[tuple(ids[: i + 1])] / counts[tuple(ids[:i])]) for i in range(len(ids))] for ids in texts
-        ]
-        padded = torch.zeros(self.batch["teacher_ids"].shape, dtype=torch.float64)
-        for text, own in enumerate(scores):
-            padded[text, : len(own)] = torch.tensor(own, dtype=torch.float64)
-        return padded
+        found = torch.zeros(2, *self.batch["teacher_ids"].shape, dtype=torch.float64)
+        for text, (ids, rollout) in enumerate(zip(texts, rollouts, strict=True)):
+            left = [counts[tuple(ids[:i])] for i in range(len(ids))]
+            for place, token in zip(*teacher_going_on(rollout, table), strict=True):
+                left[place] -= counts[*ids[:place], token]
+            for i in range(len(ids)):
+                before = counts[tuple(ids[:i])]
+                found[0, text, i] = math.log(counts[tuple(ids[: i + 1])] / before)
+                found[1, text, i] = math.log(left[i] / before)
+        return found[0], found[1]
 
     def scored(self, logits: torch.Tensor) -> ScoredChunks:
         """All texts as the batch for a loss, for the student with these logits (P, V)."""
@@ -111,6 +134,7 @@ class Numbers:
             student_log_probs=on_grid(log_probs[self.rows, self.columns], scored, input_ids),
             teacher_log_probs=self.teacher,
             close_log_probs=on_grid(torch.log1p(-going_on), scored, input_ids),
+            teacher_close_log_probs=self.teacher_close,
             **{name: self.batch[name] for name in names},
         )
 
