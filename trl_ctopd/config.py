@@ -233,12 +233,13 @@ class CrossTokenizerGKDConfig(GKDConfig):
     )
 
     generation_backend: str = field(
-        default="auto",
+        default="transformers",
         metadata={
             "help": "How the student generates: transformers (one `generate` call a step; rows that have ended leave it), "
             "transformers_compiled (the same with a static cache and a compiled decode step), transformers_continuous "
             "(`generate_batch`: paged cache and continuous batching, for a GPU and many completions of uneven length) or auto "
-            "(compiled on a CUDA GPU where the student allows it, else transformers; the log says which, and why)."
+            "(compiled on a CUDA GPU where the student allows it, else transformers; the log says which, and why). Compiling has "
+            "not been tried on a GPU yet."
         },
     )
     gather_for_generation: bool = field(

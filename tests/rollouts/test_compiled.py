@@ -233,7 +233,7 @@ def test_auto_compiles_on_cuda_where_it_can_and_else_says_why_not(
     for name, value in attributes.items():
         monkeypatch.setattr(type(model) if name.startswith("_") else model, name, value, raising=False)
     accelerator = SimpleNamespace(device=torch.device("cuda"), distributed_type="NO", is_main_process=True)
-    args = CrossTokenizerGKDConfig(str(tmp_path), use_cpu=True, **settings)
+    args = CrossTokenizerGKDConfig(str(tmp_path), use_cpu=True, generation_backend="auto", **settings)
     with caplog.at_level(logging.INFO, logger="trl_ctopd"):
         chosen = chosen_backend(model, args, accelerator)
     assert chosen == ("transformers_compiled" if reason is None else "transformers")
@@ -245,10 +245,13 @@ def test_auto_compiles_on_cuda_where_it_can_and_else_says_why_not(
         check_compiled(model, args, accelerator)
 
 
-def test_by_default_a_run_on_a_cpu_does_not_compile(build, caplog):
+@pytest.mark.parametrize("backend", [{}, {"generation_backend": "auto"}])
+def test_neither_by_default_nor_by_auto_does_a_run_on_a_cpu_compile(build, caplog, backend):
     with caplog.at_level(logging.INFO, logger="trl_ctopd"):
-        trainer = build()
+        trainer = build(**backend)
     assert trainer.rollouts.write._decode is None
+    if not backend:
+        return
     assert "generation_backend='auto' is 'transformers' here: on a CPU, compiling takes longer" in caplog.text
 
 
