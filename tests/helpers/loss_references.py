@@ -532,13 +532,19 @@ def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0
             chosen_among[sorted(among)] = True
             conditional = (row.log_p[i] - given).exp() * chosen_among
             ours = masses(conditional, pair.student_outcome, pair.outcomes)
-            theirs = torch.full_like(ours, torch.nan).detach()
+            theirs, shared = torch.full_like(ours, torch.nan).detach(), {}
             if here is not None:
                 theirs, rest = told(row, pair, here, *known(here.j))
+                shared = shared_outcomes(pair, ours, theirs)
+                for own, other in shared.items():
+                    moved = torch.zeros_like(ours).index_fill(0, torch.tensor([own]), 1)
+                    added = torch.zeros_like(ours).index_fill(0, torch.tensor([other]), 1)
+                    ours = ours * (1 - moved) + added * ours[own]
                 if rest is not None:  # one outcome: what each of its parts has is its share of the whole
                     untold = theirs == 0
                     theirs = torch.where(untold, rest * (ours / ours[untold].sum()).detach(), theirs)
             chosen = pair.outcomes.index(pair.student_outcome[v])
+            chosen = shared.get(chosen, chosen)
             decisions[n].append(decided(ours, theirs, chosen, row.log_p[i, v] - given, bound))
 
     total = row.log_p.new_zeros(())
@@ -550,6 +556,18 @@ def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0
             rest -= decision.sharp
             total = total - decision.exact - correction * (decision.log_p - decision.log_p.detach()).exp()
     return total
+
+
+def shared_outcomes(pair: Vocabularies, ours: Tensor, theirs: Tensor) -> dict[int, int]:
+    """By an outcome that the teacher has nothing for: the longest text that it begins with and the teacher has something for."""
+    texts = {n: outcome for n, outcome in enumerate(pair.outcomes) if isinstance(outcome, bytes)}
+    found = {}
+    for n, text in texts.items():
+        if theirs[n] == 0 and ours[n] > 1e-4:
+            stems = [m for m, other in texts.items() if len(other) < len(text) and text.startswith(other) and theirs[m]]
+            if stems:
+                found[n] = max(stems, key=lambda m: len(texts[m]))
+    return found
 
 
 def told(
