@@ -42,7 +42,7 @@ SOLVED, GAP_PROMPTS, ANSWER_TOKENS = (
     32,
     160,
 )  # of the held-out tasks, how many are answered and how many give the gap
-STEPS, PROMPTS_PER_STEP, TOKENS, LEARNING_RATE = 12, 8, 96, 3e-4
+STEPS, PROMPTS_PER_STEP, TOKENS, LEARNING_RATE = 32, 8, 96, 3e-4
 LOSS = "reverse_kl"  # the teacher is in this process, so its distributions are at hand
 STEPS_BETWEEN_CHECKPOINTS = 4
 

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from toys import student_model, student_tokenizer
 
-from benchmarks.real_models import data, gpu, precision, report, run, solved
+from benchmarks.real_models import data, gpu, indentation, precision, report, run, solved
 
 
 def rows() -> list[dict]:
@@ -266,3 +266,20 @@ def test_a_difference_in_precision_is_told_with_its_bias_and_error():
     assert found["bias"] == pytest.approx(difference.mean(), abs=1e-5)
     assert found["bias_standard_error"] == pytest.approx(difference.std(ddof=1) / 200**0.5, abs=1e-5)
     assert found["quantile_99"] == pytest.approx(np.quantile(np.abs(difference), 0.99), abs=1e-4)
+
+
+def test_the_gaps_of_indentation_are_told_with_one_side_closed_and_with_both(folder, tasks, tmp_path, monkeypatch):
+    for name, value in {"STUDENT": "some/student", "TEACHER": "some/teacher", "HEAD": "It is ", "TASK": 0}.items():
+        monkeypatch.setattr(indentation, name, value)
+    monkeypatch.setattr(indentation, "BODIES", {"one": "12 and 3.", "other": "two."})
+    output = tmp_path / "indentation.json"
+    indentation.main(["--models", str(folder), "--data", str(tasks), "--output", str(output)])
+    found = json.loads(output.read_text())
+    assert len(found["student"]) == 4
+    for name, text in {"one": "It is 12 and 3.", "other": "It is two."}.items():
+        told = found["chunks"][name]
+        for side in ("student", "teacher"):
+            assert "".join(token for chunk in told for token in chunk[side]).startswith(text)
+        assert sum(chunk["one side"] for chunk in told) == pytest.approx(
+            sum(chunk["both sides"] for chunk in told), abs=0.01 * len(told)
+        )
