@@ -16,7 +16,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_engine_writes_with_the_weights_of_the_step(tmp_path, kind):
-    program = needs.vllm()
+    program, processor = needs.vllm(), Path("/proc/cpuinfo")
+    if processor.exists() and "amx_tile" in processor.read_text():
+        pytest.skip("on a processor with AMX vLLM's CPU build packs its weights, and cannot take those of the step")
     tests = Path(__file__).parents[1]
     settings = {
         "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests / "helpers"))),
