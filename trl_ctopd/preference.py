@@ -30,7 +30,7 @@ from .models.loading import by_name, check_vocabulary, load_tokenizer
 from .rollouts.pairing import Prompt, Rollout
 from .rollouts.prompts import COLUMNS, render_row
 from .teachers.local import LocalTeacher, load_teacher
-from .teachers.panel import Awaited, Panel
+from .teachers.panel import Panel, arrived
 from .text.chat import Speaker
 
 
@@ -314,7 +314,7 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
         rollouts = self._panel.pair(prompts, completions)
         readings = self._panel.read(rollouts, with_hidden=False)
         scores = [readings.log_probs([row], len(rollout.teacher_ids)) for row, rollout in enumerate(rollouts)]
-        scores = [(own.log_probs if isinstance(own, Awaited) else own)[0].cpu() for own in scores]
+        scores = [arrived(own)[0].cpu() for own in scores]
         weights = self._weights(rollouts)
         found = [
             columns(rollout.student_chunks, own, rollout.teacher_chunks, weight)

@@ -1,6 +1,7 @@
 """How a teacher in this process leaves the student's tokens closed: its own distribution, and what of it a step reads."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_a_closing_is_one_minus_the_probability_of_the_tokens_that_go_on(size, t
         kept = ids != np.array([completion[place] for place in places], dtype=np.int64)
         going_on.append((places[kept], ids[kept]))
     teacher = LocalTeacher(model, Accelerator(cpu=True), temperature, batch_size=size)
-    found = teacher.scores(asked, completions, None, going_on.__getitem__)
+    found = teacher.scores(asked, completions, None, [partial(tuple, own) for own in going_on])
     alone = teacher.log_probs(asked, completions)
     for row, (prompt, completion) in enumerate(zip(asked, completions, strict=True)):
         torch.testing.assert_close(found[row].log_probs, alone[row])

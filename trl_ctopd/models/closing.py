@@ -5,9 +5,19 @@ besides is the probability of a few thousand of them, so they are read off each 
 no tensor of size (n, V).
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from trl.kernels import chunked_logprob as trl_kernels
 from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+
+def in_tile_order(places: Sequence[np.ndarray], ids: Sequence[np.ndarray]) -> torch.Tensor:
+    """(2, K) `rows` and `ids` of [`ClosingLogProbFunction`], from arrays of both, in the order that it reads them."""
+    rows, tokens = (np.concatenate([np.zeros(0, dtype=np.int64), *parts]) for parts in (places, ids))
+    order = np.argsort((tokens >> 4).astype(np.uint16), kind="stable")
+    return torch.from_numpy(np.stack([rows[order], tokens[order]]))
 
 
 class ClosingLogProbFunction(torch.autograd.Function):
@@ -21,7 +31,7 @@ class ClosingLogProbFunction(torch.autograd.Function):
 
     Args:
         hidden (n, H), weight (V, H), bias (V,) or None, targets (n,).
-        rows, ids (K,): positions and tokens, each pair once, ordered by `ids >> 4`.
+        rows, ids (K,): positions and tokens, each pair once, ordered by `ids >> 4` (see `in_tile_order`).
         temperature, columns (a multiple of 16, of a tile), softcap, scale: as for TRL's function.
 
     Returns:

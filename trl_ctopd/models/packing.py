@@ -19,12 +19,12 @@ from typing import TypedDict
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .heads import attention_mask_of, base_model
+from .sharding import SHARDING
 
 
 logger = get_logger(__name__)
@@ -36,7 +36,6 @@ _TRIAL = 7  # tokens of the longest row of a trial
 _ALIGNED = 8  # CUDA's kernel would copy a mask of another width in every layer
 # of hidden states, relative: in bfloat16 two pretrained models differ by 0.04, and by 0.8 where tokens see another's completion
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 class Packed(TypedDict):
@@ -147,9 +146,7 @@ def _filled(bins: list[list[list[int]]], width: int, prompts, completions, lengt
                 pieces[0, number, cells], pieces[1, number, cells] = piece, own
                 if row is not None:
                     places[row, :size] = np.arange(start, start + size)
-                    places[row, size : size + len(text)] = np.arange(
-                        number * width + end, number * width + end + len(text)
-                    )
+                    places[row, size : size + len(text)] = number * width + np.arange(end, end + len(text))
                 end += len(text)
                 piece += 1
     ids, positions, pieces, places = map(torch.from_numpy, (ids, positions, pieces, places))
@@ -160,7 +157,7 @@ def packer_for(side: str, model: nn.Module, accelerator) -> Packer | None:
     """A packer for `model`, not yet wrapped and with an adapter or without; `None` where it has to read padded rows, with the reason
     logged."""
     inner, reason = base_model(model), None
-    if accelerator.distributed_type in _SHARDED:
+    if accelerator.distributed_type in SHARDING:
         reason = "it may be sharded"
     elif isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
         reason = "its adapter has virtual tokens"

@@ -4,12 +4,10 @@ import copy
 from contextlib import nullcontext
 
 import torch
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
 
-
-_SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+from .sharding import SHARDING
 
 
 class Reference:
@@ -26,7 +24,7 @@ class Reference:
         self._accelerator, self._copy = accelerator, None
         if isinstance(model, PeftModel):
             return
-        if accelerator.distributed_type in _SHARDED:
+        if accelerator.distributed_type in SHARDING:
             raise ValueError(
                 f"reference_kl or reference_teacher with a student whose whole weights are trained under {accelerator.distributed_type.value}: its copy "
                 "would stand whole on every device. Train an adapter (`peft_config`), or leave them out."

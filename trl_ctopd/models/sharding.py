@@ -38,6 +38,14 @@ def own_rows(accelerator, rows: int) -> int:
     return min(max(remainder - rows * accelerator.process_index, 0), rows) if remainder > 0 else rows
 
 
+SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP)  # under which a model may be split over processes
+
+
+def shards_student(accelerator) -> bool:
+    """Whether the student's weights are split over processes, once they are wrapped."""
+    return accelerator.distributed_type == DistributedType.FSDP or is_deepspeed_zero3_enabled()
+
+
 def is_sharded(model: nn.Module, accelerator) -> bool:
     """Whether a forward pass of `model` needs the other processes."""
     return accelerator.num_processes > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
@@ -82,7 +90,7 @@ def left_unprepared(model: nn.Module, accelerator):
     Raises `ValueError` for a model that will be sharded, since that can be prepared only together with its optimizer.
     """
     first = not accelerator._models
-    if first and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if first and accelerator.distributed_type in SHARDING:
         raise ValueError(
             f"Under {accelerator.distributed_type.value} the student is prepared together with its optimizer, when training begins: "
             "evaluate or predict after `train()`, or set eval_on_start=True for figures from before the first step."

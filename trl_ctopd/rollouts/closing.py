@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..models.closing import in_tile_order
 from ..text.continuations import Continuations
 from .pairing import Rollout, pad_rows
 
@@ -160,7 +161,7 @@ def add_going_on(batch: dict, rollouts: Sequence[Rollout], tables: Tables):
     """
     Gives what `collate` made of `rollouts` the `going_on` (2, K): places among the `scored` tokens, and the student ids that
     would go on with the teacher's token there; `scored` then counts the rows too that tell only how the chunk before closes.
-    In the order that `ClosingLogProbFunction` reads them.
+    In the order of `in_tile_order`.
 
     With mixtures of teachers, also `scored_again` (2, m), places that come after the `scored`, for the second and further teachers'
     tokens; and `close_weights` (n + m,), what log p_close at each counts.
@@ -195,6 +196,4 @@ def add_going_on(batch: dict, rollouts: Sequence[Rollout], tables: Tables):
             found = found[found != next_id]
             places.append(np.full(len(found), place))
             ids.append(found)
-    places, ids = (np.concatenate([np.zeros(0, dtype=np.int64), *parts]) for parts in (places, ids))
-    order = np.argsort((ids >> 4).astype(np.uint16), kind="stable")
-    batch["going_on"] = torch.from_numpy(np.stack([places[order], ids[order]]))
+    batch["going_on"] = in_tile_order(places, ids)

@@ -22,7 +22,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.utils import counters
 from torch.utils._triton import has_triton
@@ -38,10 +37,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import CrossTokenizerGKDConfig
 from ..models.heads import base_model
+from ..models.sharding import shards_student
 from .cache import has_virtual_tokens
 from .generation import CACHE
 
@@ -109,7 +108,7 @@ def why_not_compiled(model: PreTrainedModel, args: CrossTokenizerGKDConfig, acce
     base, device = base_model(model), accelerator.device
     name, kwargs = type(base).__name__, args.generation_kwargs or {}
     quantizer, attention = getattr(base, "hf_quantizer", None), getattr(base.config, "_attn_implementation", None)
-    if accelerator.distributed_type == DistributedType.FSDP or is_deepspeed_zero3_enabled():
+    if shards_student(accelerator):
         return "the student is sharded over processes"
     if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
         return "the student is spread over several devices"

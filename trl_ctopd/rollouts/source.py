@@ -163,9 +163,9 @@ class RolloutSource:
         Returns:
             For each micro-batch what `collate` makes of its rollouts, with `teacher_log_probs` (B, T), or what waits for
             them; `teacher_places` (B,), each row's teacher by its place among the seats; `prompts` (B,), a number of each row's
-            prompt; `on_policy`, whether the student
-            wrote it; `index`, its place in the step; `teacher_hidden` (B, T, H) where its loss needs it; `going_on` (2, K)
-            where its loss reads how chunks close (see `add_going_on`); `sampled_log_probs` (B, S) where the writer told them; and
+            prompt; `on_policy`, whether the student wrote it; `index`, its place in the step; `teacher_hidden` (B, T, H) where its
+            loss needs it; `going_on` (2, K) and `teacher_close_log_probs` (B, T) where its loss reads how chunks close (see
+            `add_going_on`); `sampled_log_probs` (B, S) where the writer told them; and
             `packed`, the same rows packed, where that is less work. And the figures of the completions.
         """
         args, repeats = self._args, self._args.num_generations if mode == "train" else 1
@@ -190,8 +190,8 @@ class RolloutSource:
             with phase("rewards"):
                 rewards, rollouts = self._judged(rollouts, window, on_policy, repeats, mode, figures)
         with phase("teacher"):
-            tables = [self._continuations(on) for prompts, on in zip(window, on_policy, strict=True) for _ in prompts]
-            readings = self._teachers.read(rollouts, any(map(self._reads_distributions, on_policy)), tables)
+            by_row = [self._continuations(on) for prompts, on in zip(window, on_policy, strict=True) for _ in prompts]
+            readings = self._teachers.read(rollouts, any(map(self._reads_distributions, on_policy)), by_row)
             if early_stop is not None:
                 rollouts, told = early_stop.masked(rollouts, sampled, readings, step)
                 figures.update(told)

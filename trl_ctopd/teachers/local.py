@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..models.closing import in_tile_order
 from ..models.heads import add_token_scores, base_model, hidden_states
 from ..models.loading import load_model, switch_router_logits_off
 from ..models.packing import packed_inputs, packer_for
@@ -88,16 +89,16 @@ class LocalTeacher:
         prompts: list[list[int]],
         completions: list[list[int]],
         other_ends: Sequence[Sequence[int]] | None = None,
-        going_on: Callable[[int], GoingOn] | None = None,
+        going_on: Sequence[Callable[[], GoingOn]] | None = None,
         with_hidden: bool = False,
     ) -> list[TeacherScores]:
         """
         As `log_probs`, and more.
 
         Args:
-            going_on: of a row, places and ids, each pair once, without the id that is there: `close` at a place is the log-prob
-                that none of its ids is drawn, 0 where it has none. None: not asked for. It is called when a row's turn comes,
-                since these may be thousands for each token.
+            going_on: for each row, gives places and ids, each pair once, without the id that is there: `close` at a place is the
+                log-prob that none of its ids is drawn, 0 where it has none. None: not asked for. Each is called when its row's
+                turn comes, since these may be thousands for each token.
             with_hidden: whether hidden states are returned. These are large, and stay on the CPU.
         """
         other_ends = [()] * len(prompts) if other_ends is None else other_ends
@@ -107,7 +108,7 @@ class LocalTeacher:
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             own = ([texts[r] for r in rows] for texts in (prompts, completions, other_ends))
-            asked = None if going_on is None else [going_on(r) for r in rows]
+            asked = None if going_on is None else [going_on[r]() for r in rows]
             found = self._forward(*own, asked, with_hidden)
             for row, score in zip(rows, found, strict=True):
                 scores[row] = score
@@ -134,7 +135,10 @@ class LocalTeacher:
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         capture = hidden_states(self.base_model) if with_hidden else nullcontext([])
         if going_on is not None:
-            inputs["going_on"] = _in_tiles(going_on, counts).to(self.device)
+            places, ids = zip(*going_on, strict=True)
+            starts = accumulate(counts[:-1], initial=0)
+            places = [own + start for own, start in zip(places, starts, strict=True)]
+            inputs["going_on"] = in_tile_order(places, ids).to(self.device)
         with self._accelerator.autocast(), capture as states:  # the precision that the student is scored in
             scores = self.model(**inputs)
         *log_probs, others = scores.log_probs.split([*counts, len(ends)])
@@ -146,16 +150,6 @@ class LocalTeacher:
         if with_hidden:
             hidden = states[0][tuple(inputs["scored"][:, : len(targets)].to(states[0].device))].cpu().split(counts)
         return list(map(TeacherScores, log_probs, close, hidden))
-
-
-def _in_tiles(going_on: Sequence[GoingOn], counts: Sequence[int]) -> torch.Tensor:
-    """(2, K) of all rows, whose completions have `counts` tokens, in the order that `ClosingLogProbFunction` reads."""
-    starts = [0, *accumulate(counts)]
-    nothing = np.zeros(0, dtype=np.int64)
-    places = np.concatenate([nothing, *(own + start for (own, _), start in zip(going_on, starts, strict=False))])
-    ids = np.concatenate([nothing, *(own for _, own in going_on)])
-    order = np.argsort((ids >> 4).astype(np.uint16), kind="stable")
-    return torch.from_numpy(np.stack([places[order], ids[order]]))
 
 
 def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, distributed: bool) -> PreTrainedModel:

@@ -8,6 +8,7 @@ Left out: losses on whole distributions with several teachers, which would need 
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from ..text.one_tokenizer import OneTokenizer, is_one_tokenizer
 from ..text.sections import SectionAligner, aligner_of
 from ..text.token_bytes import token_bytes
 from ..text.vocabulary import CACHE_DIR, VocabularyPair
-from .local import GoingOn, LocalTeacher, load_teacher
+from .local import LocalTeacher, load_teacher
 from .remote import RemoteScores, RemoteTeacher
 from .servers import Servers, is_url
 
@@ -372,11 +373,11 @@ class Panel:
         texts, own_tables = list(rollouts), list(tables or [{}] * len(rollouts))
         for row, rollout in enumerate(rollouts):  # each teacher's of a mixture come after them
             if rollout.parts:
-                own = [part.rollout for part in rollout.parts] if rollout.teacher_ids else []
+                own = [view for _, view in views(rollout)]
+                if not own and rollout.teacher_ids:  # nothing that they read is compared
+                    own = [part.rollout for part in rollout.parts]
                 readings.mixtures[row] = rollout, range(len(texts), len(texts) + len(own))
-                seen = [view for _, view in views(rollout)] if rollout.num_chunks else own
-                readings.views |= zip(readings.mixtures[row][1], seen, strict=False)
-                texts += seen[: len(own)]
+                texts += own
                 own_tables += [own_tables[row]] * len(own)
         for name, seat in sorted(self.seats.items(), key=lambda named: not named[1].remote):
             rows = [row for row, own in enumerate(texts) if own.prompt.teacher == name and not own.parts]
@@ -391,7 +392,7 @@ class Panel:
                 continue
             going_on = None
             if any(own_tables[row] for row in rows):
-                going_on = partial(_going_on, [(texts[row], own_tables[row].get(name)) for row in rows])
+                going_on = [partial(teacher_going_on, texts[row], own_tables[row].get(name)) for row in rows]
             for row, scores in zip(rows, seat.teacher.scores(*asked, going_on, with_hidden), strict=True):
                 readings.found[row] = scores.log_probs
                 if with_hidden:
@@ -421,13 +422,9 @@ class Readings:
         self._device, self._some_remote = device, some_remote
         self.found: dict[int, torch.Tensor] = {}
         self.awaited: dict[int, tuple[RemoteScores, int]] = {}
-        self.close: dict[
-            int, torch.Tensor
-        ] = {}  # how the student's tokens close, where a teacher in this process was asked
-        self.closing: dict[
-            int, tuple[Rollout, Continuations | None]
-        ] = {}  # the texts of which any teacher was asked that
-        self.views: dict[int, Rollout] = {}  # a mixture's texts, as each teacher reads them
+        # how the student's tokens close, where a teacher in this process was asked; and the texts of which any was asked it
+        self.close: dict[int, torch.Tensor] = {}
+        self.closing: dict[int, tuple[Rollout, Continuations | None]] = {}
         self.hidden: dict[int, torch.Tensor] = {}
         self.mixtures: dict[int, tuple[Rollout, range]] = {}  # and the numbers of its parts' texts
         self.padding_rows: set[int] = set()
@@ -448,9 +445,7 @@ class Readings:
 
     def closings(self, rows: Sequence[int], length: int) -> torch.Tensor:
         """`close_log_probs`, which are waited for. Those of a mixture are in its log-probs."""
-        return pad_scores(
-            [torch.zeros(0, device=self._device) if row in self.mixtures else self._close(row) for row in rows], length
-        )
+        return pad_scores([self._close(row) for row in rows], length)
 
     def _close(self, row: int) -> torch.Tensor:
         """(T,) of one row or of one teacher's text in a mixture; empty where it is not told."""
@@ -459,11 +454,9 @@ class Readings:
             return self.close.get(row, nothing).to(self._device)
         scores, place = self.awaited[row]
         likeliest = scores.likeliest(place)
-        return (
-            nothing
-            if likeliest is None
-            else closing_of(*likeliest, scores.row(place), *self.closing[row]).to(self._device)
-        )
+        if likeliest is None:
+            return nothing
+        return closing_of(*likeliest, scores.row(place), *self.closing[row]).to(self._device)
 
     def row(self, row: int) -> torch.Tensor:
         """(T,) log-probs of one row, which are waited for."""
@@ -478,8 +471,11 @@ class Readings:
 
     def _folded(self, text: int) -> torch.Tensor:
         """(T,) of one teacher's text in a mixture, with how the student's tokens close in it."""
-        own, close, view = self.row(text), self._close(text), self.views.get(text)
-        return own if view is None or not len(close) else folded(own, close, view.teacher_chunks, view.num_chunks)
+        own, close = self.row(text), self._close(text)
+        if not len(close):
+            return own
+        view, _ = self.closing[text]
+        return folded(own, close, view.teacher_chunks, view.num_chunks)
 
     def likeliest(self, rows: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Waits for the (len(rows), `length`, k) ids and log-probs of the most likely tokens from servers, -inf past a row's end.
@@ -553,13 +549,14 @@ def closing_of(
     return torch.maximum((-opened).log1p(), own)
 
 
-def _going_on(texts: Sequence[tuple[Rollout, Continuations | None]], row: int) -> GoingOn:
-    return teacher_going_on(*texts[row])
+def arrived(part: Any) -> Any:
+    """`part`; of what a server may still be computing its log-probs, which are waited for."""
+    return part.log_probs if isinstance(part, Awaited) else part
 
 
 def settled(batch: dict) -> dict:
     """`batch` with all log-probs in place. Waits for those that servers are still computing."""
-    return {name: part.log_probs if isinstance(part, Awaited) else part for name, part in batch.items()}
+    return {name: arrived(part) for name, part in batch.items()}
 
 
 def _connect(urls: Sequence[str], model: str | None, args: CrossTokenizerGKDConfig) -> RemoteTeacher:

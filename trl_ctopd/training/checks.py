@@ -11,13 +11,13 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
 from ..losses.compass import Compass
 from ..models.heads import base_model, check_head
 from ..models.loading import adapter_base, check_saves, forget_gguf, load_model, warn_of_experts
+from ..models.sharding import shards_student
 from ..redact import redact
 from ..rollouts.compiled import check_compiled
 from ..rollouts.early_stop import check_early_stop, check_pieces
@@ -156,7 +156,7 @@ def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
             "even_batches=False would give the last batch of an epoch to some processes alone, and the others would wait for "
             "ever: leave it True. The student does not learn from padding rows."
         )
-    sharded = fsdp or is_deepspeed_zero3_enabled()
+    sharded = shards_student(accelerator)
     check_pieces(args, sharded)
     if args.gather_for_generation or not sharded:
         return

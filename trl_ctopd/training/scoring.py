@@ -15,7 +15,7 @@ from ..models.packing import packed_inputs
 from ..models.reference import Reference
 from ..rollouts.pairing import on_grid
 from ..rollouts.vllm import importance
-from ..teachers.panel import Awaited, Panel
+from ..teachers.panel import Awaited, Panel, arrived
 from ..text.chat import Speaker
 from ..text.vocabulary import VocabularyPair
 
@@ -116,7 +116,6 @@ class Scorer:
             close = on_grid(close, asked, inputs["input_ids"], add=mixes)
         old, old_close = (None, None) if old_scores is None else (*old_scores.to(log_probs.device), None)[:2]
         teacher_log_probs, likeliest, metrics = self._settled(inputs["teacher_log_probs"], phase)
-        teacher_close = inputs.get("teacher_close_log_probs")
         batch = ScoredChunks(
             student_log_probs=log_probs,
             teacher_log_probs=teacher_log_probs,
@@ -131,7 +130,7 @@ class Scorer:
             prompts=inputs.get("prompts"),
             imbalance=scores[2],
             close_log_probs=close,
-            teacher_close_log_probs=teacher_close.log_probs if isinstance(teacher_close, Awaited) else teacher_close,
+            teacher_close_log_probs=arrived(inputs.get("teacher_close_log_probs")),
             old_close_log_probs=old_close,
             teacher_likeliest=likeliest,
             other_spelling=inputs.get("other_spelling"),
