@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from tokenizers import pre_tokenizers
 from tokenizers_for_tests import unigram
 from toys import (
     SGD,
@@ -22,6 +23,9 @@ from toys import (
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from trl_ctopd.models.loading import adapter_base, check_saves, load_tokenizer
+
+
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def lora() -> LoraConfig:
@@ -166,14 +170,11 @@ def test_trying_to_save_leaves_model_and_folder_as_they_were(tmp_path):
 # --- GGUF
 
 
-@pytest.fixture(scope="module")
-def gguf_folder(tmp_path_factory):
-    """A folder with `toy.gguf` alone: a Qwen2 shape with the student's tokenizer."""
+def gguf_writer(file, tokens: list[str], merges: list[list[str]], split: str | None):
+    """Of a Qwen2 shape; the tokens that begin with "<|" are control tokens. Tensors are still to be added."""
     gguf = pytest.importorskip("gguf", reason="needs the writer of GGUF files: pip install gguf")
-    folder, tokenizer = tmp_path_factory.mktemp("gguf"), student_tokenizer()
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen2Config(**{**SHAPE, "vocab_size": len(tokenizer)}))
-    writer = gguf.GGUFWriter(str(folder / "toy.gguf"), "qwen2")
+    PartialState(cpu=True)  # what loads the file logs with accelerate's loggers
+    writer = gguf.GGUFWriter(str(file), "qwen2")
     writer.add_context_length(SHAPE["max_position_embeddings"])
     writer.add_embedding_length(SHAPE["hidden_size"])
     writer.add_block_count(SHAPE["num_hidden_layers"])
@@ -182,13 +183,32 @@ def gguf_folder(tmp_path_factory):
     writer.add_head_count_kv(SHAPE["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
-    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    if split is not None:
+        writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])  # 3: control
+    return writer
+
+
+def close(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory):
+    """A folder with `toy.gguf` alone: a Qwen2 shape with the student's tokenizer."""
+    gguf = pytest.importorskip("gguf", reason="needs the writer of GGUF files: pip install gguf")
+    folder, tokenizer = tmp_path_factory.mktemp("gguf"), student_tokenizer()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**{**SHAPE, "vocab_size": len(tokenizer)}))
+    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer = gguf_writer(folder / "toy.gguf", tokens, merges, "qwen2")
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
@@ -196,10 +216,7 @@ def gguf_folder(tmp_path_factory):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, SHAPE["num_hidden_layers"])
     for name, tensor in model.state_dict().items():
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close(writer)
     return folder
 
 
@@ -239,6 +256,22 @@ def test_the_tokenizer_beside_a_gguf_file_is_preferred_and_the_one_within_is_war
     student_tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(None, str(tmp_path), None, False, "toy.gguf").get_vocab() == student_tokenizer().get_vocab()
     assert not caplog.text
+
+
+@pytest.mark.parametrize("split", ["glm4", "a-new-one", None])
+def test_a_gguf_file_whose_way_of_splitting_text_transformers_does_not_know_is_refused(tmp_path, split):
+    close(gguf_writer(tmp_path / "toy.gguf", [*LETTERS, "og", "<|end|>"], [["o", "g"]], split))
+    with pytest.raises(ValueError, match=f"splits text in the way {split!r}, which transformers .* does not know"):
+        load_tokenizer(None, str(tmp_path), None, False, "toy.gguf")
+
+
+@pytest.mark.parametrize("split, word", [("llama-bpe", ["dog"]), ("qwen2", ["d", "og"]), ("gpt-2", ["d", "og"])])
+def test_a_word_that_no_merges_lead_to_is_a_token_of_a_gguf_file_where_llama_cpp_reads_it_so(tmp_path, split, word):
+    close(gguf_writer(tmp_path / "toy.gguf", [*LETTERS, "og", "dog", "<|end|>"], [["o", "g"]], split))
+    found = load_tokenizer(None, str(tmp_path), None, False, "toy.gguf")
+    assert found.tokenize("dog") == word
+    found.save_pretrained(tmp_path / "saved")
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved").tokenize("dog") == word
 
 
 @pytest.fixture(scope="module")

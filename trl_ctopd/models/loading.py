@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.gguf import read_gguf_metadata
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.utils import cached_file, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
@@ -30,6 +32,11 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 logger = get_logger(__name__)
 
 _PROBE = "It's 12345 times HTTPServer's camelCase,  'The ÉCOLE'\n\n  don't (x) += \"naïve\"..."
+# How llama.cpp (src/llama-vocab.cpp, 2026-11) reads names of `tokenizer.ggml.pre`: which split text as GPT-2 does, and which take a word
+# that is a token for that token, though no merges lead to it. transformers splits as GPT-2 for every name that it does not know, and always
+# merges.
+_SPLIT_AS_GPT2 = {"gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"}
+_IGNORE_MERGES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 
 
 def adapter_base(name: str, revision: str | None = None) -> str | None:
@@ -191,7 +198,8 @@ def check_vocabulary(side: str, model: PreTrainedModel, tokenizer: PreTrainedTok
 def _tokenizer_beside(
     gguf_file: str, name: str, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
-    """The repository's own where it has one; else what the GGUF file says of it, which is not all."""
+    """The repository's own where it has one; else what the GGUF file says of it, which is not all. Raises `ValueError` where transformers
+    does not know how the file's tokenizer splits text."""
     kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
     if cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False) is not None:
         return _saved_tokenizer(name, **kwargs)
@@ -199,7 +207,18 @@ def _tokenizer_beside(
         f"The tokenizer of {name} is read from {gguf_file}, which keeps no normalizer: texts in other than composed characters (NFC) "
         "may be encoded otherwise than in the model's own training. Pass the original model's tokenizer as processing class."
     )
-    return AutoTokenizer.from_pretrained(name, gguf_file=gguf_file, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file, **kwargs)
+    metadata, _ = read_gguf_metadata(cached_file(name, gguf_file, revision=revision))
+    if metadata.get("tokenizer.ggml.model") != "gpt2":  # the others do not split text
+        return tokenizer
+    split = metadata.get("tokenizer.ggml.pre")
+    if split not in GGUF_PRE_TOKENIZER_SPLITS and split not in _SPLIT_AS_GPT2:
+        raise ValueError(
+            f"The tokenizer in {gguf_file} of {name} splits text in the way {split!r}, which transformers {transformers.__version__} does not "
+            "know: it would read text as GPT-2 does. Pass the original model's tokenizer as processing class."
+        )
+    tokenizer.backend_tokenizer.model.ignore_merges = split in _IGNORE_MERGES
+    return tokenizer
 
 
 def _has_tokenizer(name: str, revision: str | None) -> bool:
