@@ -560,13 +560,14 @@ def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0
 
 def shared_outcomes(pair: Vocabularies, ours: Tensor, theirs: Tensor) -> dict[int, int]:
     """By an outcome that the teacher has nothing for: the longest text that it begins with and the teacher has something for."""
-    texts = {n: outcome for n, outcome in enumerate(pair.outcomes) if isinstance(outcome, bytes)}
-    found = {}
-    for n, text in texts.items():
+    places = {outcome: n for n, outcome in enumerate(pair.outcomes) if isinstance(outcome, bytes)}
+    found, ours, theirs = {}, ours.tolist(), theirs.tolist()
+    for text, n in places.items():
         if theirs[n] == 0 and ours[n] > 1e-4:
-            stems = [m for m, other in texts.items() if len(other) < len(text) and text.startswith(other) and theirs[m]]
+            beginnings = [text[:size] for size in range(len(text))]
+            stems = [places[beginning] for beginning in beginnings if beginning in places and theirs[places[beginning]]]
             if stems:
-                found[n] = max(stems, key=lambda m: len(texts[m]))
+                found[n] = stems[-1]
     return found
 
 

@@ -28,10 +28,10 @@ KINDS = {
 }
 SHARDED = ("zero3", "fsdp2")
 QUICK = {
-    "ddp": ["distributions", "reused", "nothing", "remote", "shuffled", "written"],
+    "ddp": ["distributions", "nothing", "remote", "shuffled", "written"],
     "zero2": ["full", "few", "written-in-half"],
-    "zero3": ["full-accumulated", "uneven", "distributions", "reverse-kl-lora", "written-lora"],
-    "fsdp2": ["lora-accumulated", "distributions", "reverse-kl", "written", "written-in-half"],
+    "zero3": ["full-accumulated", "uneven", "reverse-kl-lora", "written-lora"],
+    "fsdp2": ["lora-accumulated", "distributions", "reverse-kl", "written"],
 }
 
 
