@@ -150,6 +150,23 @@ def test_a_chunk_with_no_bytes_still_counts_its_nats():
     assert figures(ScoredChunks(*as_tensors([row])))["student/nats_per_byte"] == 2.0
 
 
+def test_what_closing_costs_under_the_teacher_is_logged_a_chunk_of_those_that_count():
+    rows = random_rows(6)
+    plain = ScoredChunks(*as_tensors(rows))
+    close = -torch.rand(plain.teacher_log_probs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nats = counted = 0
+    for row, (_, teacher) in enumerate(rows):
+        budgets = reference_budgets(teacher)
+        for chunk, inside in by_chunk(teacher).items():
+            if math.isfinite(budgets[chunk]):
+                counted += 1
+                nats -= close[row, inside[-1] + 1].item() if inside[-1] + 1 < close.shape[1] else 0
+    found = figures(replace(plain, teacher_close_log_probs=close))
+    assert counted > 5
+    assert found.pop("closing/teacher_nats_per_chunk") == pytest.approx(nats / counted, rel=1e-5)
+    assert found == figures(plain), "and nowhere where the teacher does not tell it"
+
+
 def test_figures_carry_no_gradient():
     batch = ScoredChunks(*as_tensors(random_rows(0)))
     batch = replace(batch, student_log_probs=batch.student_log_probs.requires_grad_())

@@ -5,7 +5,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
 from ..losses import Metrics, ScoredChunks
-from ..losses.credit import gaps
+from ..losses.credit import closing, gaps
 
 
 logger = get_logger(__name__)
@@ -37,8 +37,8 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torc
 
     Returns:
         `gap/nats_per_byte`: student minus teacher log-prob of the text, the sampled reverse KL a byte; the two models'
-        own nats a byte; token and chunk counts of the alignment, and the texts of which nothing is scored; entropy in
-        nats a token.
+        own nats a byte; token and chunk counts of the alignment, and the texts of which nothing is scored; what a chunk's
+        end costs under the teacher, where that is known, in nats; entropy in nats a token.
     """
     student = batch.student_log_probs.detach()
     gap, neutral = gaps(student, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
@@ -55,6 +55,10 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torc
             "spelling/other_fraction": (batch.other_spelling.sum(), scored.sum()),
             "spelling/chunks_fraction": (other.sum(), chunks),
         }
+    closed = {}
+    if batch.teacher_close_log_probs is not None:
+        _, after = closing(batch.teacher_close_log_probs, batch.teacher_chunks, batch.num_chunks)
+        closed = {"closing/teacher_nats_per_chunk": (-after.masked_fill(neutral, 0).sum(), chunks - neutral.sum())}
     rows = torch.ones_like(unscored) if padding_rows is None else ~padding_rows
     return {
         "gap/nats_per_byte": (-gap.sum(), num_bytes),
@@ -67,6 +71,7 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torc
         "alignment/unscored_fraction": ((unscored & rows).sum(), rows.sum()),
         "teacher/impossible_fraction": (impossible.sum(), chunks),
         **spelled,
+        **closed,
         "entropy": ((entropy * scored).sum(), scored.sum()),
     }
 
