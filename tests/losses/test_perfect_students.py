@@ -4,7 +4,7 @@ docs/losses.md and the docstrings say the same."""
 import functools
 import itertools
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from trl_ctopd.losses import LOSSES, build_loss
 from trl_ctopd.losses.prefix_credit import PREFIX_CREDITS
 from trl_ctopd.losses.reverse_kl import _shared_outcomes
-from trl_ctopd.rollouts.closing import without_undecided
+from trl_ctopd.rollouts.closing import unclosed, without_undecided
 from trl_ctopd.rollouts.pairing import Prompt, Rollout
 
 
@@ -64,17 +64,14 @@ def world(shape: str) -> World:
 
 def joined(pair: Pair, row: Completion) -> Completion:
     """As the trainer does for closed chunks."""
-    prompt = Prompt([0], [0])
-    sides = (
-        row.student_ids,
-        np.array(row.student_chunks),
-        np.array(row.widths),
-        row.teacher_ids,
-        np.array(row.teacher_chunks),
-    )
-    rollout = Rollout(prompt, *sides, max(row.student_chunks) + 1, True, False, None, [0])
-    found = without_undecided(rollout, {"": pair.vocabulary.continuations})
+    found = without_undecided(rollout_of(row, ended=True), {"": pair.vocabulary.continuations})
     return replace(row, student_chunks=found.student_chunks.tolist(), teacher_chunks=found.teacher_chunks.tolist())
+
+
+def rollout_of(row: Completion, ended: bool) -> Rollout:
+    chunks = [np.array(own) for own in (row.student_chunks, row.teacher_chunks)]
+    sides = row.student_ids, chunks[0], np.array(row.widths), row.teacher_ids, chunks[1]
+    return Rollout(Prompt([0], [0]), *sides, max(row.student_chunks) + 1, ended, False, None, [0])
 
 
 def counts(shape: str) -> set[tuple[int, int]]:
@@ -145,6 +142,110 @@ def test_the_table_has_every_loss():
 def test_a_perfect_student_stays_where_the_table_says_so_and_moves_elsewhere(name, shape):
     found = drift(name, shape)
     assert found < 1e-10 if shape in STAYS[said()[name]] else found > 1e-3
+
+
+# --- texts whose last token nothing follows that is read
+
+
+@dataclass
+class Unread:
+    """A world of whose texts not all is read: the first tokens that are, by row and side, and the last chunks of which nothing tells
+    how they close."""
+
+    own: World
+    sizes: list[tuple[int, int]]
+    unclosed: list[int]
+
+
+def masked_ends(own: World) -> Unread:
+    """The student writes the end of each turn, and it is not scored; the teacher does not read it."""
+    return _unread(own, [(len(row.student_ids) - 1, len(row.teacher_ids) - 1) for row in own.rows], ended=True)
+
+
+def cut_off(own: World, size: int) -> Unread:
+    """Each text ends after `size` tokens, the ends of turns included; each token is a chunk."""
+    sizes = []
+    for row in own.rows:
+        chunk = row.student_chunks[: size + 1][-1] if len(row.student_ids) > size else len(row.student_ids)
+        sizes.append((min(size, len(row.student_ids)), sum(own < chunk for own in row.teacher_chunks)))
+    return _unread(own, sizes, ended=False)
+
+
+def _unread(own: World, sizes: list[tuple[int, int]], ended: bool) -> Unread:
+    rows, last = [], []
+    for row, (student, teacher) in zip(own.rows, sizes, strict=True):
+        ids = row.student_ids[: student + ended], [*row.student_chunks[:student], *[-1] * ended]
+        read = Completion(ids[0], row.teacher_ids[:teacher], ids[1], row.teacher_chunks[:teacher], row.widths)
+        rollout = rollout_of(read, ended or student == len(row.student_ids))
+        last.append(unclosed(rollout, {"": own.pair.vocabulary.continuations}))
+        none = [[-1] * (len(row.student_ids) - student), [-1] * (len(row.teacher_ids) - teacher)]
+        chunks = [*row.student_chunks[:student], *none[0]], [*row.teacher_chunks[:teacher], *none[1]]
+        rows.append(replace(row, student_chunks=chunks[0], teacher_chunks=chunks[1]))
+    if ended:
+        sizes = [(student + 1, teacher) for student, teacher in sizes]
+    return Unread(replace(own, rows=rows), sizes, last)
+
+
+def moves(unread: Unread, name: str, told: bool = True, **knobs) -> float:
+    """The greatest number in the expected gradient of a perfect student. `told`: its loss knows of the chunks that are not closed."""
+    own, loss, table = unread.own, build_loss(name, **knobs), unread.own.pair.vocabulary.continuations
+    students = [(row.student_ids[:n], row.student_chunks) for row, (n, _) in zip(own.rows, unread.sizes, strict=True)]
+    teachers = [(row.teacher_ids[:n], row.teacher_chunks) for row, (_, n) in zip(own.rows, unread.sizes, strict=True)]
+    found = {
+        "teacher_close_log_probs": closings_of(table.reverse, students, teachers, own.micro_batch.teacher_logits),
+        "unclosed": torch.tensor(unread.unclosed) if told else None,
+    }
+
+    def closed(batch, num_items):
+        close = closings_of(table, teachers, students, batch.student.hidden)
+        return loss(replace(batch, close_log_probs=close, **found), num_items)
+
+    return own.expected_gradient(closed).abs().max().item()
+
+
+def closings_of(table, ended, beginning, logits: torch.Tensor) -> torch.Tensor:
+    """(B, L) log p_close of one side's tokens by row, before the other side's, wherever a chunk has ended."""
+    p, close = logits.log_softmax(-1).exp(), torch.zeros_like(logits[..., 0])
+    for row, ((ids, chunks), (others, other_chunks)) in enumerate(zip(ended, beginning, strict=True)):
+        for place in range(1, len(others)):
+            if other_chunks[place] != other_chunks[place - 1] >= 0:
+                last = max(n for n, chunk in enumerate(chunks) if chunk == other_chunks[place - 1])
+                going_on = table.of(ids[last])
+                found = torch.log1p(-p[row, place, going_on[going_on != others[place]]].sum())
+                close = close.index_put((torch.tensor(row), torch.tensor(place)), found)
+    return close
+
+
+CLOSED = [
+    ("dpca", {}),
+    ("dpca", {"credit": "remaining"}),
+    ("dpca", {"baseline": "kl"}),
+    ("reverse_kl", {}),
+    ("reverse_kl", {"top_k": 2}),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("knobs", [{}, {"credit": "remaining"}])
+def test_where_the_ends_of_turns_are_masked_it_stays_with_closed_chunks(knobs, shape):
+    unread = masked_ends(world(shape))
+    assert moves(unread, "dpca", **knobs) < 1e-10
+    assert (max(unread.unclosed) < 0) == (shape in ONE_SIDED)
+    if shape not in ONE_SIDED:
+        assert moves(unread, "dpca", told=False, **knobs) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "knobs"), CLOSED[2:])
+def test_and_a_loss_that_adds_what_it_expects_of_the_next_token_moves_it_a_little_there(name, knobs):
+    assert 1e-3 < moves(masked_ends(world("1:n")), name, **knobs) < 0.1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("name", "knobs"), CLOSED)
+def test_where_texts_are_cut_off_it_stays_too(name, knobs, size):
+    unread = cut_off(world("1:n"), size)
+    assert moves(unread, name, **knobs) < 1e-10
+    assert moves(unread, name, told=False, **knobs) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["dpca", "reverse_kl"])

@@ -85,7 +85,8 @@ class World:
             self.micro_batch if student_logits is None else replace(self.micro_batch, student_logits=student_logits)
         )
         _, gradient = value_and_gradient(loss, micro_batch, 1)
-        own = batch_of(micro_batch).student_log_probs.sum(1).exp()
+        all_scored = replace(micro_batch, student_chunks=padded([[0] * len(row.student_ids) for row in self.rows], -1))
+        own = batch_of(all_scored).student_log_probs.sum(1).exp()
         gradient = gradient * own[:, None, None]
         size = int(self.prefixes.max()) + 1
         return gradient.new_zeros(size, gradient.shape[2]).index_add(0, self.prefixes.flatten(), gradient.flatten(0, 1))

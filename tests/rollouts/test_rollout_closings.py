@@ -14,7 +14,8 @@ from trl_ctopd.rollouts.closing import (
     folded,
     student_ends,
     teacher_going_on,
-    without_unclosed,
+    unclosed,
+    without,
     without_undecided,
 )
 from trl_ctopd.rollouts.pairing import Prompt, Rollout, collate
@@ -137,25 +138,25 @@ def test_folded_in_closings_are_taken_off_a_chunks_first_token_and_added_to_its_
 @rollouts
 @pytest.mark.parametrize("reverse", [True, False])
 @pytest.mark.parametrize("ended", [True, False])
-def test_the_last_chunk_of_a_text_that_was_cut_off_is_left_out_where_a_sides_token_might_go_on(seed, ended, reverse):
+def test_the_last_chunk_of_a_text_without_an_end_is_left_out_where_a_sides_token_might_go_on(seed, ended, reverse):
     rng = random.Random(seed)
     rollout, table = random_rollout(rng, ended), Table(rng, reverse=reverse)
-    found = without_unclosed(rollout, {"": table})
+    found = without(rollout, unclosed(rollout, {"": table}))
     token, own = reference_ends(rollout)[-1], reference_ends(exchanged(rollout))[-1]
     drops = token >= 0 and bool(table.known[token])
     drops |= reverse and own >= 0 and bool(table.reverse.known[own])
-    drops &= not ended
+    drops = drops and not (ended and rollout.student_chunks[-1] >= 0)
     last = rollout.num_chunks - 1
     for own, left in ((rollout.student_chunks, found.student_chunks), (rollout.teacher_chunks, found.teacher_chunks)):
         assert left.tolist() == [-1 if drops and chunk == last else chunk for chunk in own]
-    assert without_unclosed(rollout, {"": None}) is rollout
+    assert without(rollout, unclosed(rollout, {"": None})) is rollout
 
 
 @rollouts
 def test_a_text_that_was_cut_off_after_an_undecided_token_loses_its_last_chunk(seed):
     rng = random.Random(seed)
     rollout, table = random_rollout(rng, False), Table(rng, undecided=1.0)
-    found = without_unclosed(rollout, {"": table})
+    found = without(rollout, unclosed(rollout, {"": table}))
     last = rollout.num_chunks - 1 if reference_ends(rollout)[-1] >= 0 else None
     assert found.student_chunks.tolist() == [-1 if chunk == last else chunk for chunk in rollout.student_chunks]
 
@@ -217,11 +218,7 @@ def test_some_of_these_chunks_are_joined_and_some_are_not():
 
 def test_some_of_these_texts_lose_a_chunk_and_some_do_not():
     rngs = [random.Random(seed) for seed in range(40)]
-    lost = [
-        without_unclosed(rollout, {"": Table(rng)}) is not rollout
-        for rng in rngs
-        for rollout in [random_rollout(rng, False)]
-    ]
+    lost = [unclosed(rollout, {"": Table(rng)}) >= 0 for rng in rngs for rollout in [random_rollout(rng, False)]]
     assert 5 < sum(lost) < 35
 
 

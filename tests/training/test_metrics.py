@@ -167,6 +167,15 @@ def test_what_closing_costs_under_the_teacher_is_logged_a_chunk_of_those_that_co
     assert found == figures(plain), "and nowhere where the teacher does not tell it"
 
 
+def test_the_gap_counts_no_chunk_of_which_nothing_tells_how_it_closes():
+    rows = [([(-1.0, 0, 2), (-3.0, 1, 4)], [(-2.0, 0), (-7.0, 1)]), ([(-2.0, 0, 3)], [(-2.5, 0)])]
+    plain = ScoredChunks(*as_tensors(rows))
+    found = figures(replace(plain, unclosed=torch.tensor([1, -1])))
+    assert found["gap/nats_per_byte"] == pytest.approx(((2 - 1) + (2.5 - 2)) / (2 + 3))
+    assert found["student/nats_per_byte"] == pytest.approx((1 + 2) / (2 + 3))
+    assert found["alignment/neutralised_fraction"] == 0
+
+
 def test_figures_carry_no_gradient():
     batch = ScoredChunks(*as_tensors(random_rows(0)))
     batch = replace(batch, student_log_probs=batch.student_log_probs.requires_grad_())

@@ -67,6 +67,8 @@ class ScoredChunks:
             before one of its tokens: the log-prob that it leaves the student's last token closed there. `None` where a server does not
             tell it.
         old_close_log_probs (`torch.Tensor` of shape (B, S), *optional*): `close_log_probs` as `old_log_probs` are.
+        unclosed (`torch.LongTensor` of shape (B,), *optional*): the chunk at a text's end of which nothing tells how it closes, -1 for
+            none. For a loss with `event = "closed"` on distributions, which takes its gap for 0.
         teacher_likeliest (`tuple` of a `torch.LongTensor` and a `torch.Tensor` of shape (B, T, k), *optional*): ids and
             log-probs of the k likeliest teacher tokens at each position, for a loss with `likeliest` and a teacher behind a
             server; -inf where nothing is known.
@@ -103,6 +105,7 @@ class ScoredChunks:
     close_log_probs: torch.Tensor | None = None
     teacher_close_log_probs: torch.Tensor | None = None
     old_close_log_probs: torch.Tensor | None = None
+    unclosed: torch.Tensor | None = None
     teacher_likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
     other_spelling: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
@@ -140,6 +143,13 @@ class ScoredChunks:
     def spelled_otherwise(self) -> torch.Tensor | None:
         """(B, C) True for chunks with a token of `other_spelling`; None where that is not known."""
         return None if self.other_spelling is None else self.student_sum(self.other_spelling.long()) > 0
+
+    @property
+    def without_gap(self) -> torch.Tensor:
+        """(B, C) True for the chunks of `unclosed`."""
+        number = torch.arange(self.num_chunks, device=self.student_chunks.device)
+        last = number.new_full((len(self.student_chunks),), -1) if self.unclosed is None else self.unclosed
+        return number == last.to(number.device)[:, None]
 
     def teacher_sum(self, values: torch.Tensor) -> torch.Tensor:
         """(B, T) in, sums over each chunk (B, C) out."""

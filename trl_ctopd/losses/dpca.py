@@ -167,7 +167,7 @@ class DPCA(PolicyGradient):
         teacher = floored(batch.teacher_log_probs)
         sides = batch.student_chunks, batch.teacher_chunks
         gap, _ = gaps(batch.policy_log_probs, teacher, *sides, batch.num_chunks, close, teacher_close)
-        return gap
+        return gap.masked_fill(batch.without_gap, 0)
 
     def _at_closings(self, batch: ScoredChunks, begun: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
         """(B, S) what log p_close gets at each position: `ended` (B, C) of the chunk that ends there, less `begun` of the one that begins

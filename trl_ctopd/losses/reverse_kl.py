@@ -229,8 +229,10 @@ class ReverseKL(Loss):
         gap = self._gaps(batch, at, closed.detach(), closes)
         ended, begun = _closings_beside(batch, at)
         gap = gap.index_add(0, ended.chunk, -ended.score.detach()).index_add(0, begun.chunk, begun.score.detach())
+        where = batch.chunks.row, batch.chunks.chunk
+        gap = gap.masked_fill(batch.without_gap[where], 0)
         if (other := batch.spelled_otherwise) is not None:
-            gap = torch.where(other[batch.chunks.row, batch.chunks.chunk], gap.clamp(max=0), gap)
+            gap = torch.where(other[where], gap.clamp(max=0), gap)
         # each chunk's decisions in the order of the text: to go on (inside), which token; at its end, to leave it
         open_sharp, open_guess = open_sharp * inside, open_guess * inside
         by_row = (open_sharp + sharp).double()
@@ -239,12 +241,12 @@ class ReverseKL(Loss):
         past = (upto - begin).to(gap.dtype)
         total = gap.new_zeros(len(gap)).index_add(0, at.chunk, by_row.to(gap.dtype))
         left = gap[at.chunk]
-        where = at.before[closes]
+        ends = at.before[closes]
         nothing = torch.zeros_like(gap)
         corrections = (
             (left - past + sharp, guess, self._scores(drawn, closed, opened, closes, inside)),
             ((left - past + sharp + open_sharp)[inside], open_guess[inside], opened[inside]),
-            ((gap - total)[where], close_guess[closes], closed[closes]),
+            ((gap - total)[ends], close_guess[closes], closed[closes]),
             ((gap - total)[ended.chunk], nothing[ended.chunk], ended.score),
             (gap[begun.chunk], nothing[begun.chunk], -begun.score),
         )

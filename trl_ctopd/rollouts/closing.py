@@ -8,7 +8,10 @@ Decisions
   teacher's says by a short one that none of the longer ones is meant, and the teacher's token does not say so.
 - The next token that was drawn did close it, whatever the table says of it: it is never among those that go on.
 - After masked text a chunk begins where the teacher's token before it is closed, so what closes that one is told too.
-- A text that was cut off has no next distribution at its end. Its last chunk takes no part, unless nothing can go on there.
+- A text that was cut off has no next distribution at its end. Its last chunk takes no part, unless nothing can go on there. The same
+  holds for the teacher's where the end of the turn is masked, since the teacher does not read it then.
+- Whether it takes part rests on the tokens that were drawn. A loss that adds what it expects of tokens that were not drawn would then
+  miss these, and move a perfect student. For losses on distributions the chunk stays, and its gap is 0 (`ScoredChunks.unclosed`).
 - Where the next token does not decide whether the boundary stays (`Continuations.undecided`), no chunk ends. This rests on the
   text before alone: were it to rest on what follows, the chunks' gaps would no longer be 0 for a perfect student.
 - In a mixture of teachers each closes its own token, and log p_close is the weighted mean of theirs (rollouts/blending.py). The row
@@ -123,15 +126,24 @@ def without_undecided(rollout: Rollout, tables: Tables) -> Rollout:
     )
 
 
-def without_unclosed(rollout: Rollout, tables: Tables) -> Rollout:
-    """Of a text that was cut off, without its last chunk, if the last token of either side might go on there."""
+def unclosed(rollout: Rollout, tables: Tables) -> int:
+    """Of a text that was cut off, or whose end is masked, its last chunk, if nothing tells of a side's last token whether it goes on
+    there and it might; else -1."""
     last = []
     for _, view in views(rollout):
         table = tables[view.prompt.teacher]
         last += [(table, int(ends(view)[-1])), (_reverse(table), int(student_ends(view)[-1]))]
-    if rollout.ended or not any(_may_go_on(*own) or _undecided(*own) for own in last):
+    if not any(_may_go_on(*own) or _undecided(*own) for own in last):
+        return -1
+    if rollout.ended and rollout.student_chunks[-1] >= 0:  # the end itself is the last chunk
+        return -1
+    return int(rollout.student_chunks.max())
+
+
+def without(rollout: Rollout, chunk: int) -> Rollout:
+    """With a chunk that takes no part; the same where `chunk` is -1."""
+    if chunk < 0:
         return rollout
-    chunk = rollout.student_chunks.max()
     student, teacher = (np.where(own == chunk, -1, own) for own in (rollout.student_chunks, rollout.teacher_chunks))
     return replace(rollout, student_chunks=student, teacher_chunks=teacher)
 

@@ -26,7 +26,7 @@ from ..models.sharding import own_rows
 from ..text.aligner import align_text
 from ..text.chat import Speaker
 from ..text.continuations import Continuations
-from .closing import Tables, add_going_on, without_unclosed, without_undecided
+from .closing import Tables, add_going_on, unclosed, without, without_undecided
 from .compiled import COMPILED, CompiledDecode, chosen_backend, while_compiling
 from .early_stop import EarlyStop
 from .generation import TransformersWriter, Writer, Written, sampling_config, write
@@ -165,7 +165,7 @@ class RolloutSource:
             them; `teacher_places` (B,), each row's teacher by its place among the seats; `prompts` (B,), a number of each row's
             prompt; `on_policy`, whether the student wrote it; `index`, its place in the step; `teacher_hidden` (B, T, H) where its
             loss needs it; `going_on` (2, K) and `teacher_close_log_probs` (B, T) where its loss reads how chunks close (see
-            `add_going_on`); `sampled_log_probs` (B, S) where the writer told them; and
+            `add_going_on`), with `unclosed` (B,) where it reads distributions too; `sampled_log_probs` (B, S) where the writer told them; and
             `packed`, the same rows packed, where that is less work. And the figures of the completions.
         """
         args, repeats = self._args, self._args.num_generations if mode == "train" else 1
@@ -196,16 +196,20 @@ class RolloutSource:
                 rollouts, told = early_stop.masked(rollouts, sampled, readings, step)
                 figures.update(told)
 
-        batches, names, unclosed = [], list(self._teachers.seats), 0
+        batches, names, count_unclosed = [], list(self._teachers.seats), 0
         for index, (rows, on) in enumerate(zip(self._rows(rollouts, window, on_policy), on_policy, strict=True)):
             own, tables = [rollouts[row] for row in rows], self._continuations(on)
             if tables:
                 own = [without_undecided(rollout, tables) for rollout in own]
-                whole, own = own, [without_unclosed(rollout, tables) for rollout in own]
-                unclosed += sum(left is not before for left, before in zip(own, whole, strict=True))
+                last = [unclosed(rollout, tables) for rollout in own]
+                count_unclosed += sum(chunk >= 0 for chunk in last)
+                if not self._reads_distributions(on):
+                    own = [without(rollout, chunk) for rollout, chunk in zip(own, last, strict=True)]
             batch = collate(own, self._student.tokenizer.pad_token_id, args.pad_to_multiple_of)
             if tables:
                 add_going_on(batch, own, tables)
+                if self._reads_distributions(on):
+                    batch["unclosed"] = torch.tensor(last)
             batch["teacher_places"] = torch.tensor([names.index(rollout.prompt.teacher) for rollout in own])
             teacher_length = batch["teacher_chunks"].shape[1]
             batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)
@@ -230,7 +234,7 @@ class RolloutSource:
         return batches, {
             **figures,
             "off_policy_fraction": (on_policy.count(False), len(on_policy)),
-            "closing/unclosed_fraction": (unclosed, len(rollouts)),
+            "closing/unclosed_fraction": (count_unclosed, len(rollouts)),
         }
 
     def _judged(

@@ -27,8 +27,8 @@ def warn_of_much_masked(figures: dict[str, float]):
 @torch.no_grad()
 def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torch.Tensor | None = None) -> Metrics:
     """
-    The figures every method shares. Log-probs of the turn's end count, its zero bytes do not; neutralised chunks count
-    in neither.
+    The figures every method shares. Log-probs of the turn's end count, its zero bytes do not; neutralised chunks, and those of
+    `ScoredChunks.unclosed`, count in neither.
 
     Args:
         batch (`ScoredChunks`): the micro-batch.
@@ -42,9 +42,10 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torc
     """
     student = batch.student_log_probs.detach()
     gap, neutral = gaps(student, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks, batch.num_chunks)
+    gap, left_out = gap.masked_fill(batch.without_gap, 0), neutral | batch.without_gap
     m, k = batch.student_tokens, batch.teacher_tokens
-    student_nats = -batch.student_sum(student).masked_fill(neutral, 0).sum()
-    num_bytes = batch.student_sum(batch.student_widths).masked_fill(neutral, 0).sum()
+    student_nats = -batch.student_sum(student).masked_fill(left_out, 0).sum()
+    num_bytes = batch.student_sum(batch.student_widths).masked_fill(left_out, 0).sum()
     chunks = (m > 0).sum()
     scored = batch.student_chunks >= 0
     unscored = ~batch.scorable.any(1)
@@ -58,7 +59,7 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torc
     closed = {}
     if batch.teacher_close_log_probs is not None:
         _, after = closing(batch.teacher_close_log_probs, batch.teacher_chunks, batch.num_chunks)
-        closed = {"closing/teacher_nats_per_chunk": (-after.masked_fill(neutral, 0).sum(), chunks - neutral.sum())}
+        closed = {"closing/teacher_nats_per_chunk": (-after.masked_fill(left_out, 0).sum(), chunks - left_out.sum())}
     rows = torch.ones_like(unscored) if padding_rows is None else ~padding_rows
     return {
         "gap/nats_per_byte": (-gap.sum(), num_bytes),

@@ -132,6 +132,7 @@ class Scorer:
             close_log_probs=close,
             teacher_close_log_probs=arrived(inputs.get("teacher_close_log_probs")),
             old_close_log_probs=old_close,
+            unclosed=inputs.get("unclosed"),
             teacher_likeliest=likeliest,
             other_spelling=inputs.get("other_spelling"),
         )
