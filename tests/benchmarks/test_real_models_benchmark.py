@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from toys import student_model, student_tokenizer
 
-from benchmarks.real_models import data, gpu, indentation, precision, report, run, solved
+from benchmarks.real_models import data, entropy, gpu, indentation, precision, report, run, solved
 
 
 def rows() -> list[dict]:
@@ -214,7 +214,7 @@ def test_tasks_solved_are_counted_once_for_each_model_and_for_the_adapter(folder
     arguments += ["--output", str(tmp_path / "solved.json")]
     solved.main(arguments)
     first = json.loads((tmp_path / "solved.json").read_text())["rows"]
-    assert list(first) == ["student", "teacher"]
+    assert list(first) == ["student", "teacher"] and "any" in first["student"] and "any" not in first["teacher"]
 
     right = "def add(x):\n    return x + 1"
     asked = []
@@ -266,6 +266,35 @@ def test_a_difference_in_precision_is_told_with_its_bias_and_error():
     assert found["bias"] == pytest.approx(difference.mean(), abs=1e-5)
     assert found["bias_standard_error"] == pytest.approx(difference.std(ddof=1) / 200**0.5, abs=1e-5)
     assert found["quantile_99"] == pytest.approx(np.quantile(np.abs(difference), 0.99), abs=1e-4)
+
+
+def test_entropy_is_that_of_each_models_own_answers_a_token_and_a_byte(folder, tasks, tmp_path, monkeypatch):
+    for name, value in {"STUDENT": "some/student", "TEACHER": "some/teacher", "TOKENS": 8}.items():
+        monkeypatch.setattr(entropy, name, value)
+    own = get_peft_model(student_model(), LoraConfig(r=2, target_modules="all-linear"))
+    own.save_pretrained(tmp_path / "adapter")
+    output = tmp_path / "entropy.json"
+    arguments = ["--models", str(folder), "--data", str(tasks), "--output", str(output)]
+    entropy.main([*arguments, "--adapter", str(tmp_path / "adapter")])
+    found = json.loads(output.read_text())["models"]
+    assert found["trained"] == found["student"] != found["teacher"], (
+        "an adapter that has learned nothing changes nothing"
+    )
+
+    tokenizer, model = student_tokenizer(), student_model().double()
+    asked, text = [{"role": "user", "content": "What is 12?"}], "It is 12 and 3."
+    [(nats, tokens, size)] = entropy.entropies(model, tokenizer, [asked] * 2, [text, ""])
+    before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    ids, expected = tokenizer.encode(text), 0.0
+    for place in range(len(ids)):
+        with torch.no_grad():
+            p = model(torch.tensor([before + ids[:place]])).logits[0, -1].softmax(-1).tolist()
+        expected -= sum(share * np.log(share) for share in p)
+    assert (tokens, size) == (len(ids), len(text))
+    assert nats == pytest.approx(expected, rel=1e-9)
+    assert entropy.told([(nats, tokens, size), (1.0, 1, 3)])["nats_per_byte"] == pytest.approx(
+        (expected + 1) / (size + 3), abs=1e-4
+    )
 
 
 def test_the_gaps_of_indentation_are_told_with_one_side_closed_and_with_both(folder, tasks, tmp_path, monkeypatch):
