@@ -30,7 +30,8 @@ from .models.loading import by_name, check_vocabulary, load_tokenizer
 from .rollouts.pairing import Prompt, Rollout
 from .rollouts.prompts import COLUMNS, render_row
 from .teachers.local import LocalTeacher, load_teacher
-from .teachers.panel import Panel, arrived
+from .teachers.panel import Panel
+from .teachers.readings import arrived
 from .text.chat import Speaker
 
 

@@ -12,7 +12,7 @@ from toys import prompts, student_model, student_tokenizer, teacher_model, teach
 
 from trl_ctopd.rollouts.closing import student_ends
 from trl_ctopd.teachers.local import LocalTeacher
-from trl_ctopd.teachers.panel import closing_of
+from trl_ctopd.teachers.readings import closing_of
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -8,21 +8,19 @@ Left out: losses on whole distributions with several teachers, which would need 
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from ..config import CrossTokenizerGKDConfig
-from ..losses import LOSSES, Metrics
+from ..losses import LOSSES
 from ..models.heads import check_head
 from ..models.loading import check_vocabulary, load_tokenizer
-from ..rollouts.blending import blended, mixed, prompts_of
-from ..rollouts.closing import Tables, folded, student_ends, teacher_going_on, views
-from ..rollouts.pairing import Prompt, Rollout, pad_scores, pair
+from ..rollouts.blending import blended, prompts_of
+from ..rollouts.closing import Tables, teacher_going_on, views
+from ..rollouts.pairing import Prompt, Rollout, pair
 from ..text.aligner import TextAligner
 from ..text.chat import Speaker
 from ..text.continuations import Continuations
@@ -31,14 +29,14 @@ from ..text.sections import SectionAligner, aligner_of
 from ..text.token_bytes import token_bytes
 from ..text.vocabulary import CACHE_DIR, VocabularyPair
 from .local import LocalTeacher, load_teacher
-from .remote import RemoteScores, RemoteTeacher
+from .readings import Readings
+from .remote import RemoteTeacher
 from .servers import Servers, is_url
 
 
 ONLY = ""  # the name of a single teacher
-CLOSING_TOKENS = (
-    8  # of a server's likeliest, by which it is known how likely the teacher is to leave a student token closed
-)
+# of a server's likeliest tokens, which tell how likely the teacher is to leave a student's token closed
+CLOSING_TOKENS = 8
 Model = str | PreTrainedModel | Sequence[str]
 
 
@@ -357,9 +355,7 @@ class Panel:
         ]
         return self.pair(prompts, completions)
 
-    def read(
-        self, rollouts: Sequence[Rollout], with_hidden: bool, tables: Sequence[Tables] | None = None
-    ) -> "Readings":
+    def read(self, rollouts: Sequence[Rollout], with_hidden: bool, tables: Sequence[Tables] | None = None) -> Readings:
         """
         Each teacher scores its rows. Returns at once: a server's scores may still be on their way.
 
@@ -403,7 +399,7 @@ class Panel:
             readings.reference = self._read_by_reference(asked, readings.padding_rows)
         return readings
 
-    def _read_by_reference(self, texts: tuple[list, list, list], padding_rows: set[int]) -> "Readings":
+    def _read_by_reference(self, texts: tuple[list, list, list], padding_rows: set[int]) -> Readings:
         """The scores of the reference teacher, of the texts of all rows."""
         own, rows = Readings(self._device, self.reference.remote), range(len(texts[0]))
         own.padding_rows = padding_rows
@@ -413,150 +409,6 @@ class Panel:
         else:
             own.found = dict(zip(rows, self.reference.teacher.log_probs(*texts), strict=True))
         return own
-
-
-class Readings:
-    """The teachers' scores of a step's rollouts by row, `found` or still `awaited`, and hidden states where requested."""
-
-    def __init__(self, device: torch.device, some_remote: bool):
-        self._device, self._some_remote = device, some_remote
-        self.found: dict[int, torch.Tensor] = {}
-        self.awaited: dict[int, tuple[RemoteScores, int]] = {}
-        # how the student's tokens close, where a teacher in this process was asked; and the texts of which any was asked it
-        self.close: dict[int, torch.Tensor] = {}
-        self.closing: dict[int, tuple[Rollout, Continuations | None]] = {}
-        self.hidden: dict[int, torch.Tensor] = {}
-        self.mixtures: dict[int, tuple[Rollout, range]] = {}  # and the numbers of its parts' texts
-        self.padding_rows: set[int] = set()
-        self.reference: Readings | None = None  # the reference teacher's
-
-    def log_probs(self, rows: Sequence[int], length: int) -> "torch.Tensor | Awaited":
-        """(len(rows), `length`) log-probs of these rows, 0 past their ends; or an [`Awaited`], if a server still has them."""
-        if not self._some_remote:
-            return pad_scores([self.row(row) for row in rows], length)
-        return Awaited(self, list(rows), length)
-
-    def close_log_probs(self, rows: Sequence[int], length: int) -> "torch.Tensor | Awaited | None":
-        """(len(rows), `length`) log-probs that the teacher leaves the student's token before it closed, 0 where it does not tell it;
-        or an [`Awaited`], if a server still has them. None where none of these rows was asked for it."""
-        if not any(row in self.closing for row in rows):
-            return None
-        return AwaitedClosings(self, list(rows), length) if self._some_remote else self.closings(rows, length)
-
-    def closings(self, rows: Sequence[int], length: int) -> torch.Tensor:
-        """`close_log_probs`, which are waited for. Those of a mixture are in its log-probs."""
-        return pad_scores([self._close(row) for row in rows], length)
-
-    def _close(self, row: int) -> torch.Tensor:
-        """(T,) of one row or of one teacher's text in a mixture; empty where it is not told."""
-        nothing = torch.zeros(0, device=self._device)
-        if row in self.close or row not in self.closing:
-            return self.close.get(row, nothing).to(self._device)
-        scores, place = self.awaited[row]
-        likeliest = scores.likeliest(place)
-        if likeliest is None:
-            return nothing
-        return closing_of(*likeliest, scores.row(place), *self.closing[row]).to(self._device)
-
-    def row(self, row: int) -> torch.Tensor:
-        """(T,) log-probs of one row, which are waited for."""
-        if row in self.mixtures:
-            rollout, texts = self.mixtures[row]
-            own = [self._folded(text) for text in texts]
-            return mixed(rollout, own) if texts else torch.zeros(0, device=self._device)
-        if row in self.found:
-            return self.found[row].to(self._device)
-        scores, place = self.awaited[row]
-        return scores.row(place).to(self._device)
-
-    def _folded(self, text: int) -> torch.Tensor:
-        """(T,) of one teacher's text in a mixture, with how the student's tokens close in it."""
-        own, close = self.row(text), self._close(text)
-        if not len(close):
-            return own
-        view, _ = self.closing[text]
-        return folded(own, close, view.teacher_chunks, view.num_chunks)
-
-    def likeliest(self, rows: Sequence[int], length: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Waits for the (len(rows), `length`, k) ids and log-probs of the most likely tokens from servers, -inf past a row's end.
-        None where no loss reads them."""
-        scores = [self.awaited[row] for row in rows if row in self.awaited]
-        found = [own.likeliest(place) for own, place in scores]
-        if len(found) < len(rows) or found[0] is None:
-            return None
-        ids, values = (pad_scores(list(side), length).to(self._device) for side in zip(*found, strict=True))
-        lengths = torch.tensor([len(own) for own, _ in found], device=self._device)
-        past = torch.arange(length, device=self._device) >= lengths[:, None]
-        return ids, values.masked_fill(past[..., None], -torch.inf)
-
-    def failed(self, rows: Sequence[int]) -> tuple[int, int]:
-        """For `rows` that have been waited for: how many of them no server could score, and how many there are. Padding rows do
-        not count."""
-        failed = 0
-        for row in rows:
-            _, texts = self.mixtures.get(row, (None, [row]))
-            places = [self.awaited[text] for text in texts if text in self.awaited]
-            failed += any([scores.failed(place) for scores, place in places])
-        return failed, len(set(rows) - self.padding_rows)
-
-
-class Awaited:
-    """A micro-batch's log-probs that a server may still be computing."""
-
-    def __init__(self, readings: Readings, rows: list[int], length: int):
-        self._readings, self._rows, self._length = readings, rows, length
-
-    @cached_property
-    def log_probs(self) -> torch.Tensor:
-        """Waits for the log-probs (B, T); NaN in rows that could not be scored. Raises `TeacherServerError`."""
-        return pad_scores([self._readings.row(row) for row in self._rows], self._length)
-
-    @cached_property
-    def likeliest(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """`Readings.likeliest` of these rows."""
-        return self._readings.likeliest(self._rows, self._length)
-
-    @property
-    def metrics(self) -> Metrics:
-        return {"teacher/failed_fraction": self._readings.failed(self._rows)}
-
-
-class AwaitedClosings(Awaited):
-    """Those of how the teacher leaves the student's tokens closed."""
-
-    @cached_property
-    def log_probs(self) -> torch.Tensor:
-        return self._readings.closings(self._rows, self._length)
-
-
-def closing_of(
-    ids: torch.Tensor, values: torch.Tensor, own: torch.Tensor, view: Rollout, table: Continuations | None
-) -> torch.Tensor:
-    """
-    (T,) log-probs that the teacher leaves the student's tokens closed, as far as its likeliest tokens tell.
-
-    Args:
-        ids, values (T, k): of the likeliest tokens at each place of `view.teacher_ids`, and their log-probs.
-        own (T,): log-probs of the tokens that are there. Each closes what lies before it, so no closing is less likely.
-    """
-    going_on = np.zeros(ids.shape, dtype=bool)
-    if table is not None and table.reverse is not None:
-        for place, token in enumerate(student_ends(view)[:-1].tolist()):
-            if token >= 0:
-                going_on[place] = np.isin(ids[place], table.reverse.of(token))
-    going_on &= ids.numpy() != np.array(view.teacher_ids, dtype=np.int64).reshape(-1, 1)
-    opened = (values.exp() * torch.from_numpy(going_on)).sum(1).clamp(max=1)
-    return torch.maximum((-opened).log1p(), own)
-
-
-def arrived(part: Any) -> Any:
-    """`part`; of what a server may still be computing its log-probs, which are waited for."""
-    return part.log_probs if isinstance(part, Awaited) else part
-
-
-def settled(batch: dict) -> dict:
-    """`batch` with all log-probs in place. Waits for those that servers are still computing."""
-    return {name: arrived(part) for name, part in batch.items()}
 
 
 def _connect(urls: Sequence[str], model: str | None, args: CrossTokenizerGKDConfig) -> RemoteTeacher:

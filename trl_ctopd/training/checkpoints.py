@@ -30,7 +30,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..config import CrossTokenizerGKDConfig
-from ..teachers.panel import settled
+from ..teachers.readings import settled
 
 
 logger = get_logger(__name__)

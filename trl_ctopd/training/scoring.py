@@ -15,7 +15,8 @@ from ..models.packing import packed_inputs
 from ..models.reference import Reference
 from ..rollouts.pairing import on_grid
 from ..rollouts.vllm import importance
-from ..teachers.panel import Awaited, Panel, arrived
+from ..teachers.panel import Panel
+from ..teachers.readings import Awaited, arrived
 from ..text.chat import Speaker
 from ..text.vocabulary import VocabularyPair
 
