@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from trl_ctopd.losses import LOSSES, build_loss
 from trl_ctopd.losses.prefix_credit import PREFIX_CREDITS
 from trl_ctopd.losses.reverse_kl import _shared_outcomes
-from trl_ctopd.rollouts.closing import unclosed, without_undecided
+from trl_ctopd.rollouts.closing import ends, student_ends, unclosed, without_undecided
 from trl_ctopd.rollouts.pairing import Prompt, Rollout
 
 
@@ -246,6 +246,55 @@ def test_where_texts_are_cut_off_it_stays_too(name, knobs, size):
     unread = cut_off(world("1:n"), size)
     assert moves(unread, name, **knobs) < 1e-10
     assert moves(unread, name, told=False, **knobs) > 1e-3
+
+
+# --- text that takes no part
+
+
+@functools.cache
+def masked_drift(shape: str, name: str, **knobs) -> float:
+    """The greatest number in the expected gradient of a perfect student, where no chunk with a b takes part, a third of the text."""
+    own, loss = world(shape), build_loss(name, **knobs)
+    table, texts = own.pair.vocabulary.continuations, own.pair.vocabulary.student_rows
+    rows = []
+    for row in own.rows:
+        masked = {
+            chunk for chunk, token in zip(row.student_chunks, row.student_ids, strict=True) if b"b" in texts[token]
+        }
+        sides = ([-1 if c in masked else c for c in chunks] for chunks in (row.student_chunks, row.teacher_chunks))
+        rows.append(replace(row, **dict(zip(("student_chunks", "teacher_chunks"), sides, strict=True))))
+    own = replace(own, rows=rows)
+
+    def closings(found, table, side, logits):
+        p, close = logits.log_softmax(-1).exp(), torch.zeros_like(logits[..., 0])
+        for n, row in enumerate(rows):
+            ids = getattr(row, side)
+            before = found(rollout_of(row, ended=True))[:-1].tolist()
+            for place, token in enumerate(before):
+                if token >= 0:
+                    going_on = table.of(token)
+                    told = torch.log1p(-p[n, place, going_on[going_on != ids[place]]].sum())
+                    close = close.index_put((torch.tensor(n), torch.tensor(place)), told)
+        return close
+
+    told = closings(student_ends, table.reverse, "teacher_ids", own.micro_batch.teacher_logits)
+
+    def closed(batch, num_items):
+        close = closings(ends, table, "student_ids", batch.student.hidden)
+        return loss(replace(batch, close_log_probs=close, teacher_close_log_probs=told), num_items)
+
+    return own.expected_gradient(closed).abs().max().item()
+
+
+@pytest.mark.parametrize("shape", ["1:1", "m:1", "1:n", "m:n"])
+def test_beside_text_that_takes_no_part_it_stays_with_closed_chunks(shape):
+    assert masked_drift(shape, "dpca") < 1e-10
+
+
+@pytest.mark.parametrize(("name", "knobs"), CLOSED[2:])
+def test_and_a_loss_that_adds_what_it_expects_of_the_next_token_moves_it_there_unless_tokens_are_the_same(name, knobs):
+    assert masked_drift("1:1", name, **knobs) < 1e-10
+    assert 1e-3 < masked_drift("1:n", name, **knobs) < 0.3
 
 
 @pytest.mark.parametrize("name", ["dpca", "reverse_kl"])
