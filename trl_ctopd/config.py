@@ -273,6 +273,23 @@ class CrossTokenizerGKDConfig(GKDConfig):
         },
     )
 
+    async_rollouts: int = field(
+        default=0,
+        metadata={
+            "help": "1: write the completions of step k + 1 while step k is learned, on a device of its own: a vLLM server "
+            '(`use_vllm`, `vllm_mode="server"`) or a copy of the student (`generation_device`). They are the student\'s of one step '
+            "before, and dpca, reverse_kl and strict_sampled weight each token by the ratio to it, up to "
+            "`vllm_importance_sampling_clip_max`. 0: off."
+        },
+    )
+    generation_device: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "With `async_rollouts`: where the copy of the student stands, such as cuda:1. Several: one for each process of a "
+            "machine, in turns."
+        },
+    )
+
     use_vllm: bool = field(
         default=False,
         metadata={
@@ -310,7 +327,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=3.0,
         metadata={
             "help": "vLLM's kernels sample from a slightly different distribution than the one that is trained. dpca and "
-            "strict_sampled weight each token by the ratio of the two, up to this bound."
+            "strict_sampled weight each token by the ratio of the two, up to this bound. Also for `async_rollouts`."
         },
     )
 
@@ -576,8 +593,13 @@ class CrossTokenizerGKDConfig(GKDConfig):
             isinstance(own, str) and own for own in self.mask_strings or ()
         ):
             raise ValueError(f"mask_strings must be a list of strings that are not empty, got {self.mask_strings!r}.")
-        if isinstance(self.teacher_server_url, str):
-            self.teacher_server_url = [self.teacher_server_url]
+        for name in ("teacher_server_url", "generation_device"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        if self.async_rollouts not in (0, 1):
+            raise ValueError(
+                f"async_rollouts must be 0 (off) or 1 (text of one step before), got {self.async_rollouts}: older text is not supported."
+            )
         if not 0 <= self.reference_kl < float("inf"):
             raise ValueError(f"reference_kl must be a weight of at least 0, got {self.reference_kl}.")
         if not 0 <= self.reference_teacher_alpha < float("inf"):

@@ -35,7 +35,7 @@ from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
 from .rollouts.prompts import BLEND, COLUMNS, ROW, collate_prompts, render_dataset
 from .rollouts.rewards import Judges
-from .rollouts.source import RolloutSource, student_writer
+from .rollouts.source import RolloutSource, ahead_of, student_writer
 from .rollouts.tools import ToolLoop
 from .rollouts.tools import schemas as tool_schemas
 from .teachers.local import LocalTeacher
@@ -175,6 +175,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         self.stop_ids = prepare_student(self.model, self.student_side, args)
         self.generation_config = sampling_config(args, self.stop_ids, processing_class.pad_token_id)
         write = student_writer(self.model, self.accelerator, self.student_side, self.generation_config, args)
+        ahead = ahead_of(write, self.model, self.accelerator, self.generation_config, args)
         self.panel.sit(self.accelerator, self.student_side, self.stop_ids)
         sides = self.student_side, self.panel.sides
         loop = ToolLoop(tools, *sides, self.stop_ids, args, self.student_context) if tools else None
@@ -183,7 +184,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         # dropout would draw once for a prompt that rows share; experts are balanced over the tokens of padded rows
         packs = args.disable_dropout and not self.aux_loss_enabled
         packer = packer_for("student", self.model, self.accelerator) if packs else None
-        self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state, packer)
+        self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state, packer, ahead)
         keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)
         start = Reference(self.model, self.accelerator) if keeps_start else None
         if self.aux_loss_enabled and not has_imbalance(base_model(self.model)):
@@ -248,23 +249,26 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         """One optimizer step's micro-batches: prompts in; rollouts scored by the teacher out, and N, the number of scored
         student tokens over all micro-batches and processes."""
         self._timers["train"].begin()
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
+        window, following = self._windows.take(epoch_iterator, num_batches), []
+        if not window:
+            return [], None
         step, pending = self.state.global_step, self._pending
+        if self.rollouts.ahead is not None and step + 1 < self.state.max_steps:
+            following = self._windows.peek(epoch_iterator, self.args.gradient_accumulation_steps)
         if step % self.args.rollout_reuse == 0 or not pending.batches:
             pending.clear()
-            window = [batch["prompts"] for batch in batches]
-            if self.args.rollout_reuse == 1:  # otherwise the sampler yields only whole steps
-                window[-1] = self.rollouts.mark_padding_rows(window[-1])
             with self.rollouts.seeded(step):
-                pending.batches = self._roll_out(self.model_wrapped, window, "train")
+                pending.batches = self._roll_out(self.model_wrapped, window, "train", following)
         return pending.batches, self._get_num_items_in_batch(pending.batches, device)
 
-    def _roll_out(self, model: nn.Module, window: list[list[Prompt]], mode: str) -> list[dict]:
-        """Completions for all prompts of `window` in one call, scored by the teacher and split into micro-batches."""
+    def _roll_out(
+        self, model: nn.Module, window: list[list[Prompt]], mode: str, following: Sequence[list[Prompt]] = ()
+    ) -> list[dict]:
+        """Completions for all prompts of `window` in one call, scored by the teacher and split into micro-batches. Those for
+        `following`, the next step's, are begun where they are written ahead."""
         self._samples.clear()
-        batches, metrics = self.rollouts.roll_out(model, window, self.state.global_step, mode, self._timers[mode])
+        step, timer = self.state.global_step, self._timers[mode]
+        batches, metrics = self.rollouts.roll_out(model, window, step, mode, timer, following)
         self._meters[mode].add(metrics)
         return batches
 

@@ -134,6 +134,12 @@ class World:
         }
         self.batch = self.scored(self.logits)
 
+    def reached(self, logits: torch.Tensor) -> torch.Tensor:
+        """(P,) the probability that a text of this policy has each prefix."""
+        batch = self.scored(logits)
+        p = batch.student_log_probs.sum(1).exp()[:, None] * (batch.student_chunks >= 0)
+        return torch.zeros(len(logits), dtype=p.dtype).index_put_((self._rows,), p, accumulate=True)
+
     @staticmethod
     def _masses(cuts: dict[str, tuple[str, ...]], law: dict[str, float]) -> Counter:
         """The probability of every prefix."""
@@ -150,11 +156,17 @@ class World:
         close = close.masked_fill(~self._goes_on.any(-1), 0)
         return ScoredChunks(student_log_probs=own, close_log_probs=close, **self._fixed)
 
-    def expected_gradient(self, loss, logits: torch.Tensor | None = None) -> torch.Tensor:
-        """(P, V) Σ_y p(y) · the loss's gradient at y."""
+    def expected_gradient(
+        self, loss, logits: torch.Tensor | None = None, writer: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(P, V) Σ_y p(y) · the loss's gradient at y. `writer` (P, V): the logits of another policy, which draws y in the student's
+        place; each token is weighted by the ratio of the two."""
         logits = (self.logits if logits is None else logits).clone().requires_grad_()
         batch = self.scored(logits)
         p = batch.student_log_probs.detach().sum(1).exp()
+        if writer is not None:
+            drawn = self.scored(writer).student_log_probs
+            batch.importance, p = (batch.student_log_probs.detach() - drawn).exp(), drawn.sum(1).exp()
         leaves = [part.detach().requires_grad_() for part in (batch.student_log_probs, batch.close_log_probs)]
         value, _ = loss(replace(batch, student_log_probs=leaves[0], close_log_probs=leaves[1]), 1)
         slopes = torch.autograd.grad(value, leaves, allow_unused=True)

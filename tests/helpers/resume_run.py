@@ -30,6 +30,7 @@ WRITERS = {
     "rng_state.pth": (Trainer, "_save_rng_state"),
     "rng_state_1.pth": (Trainer, "_save_rng_state"),
     "rollouts_0.pt": (CrossTokenizerGKDTrainer, "_save_rng_state"),
+    "ahead_0.pt": (CrossTokenizerGKDTrainer, "_save_rng_state"),
     "trainer_state.json": (TrainerState, "save_to_json"),
 }
 MOMENTS = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_save")

@@ -130,6 +130,20 @@ def uninterrupted(run, tmp_path_factory):
     return uninterrupted
 
 
+AHEAD = {"async_rollouts": 1, "generation_device": "cpu", "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("where", ["on_pre_optimizer_step", "optimizer.pt", "ahead_0.pt"])
+def test_killed_while_the_next_text_is_written_ahead_it_goes_on(run, uninterrupted, tmp_path, processes, where):
+    codes = run(tmp_path, processes, death=Death(4, where), **AHEAD)
+    assert codes[0] == KILLED and 0 not in codes
+    assert run(tmp_path, processes, resume=True, **AHEAD) == [0] * processes
+    assert (tmp_path / "run" / "checkpoint-3" / f"ahead_{processes - 1}.pt").exists()
+    same(tmp_path, uninterrupted(processes, **AHEAD), processes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "where", [*MOMENTS, "model.safetensors", "optimizer.pt", "rng_state.pth", "rollouts_0.pt", "trainer_state.json"]

@@ -26,6 +26,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from .closing import ClosingLogProbFunction
 
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what Accelerate's mixed precision computes in
 _TILE_COLUMNS = {"cuda": 8192, "xpu": 8192}  # of the vocabulary; on other devices a tile takes some 36 bytes an element
 _SMALL_TILE_COLUMNS = 1024
 

@@ -9,6 +9,7 @@ Decisions
 - A LoRA adapter is merged while the student writes (`merge_adapter_for_generation`). In half precision the merged weights are
   rounded otherwise than the two parts that are scored. The log-probs that tokens were sampled with are then recorded, so that the
   difference is logged and weighs the advantages, as with vLLM. This needs sampling that only a temperature shapes.
+- A text's draws can come from a function of the caller's (`choose`), so that they do not depend on what else draws in the process.
 - Rows stay where the model stays sharded (`gather_for_generation=False`), since every process must then make the same calls,
   and with `generation_kwargs`, some of which count from the start of a call.
 """
@@ -46,6 +47,8 @@ from .pairing import Prompt, pad_rows
 
 
 Written = tuple[list[int], list[float] | None]
+Choose = Callable[[torch.Tensor], torch.Tensor]
+_STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
 # the name of the cache in what `generate` takes and returns: transformers 5.24 renamed it
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
@@ -88,6 +91,11 @@ class TransformersWriter:
             config.max_new_tokens = limit
         options = {"merge": True, "record": self._record, "decode": self._decode}
         return write(model, ids, config, self._accelerator, args, args.generation_backend, **options)
+
+
+def step_seed(seed: int, step: int, process: int = 0) -> int:
+    """What the text of optimizer step `step` (-1: of an evaluation) in process `process` of a run with `seed` is drawn from."""
+    return seed + _STRIDE * (step + 1) + process
 
 
 def sampling_config(args: CrossTokenizerGKDConfig, stop_ids: list[int], pad_token_id: int) -> GenerationConfig:
@@ -139,13 +147,9 @@ def write(
     )
     if backend == "transformers_continuous":
         generate = partial(_generate_continuously, settings=args.transformers_continuous_batching_config or {})
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    size = args.generation_batch_size or len(prompts)
-    stop_ids, completions = set(config.eos_token_id), [([], None)] * len(prompts)
     layers, recorded = [], False
     if merge and not sharded:
         layers, recorded = _merging(model, config, accelerator, args, backend)
-    recorded = recorded or record
     with (
         _old_names_of_checkpointing(),
         _no_further_hooks(model, accelerator),
@@ -159,15 +163,49 @@ def write(
         _ready_to_generate(unwrapped, config),
         merged(layers, in_place=decode is not None),
     ):
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            recorder = {"recorder": _SampledLogProbs(len(rows), config)} if recorded else {}
-            with _logits_are_finite():
-                written = generate(unwrapped, [prompts[r] for r in rows], config, **recorder)
-            scores = recorder["recorder"].of_tokens.tolist() if recorded else [None] * len(rows)
-            for row, ids, own in zip(rows, written, scores, strict=True):
-                end = next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
-                completions[row] = ids[:end], None if own is None else own[:end]
+        return _by_length(generate, unwrapped, prompts, config, args, recorded or record)
+
+
+@torch.no_grad()
+def write_with_copy(
+    model: nn.Module, prompts: list[list[int]], config: GenerationConfig, accelerator, args, choose: Choose
+) -> list[Written]:
+    """
+    As `write`, by a module in this process that nothing else uses: it touches no state of the process, so that another thread can
+    train meanwhile. Log-probs are always returned. `config` must shape the distribution by a temperature alone.
+
+    Args:
+        choose: (B, V) logits to the (B, 1) ids that are drawn.
+    """
+    if not prompts:
+        return []
+    layers, _ = _merging(model, config, accelerator, args, "transformers")
+    generate = partial(_generate, rows_leave=True, choose=choose)
+    with _ready_to_generate(model, config), merged(layers):
+        return _by_length(generate, model, prompts, config, args, recorded=True)
+
+
+def _by_length(
+    generate: Callable[..., list[list[int]]],
+    model: nn.Module,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    args: CrossTokenizerGKDConfig,
+    recorded: bool,
+) -> list[Written]:
+    """Completions of `prompts` in the same order, written the longest prompts first."""
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    size = args.generation_batch_size or len(prompts)
+    stop_ids, completions = set(config.eos_token_id), [([], None)] * len(prompts)
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        recorder = {"recorder": _SampledLogProbs(len(rows), config)} if recorded else {}
+        with _logits_are_finite():
+            written = generate(model, [prompts[r] for r in rows], config, **recorder)
+        scores = recorder["recorder"].of_tokens.tolist() if recorded else [None] * len(rows)
+        for row, ids, own in zip(rows, written, scores, strict=True):
+            end = next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
+            completions[row] = ids[:end], None if own is None else own[:end]
     return completions
 
 
@@ -213,6 +251,16 @@ class _SampledLogProbs(LogitsProcessor):
     def _take(self, input_ids: torch.Tensor):
         if self._log_probs is not None:
             self._found.append(self._log_probs.gather(1, input_ids[: len(self._rows), -1:])[:, 0])
+
+
+class _Chosen(LogitsProcessor):
+    """Leaves the tokens that `choose` draws as the only possible ones."""
+
+    def __init__(self, choose: Choose):
+        self._choose = choose
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).scatter_(1, self._choose(scores), 0.0)
 
 
 @contextmanager
@@ -262,9 +310,10 @@ def _generate(
     device: torch.device | None = None,
     recorder: _SampledLogProbs | None = None,
     decode: Callable | None = None,
+    choose: Choose | None = None,
 ) -> list[list[int]]:
     """Completions, with whatever follows their first stop token. `together`: every process makes the same number of forward
-    passes. `decode`: takes the place of `model.generate`."""
+    passes. `decode`: takes the place of `model.generate`; `choose`: of its draws, as in `write_with_copy`."""
     width, limit = max(map(len, prompts)), config.max_new_tokens
     device = device or model.get_input_embeddings().weight.device
     flipped = [prompt[::-1] for prompt in prompts]  # for padding on the left
@@ -276,12 +325,14 @@ def _generate(
     if isinstance(model, PeftModel):
         check_prompt_learning(model.active_peft_config)
     cache, criteria, generate = None, None, partial(decode, model) if decode else model.generate
+    processors = [recorder] if recorder is not None else []
+    processors += [_Chosen(choose)] if choose is not None else []
     if rows_leave:
         cache = _begun(model, sequences, mask, config)
     while True:
         if rows_leave:
             criteria = StoppingCriteriaList([_HalfHaveEnded(stop_ids, len(rows))])
-        call = copy.deepcopy(config)
+        call = _greedy(config) if choose else copy.deepcopy(config)
         call.update(max_new_tokens=width + limit - sequences.shape[1], return_dict_in_generate=True)
         if recorder is not None:
             recorder.begin(rows, sequences.shape[1] - width)
@@ -291,7 +342,7 @@ def _generate(
             generation_config=call,
             stopping_criteria=criteria,
             synced_gpus=together,
-            logits_processor=None if recorder is None else LogitsProcessorList([recorder]),
+            logits_processor=LogitsProcessorList(processors) or None,
             **{CACHE: cache},
         )
         if recorder is not None:
@@ -334,22 +385,28 @@ def _begun(
         groups = _alike(lengths)
     if len(groups) == 1 and len(different) == len(sequences):
         return cache
-    call, parts = copy.deepcopy(config), []
+    call, parts = _greedy(config), []  # which draws nothing
     call.update(max_new_tokens=1, return_dict_in_generate=True)
-    with torch.random.fork_rng([sequences.device] if sequences.device.type == "cuda" else []):  # one token is drawn
-        for group in groups:
-            own, ids = different[group, :-1].split([width, width - 1], dim=1)
-            own, begin = own[:, :-1], width - max(lengths[row] for row in group)
-            output = model.generate(
-                input_ids=ids[:, begin:],
-                attention_mask=own[:, begin:],
-                generation_config=call,
-                synced_gpus=False,  # by default true where weights are sharded, and processes have unlike numbers of groups
-                **{CACHE: growing_cache(model)},
-            )
-            parts.append(getattr(output, CACHE))
+    for group in groups:
+        own, ids = different[group, :-1].split([width, width - 1], dim=1)
+        own, begin = own[:, :-1], width - max(lengths[row] for row in group)
+        output = model.generate(
+            input_ids=ids[:, begin:],
+            attention_mask=own[:, begin:],
+            generation_config=call,
+            synced_gpus=False,  # by default true where weights are sharded, and processes have unlike numbers of groups
+            **{CACHE: growing_cache(model)},
+        )
+        parts.append(getattr(output, CACHE))
     where = torch.tensor(sum(groups, [])).argsort()
     return _selected(model, joined(parts), where.to(place.device)[place])
+
+
+def _greedy(config: GenerationConfig) -> GenerationConfig:
+    """`config` without anything that is drawn."""
+    call = copy.deepcopy(config)
+    call.update(do_sample=False, temperature=1.0, top_p=1.0, top_k=50, min_p=None)
+    return call
 
 
 def _alike(lengths: list[int]) -> list[list[int]]:

@@ -26,19 +26,18 @@ from ..models.sharding import own_rows
 from ..text.aligner import align_text
 from ..text.chat import Speaker
 from ..text.continuations import Continuations
+from .ahead import Ahead
 from .closing import Tables, add_going_on, unclosed, without, without_undecided
 from .compiled import COMPILED, CompiledDecode, chosen_backend, while_compiling
 from .early_stop import EarlyStop
-from .generation import TransformersWriter, Writer, Written, sampling_config, write
+from .generation import TransformersWriter, Writer, Written, sampling_config, step_seed, write
 from .metrics import rollout_metrics
 from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns, pad_scores
 from .rewards import Judges
 from .spelling import other_spellings
+from .student_copy import StudentCopy
 from .tools import ToolLoop
 from .vllm import VLLMWriter
-
-
-_STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
 
 
 class Readings(Protocol):
@@ -101,6 +100,16 @@ def student_writer(
     return TransformersWriter(config, accelerator, args, args.early_stop in ("kat", "random"), decode)
 
 
+def ahead_of(
+    write: Writer, model: nn.Module, accelerator, config: GenerationConfig, args: CrossTokenizerGKDConfig
+) -> Ahead | None:
+    """What writes the text of the next step with `async_rollouts`: the server of `write`, or a copy of the student. The arguments are
+    those of `student_writer`, and what it returned."""
+    if not args.async_rollouts:
+        return None
+    return Ahead(write if args.use_vllm else StudentCopy(model, accelerator, config, args), args)
+
+
 class RolloutSource:
     """
     Args:
@@ -117,6 +126,10 @@ class RolloutSource:
         packer: packs the student's rows, where it can read such.
         state: gives the trainer's state, for the judges.
         tools: executes the student's calls of tools, in training, and in evaluation with `tools_in_evaluation`.
+        ahead: writes in place of `write` in training, one step before.
+
+    Raises:
+        ValueError: where two of these do not go together.
     """
 
     def __init__(
@@ -132,13 +145,18 @@ class RolloutSource:
         judges: Judges | None = None,
         state: Callable[[], Any] = lambda: None,
         packer: Packer | None = None,
+        ahead: Ahead | None = None,
     ):
         self._args, self._accelerator = args, accelerator
         self._student, self._teachers = student, teachers
         self.write, self._reads_distributions = write, reads_distributions
         self._continuations, self._tools = continuations, tools
         self._judges, self._state, self._packer = judges, state, packer
-        self.early_stop = None
+        self.ahead, self.early_stop = ahead, None
+        if ahead is not None and tools is not None:
+            raise ValueError(
+                "async_rollouts=1 does not go with tools: a completion would wait for its tools in the middle. Set async_rollouts=0."
+            )
         if args.early_stop is not None:
             self.early_stop = EarlyStop(args, accelerator, teachers, tools is not None, judges is not None)
 
@@ -149,6 +167,7 @@ class RolloutSource:
         step: int,
         mode: str,
         phase: Callable[[str], AbstractContextManager],
+        following: Sequence[Sequence[Prompt]] = (),
     ) -> tuple[list[dict], dict[str, tuple[float, float]]]:
         """
         Completions for all prompts of `window`, one list a micro-batch, scored by their teachers.
@@ -159,6 +178,7 @@ class RolloutSource:
             step: optimizer steps taken.
             mode: `"train"`, or `"eval"`, where the student writes every completion, one for each prompt.
             phase: called with the name of what begins, and times the `with` block.
+            following: the `window` of the next step, if there is one, where that is to be written `ahead`.
 
         Returns:
             For each micro-batch what `collate` makes of its rollouts, with `teacher_log_probs` (B, T), or what waits for
@@ -169,8 +189,7 @@ class RolloutSource:
             `packed`, the same rows packed, where that is less work. And the figures of the completions.
         """
         args, repeats = self._args, self._args.num_generations if mode == "train" else 1
-        window = [[prompt for prompt in prompts for _ in range(repeats)] for prompts in window]
-        on_policy = [mode == "eval" or draw < args.lmbda for draw in self.lmbda_draws(step, len(window))]
+        window, on_policy = self._asked(window, step, mode)
         if not args.seq_kd:  # a reference may be written on from elsewhere than the generation prompt
             window = [
                 prompts if on else [prompt.before_reference() for prompt in prompts]
@@ -179,12 +198,23 @@ class RolloutSource:
         with phase("generation"), while_compiling(lambda: phase("compilation")):
             tools = self._tools if mode == "train" or args.tools_in_evaluation else None
             early_stop = self.early_stop if mode == "train" else None
-            write = self.write if early_stop is None else partial(early_stop.write, self.write)
+            write, told = self.write if early_stop is None else partial(early_stop.write, self.write), {}
+            if self.ahead is not None:
+                self.ahead.settle()  # an engine writes one thing at a time
+                write = partial(self.ahead.take, tell=told.update) if mode == "train" else write
             drawn, figures = self._draw(write, model, window, on_policy, step, tools)
+            if following:
+                own = [
+                    prompt
+                    for prompts, on in zip(*self._asked(following, step + 1, mode), strict=True)
+                    if on
+                    for prompt in prompts
+                ]
+                self.ahead.begin(model, own, step + 1, step)
         prompts, (completions, sampled) = [prompt for prompt, _ in drawn], zip(*(own for _, own in drawn), strict=True)
         with phase("alignment"):
             rollouts = self._teachers.pair(prompts, completions)
-        figures = {**figures, **rollout_metrics(rollouts)}
+        figures = {**figures, **told, **rollout_metrics(rollouts)}
         rewards = None
         if self._judges is not None and (mode == "train" or args.rewards_in_evaluation):
             with phase("rewards"):
@@ -268,15 +298,22 @@ class RolloutSource:
         """Draws within depend on seed, `step` and process alone."""
         devices = [self._accelerator.device] if self._accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(self._args.seed + _STRIDE * (step + 1) + self._accelerator.process_index)
+            torch.manual_seed(step_seed(self._args.seed, step, self._accelerator.process_index))
             yield
 
     def lmbda_draws(self, step: int, count: int) -> list[float]:
         """For each micro-batch a number in [0, 1), the same on every process: the student writes where it is below `lmbda`."""
-        generator = torch.Generator().manual_seed(self._args.seed + _STRIDE * step)
+        generator = torch.Generator().manual_seed(step_seed(self._args.seed, step - 1))
         return torch.rand(count, generator=generator).tolist()
 
     # Text
+
+    def _asked(self, window: Sequence[Sequence[Prompt]], step: int, mode: str) -> tuple[list[list[Prompt]], list[bool]]:
+        """The prompts of `window` as often as completions are made of them, and for each micro-batch whether the student writes them."""
+        repeats = self._args.num_generations if mode == "train" else 1
+        window = [[prompt for prompt in prompts for _ in range(repeats)] for prompts in window]
+        on_policy = [mode == "eval" or draw < self._args.lmbda for draw in self.lmbda_draws(step, len(window))]
+        return window, on_policy
 
     def _draw(
         self,

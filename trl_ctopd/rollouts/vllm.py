@@ -7,14 +7,20 @@ Decisions
   min(exp(log p of the trainer − log p of the engine), `vllm_importance_sampling_clip_max`), as TRL's GRPO does with
   `token_truncate`. The difference between the two is logged.
 - TRL needs the same number of prompts on all processes. Missing ones are filled up with prompts whose completions are dropped.
+- With `async_rollouts=1` a thread of the main process sends the prompts of all processes to the server. TRL's own call would use
+  collectives there, while other threads use them too.
 
 Left out: sampling that a checkpoint could repeat (the engine has its own random state), structured outputs, images.
 """
 
 import logging
+import threading
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from torch import nn
 from trl.generation.vllm_generation import VLLMGeneration
@@ -60,12 +66,14 @@ def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
 
 class VLLMWriter:
     """
-    A [`Writer`] by vLLM.
+    A [`Writer`] by vLLM, and with a server a [`Background`].
 
     Args:
         model: the student, an adapter included, before it is wrapped.
         stop_ids: student ids that end a turn.
     """
+
+    ends_soon = False  # a server goes on
 
     def __init__(self, model: nn.Module, accelerator, tokenizer, args: CrossTokenizerGKDConfig, stop_ids: list[int]):
         check_vllm(model, args)
@@ -104,16 +112,59 @@ class VLLMWriter:
 
     def __call__(self, model: nn.Module, prompts: list[Prompt], step: int) -> list[Written]:
         """See [`Writer`]. The log-probs are those that the engine sampled with. `model` must be the one given to `__init__`."""
-        if step != self._step:
-            self._engine.sync_weights()
-            self._step = step
+        self._hand_over(step)
         most = max(gather_object([len(prompts)]))
         if not most:
             return []
         filled = [prompt.student_ids for prompt in prompts] + [[next(iter(self._stop_ids))]] * (most - len(prompts))
         _, completions, log_probs, _ = self._engine.generate(prompts=filled, images=None, num_generations=1)
+        return self._cut(completions[: len(prompts)], log_probs[: len(prompts)])
+
+    def begin(
+        self, model: nn.Module, prompts: list[Prompt], step: int, taken: int
+    ) -> tuple[Callable[[threading.Event], Any], Callable[[Any], list[Written] | None]]:
+        """See [`Background`]."""
+        self._hand_over(taken)
+        ends = [*accumulate(gather_object([len(prompts)]), initial=0)]
+        asked = gather_object([prompt.student_ids for prompt in prompts])
+        own = slice(*list(pairwise(ends))[self._accelerator.process_index])
+
+        def run(cancelled: threading.Event):
+            return self._ask(asked) if asked and self._accelerator.is_main_process else ([], [])
+
+        def end(result) -> list[Written] | None:
+            [result] = broadcast_object_list([result])
+            return None if result is None else self._cut(*(part[own] for part in result))
+
+        return run, end
+
+    def _hand_over(self, taken: int):
+        """Gives the engine the weights after `taken` steps."""
+        if taken != self._step:
+            self._engine.sync_weights()
+            self._step = taken
+
+    def _ask(self, prompts: list[list[int]]) -> tuple[list, list]:
+        """What the server writes for them, with TRL's settings."""
+        engine = self._engine
+        output = engine.vllm_client.generate(
+            prompts=prompts,
+            n=1,
+            repetition_penalty=engine.repetition_penalty,
+            temperature=engine.temperature,
+            top_p=engine.top_p,
+            top_k=engine.top_k,
+            min_p=engine.min_p,
+            max_tokens=engine.max_completion_length,
+            logprobs=engine.logprobs,
+            generation_kwargs=engine.generation_kwargs,
+        )
+        return output["completion_ids"], output["logprobs"]
+
+    def _cut(self, completions: list, log_probs: list) -> list[Written]:
+        """Each up to its first stop token."""
         written = []
-        for ids, scores in zip(completions[: len(prompts)], log_probs[: len(prompts)], strict=True):
+        for ids, scores in zip(completions, log_probs, strict=True):
             end = next((n for n, token in enumerate(ids, start=1) if token in self._stop_ids), len(ids))
             drawn = [float("nan") if score[0] is None else score[0] for score in scores[:end]]
             written.append((list(ids[:end]), drawn))

@@ -19,6 +19,7 @@ from ..models.heads import base_model, check_head
 from ..models.loading import adapter_base, check_saves, forget_gguf, load_model, warn_of_experts
 from ..models.sharding import shards_student
 from ..redact import redact
+from ..rollouts.ahead import check_ahead
 from ..rollouts.compiled import check_compiled
 from ..rollouts.early_stop import check_early_stop, check_pieces
 from ..rollouts.generation import check_prompt_learning
@@ -116,6 +117,7 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             "launch`, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)."
         )
     check_early_stop(args)
+    check_ahead(args)
     if args.rollout_reuse > 1:
         window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         rows = None if isinstance(train_dataset, IterableDataset) else len(train_dataset)
@@ -208,12 +210,13 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
                 f"{loss_name(name)} has {attribute}={getattr(loss, attribute)!r}: choose one of {', '.join(known)}."
             )
     policy = getattr(loss, "policy", "both")
-    if args.rollout_reuse > 1 and policy == "on" and not getattr(loss, "weighs_by_ratio", False):
-        able = [other for other, known in LOSSES.items() if known.weighs_by_ratio or known.policy != "on"]
-        raise ValueError(
-            f"rollout_reuse={args.rollout_reuse} trains on completions of a student that has been updated since, which "
-            f"distillation_loss={loss_name(name)!r} does not account for: set it to 1, or choose one of {', '.join(able)}."
-        )
+    for knob, off in (("rollout_reuse", 1), ("async_rollouts", 0)):
+        if getattr(args, knob) > off and policy == "on" and not getattr(loss, "weighs_by_ratio", False):
+            able = [other for other, known in LOSSES.items() if known.weighs_by_ratio or known.policy != "on"]
+            raise ValueError(
+                f"{knob}={getattr(args, knob)} trains on completions of a student that has been updated since, which "
+                f"distillation_loss={loss_name(name)!r} does not account for: set it to {off}, or choose one of {', '.join(able)}."
+            )
     for knob in ("clip_ratio_low", "clip_ratio_high"):
         default = type(args).__dataclass_fields__[knob].default
         if (args.rollout_reuse == 1 or args.lmbda == 0) and getattr(loss, knob, default) != default:

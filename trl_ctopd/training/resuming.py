@@ -1,7 +1,7 @@
 """The part of the trainer by which a run that was killed continues where it was: the order of its rows, its checkpoints, and the
 date that chat templates write in its prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property
 
@@ -12,6 +12,8 @@ from datasets import Dataset
 
 from ..config import CrossTokenizerGKDConfig
 from ..gkd import GKDTrainer
+from ..rollouts.ahead import Windows
+from ..rollouts.pairing import Prompt
 from ..rollouts.prompts import RepeatedWindows
 from . import checkpoints
 from .identity import identity
@@ -27,6 +29,7 @@ class ResumableTrainer(GKDTrainer):
     Overrides:
     - `_get_train_sampler`, `get_train_dataloader`: every process and every resume reads the rows in the same order; with
       `rollout_reuse`, the prompts of a step are repeated;
+    - `_run_epoch`: tells where an epoch's rows come from, for prompts that are read before they are due;
     - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_from_checkpoint`: a
       run resumes from a complete checkpoint of its own, with the rollouts that were not yet used.
 
@@ -36,6 +39,7 @@ class ResumableTrainer(GKDTrainer):
 
     def _prepare_to_resume(self, args: CrossTokenizerGKDConfig, train_dataset, eval_dataset):
         self._pending = checkpoints.PendingRollouts(args)
+        self._windows = Windows(self._marked)
         self._lineage = checkpoints.Lineage([("", None)])  # replaced when a run begins
         self._given_datasets = train_dataset, eval_dataset
         self._write_day(*broadcast_object_list([date.today()]))  # processes may start around midnight
@@ -61,6 +65,15 @@ class ResumableTrainer(GKDTrainer):
         if self.args.rollout_reuse > 1:
             loader.set_sampler(self._get_train_sampler())  # a resumed run sets the epoch there
         return loader
+
+    def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
+        self._windows.begin_epoch(train_dataloader, epoch)
+        return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def _marked(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The rows of the batch that was read last, with those marked that only pad it."""
+        # with reuse, the sampler yields only whole steps
+        return self.rollouts.mark_padding_rows(prompts) if self.args.rollout_reuse == 1 else list(prompts)
 
     # The date in the prompts
 
@@ -104,7 +117,14 @@ class ResumableTrainer(GKDTrainer):
         found = checkpoints.to_resume_from(resume_from_checkpoint, self.args.output_dir)
         self._keep_day(found)
         self._lineage = checkpoints.begin(found, self.args, self._identity)
-        return super().train(found, *args, **kwargs)
+        ahead = self.rollouts.ahead
+        if ahead is None:
+            return super().train(found, *args, **kwargs)
+        ahead.load(None)
+        try:
+            return super().train(found, *args, **kwargs)
+        finally:
+            ahead.stop()
 
     def _save_checkpoint(self, model, trial):
         folder = checkpoints.folder_of(self._get_output_dir(trial), self.state.global_step)
@@ -122,8 +142,9 @@ class ResumableTrainer(GKDTrainer):
         super()._save_rng_state(output_dir)
         if self.state.global_step % self.args.rollout_reuse:
             self._pending.save(output_dir)
-        if self.rollouts.early_stop is not None:
-            self.rollouts.early_stop.save(output_dir)
+        for keeper in (self.rollouts.early_stop, self.rollouts.ahead):
+            if keeper is not None:
+                keeper.save(output_dir)
         self.accelerator.wait_for_everyone()  # the next step marks the checkpoint as complete
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
@@ -131,8 +152,9 @@ class ResumableTrainer(GKDTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None:
                 self._pending.load(checkpoint)
-                if self.rollouts.early_stop is not None:
-                    self.rollouts.early_stop.load(checkpoint)
+                for keeper in (self.rollouts.early_stop, self.rollouts.ahead):
+                    if keeper is not None:
+                        keeper.load(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None):
         with checkpoints.read_whole(checkpoint):

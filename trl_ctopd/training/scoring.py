@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Distributions, Metrics, ScoredChunks
-from ..models.heads import add_token_scores, base_model, hidden_states, lm_head
+from ..models.heads import AUTOCAST, add_token_scores, base_model, hidden_states, lm_head
 from ..models.loading import check_vocabulary, disable_dropout, switch_router_logits_off
 from ..models.packing import packed_inputs
 from ..models.reference import Reference
@@ -19,9 +19,6 @@ from ..teachers.panel import Panel
 from ..teachers.readings import Awaited, arrived
 from ..text.chat import Speaker
 from ..text.vocabulary import VocabularyPair
-
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def prepare_student(model: nn.Module, side: Speaker, args: CrossTokenizerGKDConfig) -> list[int]:
@@ -180,5 +177,5 @@ class Scorer:
     ) -> Distributions:
         """Of `model`, from the hidden states that its LM head reads, projected in the precision that the sampled log-probs are
         computed in. `output`: of its forward pass, where gradients are to reach the head (see `lm_head`)."""
-        dtype = _AUTOCAST.get(self._accelerator.mixed_precision, hidden.dtype)
+        dtype = AUTOCAST.get(self._accelerator.mixed_precision, hidden.dtype)
         return Distributions(hidden, lm_head(model, dtype, self._args.temperature, output))

@@ -71,6 +71,7 @@ class SamplingWatch:
     def __init__(self, args: CrossTokenizerGKDConfig):
         self._bent = args.top_p < 1 or args.top_k > 0 or args.min_p is not None or args.generation_kwargs
         self._bent = self._bent or args.early_stop in ("kat", "random")  # what is kept depends on what was drawn
+        self._bent = self._bent or args.async_rollouts  # the text is an older student's
         self._seen: list[float] = []
         self._masked: list[float] = []
         self._said = False
