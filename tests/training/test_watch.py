@@ -101,16 +101,17 @@ def test_the_entropy_difference_is_that_of_plain_sums():
     assert found.item() == pytest.approx(total) and weight == 3
 
 
-def watched(values, args=None, masked=0.0) -> list[str]:
+SAMPLED = {"top_p": 1.0, "top_k": 0, "min_p": None, "generation_kwargs": None, "early_stop": None, "async_rollouts": 0}
+
+
+def watched(values, masked=0.0, **settings) -> list[str]:
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logger = logging.getLogger("trl_ctopd.training.watch")
     logger.addHandler(handler)
     try:
-        watch = SamplingWatch(
-            args or SimpleNamespace(top_p=1.0, top_k=0, min_p=None, generation_kwargs=None, early_stop=None)
-        )
+        watch = SamplingWatch(SimpleNamespace(**{**SAMPLED, **settings}))
         for value in values:
             watch.read({DIFFERENCE: value, "alignment/masked_fraction": masked})
     finally:
@@ -125,8 +126,8 @@ def test_a_lasting_difference_is_warned_of_once_and_chance_never(build):
     assert DIFFERENCE in line and "another distribution than the one that is scored" in line
     assert watched([0.1 + 0.05 * value for value in noise[:9]]) == [], "nine logs are too few to tell"
     assert watched([0.1 + 0.05 * value for value in noise], masked=0.02) == [], "masked tokens may explain it"
-    cut = SimpleNamespace(top_p=0.9, top_k=0, min_p=None, generation_kwargs=None, early_stop=None)
-    assert watched([0.1 + 0.05 * value for value in noise], cut) == [], "the user asked for it"
+    for asked_for in ({"top_p": 0.9}, {"async_rollouts": 1}):
+        assert watched([0.1 + 0.05 * value for value in noise], **asked_for) == []
 
 
 def test_text_drawn_from_another_distribution_shows_in_the_figure(build):

@@ -198,10 +198,10 @@ class RolloutSource:
         with phase("generation"), while_compiling(lambda: phase("compilation")):
             tools = self._tools if mode == "train" or args.tools_in_evaluation else None
             early_stop = self.early_stop if mode == "train" else None
-            write, told = self.write if early_stop is None else partial(early_stop.write, self.write), {}
+            write, of_ahead = self.write if early_stop is None else partial(early_stop.write, self.write), {}
             if self.ahead is not None:
                 self.ahead.settle()  # an engine writes one thing at a time
-                write = partial(self.ahead.take, tell=told.update) if mode == "train" else write
+                write = partial(self.ahead.take, tell=of_ahead.update) if mode == "train" else write
             drawn, figures = self._draw(write, model, window, on_policy, step, tools)
             if following:
                 own = [
@@ -214,7 +214,7 @@ class RolloutSource:
         prompts, (completions, sampled) = [prompt for prompt, _ in drawn], zip(*(own for _, own in drawn), strict=True)
         with phase("alignment"):
             rollouts = self._teachers.pair(prompts, completions)
-        figures = {**figures, **told, **rollout_metrics(rollouts)}
+        figures = {**figures, **of_ahead, **rollout_metrics(rollouts)}
         rewards = None
         if self._judges is not None and (mode == "train" or args.rewards_in_evaluation):
             with phase("rewards"):

@@ -70,9 +70,7 @@ class StudentCopy:
         self._student, self._config, self._accelerator, self._args = model, config, accelerator, args
         self._device = device_of(args)
         self._copy = copy.deepcopy(model)
-        base = base_model(self._copy)
-        base.__dict__.pop("forward", None)  # what scores tokens is bound to the student
-        base.gradient_checkpointing_disable()
+        base_model(self._copy).__dict__.pop("forward", None)  # what scores tokens is bound to the student
         self._copy.to(self._device)
 
     def begin(
