@@ -49,7 +49,12 @@ def test_weights_are_put_back_when_writing_fails(in_place):
 
 @pytest.mark.parametrize(
     ("config", "share"),
-    [({}, "all"), ({"use_dora": True}, "none"), ({"target_modules": ["embed_tokens", "q_proj"]}, "without embeddings")],
+    [
+        ({}, "all"),
+        ({"use_dora": True}, "none"),
+        ({"lora_bias": True}, "none"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "without embeddings"),
+    ],
 )
 @torch.no_grad()
 def test_layers_of_another_kind_or_with_shared_weights_keep_their_adapter_apart(config, share):

@@ -31,7 +31,8 @@ def mergeable(model: nn.Module) -> list[LoraLayer]:
 
 
 def _is_plain(layer: LoraLayer, uses: Counter) -> bool:
-    weight = layer.get_base_layer().weight
+    base = layer.get_base_layer()
+    weight, bias = base.weight, getattr(base, "bias", None)
     return (
         type(weight) is nn.Parameter
         and weight.dtype in _DTYPES
@@ -39,6 +40,7 @@ def _is_plain(layer: LoraLayer, uses: Counter) -> bool:
         and weight.numel() > 0
         and uses[id(weight)] == 1
         and not layer.lora_variant
+        and not (bias is None and any(layer.lora_bias.values()))  # there is none to merge the adapter's into
         and not layer.merged
         and not layer.disable_adapters
     )
