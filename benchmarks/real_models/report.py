@@ -24,7 +24,7 @@ from benchmarks.quality.report import fill
 from benchmarks.quality.run import read
 
 from .data import DATASETS
-from .run import METHODS, PAIRS, RATE, RESULTS, UPDATES
+from .run import METHODS, PAIRS, RESULTS, UPDATES
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "real_models.md"
@@ -62,6 +62,7 @@ class Point:
     mean_length: float
     truncated_fraction: float
     seeds: int
+    rate: float
 
     @property
     def error(self) -> float:
@@ -81,33 +82,40 @@ def parts(rows: Sequence[tuple[float, int]]) -> np.ndarray:
     return (nats - nats.sum() / sizes.sum() * sizes) / sizes.mean()
 
 
-def curves(lines: Sequence[dict], dataset: str, pair: str = HOME, rate: float = RATE) -> dict[str, Curve]:
-    """Each method's points by the number of updates, in the order of the methods. Of a seed that was run twice, the longer run."""
+def curves(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dict[str, Curve]:
+    """Each method's points by the number of updates, in the order of the methods, at the rate with the smallest gap after 12 updates.
+    Of a seed that was run twice, the longer run."""
+    found = {}
+    for method, by_rate in curves_by_rate(lines, dataset, pair).items():
+        found[method] = min(by_rate.values(), key=lambda curve: curve[UPDATES].gap if UPDATES in curve else math.inf)
+    return found
+
+
+def curves_by_rate(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dict[str, dict[float, Curve]]:
     found = {}
     for method in ("start", *METHODS):
-        own = [
-            line
-            for line in lines
-            if "error" not in line
-            and line["run"]["learning_rate"] in (rate, 0.0)
-            and all(line["run"][k] == v for k, v in {"method": method, "dataset": dataset, "pair": pair}.items())
-        ]
-        longest = {line["run"]["seed"]: line["curve"] for line in sorted(own, key=lambda line: line["run"]["updates"])}
-        steps = sorted({int(step) for curve in longest.values() for step in curve})
-        if own:
-            found[method] = {
-                step: _point([curve[str(step)] for curve in longest.values() if str(step) in curve]) for step in steps
+        wanted = {"method": method, "dataset": dataset, "pair": pair}
+        own = [line for line in lines if "error" not in line and all(line["run"][k] == v for k, v in wanted.items())]
+        for rate in sorted({line["run"]["learning_rate"] for line in own}, reverse=True):
+            shorter_first = sorted(own, key=lambda line: line["run"]["updates"])
+            longest = {
+                line["run"]["seed"]: line["curve"] for line in shorter_first if line["run"]["learning_rate"] == rate
+            }
+            steps = sorted({int(step) for curve in longest.values() for step in curve})
+            found.setdefault(method, {})[rate] = {
+                step: _point([curve[str(step)] for curve in longest.values() if str(step) in curve], rate)
+                for step in steps
             }
     return found
 
 
-def _point(seeds: list[dict]) -> Point:
+def _point(seeds: list[dict], rate: float) -> Point:
     def mean(name):
         return sum(seed[name] for seed in seeds) / len(seeds)
 
     names = ("cpu_seconds", "entropy", "mean_length", "truncated_fraction")
     own = np.mean([parts(seed["rows"]) for seed in seeds], axis=0)
-    return Point(mean("nats_per_byte"), own, *map(mean, names), len(seeds))
+    return Point(mean("nats_per_byte"), own, *map(mean, names), len(seeds), rate)
 
 
 def at_cpu_seconds(curve: Curve, start: Point, seconds: float) -> tuple[Point, bool]:
@@ -117,7 +125,7 @@ def at_cpu_seconds(curve: Curve, start: Point, seconds: float) -> tuple[Point, b
         if seconds <= after.cpu_seconds:
             share = (seconds - before.cpu_seconds) / (after.cpu_seconds - before.cpu_seconds)
             mixed = [(1 - share) * a + share * b for a, b in zip(_values(before), _values(after), strict=True)]
-            return Point(*mixed, after.seeds), False
+            return Point(*mixed, after.seeds, after.rate), False
     return points[-1], True
 
 
@@ -133,8 +141,8 @@ def table(found: dict[str, Curve]) -> str:
     steps, last = _steps(found), f"after {UPDATES}"
     gaps = " | ".join(["gap before", *(f"gap after {step}" for step in steps)])
     rows = [
-        f"| | seeds | {gaps} | CPU seconds, {last} | entropy, {last} | tokens | cut off |",
-        "|---" * (7 + len(steps)) + "|",
+        f"| | rate | seeds | {gaps} | CPU seconds, {last} | entropy, {last} | tokens | cut off |",
+        "|---" * (8 + len(steps)) + "|",
     ]
     for method, curve in found.items():
         gaps = [f"{curve[step].gap:.3f} ± {curve[step].error:.3f}" if step in curve else "" for step in (0, *steps)]
@@ -142,10 +150,27 @@ def table(found: dict[str, Curve]) -> str:
         if point is None:
             continue
         rows.append(
-            f"| {NAMES.get(method, f'`{method}`')} | {point.seeds} | {' | '.join(gaps)} | {point.cpu_seconds:.0f} "
+            f"| {NAMES.get(method, f'`{method}`')} | {_written(point.rate)} | {point.seeds} | {' | '.join(gaps)} | {point.cpu_seconds:.0f} "
             f"| {point.entropy:.2f} | {point.mean_length:.0f} | {100 * point.truncated_fraction:.0f} % |"
         )
     return "\n".join(rows)
+
+
+def _written(rate: float) -> str:
+    return f"{rate:.0e}".replace("e-0", "e-") if rate else ""
+
+
+def rates(found: dict[str, dict[float, Curve]]) -> str:
+    """The gap after 12 updates of the methods of which several rates were run."""
+    rows = ["| | rate | seeds | gap after 12 |", "|---|---|---|---|"]
+    for method, by_rate in found.items():
+        points = [curve[UPDATES] for curve in by_rate.values() if UPDATES in curve]
+        if len(points) > 1:
+            rows += [
+                f"| {NAMES.get(method, f'`{method}`')} | {_written(point.rate)} | {point.seeds} | {point.gap:.3f} ± {point.error:.3f} |"
+                for point in points
+            ]
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
 def beside_the_default(found: dict[str, Curve]) -> str:
@@ -193,6 +218,8 @@ def blocks(lines: Sequence[dict]) -> dict[str, str]:
             made[dataset] = f"{TITLES[dataset]}\n\n{table(found)}"
             if DEFAULT in found:
                 made[f"{dataset} beside the default"] = beside_the_default(found)
+            if tried := rates(curves_by_rate(lines, dataset)):
+                made[f"{dataset} rates"] = tried
     return made
 
 

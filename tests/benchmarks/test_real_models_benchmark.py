@@ -97,12 +97,12 @@ def test_an_untrained_student_has_the_same_gap_whatever_loss_it_is_to_learn_by(f
     assert measured == 3 * measured[:1]
 
 
-def made_up(method, seed, gap, prompts=(0.0, 0.0), cpu_seconds=100.0, steps=(12,)):
+def made_up(method, seed, gap, prompts=(0.0, 0.0), cpu_seconds=100.0, steps=(12,), rate=3e-4):
     """A finished run: two prompts of 10 bytes, whose gaps differ from `gap` by `prompts`."""
     measured = [[10 * (gap + prompts[0]), 10], [10 * (gap + prompts[1]), 10]]
     point = {"nats_per_byte": gap, "rows": measured, "entropy": 1.0, "mean_length": 9.0, "truncated_fraction": 0.5}
     settings = {"method": method, "dataset": "mbpp", "pair": report.HOME, "seed": seed, "updates": steps[-1]}
-    settings["learning_rate"] = 0.0 if method == "start" else report.RATE
+    settings["learning_rate"] = 0.0 if method == "start" else rate
     times = {step: {**point, "cpu_seconds": cpu_seconds * step / 12} for step in steps}
     return {"run": settings, "curve": json.loads(json.dumps(times))}
 
@@ -137,7 +137,7 @@ def test_a_pair_of_which_only_the_start_was_measured_has_its_row():
     line = made_up("start", 0, 0.5, steps=(0,))
     line["run"]["pair"] = "qwen<-smollm2"
     assert report.blocks([line])["mbpp qwen<-smollm2"].endswith(
-        "| untrained | 1 | 0.500 ± 0.000 | 0 | 1.00 | 9 | 50 % |"
+        "| untrained |  | 1 | 0.500 ± 0.000 | 0 | 1.00 | 9 | 50 % |"
     )
 
 
@@ -145,6 +145,16 @@ def test_of_a_seed_that_was_run_twice_the_longer_run_counts():
     lines = [made_up("dpca_open", 0, 0.1, steps=(12, 24)), made_up("dpca_open", 0, 0.3)]
     curve = report.curves(lines, "mbpp")["dpca_open"]
     assert [(step, point.gap, point.seeds) for step, point in curve.items()] == [(12, 0.1, 1), (24, 0.1, 1)]
+
+
+def test_of_several_rates_a_methods_best_counts_and_all_are_shown():
+    lines = [made_up("trl_gold_on", 0, gap, rate=rate) for rate, gap in ((3e-4, 0.4), (1e-4, 0.2), (3e-5, 0.3))]
+    lines += [made_up("dpca", 0, 0.1), made_up("start", 0, 0.5, steps=(0,))]
+    assert report.curves(lines, "mbpp")["trl_gold_on"][12].gap == 0.2
+    made = report.blocks(lines)
+    assert "| TRL's GOLD on-policy, hybrid | 1e-4 | 1 | | 0.200" in made["mbpp"].replace("|  |", "| |")
+    assert [row.split(" | ")[1:2] for row in made["mbpp rates"].splitlines()[2:]] == [["3e-4"], ["1e-4"], ["3e-5"]]
+    assert "mbpp rates" not in report.blocks(lines[1:2] + lines[3:])
 
 
 def test_seeds_are_averaged():
@@ -156,10 +166,8 @@ def test_seeds_are_averaged():
 def test_the_report_renders_from_real_runs(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "UPDATES", 2)
     lines = [*run.read(finished).values()]
-    for line in lines:
-        line["run"]["learning_rate"] = min(report.RATE, line["run"]["learning_rate"])
     made = report.blocks(lines)
-    assert "| `dpca` (the default) | 1 |" in made["gsm8k"] and made["text"].startswith("## Plain text")
+    assert "| `dpca` (the default) | 1e-3 | 1 |" in made["gsm8k"] and made["text"].startswith("## Plain text")
     assert "| TRL's GOLD on references |" in made["text beside the default"]
     report.plot(lines, tmp_path / "gap.png")
     assert (tmp_path / "gap.png").stat().st_size > 5_000
