@@ -8,7 +8,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -100,7 +100,7 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
         )
     adapter = model.active_peft_config if isinstance(model, PeftModel) else peft_config
     if adapter is not None:
-        check_prompt_learning(adapter)
+        check_adapter(adapter, args)
     for name in ("packing", "padding_free", "assistant_only_loss", "label_smoothing_factor"):
         if getattr(args, name):
             raise ValueError(
@@ -126,6 +126,20 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
                 f"rollout_reuse={args.rollout_reuse} repeats the prompts of an optimizer step, {window} of them, and the "
                 f"train dataset has {'no length' if rows is None else rows}: set it to 1, or give it a dataset with as many."
             )
+
+
+def check_adapter(config: PeftConfig, args: CrossTokenizerGKDConfig):
+    """Raises `ValueError` for an adapter that cannot be trained, or not with `args`."""
+    if config.peft_type == PeftType.ADAPTION_PROMPT:
+        raise ValueError(
+            "ADAPTION_PROMPT: PEFT wraps the student otherwise for it than for other adapters. Train a LoRA adapter."
+        )
+    if config.peft_type == PeftType.PREFIX_TUNING and args.gradient_checkpointing:
+        raise ValueError(
+            "PREFIX_TUNING does not work with gradient checkpointing, which computes each layer again without the prefix: set "
+            "gradient_checkpointing=False (it is True unless it is set), or train a LoRA adapter."
+        )
+    check_prompt_learning(config)
 
 
 def check_run(
