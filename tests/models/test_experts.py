@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from toys import SGD, SHAPE, fix_rollouts, step_of, student_model, student_tokenizer, teacher_model, teacher_tokenizer
-from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DogeConfig, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 
 EXPERTS = {
@@ -67,6 +67,14 @@ def test_the_imbalance_is_that_of_the_texts_without_their_padding(build, shape):
     assert len({len(row) for row in rows}) > 1
     expected = plain_imbalance(trainer.model.eval(), rows)
     assert batch.imbalance.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_student_without_experts_of_a_class_that_may_have_some_trains(build):
+    torch.manual_seed(0)
+    config = DogeConfig(**SHAPE, vocab_size=len(student_tokenizer()), is_moe=False, eos_token_id=2, bos_token_id=0)
+    trainer = build(model=AutoModelForCausalLM.from_config(config))
+    trainer.train()
+    assert "aux_loss" not in trainer.state.log_history[0]
 
 
 def test_the_coefficient_of_the_imbalance_weighs_its_gradient(build):

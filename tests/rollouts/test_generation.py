@@ -3,6 +3,7 @@
 import random
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from trl_ctopd.rollouts.generation import (
     _generate,
     _generate_continuously,
     _SampledLogProbs,
+    check_padding,
     check_prompt_learning,
 )
 from trl_ctopd.rollouts.pairing import Prompt
@@ -88,6 +90,27 @@ def test_rows_that_leave_change_no_text(family):
     together = cut(_generate(model, PROMPTS, settings(), rows_leave=False))
     assert len({len(ids) for ids in together}) >= 2, "of uneven length"
     assert cut(_generate(model, PROMPTS, settings(), rows_leave=True)) == together
+
+
+def writing(**settings) -> SimpleNamespace:
+    return SimpleNamespace(
+        **{"generation_backend": "transformers", "generation_batch_size": None, "use_vllm": False, **settings}
+    )
+
+
+@pytest.mark.parametrize("family", ["RWKV", *FAMILIES])
+def test_a_student_that_reads_padding_is_refused_where_prompts_are_padded(family):
+    if family != "RWKV":
+        check_padding(model_of(family), writing())
+        return
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        transformers.RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
+    )
+    with pytest.raises(ValueError, match="RwkvForCausalLM reads the padding.*generation_batch_size=1"):
+        check_padding(model, writing())
+    check_padding(model, writing(generation_batch_size=1))
+    check_padding(model, writing(use_vllm=True))
 
 
 @torch.no_grad()

@@ -150,8 +150,12 @@ def has_imbalance(model: PreTrainedModel) -> bool:
     return hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
 
 
-def _imbalance(model: PreTrainedModel, router_logits: tuple[torch.Tensor, ...], routed: torch.Tensor) -> torch.Tensor:
-    """The load-balancing loss, by the function in the model class's own module."""
+def _imbalance(
+    model: PreTrainedModel, router_logits: tuple[torch.Tensor, ...], routed: torch.Tensor
+) -> torch.Tensor | None:
+    """The load-balancing loss, by the function in the model class's own module; None for a model of such a class without experts."""
+    if not router_logits:
+        return None
     balance = sys.modules[type(model).__module__].load_balancing_loss_func
     virtual = router_logits[0].numel() // router_logits[0].shape[-1] // len(routed) - routed.shape[1]
     mask = nn.functional.pad(routed.long(), (virtual, 0), value=1)  # an adapter's virtual tokens come first

@@ -26,6 +26,7 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     Cache,
     GenerationConfig,
@@ -472,6 +473,33 @@ def check_prompt_learning(config: PeftConfig):
             f"{config.peft_type.value}: with transformers {transformers.__version__} and PEFT {peft.__version__}, a model with "
             "virtual tokens writes text that is not its own (transformers 5.24 renamed `past_key_values`, which PEFT still looks "
             "for). Install transformers<5.24, or train a LoRA adapter."
+        )
+
+
+@torch.no_grad()
+def check_padding(model: nn.Module, args: CrossTokenizerGKDConfig):
+    """
+    Raises `ValueError` where prompts are padded so that they can be written for together, and the student reads the padding. Some
+    recurrent models do (RWKV, RecurrentGemma), whatever the attention mask says: a completion then depends on the others of its batch.
+    """
+    base = base_model(model)
+    padded = (
+        args.generation_backend != "transformers_continuous" and args.generation_batch_size != 1 and not args.use_vllm
+    )
+    sharded = any(isinstance(part, DTensor) or hasattr(part, "ds_id") for part in base.parameters())
+    if not padded or sharded or growing_cache(base) is not None:
+        return
+    ids = torch.arange(16, device=base.get_input_embeddings().weight.device).repeat(2, 1)
+    ids[1, :12] = ids[0, :12].flip(0)
+    config = GenerationConfig(max_new_tokens=1, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    with _ready_to_generate(base, config):
+        mask = (torch.arange(16, device=ids.device) >= 12).long().repeat(2, 1)
+        [logits] = base.generate(input_ids=ids, attention_mask=mask, generation_config=config).logits
+    one, other = logits.float()
+    if not (one - other).abs().max() <= 1e-3 * one.abs().max():
+        raise ValueError(
+            f"The student's {type(base).__name__} reads the padding of shorter prompts, whatever the attention mask says, so that what it "
+            "writes depends on the others of its batch: set generation_batch_size=1."
         )
 
 

@@ -22,7 +22,7 @@ from ..redact import redact
 from ..rollouts.ahead import check_ahead
 from ..rollouts.compiled import check_compiled
 from ..rollouts.early_stop import check_early_stop, check_pieces
-from ..rollouts.generation import check_prompt_learning
+from ..rollouts.generation import check_padding, check_prompt_learning
 from ..teachers.panel import Panel
 from ..teachers.servers import is_url, is_url_without_scheme
 from ..text.vocabulary import VocabularyPair
@@ -155,6 +155,7 @@ def check_run(
     check_same_data(accelerator, train_dataset, eval_dataset)
     check_trainable(model)
     check_compiled(model, args, accelerator)
+    check_padding(model, args)
     warn_of_experts(model)
     check_saves(model, tokenizer, args.output_dir if args.should_save else None)
 
