@@ -244,6 +244,11 @@ class Ours:
         return self._timed.seconds
 
     @property
+    def log(self) -> dict[str, float]:
+        """What was logged last."""
+        return self._timed.log
+
+    @property
     def overhead(self) -> float | None:
         """The share of the last step that its log gives as its own overhead."""
         return self._timed.log.get("compute_overhead")
