@@ -3,6 +3,7 @@
 import random
 import warnings
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from trl_ctopd.rollouts import generation
 from trl_ctopd.rollouts.generation import (
     CACHE,
+    _by_length,
     _generate,
     _generate_continuously,
     _SampledLogProbs,
@@ -141,6 +143,24 @@ def test_rows_that_have_ended_cost_nothing_more_once_half_of_them_have():
     for step, alive in enumerate(rows):
         going_on = sum(length > step for length in lengths)
         assert going_on <= alive <= max(2 * going_on, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [None, 5])
+def test_texts_that_are_known_before_others_are_told_of_once_each(size):
+    model, told = model_of("Llama"), []
+    args = SimpleNamespace(generation_batch_size=size)
+
+    def ended(row, ids):
+        told.append((row, ids))
+
+    generate = partial(_generate, rows_leave=True)
+    completions = [ids for ids, _ in _by_length(generate, model, PROMPTS, settings(), args, False, ended)]
+    assert completions == cut(_generate(model, PROMPTS, settings(), rows_leave=False))
+    rows = [row for row, _ in told]
+    assert all(completions[row] == ids for row, ids in told) and len(set(rows)) == len(rows)
+    late = [row for row in range(len(PROMPTS)) if row not in rows]
+    assert 0 < len(late) <= (5 if size else len(PROMPTS) // 2), "those of the last call are not told of"
 
 
 @torch.no_grad()

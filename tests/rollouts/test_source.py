@@ -35,7 +35,7 @@ class ToyTeachers:
         aligner = TextAligner(student.tokenizer, self.side.tokenizer)
         return pair(prompts, completions, aligner, turn_ends=dict.fromkeys(student.stop_ids(), self.side.turn_end))
 
-    def read(self, rollouts, with_hidden, tables=None):
+    def read(self, rollouts, with_hidden, tables=None, foreseeing=None):
         places = [list(self.seats).index(rollout.prompt.teacher) for rollout in rollouts]
         scores = [
             -torch.tensor(rollout.teacher_ids, dtype=torch.float32) - 1000 * place

@@ -9,6 +9,8 @@ Decisions
 - A LoRA adapter is merged while the student writes (`merge_adapter_for_generation`). In half precision the merged weights are
   rounded otherwise than the two parts that are scored. The log-probs that tokens were sampled with are then recorded, so that the
   difference is logged and weighs the advantages, as with vLLM. This needs sampling that only a temperature shapes.
+- A text is told of once its row has left and others are still to be written (`ended`), so that a server can score it meanwhile. To
+  tell of it at its last token would wait for the device at each token.
 - A text's draws can come from a function of the caller's (`choose`), so that they do not depend on what else draws in the process.
 - Rows stay where the model stays sharded (`gather_for_generation=False`), since every process must then make the same calls,
   and with `generation_kwargs`, some of which count from the start of a call.
@@ -49,6 +51,7 @@ from .pairing import Prompt, pad_rows
 
 Written = tuple[list[int], list[float] | None]
 Choose = Callable[[torch.Tensor], torch.Tensor]
+Ended = Callable[[int, list[int]], None]
 _STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
 # the name of the cache in what `generate` takes and returns: transformers 5.24 renamed it
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
@@ -84,13 +87,15 @@ class TransformersWriter:
         self._config, self._accelerator, self._args, self._record = config, accelerator, args, record
         self._decode = decode
 
-    def __call__(self, model: nn.Module, prompts: list[Prompt], step: int, limit: int | None = None) -> list[Written]:
-        """`limit`: in place of the config's `max_new_tokens`."""
+    def __call__(
+        self, model: nn.Module, prompts: list[Prompt], step: int, limit: int | None = None, ended: Ended | None = None
+    ) -> list[Written]:
+        """`limit`: in place of the config's `max_new_tokens`. `ended`: as of `write`."""
         ids, config, args = [prompt.student_ids for prompt in prompts], self._config, self._args
         if limit is not None:
             config = copy.deepcopy(config)
             config.max_new_tokens = limit
-        options = {"merge": True, "record": self._record, "decode": self._decode}
+        options = {"merge": True, "record": self._record, "decode": self._decode, "ended": ended}
         return write(model, ids, config, self._accelerator, args, args.generation_backend, **options)
 
 
@@ -126,6 +131,7 @@ def write(
     merge: bool = False,
     record: bool = False,
     decode: Callable | None = None,
+    ended: Ended | None = None,
 ) -> list[Written]:
     """
     Completions of `prompts` (token ids) in the same order, each up to and including its first stop token.
@@ -133,7 +139,7 @@ def write(
     `model` may be wrapped (DDP, DeepSpeed) and have gradient checkpointing on; its state is restored afterwards. `backend`:
     one of `GENERATION_BACKENDS`. `merge`: whether its adapter is merged meanwhile, where `args` and the model allow it. `record`:
     whether the log-probs are returned in any case, which continuous batching does not tell. `decode`: a `compiled.CompiledDecode`, in
-    the place of `model.generate`.
+    the place of `model.generate`. `ended`: called with the place of a prompt and its completion, where that is known before others are.
     """
     if not prompts:
         return []
@@ -164,7 +170,7 @@ def write(
         _ready_to_generate(unwrapped, config),
         merged(layers, in_place=decode is not None),
     ):
-        return _by_length(generate, unwrapped, prompts, config, args, recorded or record)
+        return _by_length(generate, unwrapped, prompts, config, args, recorded or record, ended)
 
 
 @torch.no_grad()
@@ -193,20 +199,33 @@ def _by_length(
     config: GenerationConfig,
     args: CrossTokenizerGKDConfig,
     recorded: bool,
+    ended: Ended | None = None,
 ) -> list[Written]:
     """Completions of `prompts` in the same order, written the longest prompts first."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     size = args.generation_batch_size or len(prompts)
-    stop_ids, completions = set(config.eos_token_id), [([], None)] * len(prompts)
+    stop_ids, completions, told = set(config.eos_token_id), [([], None)] * len(prompts), set()
+
+    def cut(ids: list[int]) -> list[int]:
+        return ids[: next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))]
+
+    def tell(row: int, ids: list[int]):
+        if row not in told:
+            told.add(row)
+            ended(row, cut(ids))
+
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         recorder = {"recorder": _SampledLogProbs(len(rows), config)} if recorded else {}
+        leaves = {} if ended is None else {"left": lambda place, ids, rows=rows: tell(rows[place], ids)}
         with _logits_are_finite():
-            written = generate(model, [prompts[r] for r in rows], config, **recorder)
+            written = generate(model, [prompts[r] for r in rows], config, **recorder, **leaves)
         scores = recorder["recorder"].of_tokens.tolist() if recorded else [None] * len(rows)
         for row, ids, own in zip(rows, written, scores, strict=True):
-            end = next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))
-            completions[row] = ids[:end], None if own is None else own[:end]
+            ids = cut(ids)
+            completions[row] = ids, None if own is None else own[: len(ids)]
+            if ended is not None and start + size < len(order):
+                tell(row, ids)
     return completions
 
 
@@ -312,9 +331,11 @@ def _generate(
     recorder: _SampledLogProbs | None = None,
     decode: Callable | None = None,
     choose: Choose | None = None,
+    left: Ended | None = None,
 ) -> list[list[int]]:
     """Completions, with whatever follows their first stop token. `together`: every process makes the same number of forward
-    passes. `decode`: takes the place of `model.generate`; `choose`: of its draws, as in `write_with_copy`."""
+    passes. `decode`: takes the place of `model.generate`; `choose`: of its draws, as in `write_with_copy`. `left`: called with the place
+    and the completion of each row that leaves before the others have ended."""
     width, limit = max(map(len, prompts)), config.max_new_tokens
     device = device or model.get_input_embeddings().weight.device
     flipped = [prompt[::-1] for prompt in prompts]  # for padding on the left
@@ -350,12 +371,16 @@ def _generate(
             recorder.end(output.sequences)
         own = output.sequences[:, width:]
         written[rows, : own.shape[1]] = own
-        [left] = (~torch.isin(own, stop_ids).any(1)).nonzero(as_tuple=True)
-        if not len(left) or own.shape[1] == limit:
+        has_ended = torch.isin(own, stop_ids).any(1)
+        [stay] = (~has_ended).nonzero(as_tuple=True)
+        if not len(stay) or own.shape[1] == limit:
             return written.tolist()
-        rows, sequences = rows[left], output.sequences[left]
-        mask = torch.cat([mask[left], mask.new_ones(len(left), sequences.shape[1] - mask.shape[1])], 1)
-        cache = _selected(model, getattr(output, CACHE, None), left)
+        if left is not None:
+            for place, ids in zip(rows[has_ended].tolist(), own[has_ended].tolist(), strict=True):
+                left(place, ids)
+        rows, sequences = rows[stay], output.sequences[stay]
+        mask = torch.cat([mask[stay], mask.new_ones(len(stay), sequences.shape[1] - mask.shape[1])], 1)
+        cache = _selected(model, getattr(output, CACHE, None), stay)
 
 
 def _selected(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cache | None:
@@ -433,9 +458,14 @@ class _HalfHaveEnded(StoppingCriteria):
 
 
 def _generate_continuously(
-    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, settings: dict
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    settings: dict,
+    left: Ended | None = None,
 ) -> list[list[int]]:
-    """By continuous batching, with a paged cache: when a row ends, the next prompt begins."""
+    """By continuous batching, with a paged cache: when a row ends, the next prompt begins. `left` is not called: all are returned at
+    once."""
     if has_virtual_tokens(model):
         raise ValueError(
             "generation_backend='transformers_continuous' would leave out the virtual tokens of a prompt-learning "

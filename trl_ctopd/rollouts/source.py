@@ -76,8 +76,16 @@ class Teachers(Protocol):
 
     def pair(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[Rollout]: ...
 
+    def foresee(self) -> Any:
+        """For `read`: takes texts of a step as they become known, by `add(prompt, completion)`, until it is read or `close`d; None
+        where nothing is gained."""
+
     def read(
-        self, rollouts: Sequence[Rollout], with_hidden: bool, tables: Sequence[Tables] | None = None
+        self,
+        rollouts: Sequence[Rollout],
+        with_hidden: bool,
+        tables: Sequence[Tables] | None = None,
+        foreseeing: Any = None,
     ) -> Readings: ...
 
 
@@ -202,6 +210,10 @@ class RolloutSource:
             if self.ahead is not None:
                 self.ahead.settle()  # an engine writes one thing at a time
                 write = partial(self.ahead.take, tell=of_ahead.update) if mode == "train" else write
+            foreseeing = None
+            if write is self.write and tools is None and isinstance(write, TransformersWriter):
+                foreseeing = self._teachers.foresee()
+                write = write if foreseeing is None else self._telling(foreseeing, phase)
             drawn, figures = self._draw(write, model, window, on_policy, step, tools)
             if following:
                 own = [
@@ -221,7 +233,8 @@ class RolloutSource:
                 rewards, rollouts = self._judged(rollouts, window, on_policy, repeats, mode, figures)
         with phase("teacher"):
             by_row = [self._continuations(on) for prompts, on in zip(window, on_policy, strict=True) for _ in prompts]
-            readings = self._teachers.read(rollouts, any(map(self._reads_distributions, on_policy)), by_row)
+            with_hidden = any(map(self._reads_distributions, on_policy))
+            readings = self._teachers.read(rollouts, with_hidden, by_row, foreseeing)
             if early_stop is not None:
                 rollouts, told = early_stop.masked(rollouts, sampled, readings, step)
                 figures.update(told)
@@ -314,6 +327,22 @@ class RolloutSource:
         window = [[prompt for prompt in prompts for _ in range(repeats)] for prompts in window]
         on_policy = [mode == "eval" or draw < self._args.lmbda for draw in self.lmbda_draws(step, len(window))]
         return window, on_policy
+
+    def _telling(self, foreseeing: Any, phase: Callable[[str], AbstractContextManager]) -> Writer:
+        """`write`, which tells `foreseeing` of texts that are known before the others."""
+
+        def write(model: nn.Module, prompts: list[Prompt], step: int) -> list[Written]:
+            def ended(row: int, completion: list[int]):
+                with phase("alignment"):
+                    foreseeing.add(prompts[row], completion)
+
+            try:
+                return self.write(model, prompts, step, ended=ended)
+            except BaseException:
+                foreseeing.close()
+                raise
+
+        return write
 
     def _draw(
         self,

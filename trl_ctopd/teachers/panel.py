@@ -30,7 +30,7 @@ from ..text.token_bytes import token_bytes
 from ..text.vocabulary import CACHE_DIR, VocabularyPair
 from .local import LocalTeacher, load_teacher
 from .readings import Readings
-from .remote import RemoteTeacher
+from .remote import Foreseen, RemoteTeacher
 from .servers import Servers, is_url
 
 
@@ -355,7 +355,19 @@ class Panel:
         ]
         return self.pair(prompts, completions)
 
-    def read(self, rollouts: Sequence[Rollout], with_hidden: bool, tables: Sequence[Tables] | None = None) -> Readings:
+    def foresee(self) -> "Foreseeing | None":
+        """What asks servers for texts of a step as they become known; None where no teacher is at a server."""
+        remote = {name: seat.teacher.foresee() for name, seat in self.seats.items() if seat.remote}
+        reference = self.reference.teacher.foresee() if self.reference is not None and self.reference.remote else None
+        return Foreseeing(self, remote, reference) if remote or reference else None
+
+    def read(
+        self,
+        rollouts: Sequence[Rollout],
+        with_hidden: bool,
+        tables: Sequence[Tables] | None = None,
+        foreseeing: "Foreseeing | None" = None,
+    ) -> Readings:
         """
         Each teacher scores its rows. Returns at once: a server's scores may still be on their way.
 
@@ -363,7 +375,9 @@ class Panel:
             with_hidden: whether teachers in this process give hidden states.
             tables: for each rollout, with what each teacher's tokens go on, where its loss reads how chunks close; else empty. Teachers
                 in this process then tell how the student's tokens close.
+            foreseeing: what servers were already asked for.
         """
+        foreseen, of_reference = ({}, None) if foreseeing is None else (foreseeing.texts, foreseeing.of_reference)
         readings = Readings(self._device, any(seat.remote for seat in self.seats.values()))
         readings.padding_rows = {row for row, rollout in enumerate(rollouts) if rollout.prompt.is_padding}
         texts, own_tables = list(rollouts), list(tables or [{}] * len(rollouts))
@@ -383,7 +397,7 @@ class Panel:
                 continue
             readings.closing |= {row: (texts[row], own_tables[row].get(name)) for row in rows if own_tables[row]}
             if seat.remote:
-                scores = seat.teacher.start(*asked)
+                scores = seat.teacher.start(*asked, foreseen.get(name))
                 readings.awaited |= {row: (scores, place) for place, row in enumerate(rows)}
                 continue
             going_on = None
@@ -396,19 +410,45 @@ class Panel:
                 if own_tables[row]:
                     readings.close[row] = scores.close
         if self.reference is not None:
-            readings.reference = self._read_by_reference(asked, readings.padding_rows)
+            readings.reference = self._read_by_reference(asked, readings.padding_rows, of_reference)
         return readings
 
-    def _read_by_reference(self, texts: tuple[list, list, list], padding_rows: set[int]) -> Readings:
+    def _read_by_reference(
+        self, texts: tuple[list, list, list], padding_rows: set[int], foreseen: Foreseen | None
+    ) -> Readings:
         """The scores of the reference teacher, of the texts of all rows."""
         own, rows = Readings(self._device, self.reference.remote), range(len(texts[0]))
         own.padding_rows = padding_rows
         if self.reference.remote:
-            scores = self.reference.teacher.start(*texts)
+            scores = self.reference.teacher.start(*texts, foreseen)
             own.awaited = {row: (scores, row) for row in rows}
         else:
             own.found = dict(zip(rows, self.reference.teacher.log_probs(*texts), strict=True))
         return own
+
+
+class Foreseeing:
+    """
+    Texts of a step that servers score before all of them are known.
+
+    Attributes: `texts`, of the teachers at servers, by name; `of_reference`, of the reference teacher if it is at one.
+    """
+
+    def __init__(self, panel: Panel, texts: dict[str, Foreseen], of_reference: Foreseen | None):
+        self._panel, self.texts, self.of_reference = panel, texts, of_reference
+
+    def add(self, prompt: Prompt, completion: list[int]):
+        """Asks for a completion. A mixture's are asked for later, once it is known what of them is compared."""
+        [own] = self._panel.pair([prompt], [completion])
+        for foreseen in (None if own.parts else self.texts.get(prompt.teacher), self.of_reference):
+            if foreseen is not None:
+                foreseen.add(own.teacher_prompt_ids, own.teacher_ids, own.other_ends)
+
+    def close(self):
+        """Nothing of it is wanted any more."""
+        for foreseen in (*self.texts.values(), self.of_reference):
+            if foreseen is not None:
+                foreseen.close()
 
 
 def _connect(urls: Sequence[str], model: str | None, args: CrossTokenizerGKDConfig) -> RemoteTeacher:

@@ -4,6 +4,8 @@ Decisions
 - One request for each completion, many in flight. The server is asked only for the log-probs of the tokens it was sent, for
   those of the most likely tokens where the loss reads them (`ask_likeliest`), and to generate one token or none. Results come
   in the order of the rows.
+- A text that is known before the others of its step can be asked for at once (`Foreseen`). When the step is scored, its answer counts as
+  any other.
 - Everything is checked. At the start: the server has one model of that name; it reads a probe text as the same token ids as the
   tokenizer, special tokens included, up to the tokenizer's highest id; its log-probs are at most 0, the same at any sampling
   temperature, and agree with how often it samples tokens. In each answer: the model's name, the length, the ids sent, log-probs
@@ -15,6 +17,7 @@ Decisions
 - A zero probability is -inf (vLLM sends -9999), and its chunk is neutralised, as with a teacher in this process.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from threading import Lock
@@ -265,11 +268,28 @@ class RemoteTeacher:
         prompts: Sequence[list[int]],
         completions: Sequence[list[int]],
         other_ends: Sequence[Sequence[int]] | None = None,
+        foreseen: "Foreseen | None" = None,
     ) -> "RemoteScores":
         """Begins to score B completions, each after its prompt (token ids), and returns at once. `other_ends` as for
-        `LocalTeacher.log_probs`; each costs a request."""
+        `LocalTeacher.log_probs`; each costs a request. `foreseen`: those that were begun before."""
+        foreseen = self.foresee() if foreseen is None else foreseen
+        return RemoteScores(self, prompts, completions, other_ends or [()] * len(prompts), foreseen)
+
+    def foresee(self) -> "Foreseen":
+        """A step begins, of which texts may be known before the others."""
         self._servers.begin()
-        return RemoteScores(self, prompts, completions, [()] * len(prompts) if other_ends is None else other_ends)
+        return Foreseen(self)
+
+    def score_text(
+        self, prompt: list[int], completion: list[int], other_ends: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, Likeliest, set[Server]]:
+        """As `score`, where the last token may also be any of `other_ends`, with all servers that had part in it."""
+        scores, likeliest, *servers = self.score(prompt, completion)
+        for token in other_ends:
+            other, _, server = self.score([*prompt, *completion[:-1]], [token])
+            scores[-1:] = torch.logaddexp(scores[-1:], other)
+            servers.append(server)
+        return scores, likeliest, {*servers} - {None}
 
     def score(self, prompt: list[int], completion: list[int]) -> tuple[torch.Tensor, Likeliest, Server | None]:
         """Log-probs (len(completion),) in nats on the CPU; ids and log-probs (T, count) of the most likely tokens at each place,
@@ -325,6 +345,33 @@ class RemoteTeacher:
         return answers.scores(server.engine.entries(answer), ids, first)
 
 
+class Foreseen:
+    """Texts of a step that a teacher was asked for before all of them were known."""
+
+    def __init__(self, teacher: RemoteTeacher):
+        self._teacher = teacher
+        self._futures: dict[tuple, list[Future]] = defaultdict(list)
+
+    def add(self, *text: Sequence[int]):
+        """Begins to score a text: the arguments of `RemoteTeacher.score_text`."""
+        self._futures[_key(text)].append(self._teacher.submit(self._teacher.score_text, *text))
+
+    def take(self, *text: Sequence[int]) -> Future | None:
+        """The scores of this text, once for each time that it was added."""
+        futures = self._futures[_key(text)]
+        return futures.pop() if futures else None
+
+    def close(self):
+        """What has not been taken is not wanted."""
+        for futures in self._futures.values():
+            for future in futures:
+                future.cancel()
+
+
+def _key(text: tuple[Sequence[int], ...]) -> tuple:
+    return tuple(map(tuple, text))
+
+
 class RemoteScores:
     """The scores of a step's rows, which may still be on their way."""
 
@@ -334,6 +381,7 @@ class RemoteScores:
         prompts: Sequence[list[int]],
         completions: Sequence[list[int]],
         other_ends: Sequence[Sequence[int]],
+        foreseen: Foreseen,
     ):
         self._teacher = teacher
         self._lengths = [len(completion) for completion in completions]
@@ -343,8 +391,10 @@ class RemoteScores:
         self._reasons: dict[int, str] = {}
         self._settled: dict[int, tuple[torch.Tensor, Likeliest]] = {}
         self._end = Future()  # of the probe at the end of the step
-        rows = zip(prompts, completions, other_ends, strict=True)
-        self._futures = [teacher.submit(self._score, row, *texts) for row, texts in enumerate(rows)]
+        texts = list(zip(prompts, completions, other_ends, strict=True))
+        # those that were foreseen come first in the threads' queue, so that none of these waits for one behind it
+        self._futures = [teacher.submit(self._score, row, *own, foreseen.take(*own)) for row, own in enumerate(texts)]
+        foreseen.close()
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -377,22 +427,26 @@ class RemoteScores:
         return row in self._reasons
 
     def _score(
-        self, row: int, prompt: list[int], completion: list[int], other_ends: Sequence[int]
+        self,
+        row: int,
+        prompt: list[int],
+        completion: list[int],
+        other_ends: Sequence[int],
+        foreseen: Future | None,
     ) -> tuple[torch.Tensor, Likeliest]:
         try:
-            scores, likeliest, *servers = self._teacher.score(prompt, completion)
-            for token in other_ends:
-                other, _, server = self._teacher.score([*prompt, *completion[:-1]], [token])
-                scores[-1:] = torch.logaddexp(scores[-1:], other)
-                servers.append(server)
+            if foreseen is None:
+                scores, likeliest, servers = self._teacher.score_text(prompt, completion, other_ends)
+            else:
+                scores, likeliest, servers = foreseen.result()
         except (AnswerError, RequestRefusedError) as error:
             logger.warning(f"A completion could not be scored by the teacher and takes no part: {error}")
-            scores, servers = torch.full((len(completion),), float("nan")), []
+            scores, servers = torch.full((len(completion),), float("nan")), set()
             likeliest = self._teacher.no_likeliest(len(completion))
             self._reasons[row] = str(error)
         with self._lock:
             self._open -= 1
-            self._servers |= {*servers} - {None}
+            self._servers |= servers
             last = not self._open
         if last:
             self._finish()
