@@ -45,3 +45,17 @@ def test_the_growth_of_a_step(assets, tmp_path):
     report = run(assets, tmp_path / "scaling.json", "scaling")
     for result in report["results"].values():
         assert {"total", "generation", "student"} <= set(result["ours"]["exponents"])
+
+
+@pytest.mark.slow
+def test_a_run_that_writes_ahead_beside_one_that_does_not(assets, tmp_path):
+    output = tmp_path / "ahead.json"
+    little = ("--rounds", "1", "--steps", "2", "--tokens", "4")
+    command = [sys.executable, "-m", "benchmarks.speed.ahead", *little, "--output", str(output)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "CTOPD_ASSETS": str(assets)}, capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for result in json.loads(output.read_text())["results"].values():
+        assert result["ahead over due, wall"]["median"] > 0
+        assert result["ahead over due, main thread"]["median"] > 0

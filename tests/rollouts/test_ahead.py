@@ -5,9 +5,11 @@ import inspect
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from fixed_points import SHAPES, World
 from peft import LoraConfig
@@ -22,6 +24,8 @@ from trl_ctopd.rollouts import student_copy
 from trl_ctopd.rollouts import vllm as vllm_writing
 from trl_ctopd.rollouts.ahead import Windows
 from trl_ctopd.rollouts.generation import TransformersWriter
+from trl_ctopd.rollouts.source import RolloutSource
+from trl_ctopd.rollouts.student_copy import check_copied
 
 
 AHEAD = {"async_rollouts": 1, "generation_device": "cpu"}
@@ -471,6 +475,31 @@ def test_where_another_process_failed_the_error_says_so(served, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("named", "reason"),
+    [
+        ({"is_quantized": True}, "the student is quantized"),
+        ({"hf_device_map": {"model": "cpu", "lm_head": "disk"}}, "the student is spread over 2 devices"),
+    ],
+)
+def test_a_student_of_which_no_copy_can_write_is_refused(run, named, reason):
+    model, args = student_model(), run(**AHEAD).args
+    check_copied(model, args, SimpleNamespace(distributed_type=DistributedType.NO))
+    for name, value in named.items():
+        setattr(model, name, value)
+    with pytest.raises(ValueError, match=f"{reason}.*Set async_rollouts=0, or let a server write"):
+        check_copied(model, args, SimpleNamespace(distributed_type=DistributedType.NO))
+
+
+def test_a_sharded_student_and_tools_are_refused(run):
+    trainer = run(**AHEAD)
+    with pytest.raises(ValueError, match="sharded over processes"):
+        check_copied(trainer.model, trainer.args, SimpleNamespace(distributed_type=DistributedType.FSDP))
+    own = trainer.rollouts
+    with pytest.raises(ValueError, match="does not go with tools.*Set async_rollouts=0"):
+        RolloutSource(trainer.args, trainer.accelerator, None, None, own.write, None, tools=object(), ahead=own.ahead)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"async_rollouts": 2}, r"async_rollouts must be 0 \(off\) or 1 .*, got 2"),
@@ -484,6 +513,7 @@ def test_where_another_process_failed_the_error_says_so(served, monkeypatch):
         ({"rollout_reuse": 2}, "does not go with rollout_reuse=2"),
         ({"early_stop": "growing", "early_stop_kwargs": {"start": 2}}, "does not go with early_stop='growing'"),
         ({"generation_backend": "transformers_continuous"}, "generation_backend='transformers_continuous'"),
+        ({"torch_compile": True}, "Set torch_compile=False, or let a server write"),
         ({"top_p": 0.9, "min_p": 0.1}, "top_p=0.9, min_p=0.1 shapes them too"),
         (
             {"distillation_loss": "strict_topk"},

@@ -77,6 +77,12 @@ def check_ahead(args: CrossTokenizerGKDConfig):
             f"{said} with generation_backend={args.generation_backend!r}: a copy of the student writes by 'transformers' alone. Choose "
             "that, or a server (use_vllm=True, vllm_mode='server')."
         )
+    if args.torch_compile:
+        raise ValueError(
+            f"{said} with torch_compile=True: while a model is compiled, transformers keeps what its layers return in a variable of the "
+            "whole process, and a copy of the student would write there too. Set torch_compile=False, or let a server write "
+            "(use_vllm=True, vllm_mode='server')."
+        )
     if bent := [f"{n}={getattr(args, n)}" for n, default in _PLAIN.items() if getattr(args, n) != default]:
         raise ValueError(
             f"{said} weighs tokens by the log-probs that they were sampled with, which a copy of the student tells where a temperature "
