@@ -79,17 +79,37 @@ class World:
         ]
         return padded(rows, 0)
 
-    def expected_gradient(self, loss, student_logits: torch.Tensor | None = None) -> torch.Tensor:
-        """(prefixes, V_S) of the loss, over all texts as the student writes them."""
-        micro_batch = (
-            self.micro_batch if student_logits is None else replace(self.micro_batch, student_logits=student_logits)
-        )
-        _, gradient = value_and_gradient(loss, micro_batch, 1)
-        all_scored = replace(micro_batch, student_chunks=padded([[0] * len(row.student_ids) for row in self.rows], -1))
-        own = batch_of(all_scored).student_log_probs.sum(1).exp()
-        gradient = gradient * own[:, None, None]
+    def log_probs(self, student_logits: torch.Tensor) -> torch.Tensor:
+        """(Y, S) of all tokens."""
+        all_scored = padded([[0] * len(row.student_ids) for row in self.rows], -1)
+        return batch_of(
+            replace(self.micro_batch, student_chunks=all_scored, student_logits=student_logits)
+        ).student_log_probs
+
+    def expected_gradient(
+        self, loss, student_logits: torch.Tensor | None = None, writer: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(prefixes, V_S) of the loss, over all texts as the student writes them; or as `writer`, other logits, does, with each token
+        weighted by the ratio of the two."""
+        student_logits = self.micro_batch.student_logits if student_logits is None else student_logits
+        own, weighted = self.log_probs(student_logits), loss
+        if writer is not None:
+            drawn, now = self.log_probs(writer), own
+            weighted = lambda batch, count: loss(replace(batch, importance=(now - drawn).exp()), count)  # noqa: E731
+            own = drawn
+        _, gradient = value_and_gradient(weighted, replace(self.micro_batch, student_logits=student_logits), 1)
+        gradient = gradient * own.sum(1).exp()[:, None, None]
+        return self._by_prefix(gradient)
+
+    def reached(self, student_logits: torch.Tensor) -> torch.Tensor:
+        """(prefixes, 1) how likely a text of the student has each beginning."""
+        law = self.log_probs(student_logits).sum(1).exp()
+        there = padded([[1] * len(row.student_ids) for row in self.rows], 0)
+        return self._by_prefix((law[:, None] * there)[..., None])
+
+    def _by_prefix(self, values: torch.Tensor) -> torch.Tensor:
         size = int(self.prefixes.max()) + 1
-        return gradient.new_zeros(size, gradient.shape[2]).index_add(0, self.prefixes.flatten(), gradient.flatten(0, 1))
+        return values.new_zeros(size, values.shape[2]).index_add(0, self.prefixes.flatten(), values.flatten(0, 1))
 
 
 def written_by_both(pair: Pair, texts: list[str], seed: int = 0) -> World:
@@ -229,6 +249,18 @@ def test_a_chunk_of_one_token_on_either_side_gives_the_reverse_kl_over_the_vocab
     _, found = value_and_gradient(ReverseKL(), replace(world.micro_batch, student_logits=student.detach()), 1)
     assert kl > 0.1
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_weighted_text_of_an_older_student_teaches_after_each_beginning_what_the_students_own_would(top_k):
+    """One token a chunk. How often a beginning is met is the older student's; what is learned there is not."""
+    tokenizer = TOYS[DIGITS]().student
+    world = written_by_both(Pair(tokenizer, tokenizer, [0], [0], [0], extra=(5, 5)), NUMBERS[:12])
+    now, older, loss = moved(world), moved(world, 1), ReverseKL(top_k=top_k, advantage_clip=None)
+    own = world.expected_gradient(loss, now) / world.reached(now)
+    other = world.expected_gradient(loss, now, writer=older) / world.reached(older)
+    torch.testing.assert_close(other, own, rtol=1e-8, atol=1e-10)
+    assert own.abs().max() > 1e-2 and not torch.allclose(world.reached(now), world.reached(older))
 
 
 def test_a_token_that_goes_on_where_the_teacher_cut_after_all_closes_nothing_and_is_counted():

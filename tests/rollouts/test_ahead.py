@@ -41,6 +41,11 @@ RUN = {
 LORA = {"peft_config": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.2)}
 
 
+def lengths(completion_ids, **_) -> list[float]:
+    """A reward."""
+    return [float(len(ids)) for ids in completion_ids]
+
+
 @pytest.fixture
 def run(build):
     """A trainer of five steps; keyword arguments as of `build`."""
@@ -100,7 +105,9 @@ def at_work() -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {**LORA, "lmbda": 0.5, "num_generations": 2}], ids=["whole", "adapter, and given text too"]
+    "settings",
+    [{}, {**LORA, "lmbda": 0.5, "num_generations": 2, "reward_funcs": lengths}],
+    ids=["whole", "adapter, given text and rewards"],
 )
 def test_a_run_is_the_one_that_writes_each_text_with_the_weights_of_the_step_before(run, settings):
     ahead = trained(run(**AHEAD, eval_dataset=prompts(3), eval_strategy="steps", eval_steps=2, **settings))

@@ -264,7 +264,7 @@ class Loss:
     `signal` says what the teacher must deliver a token: `"logprobs"` (of the token it read), `"logits"` (its whole
     distribution), `"none"`. `policy` says on whose text the loss is right: `"on"` (text the student wrote), `"off"`
     (text it did not), `"both"`. `weighs_by_ratio` tells that it stays right on text of the student before its last updates,
-    by `old_log_probs`; `takes_rewards`, that it adds `ScoredChunks.rewards` to what it gives the scored tokens. A loss with `event = "closed"` reads `close_log_probs`. `reads_more` tells that both models' log-probs of
+    by `old_log_probs`; `weighs_by_importance`, that it weighs what was sampled by `importance`; `takes_rewards`, that it adds `ScoredChunks.rewards` to what it gives the scored tokens. A loss with `event = "closed"` reads `close_log_probs`. `reads_more` tells that both models' log-probs of
     one text are not enough, so that no credit of a single text can be shown, and `compares_completions` that it needs several
     completions of a prompt in a micro-batch. `structures` names what the loss reads of a `VocabularyPair`, which is built before
     training. `copies` is how many tensors of the size of a tile's logits are alive at once, so that a tile can be cut
@@ -274,6 +274,7 @@ class Loss:
     signal: ClassVar[str] = "logprobs"
     policy: ClassVar[str] = "both"
     weighs_by_ratio: ClassVar[bool] = False
+    weighs_by_importance: ClassVar[bool] = False
     takes_rewards: ClassVar[bool] = False
     reads_more: ClassVar[bool] = False
     compares_completions: ClassVar[bool] = False

@@ -41,6 +41,7 @@ class PolicyGradient(Loss):
 
     policy: ClassVar[str] = "on"
     weighs_by_ratio: ClassVar[bool] = True
+    weighs_by_importance: ClassVar[bool] = True
     takes_rewards: ClassVar[bool] = True
 
     clip_ratio_low: float = 0.2

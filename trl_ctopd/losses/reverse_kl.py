@@ -167,6 +167,7 @@ class ReverseKL(Loss):
     signal: ClassVar[str] = "logits"
     copies: ClassVar[int] = 8
     policy: ClassVar[str] = "on"
+    weighs_by_importance: ClassVar[bool] = True
     takes_rewards: ClassVar[bool] = True
     event: ClassVar[str] = "closed"  # so that the last chunk of a text that was cut off takes no part
     structures: ClassVar[tuple[str, ...]] = ("prefixes", "continuations")

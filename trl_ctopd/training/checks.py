@@ -225,9 +225,12 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
                 f"{loss_name(name)} has {attribute}={getattr(loss, attribute)!r}: choose one of {', '.join(known)}."
             )
     policy = getattr(loss, "policy", "both")
-    for knob, off in (("rollout_reuse", 1), ("async_rollouts", 0)):
-        if getattr(args, knob) > off and policy == "on" and not getattr(loss, "weighs_by_ratio", False):
-            able = [other for other, known in LOSSES.items() if known.weighs_by_ratio or known.policy != "on"]
+    for knob, off, ability in (
+        ("rollout_reuse", 1, "weighs_by_ratio"),
+        ("async_rollouts", 0, "weighs_by_importance"),
+    ):
+        if getattr(args, knob) > off and policy == "on" and not getattr(loss, ability, False):
+            able = [other for other, known in LOSSES.items() if getattr(known, ability) or known.policy != "on"]
             raise ValueError(
                 f"{knob}={getattr(args, knob)} trains on completions of a student that has been updated since, which "
                 f"distillation_loss={loss_name(name)!r} does not account for: set it to {off}, or choose one of {', '.join(able)}."
