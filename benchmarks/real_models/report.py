@@ -69,7 +69,8 @@ class Point:
         return error(self.parts)
 
 
-Curve = dict[int, Point]
+Curve = dict[int, Point]  # by the number of updates
+BySeed = dict[int, Curve]
 
 
 def error(parts: np.ndarray) -> float:
@@ -82,40 +83,44 @@ def parts(rows: Sequence[tuple[float, int]]) -> np.ndarray:
     return (nats - nats.sum() / sizes.sum() * sizes) / sizes.mean()
 
 
-def curves(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dict[str, Curve]:
-    """Each method's points by the number of updates, in the order of the methods, at the rate with the smallest gap after 12 updates.
-    Of a seed that was run twice, the longer run."""
+def curves(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dict[str, BySeed]:
+    """Each method's curves, in the order of the methods, at the rate with the smallest mean gap after 12 updates."""
     found = {}
     for method, by_rate in curves_by_rate(lines, dataset, pair).items():
-        found[method] = min(by_rate.values(), key=lambda curve: curve[UPDATES].gap if UPDATES in curve else math.inf)
+        after = [(averaged(by_seed).get(UPDATES), by_seed) for by_seed in by_rate.values()]
+        found[method] = min(after, key=lambda pair: math.inf if pair[0] is None else pair[0].gap)[1]
     return found
 
 
-def curves_by_rate(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dict[str, dict[float, Curve]]:
-    found = {}
+def curves_by_rate(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dict[str, dict[float, BySeed]]:
+    """By method and learning rate. Of a seed that was run twice, the longer run."""
+    found: dict[str, dict[float, BySeed]] = {}
     for method in ("start", *METHODS):
         wanted = {"method": method, "dataset": dataset, "pair": pair}
         own = [line for line in lines if "error" not in line and all(line["run"][k] == v for k, v in wanted.items())]
-        for rate in sorted({line["run"]["learning_rate"] for line in own}, reverse=True):
-            shorter_first = sorted(own, key=lambda line: line["run"]["updates"])
-            longest = {
-                line["run"]["seed"]: line["curve"] for line in shorter_first if line["run"]["learning_rate"] == rate
-            }
-            steps = sorted({int(step) for curve in longest.values() for step in curve})
-            found.setdefault(method, {})[rate] = {
-                step: _point([curve[str(step)] for curve in longest.values() if str(step) in curve], rate)
-                for step in steps
-            }
+        for line in sorted(own, key=lambda line: (-line["run"]["learning_rate"], line["run"]["updates"])):
+            rate, seed = line["run"]["learning_rate"], line["run"]["seed"]
+            curve = {int(step): _point(point, rate) for step, point in line["curve"].items()}
+            found.setdefault(method, {}).setdefault(rate, {})[seed] = curve
     return found
 
 
-def _point(seeds: list[dict], rate: float) -> Point:
-    def mean(name):
-        return sum(seed[name] for seed in seeds) / len(seeds)
+def _point(measured: dict, rate: float) -> Point:
+    names = ("nats_per_byte", "cpu_seconds", "entropy", "mean_length", "truncated_fraction")
+    gap, *rest = (measured[name] for name in names)
+    return Point(gap, parts(measured["rows"]), *rest, 1, rate)
 
-    names = ("cpu_seconds", "entropy", "mean_length", "truncated_fraction")
-    own = np.mean([parts(seed["rows"]) for seed in seeds], axis=0)
-    return Point(mean("nats_per_byte"), own, *map(mean, names), len(seeds), rate)
+
+def mean(points: Sequence[Point]) -> Point:
+    """Of several seeds. What a prompt adds is averaged before the error is taken."""
+    columns = zip(*map(_values, points), strict=True)
+    return Point(*(sum(column) / len(points) for column in columns), len(points), points[0].rate)
+
+
+def averaged(by_seed: BySeed) -> Curve:
+    """Each step's mean over the seeds that were measured there."""
+    steps = sorted({step for curve in by_seed.values() for step in curve})
+    return {step: mean([curve[step] for curve in by_seed.values() if step in curve]) for step in steps}
 
 
 def at_cpu_seconds(curve: Curve, start: Point, seconds: float) -> tuple[Point, bool]:
@@ -133,18 +138,19 @@ def _values(point: Point) -> tuple:
     return point.gap, point.parts, point.cpu_seconds, point.entropy, point.mean_length, point.truncated_fraction
 
 
-def _steps(found: dict[str, Curve]) -> list[int]:
-    return sorted({step for curve in found.values() for step in curve} - {0})
+def _steps(found: dict[str, BySeed]) -> list[int]:
+    return sorted({step for by_seed in found.values() for curve in by_seed.values() for step in curve} - {0})
 
 
-def table(found: dict[str, Curve]) -> str:
+def table(found: dict[str, BySeed]) -> str:
     steps, last = _steps(found), f"after {UPDATES}"
     gaps = " | ".join(["gap before", *(f"gap after {step}" for step in steps)])
     rows = [
         f"| | rate | seeds | {gaps} | CPU seconds, {last} | entropy, {last} | tokens | cut off |",
         "|---" * (8 + len(steps)) + "|",
     ]
-    for method, curve in found.items():
+    for method, by_seed in found.items():
+        curve = averaged(by_seed)
         gaps = [f"{curve[step].gap:.3f} ± {curve[step].error:.3f}" if step in curve else "" for step in (0, *steps)]
         point = curve.get(0 if method == "start" else UPDATES)
         if point is None:
@@ -160,11 +166,11 @@ def _written(rate: float) -> str:
     return f"{rate:.0e}".replace("e-0", "e-") if rate else ""
 
 
-def rates(found: dict[str, dict[float, Curve]]) -> str:
+def rates(found: dict[str, dict[float, BySeed]]) -> str:
     """The gap after 12 updates of the methods of which several rates were run."""
     rows = ["| | rate | seeds | gap after 12 |", "|---|---|---|---|"]
     for method, by_rate in found.items():
-        points = [curve[UPDATES] for curve in by_rate.values() if UPDATES in curve]
+        points = [curve[UPDATES] for curve in map(averaged, by_rate.values()) if UPDATES in curve]
         if len(points) > 1:
             rows += [
                 f"| {NAMES.get(method, f'`{method}`')} | {_written(point.rate)} | {point.seeds} | {point.gap:.3f} ± {point.error:.3f} |"
@@ -173,31 +179,44 @@ def rates(found: dict[str, dict[float, Curve]]) -> str:
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
-def beside_the_default(found: dict[str, Curve]) -> str:
+def beside_the_default(found: dict[str, BySeed]) -> str:
     """Each method's gap minus the default's after 12 updates: after as many updates, after all of its own, and at equal CPU
-    seconds. Positive: the default is closer to the teacher."""
-    own = found[DEFAULT][UPDATES]
+    seconds, over the seeds that both have. Positive: the default is closer to the teacher."""
+    own = {seed: curve[UPDATES] for seed, curve in found[DEFAULT].items()}
+    seconds = mean([*own.values()]).cpu_seconds
+    start = mean([curve[0] for curve in found["start"].values()])
     steps = _steps(found)
     after = " | ".join(f"after {step} updates" for step in steps)
     rows = [
-        f"| gap minus that of the default after {UPDATES} | {after} | at {own.cpu_seconds:.0f} CPU seconds |",
+        f"| gap minus that of the default after {UPDATES} | {after} | at {seconds:.0f} CPU seconds |",
         "|---" * (2 + len(steps)) + "|",
     ]
-    for method, curve in found.items():
+    for method, by_seed in found.items():
         if method == DEFAULT:
             continue
         if method == "start":
-            rows.append(f"| untrained | {_difference(curve[0], own)} |" + " |" * len(steps))
+            before = {seed: curve[0] for seed, curve in by_seed.items()}
+            rows.append(f"| untrained | {_difference(before, own)} |" + " |" * len(steps))
             continue
-        point, early = at_cpu_seconds(curve, found["start"][0], own.cpu_seconds)
-        cells = [_difference(curve.get(step), own) for step in steps]
-        cells.append(_difference(point, own) + (f" (its last, at {point.cpu_seconds:.0f})" if early else ""))
+        cells = [
+            _difference({seed: curve[step] for seed, curve in by_seed.items() if step in curve}, own) for step in steps
+        ]
+        timed = {seed: at_cpu_seconds(curve, start, seconds) for seed, curve in by_seed.items()}
+        early = [point.cpu_seconds for point, is_last in timed.values() if is_last]
+        said = f" (its last, at {sum(early) / len(early):.0f})" if early else ""
+        cells.append(_difference({seed: point for seed, (point, _) in timed.items()}, own) + said)
         rows.append(f"| {NAMES.get(method, f'`{method}`')} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _difference(point: Point | None, own: Point) -> str:
-    return "" if point is None else f"{point.gap - own.gap:+.3f} ± {error(point.parts - own.parts):.3f}"
+def _difference(points: dict[int, Point], own: dict[int, Point]) -> str:
+    """Of the seeds that both have, with how many these are."""
+    common = [seed for seed in points if seed in own]
+    if not common:
+        return ""
+    point, other = (mean([side[seed] for seed in common]) for side in (points, own))
+    seeds = f", {len(common)} seeds" if len(common) > 1 else ""
+    return f"{point.gap - other.gap:+.3f} ± {error(point.parts - other.parts):.3f}{seeds}"
 
 
 def refused(lines: Sequence[dict]) -> str:
@@ -230,8 +249,9 @@ def plot(lines: Sequence[dict], path: Path) -> None:
         len(shown), 2, figsize=(11, 3.8 * len(shown)), layout="constrained", sharey="row", squeeze=False
     )
     for row, (dataset, found) in zip(axes, shown.items(), strict=True):
-        start = found.pop("start")[0]
-        for colour, (method, curve) in enumerate(found.items()):
+        start = averaged(found.pop("start"))[0]
+        for colour, (method, by_seed) in enumerate(found.items()):
+            curve = averaged(by_seed)
             points = [start, *curve.values()]
             for side, places in zip(row, ([0, *curve], [point.cpu_seconds for point in points]), strict=True):
                 gaps, errors = [point.gap for point in points], [point.error for point in points]

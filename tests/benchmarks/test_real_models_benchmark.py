@@ -115,7 +115,7 @@ def test_what_a_prompt_adds_to_both_methods_is_no_error_of_their_difference():
         made_up("bpm", 0, 0.3, (-0.1, 0.1)),
     ]
     found = report.curves(lines, "mbpp")
-    assert found["dpca"][12].error == pytest.approx(0.1)
+    assert found["dpca"][0][12].error == pytest.approx(0.1)
     table = report.beside_the_default(found)
     assert "| `sft` on references | +0.100 ± 0.000 |" in table
     assert "| `bpm` | +0.100 ± 0.200 |" in table
@@ -143,14 +143,23 @@ def test_a_pair_of_which_only_the_start_was_measured_has_its_row():
 
 def test_of_a_seed_that_was_run_twice_the_longer_run_counts():
     lines = [made_up("dpca_open", 0, 0.1, steps=(12, 24)), made_up("dpca_open", 0, 0.3)]
-    curve = report.curves(lines, "mbpp")["dpca_open"]
+    curve = report.averaged(report.curves(lines, "mbpp")["dpca_open"])
     assert [(step, point.gap, point.seeds) for step, point in curve.items()] == [(12, 0.1, 1), (24, 0.1, 1)]
+
+
+def test_methods_are_compared_on_the_seeds_that_both_have():
+    lines = [made_up("start", 0, 0.5, steps=(0,)), made_up("dpca", 0, 0.1), made_up("dpca", 1, 0.3)]
+    lines += [made_up("sft", 1, 0.4), made_up("bpm", 0, 0.2), made_up("bpm", 1, 0.5), made_up("alm", 2, 0.5)]
+    rows = report.beside_the_default(report.curves(lines, "mbpp")).splitlines()
+    found = {row.split(" | ")[0].strip("| "): row.split(" | ")[1] for row in rows[2:]}
+    assert found["untrained"].startswith("+0.400") and found["`sft` on references"].startswith("+0.100")
+    assert found["`bpm`"] == "+0.150 ± 0.000, 2 seeds" and found["`alm`"] == ""
 
 
 def test_of_several_rates_a_methods_best_counts_and_all_are_shown():
     lines = [made_up("trl_gold_on", 0, gap, rate=rate) for rate, gap in ((3e-4, 0.4), (1e-4, 0.2), (3e-5, 0.3))]
     lines += [made_up("dpca", 0, 0.1), made_up("start", 0, 0.5, steps=(0,))]
-    assert report.curves(lines, "mbpp")["trl_gold_on"][12].gap == 0.2
+    assert report.curves(lines, "mbpp")["trl_gold_on"][0][12].gap == 0.2
     made = report.blocks(lines)
     assert "| TRL's GOLD on-policy, hybrid | 1e-4 | 1 | | 0.200" in made["mbpp"].replace("|  |", "| |")
     assert [row.split(" | ")[1:2] for row in made["mbpp rates"].splitlines()[2:]] == [["3e-4"], ["1e-4"], ["3e-5"]]
@@ -159,7 +168,7 @@ def test_of_several_rates_a_methods_best_counts_and_all_are_shown():
 
 def test_seeds_are_averaged():
     lines = [made_up("dpca", 0, 0.2, (0.1, -0.1)), made_up("dpca", 1, 0.4, (-0.1, 0.1))]
-    point = report.curves(lines, "mbpp")["dpca"][12]
+    point = report.averaged(report.curves(lines, "mbpp")["dpca"])[12]
     assert (point.gap, point.error, point.seeds) == (pytest.approx(0.3), pytest.approx(0), 2)
 
 
