@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # transformers 5.23.0 (5.20.2 to 5.24.0 alike), gguf 0.19.0
 #
-# Llama 3's tokenizer has `ignore_merges`: a word that is a token is that token, though no merges lead to it. 588 of its tokens can be reached in
+# Llama 3's tokenizer has `ignore_merges`: a word that is a token is that token, though no merges lead to it. Hundreds of its tokens are reached in
 # no other way, among them frequent words of Vietnamese, Turkish, Czech and Ukrainian (" nhiều", " Việt", " değiş", " розвитку"). A GGUF file
 # does not hold this setting; llama.cpp infers it from the name of the pattern (llama-bpe, tekken). transformers does so for tekken.json
 # and tiktoken's files, and not for GGUF: a tokenizer read with `gguf_file=` always merges.
