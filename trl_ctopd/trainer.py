@@ -26,7 +26,7 @@ from .looking.run_card import RunCard
 from .looking.samples import Samples
 from .losses import Metrics, ScoredChunks
 from .losses.reference_kl import reference_kl
-from .models.heads import base_model, has_imbalance
+from .models.heads import base_model
 from .models.loading import by_name, ensure_pad_token, load_tokenizer
 from .models.packing import packer_for
 from .models.reference import Reference
@@ -44,18 +44,7 @@ from .teachers.remote import RemoteTeacher
 from .text.chat import Speaker
 from .text.continuations import Continuations
 from .text.vocabulary import VocabularyPair
-from .training.checks import (
-    check_arguments,
-    check_learns,
-    check_losses,
-    check_run,
-    check_takes_rewards,
-    checked,
-    context_length,
-    losses_by_text,
-    open_student,
-    signal_of,
-)
+from .training import checks
 from .training.metrics import Meter, chunk_metrics, warn_of_much_masked
 from .training.resuming import ResumableTrainer
 from .training.scoring import Scorer, prepare_student
@@ -128,8 +117,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         args = CrossTokenizerGKDConfig(f"{Path(model_id).name}-ctopd") if args is None else args
         if teacher_model is None:
             teacher_model = args.teacher_models or args.teacher_server_url or args.teacher_model_name_or_path
-        check_arguments(model, teacher_model, args, train_dataset, peft_config)
-        model = open_student(model, args, peft_config)
+        checks.check_arguments(model, teacher_model, args, train_dataset, peft_config)
+        model = checks.open_student(model, args, peft_config)
 
         given = args.model_init_kwargs or {}
         revision, gguf_file = given.get("revision"), given.get("gguf_file")
@@ -143,10 +132,10 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         if reward_funcs or teacher_gate is not None:
             judges = Judges(reward_funcs, reward_processing_classes, teacher_gate, args, processing_class)
         self._keeps_rows = judges is not None
-        self.distillation_loss, self.off_policy_loss = losses_by_text(args)
+        self.distillation_loss, self.off_policy_loss = checks.losses_by_text(args)
         if judges is not None and judges.reward:
-            check_takes_rewards(self.distillation_loss)
-        self.student_context = context_length(model, args)
+            checks.check_takes_rewards(self.distillation_loss)
+        self.student_context = checks.context_length(model, args)
         self._meters = {"train": Meter(), "eval": Meter()}
         self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
         self._samples, self._card = Samples(), RunCard()
@@ -167,7 +156,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        check_run(args, self.accelerator, self.model, processing_class, self.train_dataset, self.eval_dataset)
+        checks.check_run(args, self.accelerator, self.model, processing_class, self.train_dataset, self.eval_dataset)
         finite.accelerator = self.accelerator
         keep_scores_in_float32(self.accelerator)
         # Trainer counts a step's tokens only for models that take loss kwargs. The loss here always needs the count.
@@ -187,15 +176,10 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state, packer, ahead)
         keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)
         start = Reference(self.model, self.accelerator) if keeps_start else None
-        if self.aux_loss_enabled and not has_imbalance(base_model(self.model)):
-            self.aux_loss_enabled = False
-            logger.warning(
-                f"router_aux_loss_coef={self.router_aux_loss_coef} has no effect: transformers has no load-balancing loss for "
-                f"{type(base_model(self.model)).__name__}."
-            )
+        self.aux_loss_enabled = self.aux_loss_enabled and checks.balances(self.model, self.router_aux_loss_coef)
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, start)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
-        check_losses(losses, self.model, self.panel, lambda: self.vocabulary)
+        checks.check_losses(losses, self.model, self.panel, lambda: self.vocabulary)
         for on_policy in (True, False):
             self._tables_for(on_policy)  # build them before training time is spent
         # Read by GKDTrainer's own methods and by its callers
@@ -296,7 +280,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
             self._meters[mode].add(metrics)
             num_items = batch.scored_tokens if num_items_in_batch is None else num_items_in_batch
             num_items = torch.as_tensor(num_items).clamp(min=1)
-            loss, metrics = checked(self._loss_for(inputs["on_policy"])(batch, num_items))
+            loss, metrics = checks.checked(self._loss_for(inputs["on_policy"])(batch, num_items))
             if batch.reference_log_probs is not None and self.args.reference_kl:
                 distance, own = reference_kl(batch, num_items)
                 loss, metrics = loss + self.args.reference_kl * distance, {**metrics, **own}
@@ -318,7 +302,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
                     micro_batches = self.current_gradient_accumulation_steps if model.training else 1
                     self._samples.keep(inputs, batch, -(-self.args.num_completions_to_print // micro_batches))
             if model.training and torch.is_grad_enabled():
-                check_learns(loss)
+                checks.check_learns(loss)
             return loss
 
     def _score(self, model: nn.Module, inputs: dict) -> tuple[ScoredChunks, torch.Tensor, Metrics]:
@@ -331,7 +315,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         return self.distillation_loss if on_policy else self.off_policy_loss
 
     def _reads_distributions(self, on_policy: bool) -> bool:
-        return signal_of(self._loss_for(on_policy)) == "logits"
+        return checks.signal_of(self._loss_for(on_policy)) == "logits"
 
     def _tables_for(self, on_policy: bool) -> dict[str, Continuations | None]:
         return self._continuations if getattr(self._loss_for(on_policy), "event", "open") == "closed" else {}

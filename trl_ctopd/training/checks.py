@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
 from ..losses.compass import Compass
-from ..models.heads import base_model, check_head
+from ..models.heads import base_model, check_head, has_imbalance
 from ..models.loading import adapter_base, check_saves, forget_gguf, load_model, warn_of_experts
 from ..models.sharding import shards_student
 from ..redact import redact
@@ -470,3 +470,14 @@ def context_length(model, args: CrossTokenizerGKDConfig) -> int | None:
             f"(max_length={args.max_length}, the student's own {own})."
         )
     return context
+
+
+def balances(model: nn.Module, coefficient: float) -> bool:
+    """Whether transformers has a load-balancing loss for the student; warns where it has none."""
+    student = base_model(model)
+    if not has_imbalance(student):
+        logger.warning(
+            f"router_aux_loss_coef={coefficient} has no effect: transformers has no load-balancing loss for {type(student).__name__}."
+        )
+        return False
+    return True
