@@ -96,8 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report.save(options.output, kept)
     for name, row in rows.items():
         mean, error = gain(row["greedy"], rows["student"]["greedy"])
-        drawn = f", {sum(row['any'])} in any of {row['samples']} samples" if "any" in row else ""
-        print(f"{name}: {sum(row['greedy'])} of {options.tasks} greedy ({mean:+.2f} ± {error:.2f}){drawn}")
+        said = f"{name}: {sum(row['greedy'])} of {options.tasks} greedy ({mean:+.2f} ± {error:.2f})"
+        if "any" in row:
+            said += f", {sum(row['any'])} in any of {row['samples']} samples"
+            if "any" in rows["student"]:
+                mean, error = gain(row["any"], rows["student"]["any"])
+                said += f" ({mean:+.2f} ± {error:.2f})"
+        print(said)
 
 
 if __name__ == "__main__":

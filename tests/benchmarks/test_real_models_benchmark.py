@@ -247,7 +247,7 @@ def test_tasks_solved_are_counted_once_for_each_model_and_for_the_adapter(folder
     assert asked == [0, 2]
     assert second["trained"]["greedy"] == [False, True, False]
     assert second["trained"]["any"] == [True, False, True]
-    assert "trained: 1 of 3 greedy (+0.33 ± 0.33), 2 in any of 2 samples" in capsys.readouterr().out
+    assert "trained: 1 of 3 greedy (+0.33 ± 0.33), 2 in any of 2 samples (+0.67 ± 0.33)" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         solved.main([*arguments[:4], "--tasks", "201"])
     with pytest.raises(SystemExit):
