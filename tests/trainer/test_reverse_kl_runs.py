@@ -57,7 +57,7 @@ def close(found: torch.Tensor, expected: torch.Tensor):
 @pytest.mark.parametrize(
     ("kind", "top_k"),
     [
-        pytest.param(kind, top_k, marks=[] if (kind, top_k) in (("vllm", 8), ("sglang", 128)) else pytest.mark.slow)
+        pytest.param(kind, top_k, marks=[] if (kind, top_k) == ("vllm", 8) else pytest.mark.slow)
         for kind, top_k in product(["vllm", "sglang"], KNOWN)
     ],
 )

@@ -70,7 +70,7 @@ def test_plain_text_reaches_functions_as_text(build):
     assert seen[:2] == ["What is 0? "] * 2 and seen[8:10] == ["one plus two is the sum of what", " is the sum"]
 
 
-@pytest.mark.parametrize("loss", ["dpca", "reverse_kl"])
+@pytest.mark.parametrize("loss", ["dpca", pytest.param("reverse_kl", marks=pytest.mark.slow)])
 def test_the_step_is_the_teachers_and_in_proportion_to_the_weight_the_rewards(build, loss):
     settings = {"dataset": numbered(), "distillation_loss": loss, **ORDER}
     alone = step_of(varied(build(**settings)))

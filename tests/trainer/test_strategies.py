@@ -29,8 +29,8 @@ KINDS = {
 SHARDED = ("zero3", "fsdp2")
 QUICK = {
     "ddp": ["distributions", "nothing", "remote", "shuffled", "written"],
-    "zero2": ["full", "few", "written-in-half"],
-    "zero3": ["full-accumulated", "uneven", "reverse-kl-lora", "written-lora"],
+    "zero2": ["full", "written-in-half"],
+    "zero3": ["full-accumulated", "uneven", "reverse-kl-lora"],
     "fsdp2": ["lora-accumulated", "distributions", "reverse-kl", "written"],
 }
 
