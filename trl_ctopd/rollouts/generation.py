@@ -18,7 +18,7 @@ Decisions
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Protocol
@@ -206,13 +206,10 @@ def _by_length(
     size = args.generation_batch_size or len(prompts)
     stop_ids, completions, told = set(config.eos_token_id), [([], None)] * len(prompts), set()
 
-    def cut(ids: list[int]) -> list[int]:
-        return ids[: next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))]
-
     def tell(row: int, ids: list[int]):
         if row not in told:
             told.add(row)
-            ended(row, cut(ids))
+            ended(row, up_to_stop(ids, stop_ids))
 
     for start in range(0, len(order), size):
         rows = order[start : start + size]
@@ -222,7 +219,7 @@ def _by_length(
             written = generate(model, [prompts[r] for r in rows], config, **recorder, **leaves)
         scores = recorder["recorder"].of_tokens.tolist() if recorded else [None] * len(rows)
         for row, ids, own in zip(rows, written, scores, strict=True):
-            ids = cut(ids)
+            ids = up_to_stop(ids, stop_ids)
             completions[row] = ids, None if own is None else own[: len(ids)]
             if ended is not None and start + size < len(order):
                 tell(row, ids)
@@ -239,6 +236,11 @@ def _merging(model, config: GenerationConfig, accelerator, args: CrossTokenizerG
     plain = config.do_sample and not any((args.generation_kwargs, args.top_k, args.min_p)) and args.top_p == 1
     recorded = bool(layers) and plain and backend != "transformers_continuous"
     return layers if recorded or wanted else [], recorded
+
+
+def up_to_stop(ids: Sequence[int], stop_ids: Container[int]) -> list[int]:
+    """`ids` up to and including the first stop token; all of them where there is none."""
+    return list(ids[: next((n for n, token in enumerate(ids, start=1) if token in stop_ids), len(ids))])
 
 
 class _SampledLogProbs(LogitsProcessor):

@@ -242,16 +242,17 @@ class RolloutSource:
         batches, names, count_unclosed = [], list(self._teachers.seats), 0
         for index, (rows, on) in enumerate(zip(self._rows(rollouts, window, on_policy), on_policy, strict=True)):
             own, tables = [rollouts[row] for row in rows], self._continuations(on)
+            reads_distributions = self._reads_distributions(on)
             if tables:
                 own = [without_undecided(rollout, tables) for rollout in own]
                 last = [unclosed(rollout, tables) for rollout in own]
                 count_unclosed += sum(chunk >= 0 for chunk in last)
-                if not self._reads_distributions(on):
+                if not reads_distributions:
                     own = [without(rollout, chunk) for rollout, chunk in zip(own, last, strict=True)]
             batch = collate(own, self._student.tokenizer.pad_token_id, args.pad_to_multiple_of)
             if tables:
                 add_going_on(batch, own, tables)
-                if self._reads_distributions(on):
+                if reads_distributions:
                     batch["unclosed"] = torch.tensor(last)
             batch["teacher_places"] = torch.tensor([names.index(rollout.prompt.teacher) for rollout in own])
             teacher_length = batch["teacher_chunks"].shape[1]
@@ -260,7 +261,7 @@ class RolloutSource:
                 batch["teacher_close_log_probs"] = close
             if readings.reference is not None:
                 batch["reference_teacher_log_probs"] = readings.reference.log_probs(rows, teacher_length)
-            if self._reads_distributions(on) and readings.hidden:
+            if reads_distributions and readings.hidden:
                 batch["teacher_hidden"] = pad_scores([readings.hidden[row] for row in rows], teacher_length)
             other = other_spellings([rollout.student_ids for rollout in own], self._student.tokenizer)
             batch["other_spelling"] = on_columns(other, batch).bool() & (batch["student_chunks"] >= 0)

@@ -27,7 +27,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Metrics, ScoredChunks
-from .generation import Written
+from .generation import Written, up_to_stop
 from .pairing import Prompt
 
 
@@ -165,9 +165,9 @@ class VLLMWriter:
         """Each up to its first stop token."""
         written = []
         for ids, scores in zip(completions, log_probs, strict=True):
-            end = next((n for n, token in enumerate(ids, start=1) if token in self._stop_ids), len(ids))
-            drawn = [float("nan") if score[0] is None else score[0] for score in scores[:end]]
-            written.append((list(ids[:end]), drawn))
+            own = up_to_stop(ids, self._stop_ids)
+            drawn = [float("nan") if score[0] is None else score[0] for score in scores[: len(own)]]
+            written.append((own, drawn))
         return written
 
 
