@@ -10,7 +10,6 @@ Decisions:
 - Standard errors are over prompts.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +18,12 @@ from demo_real import problems
 from demo_real.answering import answers
 from demo_real.measuring import ratio
 from demo_real.run import STUDENT, TEACHER, named
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks import report
 from benchmarks.speed.models import quiet
+
+from . import script
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "real_models" / "entropy.json"
@@ -54,11 +54,8 @@ def told(rows: Sequence[tuple[float, int, int]]) -> dict[str, float | int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help="folder that has both models; else they come from the hub")
-    parser.add_argument("--data", default=problems.HUB_NAME, help="hub name, or a .jsonl file with MBPP's columns")
+    parser = script.parser(__doc__, RESULTS)
     parser.add_argument("--adapter", type=Path, help="folder of a trained adapter")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     quiet()
     asked = [task.messages for task in problems.load_problems(options.data)[:PROMPTS]]
@@ -67,11 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wanted["trained"] = STUDENT, options.adapter
     figures = {**report.header(), "prompts": PROMPTS, "max_new_tokens": TOKENS, "models": {}}
     for name, (published, adapter) in wanted.items():
-        folder = named(published, options.models)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        if adapter:
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model, tokenizer = script.loaded(named(published, options.models), adapter)
         texts = [text for text, _, _ in answers(model, tokenizer, asked, TOKENS, samples=1)]
         figures["models"][name] = told(entropies(model, tokenizer, asked, texts))
         print(name, figures["models"][name])

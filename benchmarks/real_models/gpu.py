@@ -7,7 +7,6 @@ again. Prints what it did, and writes it to `benchmarks/results/real_models/gpu.
 without one, from a folder (1.3 GB in bfloat16).
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -23,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks import report
 
-from . import MEASURED_RUN
+from . import MEASURED_RUN, script
 from .run import RESULTS
 
 
@@ -117,11 +116,9 @@ def measured(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.parser(__doc__, RESULTS / "gpu.json")
     parser.add_argument("--student", default=STUDENT, help="hub name or folder")
     parser.add_argument("--teacher", default=TEACHER, help="hub name or folder")
-    parser.add_argument("--models", type=Path, help="folder with both models; else they come from the hub")
-    parser.add_argument("--data", default=problems.HUB_NAME, help="hub name, or a .jsonl file with MBPP's columns")
     parser.add_argument("--loss", default="reverse_kl")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=64)
@@ -129,7 +126,6 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", type=int, default=100, help="held-out tasks")
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
     options = vars(parser.parse_args())
     models, output = options.pop("models"), options.pop("output")
     if options["device"] == "cuda" and not torch.cuda.is_available():

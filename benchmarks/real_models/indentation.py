@@ -6,7 +6,6 @@ chunks closed on the student's side alone and on both, and what the student writ
 The texts are the beginnings of answers to one of the held-out tasks. A gap is that of `dpca` with closed chunks, in nats.
 """
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,8 @@ from peft import PeftModel
 from benchmarks import report
 from benchmarks.speed.models import quiet
 from trl_ctopd.losses import DPCA
+
+from . import script
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "real_models" / "indentation.json"
@@ -57,11 +58,8 @@ def likeliest(model, tokenizer, prompt: list[int], count: int = 4) -> dict[str, 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help="folder that has both models; else they come from the hub")
-    parser.add_argument("--data", default=problems.HUB_NAME, help="hub name, or a .jsonl file with MBPP's columns")
+    parser = script.parser(__doc__, RESULTS)
     parser.add_argument("--adapter", help="folder of a trained adapter")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     quiet()
     figures = {**report.header(), "head": HEAD}

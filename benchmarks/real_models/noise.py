@@ -10,7 +10,6 @@ Decisions:
 - Results are written after each draw from the second on, so that a run may be stopped.
 """
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,8 @@ from demo_real.run import STUDENT, TEACHER, build, named, prompts_of
 
 from benchmarks import report
 from trl_ctopd.losses import LOSSES, build_loss
+
+from . import script
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "real_models"
@@ -98,14 +99,11 @@ def measured(student: str, teacher: str, data: str, specs: list[str], draws: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help="folder with both models; else they come from the hub")
-    parser.add_argument("--data", default=problems.HUB_NAME, help="hub name, or a .jsonl file with MBPP's columns")
+    parser = script.parser(__doc__, RESULTS / "noise.json")
     parser.add_argument(
         "--losses", nargs="+", default=[*LOSSES], help="names, with settings as name:key=value,key=value"
     )
     parser.add_argument("--draws", type=int, default=DRAWS)
-    parser.add_argument("--output", type=Path, default=RESULTS / "noise.json")
     options = parser.parse_args()
     made_with = report.header()
     student, teacher = named(STUDENT, options.models), named(TEACHER, options.models)

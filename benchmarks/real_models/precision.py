@@ -10,7 +10,6 @@ Decisions:
 - `bias` is the mean difference, which does not average out over tokens.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import report
 from benchmarks.speed.models import quiet
 from trl_ctopd.teachers.local import LocalTeacher
+
+from . import script
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "real_models" / "precision.json"
@@ -51,17 +52,12 @@ def compared(rounded: torch.Tensor, exact: torch.Tensor) -> dict[str, float | in
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help="folder that has both models; else they come from the hub")
-    parser.add_argument("--data", default=problems.HUB_NAME, help="hub name, or a .jsonl file with MBPP's columns")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser = script.parser(__doc__, RESULTS)
     options = parser.parse_args(arguments)
     quiet()
     figures = {**report.header(), "prompts": PROMPTS, "max_new_tokens": TOKENS, "models": {}}
     asked = [task.messages for task in problems.load_problems(options.data)[:PROMPTS]]
-    student = named(STUDENT, options.models)
-    writer = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    drawn = answers(writer, AutoTokenizer.from_pretrained(student), asked, TOKENS, samples=1)
+    drawn = answers(*script.loaded(named(STUDENT, options.models), None), asked, TOKENS, samples=1)
     texts = [text for text, _, _ in drawn]
     for name in (STUDENT, TEACHER):
         own = named(name, options.models)

@@ -12,22 +12,20 @@ Decisions:
 - What the output file has already is not run again. An adapter is known by its name.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from demo_real import problems
 from demo_real.answering import answers
 from demo_real.run import ANSWER_TOKENS, HELD_OUT, STUDENT, TEACHER, named
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import report
 from benchmarks.clock import stopwatch
 from benchmarks.speed.models import quiet
+
+from . import script
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "real_models" / "solved.json"
@@ -36,10 +34,7 @@ TASKS, SAMPLES = 100, 4
 
 def count(model: str, adapter: str | None, tasks: Sequence[problems.Problem], samples: int) -> dict:
     """`greedy`: for each task whether the greedy answer solves it. `any`: whether one of `samples` answers does."""
-    own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    if adapter:
-        own = PeftModel.from_pretrained(own, adapter).merge_and_unload()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    own, tokenizer = script.loaded(model, adapter)
     asked = [task.messages for task in tasks]
     with stopwatch() as spent:
         texts, lengths, _ = zip(*answers(own, tokenizer, asked, ANSWER_TOKENS), strict=True)
@@ -64,14 +59,11 @@ def gain(after: Sequence[bool], before: Sequence[bool]) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help="folder that has both models; else they come from the hub")
-    parser.add_argument("--data", default=problems.HUB_NAME, help="hub name, or a .jsonl file with MBPP's columns")
+    parser = script.parser(__doc__, RESULTS)
     parser.add_argument("--adapter", help="folder of a trained adapter")
     parser.add_argument("--name", default="trained", help="of the adapter's row")
     parser.add_argument("--tasks", type=int, default=TASKS, help=f"at most {HELD_OUT}, which no step has learned from")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="answers drawn for each task; 0: greedy alone")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.tasks > HELD_OUT:
         parser.error(f"--tasks={options.tasks}: only {HELD_OUT} tasks are held out")
