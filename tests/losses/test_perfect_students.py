@@ -205,13 +205,24 @@ def moves(unread: Unread, name: str, told: bool = True, **knobs) -> float:
 
 def closings_of(table, ended, beginning, logits: torch.Tensor) -> torch.Tensor:
     """(B, L) log p_close of one side's tokens by row, before the other side's, wherever a chunk has ended."""
-    p, close = logits.log_softmax(-1).exp(), torch.zeros_like(logits[..., 0])
-    for row, ((ids, chunks), (others, other_chunks)) in enumerate(zip(ended, beginning, strict=True)):
+    before = []
+    for (ids, chunks), (others, other_chunks) in zip(ended, beginning, strict=True):
+        tokens = [-1] * len(others)
         for place in range(1, len(others)):
             if other_chunks[place] != other_chunks[place - 1] >= 0:
-                last = max(n for n, chunk in enumerate(chunks) if chunk == other_chunks[place - 1])
-                going_on = table.of(ids[last])
-                found = torch.log1p(-p[row, place, going_on[going_on != others[place]]].sum())
+                tokens[place] = ids[max(n for n, chunk in enumerate(chunks) if chunk == other_chunks[place - 1])]
+        before.append(tokens)
+    return closings_before(table, before, [others for others, _ in beginning], logits)
+
+
+def closings_before(table, before, ids, logits: torch.Tensor) -> torch.Tensor:
+    """(B, L) log p_close of the other side's token that ends right before each of `ids`, by row; -1 in `before` for none."""
+    p, close = logits.log_softmax(-1).exp(), torch.zeros_like(logits[..., 0])
+    for row, own in enumerate(ids):
+        for place, token in enumerate(before[row][: len(own)]):
+            if token >= 0:
+                going_on = table.of(int(token))
+                found = torch.log1p(-p[row, place, going_on[going_on != own[place]]].sum())
                 close = close.index_put((torch.tensor(row), torch.tensor(place)), found)
     return close
 
@@ -265,22 +276,12 @@ def masked_drift(shape: str, name: str, **knobs) -> float:
         rows.append(replace(row, **dict(zip(("student_chunks", "teacher_chunks"), sides, strict=True))))
     own = replace(own, rows=rows)
 
-    def closings(found, table, side, logits):
-        p, close = logits.log_softmax(-1).exp(), torch.zeros_like(logits[..., 0])
-        for n, row in enumerate(rows):
-            ids = getattr(row, side)
-            before = found(rollout_of(row, ended=True))[:-1].tolist()
-            for place, token in enumerate(before):
-                if token >= 0:
-                    going_on = table.of(token)
-                    told = torch.log1p(-p[n, place, going_on[going_on != ids[place]]].sum())
-                    close = close.index_put((torch.tensor(n), torch.tensor(place)), told)
-        return close
-
-    told = closings(student_ends, table.reverse, "teacher_ids", own.micro_batch.teacher_logits)
+    rollouts = [rollout_of(row, ended=True) for row in rows]
+    before = [student_ends(rollout) for rollout in rollouts], [ends(rollout) for rollout in rollouts]
+    told = closings_before(table.reverse, before[0], [row.teacher_ids for row in rows], own.micro_batch.teacher_logits)
 
     def closed(batch, num_items):
-        close = closings(ends, table, "student_ids", batch.student.hidden)
+        close = closings_before(table, before[1], [row.student_ids for row in rows], batch.student.hidden)
         return loss(replace(batch, close_log_probs=close, teacher_close_log_probs=told), num_items)
 
     return own.expected_gradient(closed).abs().max().item()
