@@ -1,6 +1,6 @@
 """`make demo`: trains a teacher and a weak student, distils the teacher into the student, and shows the result.
 
-    python examples/demo/run.py --seed 1 [--no-control] [--output demo_output]
+    python examples/demo/run.py --seed 1 [--no-control] [--quick] [--output demo_output]
 
 - The distillation sees only questions. The student learns what is right from the teacher's log-probs of the student's own text.
 - The control differs in one thing: each chunk gets the gap of another chunk of the batch. So none of its result can come from
@@ -47,9 +47,20 @@ from trl_ctopd.losses.credit import gaps
 
 HELD_OUT = 600
 CURVE_POINT = 200  # held-out amounts for each point of the learning curve
-TEACHER_STEPS, STUDENT_STEPS = 750, 850
-DISTILLATION_STEPS, PROMPTS_PER_STEP, LEARNING_RATE = 80, 64, 1e-4
+PROMPTS_PER_STEP, LEARNING_RATE = 64, 1e-4
 CHILDISHNESS = 0.8  # share of irregular words that are wrong in the student's training text
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Of the two pretrainings and of the distillation."""
+
+    teacher: int = 750
+    student: int = 850
+    distillation: int = 80
+
+
+FULL, QUICK = Steps(), Steps(375, 425, 40)
 
 
 @dataclass
@@ -73,10 +84,10 @@ class Curve:
     nats_per_byte: dict[int, float] = field(default_factory=dict)
 
 
-def main(seed: int, control: bool, output: Path) -> None:
+def main(seed: int, control: bool, output: Path, steps: Steps = FULL) -> None:
     seconds: dict[str, float] = {}
     with stopwatch("pretraining", seconds):
-        world = build_world(seed)
+        world = build_world(seed, steps)
     with stopwatch("measuring", seconds):
         teacher_accuracy = models.accuracy(world.teacher, world.teacher_tokenizer, world.held_out)
         answers_before = models.write(world.student, world.student_tokenizer, world.held_out)
@@ -86,7 +97,7 @@ def main(seed: int, control: bool, output: Path) -> None:
 
     curves = [Curve("distilled")]
     with stopwatch("distillation", seconds):
-        distilled = distil(world, "dpca", curves[0], seed, output / "student")
+        distilled = distil(world, steps.distillation, "dpca", curves[0], seed, output / "student")
     with stopwatch("measuring", seconds):
         answers_after = models.write(distilled, world.student_tokenizer, world.held_out)
     after = task.share_right(world.held_out, answers_after)
@@ -99,7 +110,7 @@ def main(seed: int, control: bool, output: Path) -> None:
     if control:
         curves.append(Curve("control, gaps shuffled"))
         with stopwatch("control", seconds):
-            shuffled = distil(world, dpca_with_shuffled_gaps, curves[1], seed, output / "control")
+            shuffled = distil(world, steps.distillation, dpca_with_shuffled_gaps, curves[1], seed, output / "control")
         with stopwatch("measuring", seconds):
             control_after = models.accuracy(shuffled, world.student_tokenizer, world.held_out)
         figures["control_accuracy_after"] = control_after
@@ -113,7 +124,7 @@ def main(seed: int, control: bool, output: Path) -> None:
         **figures,
         "seed": seed,
         "held_out_prompts": HELD_OUT,
-        "distillation_steps": DISTILLATION_STEPS,
+        "distillation_steps": steps.distillation,
         "prompts_per_step": PROMPTS_PER_STEP,
         "learning_rate": LEARNING_RATE,
         "seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
@@ -130,7 +141,7 @@ def main(seed: int, control: bool, output: Path) -> None:
     )
 
 
-def build_world(seed: int) -> World:
+def build_world(seed: int, steps: Steps = FULL) -> World:
     """Draws the held-out amounts, then trains tokenizers, teacher and student on other amounts."""
     set_seed(seed)
     rng = random.Random(seed)
@@ -140,16 +151,18 @@ def build_world(seed: int) -> World:
     teacher_tokenizer = toy_tokenizers.build_teacher_tokenizer(tokenizer_text)
     student_tokenizer = toy_tokenizers.build_student_tokenizer(tokenizer_text)
     teacher = models.new_teacher(teacher_tokenizer)
-    models.pretrain(teacher, teacher_tokenizer, draw, task.answer, TEACHER_STEPS, "training the teacher")
+    models.pretrain(teacher, teacher_tokenizer, draw, task.answer, steps.teacher, "training the teacher")
     student = models.new_student(student_tokenizer)
     childish_answer = partial(task.answer, childishness=CHILDISHNESS, rng=rng)
-    models.pretrain(student, student_tokenizer, draw, childish_answer, STUDENT_STEPS, "training the weak student")
-    questions = [{"prompt": task.as_messages(draw())} for _ in range(DISTILLATION_STEPS * PROMPTS_PER_STEP)]
+    models.pretrain(student, student_tokenizer, draw, childish_answer, steps.student, "training the weak student")
+    questions = [{"prompt": task.as_messages(draw())} for _ in range(steps.distillation * PROMPTS_PER_STEP)]
     return World(teacher, teacher_tokenizer, student, student_tokenizer, held_out, Dataset.from_list(questions))
 
 
-def distil(world: World, loss: str | Callable, curve: Curve, seed: int, folder: Path) -> PreTrainedModel:
-    """A copy of the weak student after `DISTILLATION_STEPS` with `loss`; also saved in `folder`."""
+def distil(
+    world: World, steps: int, loss: str | Callable, curve: Curve, seed: int, folder: Path
+) -> PreTrainedModel:
+    """A copy of the weak student after `steps` with `loss`; also saved in `folder`."""
     trainer = CrossTokenizerGKDTrainer(
         model=copy.deepcopy(world.student),
         teacher_model=world.teacher,
@@ -157,7 +170,7 @@ def distil(world: World, loss: str | Callable, curve: Curve, seed: int, folder: 
             output_dir=str(folder),
             distillation_loss=loss,
             per_device_train_batch_size=PROMPTS_PER_STEP,
-            max_steps=DISTILLATION_STEPS,
+            max_steps=steps,
             learning_rate=LEARNING_RATE,
             max_new_tokens=models.MAX_NEW_TOKENS,
             activation_checkpointing=False,
@@ -256,7 +269,8 @@ if __name__ == "__main__":
         default=True,
         help="also run the control, with the chunks' gaps shuffled across the batch",
     )
+    parser.add_argument("--quick", action="store_true", help="half of all steps: to see it run, not for figures")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    main(arguments.seed, arguments.control, arguments.output)
+    main(arguments.seed, arguments.control, arguments.output, QUICK if arguments.quick else FULL)

@@ -1,4 +1,4 @@
-"""What a newcomer runs first, at full size: the demo, and the loop without a trainer. Minutes, not seconds."""
+"""What a newcomer runs first: the demo, and the loop without a trainer. Minutes, not seconds."""
 
 import json
 import os
@@ -25,12 +25,17 @@ def run(*command, timeout: int) -> str:
     return done.stdout
 
 
-def test_the_demo_recovers_the_gap_without_being_shown_an_answer(tmp_path):
-    run(EXAMPLES / "demo" / "run.py", "--seed", 0, "--no-control", "--output", tmp_path, timeout=3600)
+@pytest.mark.parametrize(
+    "steps, recovered",
+    [(["--quick"], 0.5), pytest.param([], 0.85, marks=pytest.mark.slow)],  # two minutes more
+    ids=["quick", "full"],
+)
+def test_the_demo_recovers_the_gap_without_being_shown_an_answer(steps, recovered, tmp_path):
+    run(EXAMPLES / "demo" / "run.py", "--seed", 0, "--no-control", *steps, "--output", tmp_path, timeout=3600)
     figures = json.loads((tmp_path / "metrics.json").read_text())
-    assert figures["teacher_accuracy"] >= 0.95
+    assert figures["teacher_accuracy"] >= 0.9
     assert figures["student_accuracy_before"] < 0.6
-    assert figures["gap_recovered"] >= 0.85
+    assert figures["gap_recovered"] >= recovered
     assert figures["peak_memory_gigabytes"] < 3
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "student" / "model.safetensors").exists()

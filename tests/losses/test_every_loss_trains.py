@@ -64,7 +64,7 @@ def students(world):
     set_seed(0)
     student = models.new_student(tokenizer)
     childish = partial(task.answer, childishness=run.CHILDISHNESS, rng=rng)
-    models.pretrain(student, tokenizer, draw, childish, run.STUDENT_STEPS, "training a student of pieces")
+    models.pretrain(student, tokenizer, draw, childish, run.FULL.student, "training a student of pieces")
     return {DEMO: (world.student, world.student_tokenizer), PIECES: (student, tokenizer)}
 
 
