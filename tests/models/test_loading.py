@@ -350,7 +350,60 @@ def test_a_tokenizer_that_transformers_has_rebuilt_is_warned_of(tmp_path, caplog
     assert not caplog.text
 
 
-@pytest.mark.parametrize("name", ["bert-base-uncased", "gpt2", "llama-2", "llama-3.2", "qwen2.5", "t5-small"])
+@pytest.mark.parametrize("name", ["llama-2", "phi-3-mini"])
+def test_a_published_tokenizer_whose_turns_begin_with_other_tokens_than_in_its_file_is_warned_of(name, assets, caplog):
+    PartialState(cpu=True)
+    folder = str(assets / "tokenizers" / name)
+    load_tokenizer(None, folder, None, False)
+    assert "'The'] in " in caplog.text and "'▁The']. If" in caplog.text
+    caplog.clear()
+    load_tokenizer(PreTrainedTokenizerFast.from_pretrained(folder), "", None, False)
+    assert not caplog.text, "what the warning says to pass is not warned of"
+
+
+def sentencepiece_folder(folder, kind: str, **settings):
+    """A tokenizer that is kept as a SentencePiece model alone, read by transformers as `kind`."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file = {"LlamaTokenizer": "tokenizer.model", "T5Tokenizer": "spiece.model"}[kind]
+    text = ["It's 12345 times HTTPServer's camelCase 'The ECOLE' don't (x) += return naive", "the quick brown fox"] * 20
+    with open(folder / file, "wb") as out:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text),
+            model_writer=out,
+            vocab_size=400,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **settings,
+        )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "unk_token": "<unk>"}))
+    return str(folder)
+
+
+LLAMA = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "warned"),
+    [
+        ("LlamaTokenizer", LLAMA, ""),
+        ("LlamaTokenizer", {**LLAMA, "add_dummy_prefix": False}, "the file says ['It'"),
+        ("LlamaTokenizer", {**LLAMA, "remove_extra_whitespaces": True}, "which reads ['<0x2C>', '▁', \"▁'\", 'The'"),
+        ("T5Tokenizer", {"model_type": "unigram"}, "which reads ['e', '</s>'"),  # the id of <unk> in T5's own model
+        ("T5Tokenizer", {"model_type": "unigram", "unk_id": 2, "eos_id": 1, "pad_id": 0, "bos_id": -1}, ""),
+    ],
+)
+def test_a_sentencepiece_model_that_transformers_reads_otherwise_is_warned_of(tmp_path, caplog, kind, settings, warned):
+    PartialState(cpu=True)
+    load_tokenizer(None, sentencepiece_folder(tmp_path, kind, **settings), None, False)
+    assert (warned in caplog.text) if warned else not caplog.text
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "gpt2", "llama-3.2", "mistral-v3", "qwen2.5", "t5-small"])
 def test_no_published_tokenizer_is_said_to_be_rebuilt(name, assets, caplog):
     load_tokenizer(None, str(assets / "tokenizers" / name), None, False)
     assert not caplog.text

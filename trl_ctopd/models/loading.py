@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.integrations.gguf import read_gguf_metadata
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file, is_sentencepiece_available, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
@@ -32,6 +32,9 @@ from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 logger = get_logger(__name__)
 
 _PROBE = "It's 12345 times HTTPServer's camelCase,  'The ÉCOLE'\n\n  don't (x) += \"naïve\"..."
+# the same with indentation, and with a character that few vocabularies have
+_SENTENCEPIECE_PROBE = _PROBE + "\n    return x \U0001f9ff"
+_UNKNOWN = "an unknown token"
 # How llama.cpp (src/llama-vocab.cpp, 2026-11) reads names of `tokenizer.ggml.pre`: which split text as GPT-2 does, and which take a word
 # that is a token for that token, though no merges lead to it. transformers splits as GPT-2 for every name that it does not know, and always
 # merges.
@@ -124,23 +127,64 @@ def _saved_tokenizer(name: str, **kwargs) -> PreTrainedTokenizerBase:
 
 
 def _warn_if_rebuilt(tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None):
-    """Warns where transformers has not loaded what `tokenizer.json` says: for some classes and types of model it builds another
-    tokenizer around the vocabulary."""
-    file = cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    if file is None or not tokenizer.is_fast or tokenizer.init_kwargs.get("fix_mistral_regex"):
+    """Warns where transformers reads text, or what follows a control token, otherwise than the file of the tokenizer says: for some
+    classes and types of model it builds another tokenizer around the vocabulary."""
+    if not tokenizer.is_fast or tokenizer.init_kwargs.get("fix_mistral_regex"):
         return
-    if tokenizer.encode(_PROBE, add_special_tokens=False) != _ids_by_file(file, os.path.getmtime(file)):
-        logger.warning(
-            f"The tokenizer of {name} reads text otherwise than its tokenizer.json: transformers {transformers.__version__} has loaded it "
-            f"as {type(tokenizer).__name__}. If the model was trained with tokenizer.json, pass as processing class "
-            f"`PreTrainedTokenizerFast.from_pretrained({name!r})`."
-        )
+    if (file := _file_of(name, "tokenizer.json", revision)) is not None:
+        control = tokenizer.eos_token or tokenizer.sep_token or ""
+        texts = (_PROBE, f"{control}The", f"{control} The")
+        found = [_tokens(tokenizer, text) for text in texts]
+        expected = _tokens_by_file(file, os.path.getmtime(file), texts)
+        mended = f"`PreTrainedTokenizerFast.from_pretrained({name!r})`"
+    else:
+        kept_as = tokenizer.vocab_files_names.get("vocab_file")
+        file = None if kept_as is None else _file_of(name, kept_as, revision)
+        pieces = None if file is None else _pieces_by_sentencepiece(file)
+        if pieces is None:
+            return
+        unknown = tokenizer.unk_token
+        own = [_UNKNOWN if token == unknown else token for token in _tokens(tokenizer, _SENTENCEPIECE_PROBE)]
+        texts, found, expected = (_SENTENCEPIECE_PROBE,), [own], [pieces]
+        mended = "a tokenizer of the model with a `tokenizer.json` that reads text as that file does"
+    for text, own, right in zip(texts, found, expected, strict=True):
+        if own != right:
+            same = len(os.path.commonprefix([own, right]))
+            shown = slice(max(same - 1, 0), same + 5)
+            logger.warning(
+                f"The tokenizer of {name} reads text otherwise than its {os.path.basename(file)}: transformers {transformers.__version__} "
+                f"has loaded it as {type(tokenizer).__name__}, which reads {own[shown]} in {text!r}, and the file says {right[shown]}. If "
+                f"the model was trained with that file, pass as processing class {mended}."
+            )
+            return
+
+
+def _file_of(name: str, file: str, revision: str | None) -> str | None:
+    return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))
 
 
 @cache
-def _ids_by_file(file: str, modified: float) -> list[int]:
-    """What a `tokenizer.json` makes of the probe text."""
-    return PreTrainedTokenizerFast(tokenizer_file=file).encode(_PROBE, add_special_tokens=False)
+def _tokens_by_file(file: str, modified: float, texts: tuple[str, ...]) -> list[list[str]]:
+    """What a `tokenizer.json` makes of texts."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=file)
+    return [_tokens(tokenizer, text) for text in texts]
+
+
+def _pieces_by_sentencepiece(file: str) -> list[str] | None:
+    """What a SentencePiece model makes of the probe text; None for another kind of file, such as tiktoken's."""
+    if not is_sentencepiece_available():
+        return None
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor(model_file=file)
+    except RuntimeError:
+        return None
+    return [_UNKNOWN if model.is_unknown(i) else model.id_to_piece(i) for i in model.encode(_SENTENCEPIECE_PROBE)]
 
 
 def _is_mistral_common(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -201,7 +245,7 @@ def _tokenizer_beside(
     """The repository's own where it has one; else what the GGUF file says of it, which is not all. Raises `ValueError` where transformers
     does not know how the file's tokenizer splits text."""
     kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False) is not None:
+    if _file_of(name, "tokenizer.json", revision) is not None:
         return _saved_tokenizer(name, **kwargs)
     logger.warning(
         f"The tokenizer of {name} is read from {gguf_file}, which keeps no normalizer: texts in other than composed characters (NFC) "
@@ -222,10 +266,7 @@ def _tokenizer_beside(
 
 
 def _has_tokenizer(name: str, revision: str | None) -> bool:
-    return (
-        cached_file(name, "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-        is not None
-    )
+    return _file_of(name, "tokenizer_config.json", revision) is not None
 
 
 def disable_dropout(model: nn.Module):
