@@ -1,5 +1,6 @@
 """`CrossTokenizerDPOTrainer`: DPO on preference pairs, with a teacher that has another tokenizer as the reference."""
 
+import hashlib
 import json
 import os
 import textwrap
@@ -15,6 +16,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
@@ -33,10 +35,12 @@ from .teachers.local import LocalTeacher, load_teacher
 from .teachers.panel import Panel
 from .teachers.readings import arrived
 from .text.chat import Speaker
+from .training.checks import check_offloading
 
 
 logger = get_logger(__name__)
 _SIDES = ("chosen", "rejected")
+_OF_A_FILE = {"_name_or_path", "transformers_version"}  # in a config
 _LOSSES_OF_TOKENS = {"sft", "sigmoid_norm", "ipo"}
 
 
@@ -167,6 +171,7 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
         args = CrossTokenizerDPOConfig(f"{os.path.basename(model_id)}-ctpd") if args is None else args
         if not isinstance(args, CrossTokenizerDPOConfig):
             raise TypeError(f"`args` must be a CrossTokenizerDPOConfig, got {type(args).__name__}.")
+        check_offloading(args)
         if (positive_teacher is None) != (negative_teacher is None):
             raise ValueError(
                 "A chunk's weight needs both positive_teacher and negative_teacher: pass both, or neither."
@@ -299,15 +304,15 @@ class CrossTokenizerDPOTrainer(DPOTrainer):
         self._teachers_sit = True
 
     def _fingerprint(self) -> tuple:
-        """Everything that the columns depend on besides the rendered rows."""
+        """Everything that the columns depend on besides the rendered rows. Every process must call it."""
         args, seat = self.args, self._panel.only
         models = [] if seat.remote else [seat.teacher.base_model]
         models += [teacher.base_model for teacher in self._weighers]
-        weights = [
-            Hasher.hash([(key, value.float().sum().item()) for key, value in m.state_dict().items()]) for m in models
-        ]
+        shares = gather_object([[_digest(model) for model in models]])  # of a sharded teacher, each process has its own
+        shares = sorted({tuple(own) for own in shares})
         knobs = [args.weight_mu, args.weight_low, args.weight_high, args.weight_scale, args.eos_policy]
-        return seat.name, weights, knobs, self.processing_class.get_vocab(), seat.tokenizer.get_vocab()
+        knobs += [self.accelerator.mixed_precision, seat.context, seat.turn_ends, seat.text_ends]
+        return seat.name, shares, knobs, self.processing_class.get_vocab(), seat.tokenizer.get_vocab()
 
     def _columns(self, pairs: Sequence[dict]) -> list[dict]:
         prompts = [_prompt(pair) for pair in pairs for _ in _SIDES]
@@ -412,6 +417,21 @@ class _Collator(DataCollatorForPreference):
                 weights[place, start : start + len(row)] = torch.tensor(row)
             batch["completion_weights"] = weights
         return batch
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """A hash of a teacher's config, and of what this process holds of its weights: their sums over rows and over columns."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _OF_A_FILE}
+    held = {name: own.ds_tensor for name, own in model.named_parameters() if hasattr(own, "ds_tensor")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, value in {**model.state_dict(), **held}.items():
+        value = value.to_local() if isinstance(value, DTensor) else value
+        numbers = value.detach().float()
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        for dim in range(max(numbers.dim(), 1)):
+            sums = numbers.sum(dim) if numbers.dim() > 1 else numbers
+            digest.update(sums.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _render_pair(example: dict, index: int, student: Speaker, teachers: dict[str, Speaker], dataset_name: str) -> dict:

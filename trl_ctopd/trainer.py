@@ -237,6 +237,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         if not window:
             return [], None
         step, pending = self.state.global_step, self._pending
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # of a schedule-free optimizer: an evaluation has put its averaged weights in place
         if self.rollouts.ahead is not None and step + 1 < self.state.max_steps:
             following = self._windows.peek(epoch_iterator, self.args.gradient_accumulation_steps)
         if step % self.args.rollout_reuse == 0 or not pending.batches:

@@ -2,32 +2,39 @@
 
 import copy
 import inspect
+import json
 import logging
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import ahead_run
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from fixed_points import SHAPES, World
 from peft import LoraConfig
+from strategies_run import save_models
 from test_vllm_writing import Engine
 from toys import SGD, prompts, student_model, student_tokenizer, weights
 from transformers import TrainerCallback
 from trl.generation.vllm_client import VLLMClient
+from writing_late import write_late
 
 from trl_ctopd.losses import DPCA, StrictSampled
 from trl_ctopd.models.heads import base_model
 from trl_ctopd.rollouts import student_copy
 from trl_ctopd.rollouts import vllm as vllm_writing
 from trl_ctopd.rollouts.ahead import Windows
-from trl_ctopd.rollouts.generation import TransformersWriter
 from trl_ctopd.rollouts.source import RolloutSource
 from trl_ctopd.rollouts.student_copy import check_copied
 
 
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "cpu"
 AHEAD = {"async_rollouts": 1, "generation_device": "cpu"}
 # 11 rows are three steps an epoch, of which the last one is shorter; dropout shows whether anything else draws in its thread
 RUN = {
@@ -62,29 +69,6 @@ def trained(trainer, **kwargs) -> torch.Tensor:
     return weights(trainer)
 
 
-def write_late(trainer):
-    """Has the student write each step's text in the step itself, with its weights of before the last update."""
-    source, model = trainer.rollouts, trainer.model
-    write = TransformersWriter(trainer.generation_config, trainer.accelerator, trainer.args, record=True)
-    older = []
-
-    def late(wrapped, asked, step):
-        now = [parameter.detach().clone() for parameter in model.parameters()]
-        older.append(now)
-        put(older[max(step - 1, 0)])
-        written = write(wrapped, asked, step)
-        put(now)
-        return written
-
-    @torch.no_grad()
-    def put(values):
-        for parameter, value in zip(model.parameters(), values, strict=True):
-            parameter.copy_(value)
-
-    source.write = late
-    return trainer
-
-
 def asked_of(trainer) -> list:
     """The prompts of each step, once it has its text, each with whether it is a padding row."""
     seen, take = [], trainer.rollouts.ahead.take
@@ -112,6 +96,15 @@ def at_work() -> list[threading.Thread]:
 def test_a_run_is_the_one_that_writes_each_text_with_the_weights_of_the_step_before(run, settings):
     ahead = trained(run(**AHEAD, eval_dataset=prompts(3), eval_strategy="steps", eval_steps=2, **settings))
     assert torch.equal(ahead, trained(write_late(run(**settings))))
+
+
+def test_a_weight_that_is_frozen_after_a_step_is_written_with_as_that_step_left_it(run):
+    class Freeze(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            model.get_input_embeddings().requires_grad_(state.global_step < 2)
+
+    ahead = trained(run(**AHEAD, callbacks=[Freeze()]))
+    assert torch.equal(ahead, trained(write_late(run(callbacks=[Freeze()]))))
 
 
 def test_which_thread_is_faster_changes_nothing(run, monkeypatch):
@@ -481,6 +474,23 @@ def test_where_another_process_failed_the_error_says_so(served, monkeypatch):
     monkeypatch.setattr(vllm_writing, "broadcast_object_list", lambda objects: [None])
     with pytest.raises(RuntimeError, match="Another process failed while it wrote the completions of step 0 ahead"):
         trainer.train()
+
+
+# --- several processes
+
+
+@pytest.mark.slow  # under DDP it is resumed in test_resume.py
+def test_under_zero2_the_copy_of_each_process_writes_as_its_student_was_a_step_before(tmp_path):
+    save_models(tmp_path)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    script = CONFIGS / "on_cpu.py", Path(ahead_run.__file__), tmp_path
+    done = subprocess.run([*command, CONFIGS / "zero2.yaml", *script], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        for name, found in json.loads((tmp_path / f"{rank}.json").read_text()).items():
+            assert found["strategy"] == "DEEPSPEED"
+            assert found["handed_over"] == [0, 0, 0], name
+            assert found["from_late"] == 0 and found["from_start"] > 1e-3, name
 
 
 # --- what is refused

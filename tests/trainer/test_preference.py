@@ -205,6 +205,40 @@ def test_the_teachers_columns_are_computed_once(tmp_path, monkeypatch):
     assert second.train_dataset["chosen_weights"][:] == first.train_dataset["chosen_weights"][:]
 
 
+def reordered():
+    """The teacher, and the same with its embeddings in another order, which leaves the sum of each weight as it is."""
+    one, other = teacher_model(), teacher_model()
+    rounded = (
+        one.get_input_embeddings().weight.detach().mul(1024).round() / 1024
+    )  # whose float32 sum is exact in any order
+    one.get_input_embeddings().weight.data.copy_(rounded)
+    other.get_input_embeddings().weight.data.copy_(rounded.flip(0))
+    return one, other
+
+
+@pytest.mark.parametrize(
+    "one_and_other",
+    [
+        lambda: (teacher_model(), teacher_model(rope_parameters={"rope_type": "default", "rope_theta": 100.0})),
+        reordered,
+        lambda: (teacher_model(), None),
+    ],
+    ids=["rotates otherwise", "has its rows in another order", "is read in half precision"],
+)
+def test_a_teacher_that_reads_otherwise_is_not_taken_for_the_one_before(tmp_path, one_and_other):
+    """It has the name, the tokenizer and the sums of weights of the one whose columns are cached."""
+    pairs().save_to_disk(tmp_path / "pairs")
+    dataset = Dataset.load_from_disk(str(tmp_path / "pairs"))
+    one, other = one_and_other()
+    build(tmp_path / "run", dataset, teacher=one)
+    settings = {"bf16": True} if other is None else {}
+    other = teacher_model() if other is None else other
+    found = build(tmp_path / "run", dataset, teacher=other, **settings)
+    alone = build(tmp_path / "run", pairs(), teacher=other, **settings)  # rows in memory, of which nothing is cached
+    for column in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert found.train_dataset[column][:] == alone.train_dataset[column][:]
+
+
 class Calendar(date):
     now = date(2024, 2, 29)
 
@@ -253,6 +287,11 @@ def test_pairs_of_a_run_that_is_resumed_on_another_day_go_on_with_the_day_it_beg
 def test_a_setting_that_cannot_work_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         CrossTokenizerDPOConfig(str(tmp_path), **QUIET, **settings)
+
+
+def test_activations_are_not_offloaded_from_a_cpu(tmp_path):
+    with pytest.raises(ValueError, match="this run is on a CPU.*set activation_offloading=False"):
+        build(tmp_path / "run", activation_offloading=True)
 
 
 def test_one_weighing_teacher_alone_and_a_row_that_is_too_long_are_refused(tmp_path):

@@ -212,6 +212,39 @@ def test_evaluation_is_on_policy_repeatable_and_leaves_training_alone(build):
     assert {"eval_loss", "eval_student/nats_per_byte", "eval_teacher/nats_per_byte"} <= set(first)
 
 
+class ScheduleFree(torch.optim.SGD):
+    """As schedule-free optimizers do, it gives other weights to evaluate with than to train with."""
+
+    kept = None
+
+    @torch.no_grad()
+    def eval(self):
+        if self.kept is None:
+            own = self.param_groups[0]["params"]
+            self.kept = [parameter.clone() for parameter in own]
+            for parameter in own:
+                parameter.mul_(0.5)
+
+    @torch.no_grad()
+    def train(self):
+        if self.kept is not None:
+            for parameter, value in zip(self.param_groups[0]["params"], self.kept, strict=True):
+                parameter.copy_(value)
+            self.kept = None
+
+
+def test_after_an_evaluation_the_student_writes_with_the_weights_that_it_trains(build):
+    def trained(**settings) -> torch.Tensor:
+        model = student_model()
+        optimizer = ScheduleFree([{"params": list(model.parameters())}], lr=0.1)
+        trainer = build(model=model, optimizers=(optimizer, None), max_steps=3, eval_dataset=prompts(3), **settings)
+        trainer.train()
+        optimizer.train()
+        return weights(trainer)
+
+    assert torch.equal(trained(eval_strategy="steps", eval_steps=1), trained())
+
+
 def test_evaluate_takes_a_fresh_dataset(build):
     assert "eval_gap/nats_per_byte" in build().evaluate(prompts(3).remove_columns("completion"))
 

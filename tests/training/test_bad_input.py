@@ -51,6 +51,7 @@ def build(tmp_path):
         ({"max_new_tokens": 8, "max_length": 8}, "max_new_tokens=8.*8 tokens"),
         ({"max_new_tokens": 240}, "Row 0.*prompt has .* student tokens.*room for 16"),
         ({"packing": True}, "packing"),
+        ({"activation_offloading": True}, "this run is on a CPU.*set activation_offloading=False"),
         ({"assistant_only_loss": True}, "assistant_only_loss"),
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),

@@ -2,7 +2,7 @@
 
 Decisions
 - Only what is trained is copied before each step's text: of an adapter the adapter alone, which the copy then merges as the student
-  would (`merge_adapter_for_generation`).
+  would (`merge_adapter_for_generation`). What has been trained and is frozen by now is copied on, with its last update.
 - The copy writes as the student's `generate` would with the same seed, through a random generator of its own.
 
 Left out: students that are quantized, sharded or spread over devices, and a decode step that is compiled, since compiling in one
@@ -69,6 +69,7 @@ class StudentCopy:
         check_copied(model, args, accelerator)
         self._student, self._config, self._accelerator, self._args = model, config, accelerator, args
         self._device = device_of(args)
+        self._trained: set[str] = set()
         self._copy = copy.deepcopy(model)
         base_model(self._copy).__dict__.pop("forward", None)  # what scores tokens is bound to the student
         self._copy.to(self._device)
@@ -85,6 +86,8 @@ class StudentCopy:
         own = dict(self._copy.named_parameters())
         for name, parameter in self._student.named_parameters():
             if parameter.requires_grad:
+                self._trained.add(name)
+            if name in self._trained:
                 own[name].copy_(parameter)
 
     def _write(self, prompts: list[list[int]], step: int, cancelled: threading.Event) -> list[Written]:

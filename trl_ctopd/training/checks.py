@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftType
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
@@ -116,6 +116,7 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with `accelerate "
             "launch`, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)."
         )
+    check_offloading(args)
     check_early_stop(args)
     check_ahead(args)
     if args.rollout_reuse > 1:
@@ -126,6 +127,15 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
                 f"rollout_reuse={args.rollout_reuse} repeats the prompts of an optimizer step, {window} of them, and the "
                 f"train dataset has {'no length' if rows is None else rows}: set it to 1, or give it a dataset with as many."
             )
+
+
+def check_offloading(args: TrainingArguments):
+    """Raises `ValueError` for activations that are to be offloaded from the CPU."""
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError(
+            "activation_offloading=True moves activations from a GPU to the machine's memory, and this run is on a CPU, where they are in "
+            "it: set activation_offloading=False."
+        )
 
 
 def check_adapter(config: PeftConfig, args: CrossTokenizerGKDConfig):
