@@ -396,7 +396,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     reference_kl: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the KL from the student to what it was at the start (the base model under an adapter, otherwise a "
+            "help": "Weight of the KL from the student to what it was at the start (the base model under a new adapter, otherwise a "
             "frozen copy), on text that it writes: keeps what no prompt shows, at the cost of one more forward pass. 0: off."
         },
     )

@@ -374,7 +374,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
             max_new_tokens: length of each answer; as in training when `None`. Never beyond a model's context.
 
         Returns:
-            A `dict` for each prompt: `prompt`, `student_before` (only with an adapter, which is switched off for it),
+            A `dict` for each prompt: `prompt`, `student_before` (only with an adapter, which is switched off for it; not with PiSSA's and the like),
             `student_now`, `teacher`. Every process of a distributed run must call this method.
         """
         return compare(self, prompts, max_new_tokens)

@@ -57,6 +57,14 @@ def test_an_adapters_student_is_shown_before_and_now_beside_its_teacher(build, c
     )
 
 
+def test_an_adapter_that_began_in_the_base_weights_has_no_before_and_the_table_says_why(build, capsys):
+    """Without PiSSA's adapter, what is left of the weights is no student that ever was."""
+    trainer = build(peft_config=LoraConfig(r=8, target_modules="all-linear", init_lora_weights="pissa"))
+    [row] = trainer.compare(["What is 3 plus"], max_new_tokens=4)
+    assert list(row) == ["prompt", "student_now", "teacher"]
+    assert "init_lora_weights='pissa' takes what the adapter begins with" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_student_trained_whole_has_no_before_and_the_table_says_so(build, capsys):
     trainer = build()
     trainer.train()

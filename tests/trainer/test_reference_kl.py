@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from toys import SGD, fix_rollouts, step_of, student_model, weights
 
 from trl_ctopd.losses import ScoredChunks
@@ -73,9 +73,10 @@ def test_the_first_step_is_the_plain_one_and_the_distance_is_logged_from_then_on
 def test_micro_batches_give_the_whole_batchs_step_with_an_adapter_that_is_far_from_its_start(build):
     def step(**settings):
         torch.manual_seed(0)
-        adapter = LoraConfig(**ADAPTER, init_lora_weights=False)
         own = {"train_sampling_strategy": "sequential", "reference_kl": 5.0, **SGD, **settings}
-        return step_of(fix_rollouts(build(peft_config=adapter, **own)))
+        trainer = fix_rollouts(build(peft_config=LoraConfig(**ADAPTER), **own))
+        move(trainer.model)
+        return step_of(trainer)
 
     whole = step(per_device_train_batch_size=8)
     plain, once = (step(per_device_train_batch_size=8, reference_kl=weight) for weight in (0.0, 1.0))
@@ -85,22 +86,64 @@ def test_micro_batches_give_the_whole_batchs_step_with_an_adapter_that_is_far_fr
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_the_start_under_an_adapter_is_the_base_models_log_probs(build):
-    trainer = build(peft_config=LoraConfig(**ADAPTER, init_lora_weights=False), reference_kl=1.0)
-    ids = torch.arange(5, 15)[None]
-    inputs = {"input_ids": ids, "scored": torch.tensor([[0, 0], [-5, -3]]), "targets": torch.tensor([7, 8])}
-    found = Reference(trainer.model, trainer.accelerator).log_probs(trainer.model, **inputs)
-    with torch.no_grad(), trainer.model.disable_adapter():
-        logits = base_model(trainer.model)(input_ids=ids).logits[0].log_softmax(-1)
-        own = trainer.model(**inputs).log_probs
-    torch.testing.assert_close(found, logits[[5, 7], [7, 8]])
-    torch.testing.assert_close(found, own)
-    assert (trainer.model(**inputs).log_probs - found).abs().max() > 1e-4
+TWO = {
+    "input_ids": torch.arange(5, 15)[None],
+    "scored": torch.tensor([[0, 0], [-5, -3]]),
+    "targets": torch.tensor([7, 8]),
+}
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"init_lora_weights": False}, {"bias": "all"}],
+    ids=["a new one", "PiSSA", "OLoRA", "trained before", "with biases of the base model"],
+)
+def test_the_start_under_an_adapter_is_the_student_as_it_was_given(build, adapter):
+    """An adapter that is switched off leaves something else than the start in all cases but the first."""
+    model = student_model(attention_bias=True)
+    trainer = build(model=model, peft_config=LoraConfig(**ADAPTER, **adapter), reference_kl=1.0)
+    with torch.no_grad():
+        logits = base_model(trainer.model)(input_ids=TWO["input_ids"]).logits[0].log_softmax(-1)
+    expected = logits[[5, 7], [7, 8]]
+    start = Reference(trainer.model, trainer.accelerator)
+    move(trainer.model)
+    moved = trainer.model(**TWO).log_probs
+    torch.testing.assert_close(start.log_probs(trainer.model, **TWO), expected, rtol=1e-5, atol=1e-6)
+    assert (moved - expected).abs().max() > 1e-3
+    assert torch.equal(trainer.model(**TWO).log_probs, moved), "and the student is as before"
+    gradient = torch.autograd.grad(moved.sum(), [own for own in trainer.model.parameters() if own.requires_grad])
+    assert any(own.abs().max() > 0 for own in gradient)
+
+
+@torch.no_grad()
+def move(model):
+    """As training would."""
+    generator = torch.Generator().manual_seed(1)
+    for own in model.parameters():
+        if own.requires_grad:
+            own.add_(0.2 * torch.randn(own.shape, generator=generator))
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize(
+    ("adapter", "reason"),
+    [
+        ({"init_lora_weights": "pissa"}, "'pissa' takes what"),
+        ({"init_lora_weights": False}, "adds something at the start"),
+    ],
+)
+def test_a_start_that_is_not_the_base_model_is_refused_where_the_student_is_sharded(kind, adapter, reason):
+    model = get_peft_model(student_model(), LoraConfig(**ADAPTER, **adapter))
+    with pytest.raises(ValueError, match=f"{reason}.*Train a new adapter"):
+        Reference(model, SimpleNamespace(distributed_type=DistributedType[kind]))
+    Reference(
+        get_peft_model(student_model(), LoraConfig(**ADAPTER)), SimpleNamespace(distributed_type=DistributedType[kind])
+    )
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_a_copy_of_a_student_that_is_sharded_is_refused_with_the_way_out(kind):
-    with pytest.raises(ValueError, match="reference_kl .*Train an adapter"):
+    with pytest.raises(ValueError, match="reference_kl .*Train a new adapter"):
         Reference(torch.nn.Linear(1, 1), SimpleNamespace(distributed_type=DistributedType[kind]))
 
 

@@ -1,7 +1,7 @@
 """Answers side by side: the student before training and now, and its teacher.
 
 Decisions: answers are greedy, and use the chat templates of training. "Before" is the student with its adapter switched off.
-It is left out where the whole student is trained, since its original weights are gone.
+It is left out where the whole student is trained, since its original weights are gone, and where that is not the model as it was.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import GenerationConfig
 
+from ..models.reference import why_not_base
 from ..rollouts.generation import write
 from ..text.chat import Speaker
 from ..text.conversation import Conversation, read_example
@@ -57,9 +58,12 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
 
     asked = [conversation.for_student for conversation in conversations]
     student = trainer.model_wrapped, trainer.student_side, trainer.stop_ids, trainer.student_context, asked
-    columns = {}
+    columns, missing = {}, NO_BEFORE
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(unwrapped, PeftModel):
+        reason = why_not_base(unwrapped)
+        missing = None if reason is None else f"No student before: {reason}."
+    if missing is None:
         with unwrapped.disable_adapter():
             columns["student_before"] = answers(*student)
     columns["student_now"] = answers(*student)
@@ -74,15 +78,20 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
             )
     if trainer.is_world_process_zero():
         with best_effort("The table of answers"):
-            _print(conversations, columns, limit)
+            _print(conversations, columns, limit, missing)
     prompts = [conversation.prompt for conversation in conversations]
     texts = {name: [text for text, _ in own] for name, own in columns.items()}
     return [dict(zip(["prompt", *texts], values, strict=True)) for values in zip(prompts, *texts.values(), strict=True)]
 
 
-def _print(conversations: list[Conversation], columns: dict[str, list[tuple[str, bool]]], limit: int):
+def _print(
+    conversations: list[Conversation],
+    columns: dict[str, list[tuple[str, bool]]],
+    limit: int,
+    missing: str | None = None,
+):
     cut = any(not ended for own in columns.values() for _, ended in own)
-    notes = [f"{CUT_OFF}: cut off after {limit} tokens."] * cut + [NO_BEFORE] * ("student_before" not in columns)
+    notes = [f"{CUT_OFF}: cut off after {limit} tokens."] * cut + [missing] * (missing is not None)
     table = Table(title="Greedy answers", title_justify="left", caption="\n".join(notes), caption_justify="left")
     table.show_lines = True
     for name in ("prompt", *columns):

@@ -1,35 +1,68 @@
-"""The student as it was at the start, to be kept near: the base model under its adapter, or a frozen copy of the whole."""
+"""The student as it was at the start, to be kept near: the base model under a new adapter, the weights that were trained before under
+any other, or a frozen copy of the whole."""
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 
 from .sharding import SHARDING
 
 
+# of `init_lora_weights`: what the adapter begins with is taken out of the base weights
+_TAKEN_OUT = ("pissa", "olora", "corda", "loftq")
+
+
+def why_not_base(model: PeftModel) -> str | None:
+    """Why `model` with its adapter switched off is not the model that the adapter was put on; None where it is."""
+    config = model.active_peft_config
+    kind, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
+    if isinstance(kind, str) and kind.startswith(_TAKEN_OUT):
+        return f"init_lora_weights={kind!r} takes what the adapter begins with out of the base model's weights"
+    if bias != "none":
+        return f"bias={bias!r} trains biases of the base model, which stay trained when the adapter is switched off"
+    return None
+
+
+def _adds_at_start(model: PeftModel) -> bool:
+    second = [own for name, own in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
+    held = [getattr(own, "ds_tensor", own) for own in second if own.requires_grad]
+    return any(gather_object([any(bool(own.any()) for own in held if own.device.type != "meta")]))
+
+
 class Reference:
     """
     Args:
-        model: the student before it is wrapped, with `add_token_scores`.
+        model: the student before it is wrapped and trained, with `add_token_scores`.
         accelerator: the run's.
 
     Raises:
-        ValueError: for a student without an adapter that is to be sharded, of which a copy would not be.
+        ValueError: for a student that is to be sharded, of which more than the base model would have to be kept.
     """
 
     def __init__(self, model: nn.Module, accelerator):
-        self._accelerator, self._copy = accelerator, None
+        self._accelerator, self._copy, self._start = accelerator, None, None
+        reason = "a student whose whole weights are trained"
         if isinstance(model, PeftModel):
-            return
+            reason = why_not_base(model)
+            if reason is None and _adds_at_start(model):
+                reason = "the adapter adds something at the start"
+            if reason is None:
+                return
         if accelerator.distributed_type in SHARDING:
             raise ValueError(
-                f"reference_kl or reference_teacher with a student whose whole weights are trained under {accelerator.distributed_type.value}: its copy "
-                "would stand whole on every device. Train an adapter (`peft_config`), or leave them out."
+                f"reference_kl or reference_teacher under {accelerator.distributed_type.value}, with {reason}: what the student was at the "
+                "start would stand whole on every device. Train a new adapter with bias='none' and init_lora_weights=True (`peft_config`), "
+                "or leave them out."
             )
-        self._copy = copy.deepcopy(model).requires_grad_(False).eval()
+        if isinstance(model, PeftModel):
+            self._start = {name: own.detach().clone() for name, own in model.named_parameters() if own.requires_grad}
+        else:
+            self._copy = copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
     def log_probs(self, model: nn.Module, **inputs) -> torch.Tensor:
@@ -38,5 +71,17 @@ class Reference:
             with self._accelerator.autocast():
                 return self._copy.to(inputs["input_ids"].device)(**inputs).log_probs
         student = self._accelerator.unwrap_model(model)
-        with student.disable_adapter() if isinstance(student, PeftModel) else nullcontext():
+        with student.disable_adapter() if self._start is None else self._as_at_start(student):
             return model(**inputs).log_probs
+
+    @contextmanager
+    def _as_at_start(self, student: nn.Module) -> Iterator[None]:
+        own = dict(student.named_parameters())
+        now = {name: own[name].data for name in self._start}
+        try:
+            for name, value in self._start.items():
+                own[name].data = value.to(own[name].device)
+            yield
+        finally:
+            for name, value in now.items():
+                own[name].data = value
