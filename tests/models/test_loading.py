@@ -350,6 +350,22 @@ def test_a_tokenizer_that_transformers_has_rebuilt_is_warned_of(tmp_path, caplog
     assert not caplog.text
 
 
+@pytest.mark.parametrize("side", ["model", "teacher"])
+def test_old_weights_beside_new_shards_are_warned_of_since_they_are_read(build, tmp_path, caplog, side):
+    make = {"model": student_model, "teacher": teacher_model}[side]
+    old, new = make(), make(3)
+    folder = str(tmp_path / "twice")
+    old.save_pretrained(folder, max_shard_size="10KB")
+    old.save_pretrained(folder)
+    build(**{side: folder})
+    assert "two models' weights" not in caplog.text, "one file takes the place of shards"
+    new.save_pretrained(folder, max_shard_size="10KB")
+    trainer = build(**{side: folder})
+    assert f"{folder} holds two models' weights: model.safetensors, which is read, and" in caplog.text
+    read = {"model": trainer.model, "teacher": trainer.teacher_model}[side]
+    torch.testing.assert_close(read.lm_head.weight.detach(), old.lm_head.weight.detach(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["llama-2", "phi-3-mini"])
 def test_a_published_tokenizer_whose_turns_begin_with_other_tokens_than_in_its_file_is_warned_of(name, assets, caplog):
     PartialState(cpu=True)

@@ -60,6 +60,7 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
 def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedModel | PeftModel:
     """A whole model, also one in a GGUF file, or an adapter on its base; `kwargs` go to `from_pretrained`. An adapter is frozen unless
     `trainable`."""
+    warn_of_two_checkpoints(name)
     if "gguf_file" in kwargs:
         if kwargs.get("dtype") == "auto":  # it is none that weights in GGUF's blocks have
             kwargs = {**kwargs, "dtype": "float32"}
@@ -72,6 +73,20 @@ def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedMo
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trainable, **{**kwargs, "dtype": dtype})
+
+
+def warn_of_two_checkpoints(name: str):
+    """Warns of a folder with weights in one file and in shards: transformers reads the file, and leaves it there when it saves shards
+    beside it."""
+    single, index = Path(name) / "model.safetensors", Path(name) / "model.safetensors.index.json"
+    if not (single.exists() and index.exists()):
+        return
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if single.name not in shards and all((single.parent / shard).exists() for shard in shards):
+        logger.warning(
+            f"{name} holds two models' weights: {single.name}, which is read, and {len(shards)} shards ({shards[0]}, ...), which are not. "
+            "Shards that were saved over an older model leave its file there: remove what is out of date."
+        )
 
 
 def load_tokenizer(tokenizer, model_id, revision, trust_remote_code, gguf_file=None) -> PreTrainedTokenizerBase:

@@ -16,7 +16,14 @@ from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
 from ..losses.compass import Compass
 from ..models.heads import base_model, check_head, has_imbalance
-from ..models.loading import adapter_base, check_saves, forget_gguf, load_model, warn_of_experts
+from ..models.loading import (
+    adapter_base,
+    check_saves,
+    forget_gguf,
+    load_model,
+    warn_of_experts,
+    warn_of_two_checkpoints,
+)
 from ..models.sharding import shards_student
 from ..redact import redact
 from ..rollouts.ahead import check_ahead
@@ -271,6 +278,7 @@ def open_student(model, args: CrossTokenizerGKDConfig, peft_config):
     kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if not isinstance(model, str):
         return model
+    warn_of_two_checkpoints(model)
     if "gguf_file" not in kwargs and adapter_base(model, kwargs.get("revision")) is None:
         return model
     if "gguf_file" not in kwargs and peft_config is not None:
