@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from tokenizers_for_tests import unigram
 from toys import (
@@ -348,6 +349,44 @@ def test_a_tokenizer_that_transformers_has_rebuilt_is_warned_of(tmp_path, caplog
     caplog.clear()
     load_tokenizer(own, "", None, False)
     assert not caplog.text
+
+
+@pytest.fixture
+def fp8(tmp_path):
+    """The folder of a student as an FP8 checkpoint: each weight of the layers with a scale for every 16 x 16 of its elements."""
+    folder = tmp_path / "fp8"
+    student_model().save_pretrained(folder)
+    weights = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        weights[name] = weight
+        if "proj" in name:
+            scale = weight.unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).abs().amax((1, 3)) / 448
+            whole = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+            weights |= {name: (weight / whole).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": [16, 16],
+        "activation_scheme": "dynamic",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_student_from_an_fp8_checkpoint_is_saved_as_it_was_trained(build, fp8, tmp_path, adapter):
+    trainer = build(model=str(fp8), peft_config=lora() if adapter else None)
+    trainer.train()
+    if adapter:
+        trainer.model.merge_and_unload().save_pretrained(tmp_path / "out")
+    else:
+        trainer.save_model(str(tmp_path / "out"))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = (trainer.model.get_base_model() if adapter else trainer.model).state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("side", ["model", "teacher"])

@@ -329,6 +329,7 @@ def check_saves(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: st
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _make_generation_config_whole(base)
+    _forget_dequantizing(base)
     if not isinstance(model, PeftModel):
         forget_gguf(base)
     parameters = list(model.named_parameters())
@@ -376,6 +377,17 @@ def _make_generation_config_whole(model: PreTrainedModel):
         logger.warning(
             "The student's generation config has sampling settings without `do_sample`, which could not be saved: it is set to True."
         )
+
+
+def _forget_dequantizing(model: nn.Module):
+    """Weights that were dequantized as they were read (FP8, where there is no GPU for it or `dequantize=True`) are plain ones. Saving
+    undoes how they were read: they would be quantized again, and config.json would not say so, with which they are read as noise."""
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    operations = [operation for conversion in conversions for operation in getattr(conversion, "operations", ())]
+    if not hasattr(model.config, "quantization_config") and any(
+        "Dequantize" in type(one).__name__ for one in operations
+    ):
+        del model._weight_conversions  # what every model of this class has is found again
 
 
 def forget_gguf(model: nn.Module):
