@@ -416,6 +416,30 @@ def test_a_resume_under_other_circumstances_says_what_has_changed(build, trained
     assert "output_dir" not in line and line.count("(then") == 2
 
 
+def rates_of(trainer) -> dict[int, float]:
+    return {entry["step"]: entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry}
+
+
+def test_a_resumed_run_keeps_the_learning_rate_of_its_checkpoint_and_says_so(build, trained, caplog):
+    rates = []
+    for own in ({}, {"learning_rate": 7e-4, "weight_decay": 0.5}):
+        trainer = build(**{**SAVED, "max_steps": 6, "save_strategy": "no", "output_dir": str(trained), **own})
+        trainer.train(resume_from_checkpoint=True)
+        rates.append(rates_of(trainer))
+        assert trainer.optimizer.param_groups[0]["weight_decay"] == 0
+        assert ("learning_rate, weight_decay: the checkpoint's stays in force" in caplog.text) == bool(own)
+    assert rates[0] == rates[1]
+
+
+def test_a_run_that_is_resumed_for_more_steps_has_the_rates_of_a_longer_run_from_its_first_step_on(build, trained):
+    settings = {**SAVED, "max_steps": 6, "save_strategy": "no"}
+    resumed, whole = build(**{**settings, "output_dir": str(trained)}), build(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert [rates_of(resumed)[step] for step in (4, 5, 6)] == [rates_of(whole)[step] for step in (4, 5, 6)]
+    assert rates_of(whole)[4] > 0
+
+
 def test_a_resume_under_the_same_circumstances_says_nothing(build, trained, caplog):
     build(**SAVED, output_dir=str(trained), logging_steps=3).train(resume_from_checkpoint=True)
     assert "saved with" not in caplog.text

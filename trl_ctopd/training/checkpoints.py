@@ -26,7 +26,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..config import CrossTokenizerGKDConfig
@@ -37,6 +37,8 @@ logger = get_logger(__name__)
 
 MANIFEST = "checkpoint.json"
 RUN = "_run.json"  # the leading underscore keeps it from being pushed to the hub
+# settings that are saved with the optimizer's state, and come back with it
+_OF_OPTIMIZER = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
 _ORNAMENTS = (".md", ".png", ".html")  # files that a resume does not read
 _RENAMED = {"filler": "padding_rows"}  # keys of the micro-batches in older checkpoints
 
@@ -122,6 +124,12 @@ def begin(checkpoint: str | None, args: CrossTokenizerGKDConfig, identity: Mappi
             f"Going on from {checkpoint} with other settings than it was saved with: {'; '.join(changed)}. It will not be the "
             "run that was begun."
         )
+        stay = sorted(_OF_OPTIMIZER & {own.split()[0] for own in changed})
+        if stay and (Path(checkpoint) / OPTIMIZER_NAME).exists():
+            logger.warning(
+                f"{', '.join(stay)}: the checkpoint's stays in force, since Trainer takes the optimizer's settings from its {OPTIMIZER_NAME}. "
+                f"To train on with another, begin a new run with model={checkpoint!r}."
+            )
     lineage = Lineage.begun(checkpoint)
     if args.should_save and args.save_strategy != SaveStrategy.NO:
         lineage.write(Path(args.output_dir))

@@ -9,6 +9,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import CrossTokenizerGKDConfig
 from ..gkd import GKDTrainer
@@ -151,10 +152,23 @@ class ResumableTrainer(GKDTrainer):
         with checkpoints.read_whole(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None:
+                self._take_up_schedule()
                 self._pending.load(checkpoint)
                 for keeper in (self.rollouts.early_stop, self.rollouts.ahead):
                     if keeper is not None:
                         keeper.load(checkpoint)
+
+    def _take_up_schedule(self):
+        """The next step's learning rate is this run's. The checkpoint has that of its own schedule, which is 0 where it was at its end."""
+        scheduler = self.lr_scheduler
+        if not isinstance(scheduler, LambdaLR):
+            return
+        rates = [
+            rate * at(scheduler.last_epoch) for rate, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates  # which is logged
 
     def _load_rng_state(self, checkpoint: str | None):
         with checkpoints.read_whole(checkpoint):
