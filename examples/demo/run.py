@@ -159,9 +159,7 @@ def build_world(seed: int, steps: Steps = FULL) -> World:
     return World(teacher, teacher_tokenizer, student, student_tokenizer, held_out, Dataset.from_list(questions))
 
 
-def distil(
-    world: World, steps: int, loss: str | Callable, curve: Curve, seed: int, folder: Path
-) -> PreTrainedModel:
+def distil(world: World, steps: int, loss: str | Callable, curve: Curve, seed: int, folder: Path) -> PreTrainedModel:
     """A copy of the weak student after `steps` with `loss`; also saved in `folder`."""
     trainer = CrossTokenizerGKDTrainer(
         model=copy.deepcopy(world.student),
