@@ -36,6 +36,7 @@ from .teachers.panel import Panel
 from .teachers.readings import arrived
 from .text.chat import Speaker
 from .training.checks import check_offloading
+from .training.ended import EndedRun
 
 
 logger = get_logger(__name__)
@@ -116,7 +117,7 @@ class CrossTokenizerDPOConfig(DPOConfig):
             raise ValueError(f"weight_low={self.weight_low} is above weight_high={self.weight_high}.")
 
 
-class CrossTokenizerDPOTrainer(DPOTrainer):
+class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
     """
     CTPD (arXiv 2601.11865): DPO by chunks, whose reference is a teacher with another tokenizer and chat template.
 

@@ -87,9 +87,23 @@ def curves(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dict[str, B
     """Each method's curves, in the order of the methods, at the rate with the smallest mean gap after 12 updates."""
     found = {}
     for method, by_rate in curves_by_rate(lines, dataset, pair).items():
-        after = [(averaged(by_seed).get(UPDATES), by_seed) for by_seed in by_rate.values()]
-        found[method] = min(after, key=lambda pair: math.inf if pair[0] is None else pair[0].gap)[1]
+        tried = on_common_seeds(by_rate)
+        best = min(tried, key=lambda rate: averaged(tried[rate])[UPDATES].gap, default=next(iter(by_rate)))
+        found[method] = by_rate[best]
     return found
+
+
+def on_common_seeds(by_rate: dict[float, BySeed]) -> dict[float, BySeed]:
+    """What was measured after 12 updates, of the seeds that all rates have; of all seeds where the rates share none."""
+    measured = {
+        rate: {seed: curve for seed, curve in by_seed.items() if UPDATES in curve} for rate, by_seed in by_rate.items()
+    }
+    measured = {rate: by_seed for rate, by_seed in measured.items() if by_seed}
+    seeds = set.intersection(*map(set, measured.values())) if measured else set()
+    return {
+        rate: {seed: curve for seed, curve in by_seed.items() if seed in seeds or not seeds}
+        for rate, by_seed in measured.items()
+    }
 
 
 def curves_by_rate(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dict[str, dict[float, BySeed]]:
@@ -167,10 +181,10 @@ def _written(rate: float) -> str:
 
 
 def rates(found: dict[str, dict[float, BySeed]]) -> str:
-    """The gap after 12 updates of the methods of which several rates were run."""
+    """The gap after 12 updates of the methods of which several rates were run, on the seeds that these share."""
     rows = ["| | rate | seeds | gap after 12 |", "|---|---|---|---|"]
     for method, by_rate in found.items():
-        points = [curve[UPDATES] for curve in map(averaged, by_rate.values()) if UPDATES in curve]
+        points = [averaged(by_seed)[UPDATES] for by_seed in on_common_seeds(by_rate).values()]
         if len(points) > 1:
             rows += [
                 f"| {NAMES.get(method, f'`{method}`')} | {_written(point.rate)} | {point.seeds} | {point.gap:.3f} ± {point.error:.3f} |"

@@ -166,6 +166,18 @@ def test_of_several_rates_a_methods_best_counts_and_all_are_shown():
     assert "mbpp rates" not in report.blocks(lines[1:2] + lines[3:])
 
 
+def test_rates_are_compared_on_the_seeds_that_they_share():
+    lines = [made_up("dpca", seed, gap, rate=3e-4) for seed, gap in ((0, 0.2), (1, 0.4))]
+    lines += [made_up("dpca", 0, 0.25, rate=1e-3), made_up("start", 0, 0.5, steps=(0,))]
+    assert report.curves(lines, "mbpp")["dpca"].keys() == {0, 1}
+    made = report.blocks(lines)
+    assert "| 3e-4 | 2 | | 0.300" in made["mbpp"].replace("|  |", "| |")
+    assert [row.split(" | ")[1:] for row in made["mbpp rates"].splitlines()[2:]] == [
+        ["1e-3", "1", "0.250 ± 0.000 |"],
+        ["3e-4", "1", "0.200 ± 0.000 |"],
+    ]
+
+
 def test_seeds_are_averaged():
     lines = [made_up("dpca", 0, 0.2, (0.1, -0.1)), made_up("dpca", 1, 0.4, (-0.1, 0.1))]
     point = report.averaged(report.curves(lines, "mbpp")["dpca"])[12]

@@ -18,6 +18,7 @@ import toys
 import transformers
 from accelerate import Accelerator, skip_first_batches
 from resume_run import MOMENTS, Death, train
+from safetensors.torch import load_file
 from toys import SGD, fix_rollouts, prompts, student_tokenizer, teacher_model
 from transformers import TrainerCallback
 
@@ -443,6 +444,17 @@ def test_a_run_that_is_resumed_for_more_steps_has_the_rates_of_a_longer_run_from
 def test_a_resume_under_the_same_circumstances_says_nothing(build, trained, caplog):
     build(**SAVED, output_dir=str(trained), logging_steps=3).train(resume_from_checkpoint=True)
     assert "saved with" not in caplog.text
+
+
+@pytest.mark.parametrize("steps", [3, 2])
+def test_a_run_that_has_taken_its_steps_takes_no_more_when_it_is_started_again(build, trained, caplog, steps):
+    ended = build(**{**SAVED, "max_steps": steps}, output_dir=str(trained))
+    ended.train(resume_from_checkpoint=str(trained / "checkpoint-3"))
+    assert ended.state.global_step == 3
+    saved = load_file(trained / "checkpoint-3" / "model.safetensors")
+    own = ended.model.state_dict()
+    torch.testing.assert_close({name: own[name] for name in saved}, saved, rtol=0, atol=0)
+    assert f"Nothing is left to train: the checkpoint has taken 3 steps, and the run has {steps}." in caplog.text
 
 
 def test_with_data_loaders_that_keep_their_processes_a_resumed_run_ends_with_the_same_weights(tmp_path):

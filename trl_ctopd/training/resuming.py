@@ -17,13 +17,14 @@ from ..rollouts.ahead import Windows
 from ..rollouts.pairing import Prompt
 from ..rollouts.prompts import RepeatedWindows
 from . import checkpoints
+from .ended import EndedRun
 from .identity import identity
 
 
 logger = get_logger(__name__)
 
 
-class ResumableTrainer(GKDTrainer):
+class ResumableTrainer(EndedRun, GKDTrainer):
     """
     A `GKDTrainer` whose runs resume to the weights of the uninterrupted run. docs/resuming.md says what is promised.
 
