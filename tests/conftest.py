@@ -26,12 +26,6 @@ def pytest_configure():
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
-def pytest_collection_modifyitems(items):
-    """Files that start processes come first: they take longest, and a worker that got one last would end long after the other."""
-    first = {item.path for item in items if item.get_closest_marker("multiprocess")}
-    items.sort(key=lambda item: item.path not in first)
-
-
 def pytest_terminal_summary(terminalreporter):
     """Each reason for which tests were skipped, once, with their number."""
     skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]
