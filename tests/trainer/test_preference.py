@@ -247,6 +247,15 @@ class Calendar(date):
         return cls.now
 
 
+def test_pairs_of_a_run_that_has_taken_its_steps_are_learned_no_further_when_it_is_started_again(tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "per_device_train_batch_size": 1}
+    build(tmp_path / "run", **settings).train()
+    again = build(tmp_path / "run", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 1
+    assert "Nothing is left to train: the checkpoint has taken 1 steps" in caplog.text
+
+
 @pytest.mark.parametrize("asked", ["by name", "the newest"])
 def test_pairs_of_a_run_that_is_resumed_on_another_day_go_on_with_the_day_it_began(
     tmp_path, caplog, monkeypatch, asked
