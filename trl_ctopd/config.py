@@ -1,6 +1,7 @@
 """The settings: those of `GKDConfig` and those that a second tokenizer needs, with the paper's defaults."""
 
 import copy
+import json
 import warnings
 from dataclasses import dataclass, field
 from numbers import Real
@@ -692,7 +693,10 @@ class CrossTokenizerGKDConfig(GKDConfig):
 
     def to_dict(self):
         """The settings without secrets, since they go to loggers, to the model card and to the report."""
-        return redacted({**super().to_dict(), "distillation_loss": loss_name(self.distillation_loss)})
+        shown = with_kwargs_as_json(self)
+        return redacted(
+            {**super(CrossTokenizerGKDConfig, shown).to_dict(), "distillation_loss": loss_name(self.distillation_loss)}
+        )
 
     def __str__(self):
         shown = ",\n".join(f"{name}={value!r}" for name, value in sorted(self.to_dict().items()))
@@ -720,6 +724,20 @@ class CrossTokenizerGKDConfig(GKDConfig):
         other = type(self).__new__(type(self))
         other.__dict__.update(values)
         return other
+
+
+def with_kwargs_as_json(args):
+    """A copy of the settings `args` in which what goes to `from_pretrained` is as JSON can hold it. Transformers' own `to_dict` leaves the
+    teacher's quantization config, which JSON cannot hold, and puts a dict, which a model that was saved quantized does not take, in
+    the place of the student's."""
+    shown = copy.copy(args)
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        setattr(shown, name, json.loads(json.dumps(getattr(args, name), default=_as_json)))
+    return shown
+
+
+def _as_json(value):
+    return value.to_dict() if hasattr(value, "to_dict") else str(value).removeprefix("torch.")
 
 
 def _with_dtype(name: str, kwargs: dict | None) -> dict | None:

@@ -25,10 +25,11 @@ from trl.data_utils import extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
-from .config import CrossTokenizerGKDConfig
+from .config import CrossTokenizerGKDConfig, with_kwargs_as_json
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.heads import base_model
 from .models.loading import by_name, check_vocabulary, load_tokenizer
+from .models.quantized import prepare_quantized
 from .rollouts.pairing import Prompt, Rollout
 from .rollouts.prompts import COLUMNS, render_row
 from .teachers.local import LocalTeacher, load_teacher
@@ -115,6 +116,9 @@ class CrossTokenizerDPOConfig(DPOConfig):
                 raise ValueError(f"{name} weights tokens, and here the chunks have weights: leave it at its default.")
         if self.weight_low > self.weight_high:
             raise ValueError(f"weight_low={self.weight_low} is above weight_high={self.weight_high}.")
+
+    def to_dict(self):
+        return super(CrossTokenizerDPOConfig, with_kwargs_as_json(self)).to_dict()
 
 
 class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
@@ -204,6 +208,7 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        prepare_quantized(base_model(self.model), self.accelerator.autocast)
         self.add_callback(self._day)
 
     # Data

@@ -1,6 +1,7 @@
 """The settings: copied, pickled and named alike, they stay the settings that they were."""
 
 import copy
+import json
 import pickle
 import sys
 import warnings
@@ -10,9 +11,11 @@ from types import ModuleType
 import pytest
 import torch
 from toys import SGD, fix_rollouts, prompts, step_of, student_model, student_tokenizer, teacher_model, teacher_tokenizer
+from transformers import BitsAndBytesConfig
 
 from trl_ctopd import CrossTokenizerGKDConfig
 from trl_ctopd.losses import ALM, DPCA, ULD, LostLoss, build_loss, loss_name
+from trl_ctopd.preference import CrossTokenizerDPOConfig
 
 
 config = partial(CrossTokenizerGKDConfig, "out", use_cpu=True, bf16=False, report_to=[])
@@ -102,6 +105,18 @@ def test_the_old_name_of_dtype_is_taken_with_one_warning(name):
     assert len([warning for warning in said if "torch_dtype" in str(warning.message)]) == 1
     with pytest.raises(ValueError, match="dtype='float32' and torch_dtype='bfloat16': set only `dtype`"):
         config(**{name: {"torch_dtype": "bfloat16", "dtype": "float32"}})
+
+
+@pytest.mark.parametrize("kind", [CrossTokenizerGKDConfig, CrossTokenizerDPOConfig])
+@pytest.mark.parametrize("name", ["model_init_kwargs", "teacher_model_init_kwargs"])
+def test_a_quantization_config_can_be_written_as_json_and_stays_what_it_was(kind, name):
+    quantization, place = BitsAndBytesConfig(load_in_8bit=True), {"": torch.device("cpu")}
+    given = {"quantization_config": quantization, "dtype": torch.bfloat16, "device_map": place}
+    args = kind("out", use_cpu=True, bf16=False, report_to=[], **{name: given})
+    found = json.loads(args.to_json_string())[name]
+    assert found["quantization_config"]["load_in_8bit"] is True
+    assert (found["dtype"], found["device_map"]) == ("bfloat16", {"": "cpu"})
+    assert getattr(args, name) == {"quantization_config": quantization, "dtype": torch.bfloat16, "device_map": place}
 
 
 def test_models_are_loaded_in_the_dtype_that_its_old_name_asks_for(build, tmp_path):

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import nn
@@ -18,15 +19,19 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.gguf import read_gguf_metadata
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.utils import cached_file, is_sentencepiece_available, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
+
+from .quantized import saved_quantization, with_quantization_config
 
 
 logger = get_logger(__name__)
@@ -61,6 +66,7 @@ def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedMo
     """A whole model, also one in a GGUF file, or an adapter on its base; `kwargs` go to `from_pretrained`. An adapter is frozen unless
     `trainable`."""
     warn_of_two_checkpoints(name)
+    kwargs = _placed(name, with_quantization_config(kwargs))
     if "gguf_file" in kwargs:
         if kwargs.get("dtype") == "auto":  # it is none that weights in GGUF's blocks have
             kwargs = {**kwargs, "dtype": "float32"}
@@ -73,6 +79,22 @@ def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedMo
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trainable, **{**kwargs, "dtype": dtype})
+
+
+def _placed(name: str, kwargs: dict) -> dict:
+    """`kwargs` with the process's own device for a model that is quantized, where they say that nothing places it: Accelerate moves
+    plain models alone. bitsandbytes' places itself."""
+    given, device = kwargs.get("quantization_config"), PartialState().device
+    if kwargs.get("device_map", device) is not None or device.type == "cpu" or is_deepspeed_zero3_enabled():
+        return kwargs
+    saved = saved_quantization(name, kwargs.get("revision"))
+    if (
+        not (given or saved)
+        or isinstance(given, BitsAndBytesConfig)
+        or (saved or {}).get("quant_method") == "bitsandbytes"
+    ):
+        return kwargs
+    return {**kwargs, "device_map": {"": device}}
 
 
 def warn_of_two_checkpoints(name: str):

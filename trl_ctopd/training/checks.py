@@ -24,6 +24,7 @@ from ..models.loading import (
     warn_of_experts,
     warn_of_two_checkpoints,
 )
+from ..models.quantized import dequantizes, prepare_quantized, saved_quantization
 from ..models.sharding import shards_student
 from ..redact import redact
 from ..rollouts.ahead import check_ahead
@@ -91,7 +92,8 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
     if isinstance(model, nn.Module):
         forget_gguf(model)
     if isinstance(model, str):
-        quantized = (args.model_init_kwargs or {}).get("quantization_config") is not None
+        given = (args.model_init_kwargs or {}).get("quantization_config")
+        quantized = given is not None and not dequantizes(given)
     else:
         quantized = getattr(model, "is_quantized", False) and not isinstance(model, PeftModel)
     if quantized and peft_config is None:
@@ -100,6 +102,8 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             '`peft_config=LoraConfig(target_modules="all-linear")`), or load it without `quantization_config`.'
         )
     quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        _check_decompressed(quantizer.quantization_config.quant_method)
     if quantizer is not None and not quantizer.is_trainable:
         raise ValueError(
             f"The student is quantized with {type(quantizer).__name__}, which no adapter can be trained on: load its plain weights, or "
@@ -171,6 +175,7 @@ def check_run(
     check_strategy(args, accelerator)
     check_same_data(accelerator, train_dataset, eval_dataset)
     check_trainable(model)
+    prepare_quantized(base_model(model), accelerator.autocast)
     check_compiled(model, args, accelerator)
     check_padding(model, args)
     warn_of_experts(model)
@@ -279,9 +284,14 @@ def open_student(model, args: CrossTokenizerGKDConfig, peft_config):
     if not isinstance(model, str):
         return model
     warn_of_two_checkpoints(model)
-    if "gguf_file" not in kwargs and adapter_base(model, kwargs.get("revision")) is None:
+    base = None if "gguf_file" in kwargs else adapter_base(model, kwargs.get("revision"))
+    given = kwargs.get("quantization_config")
+    saved = saved_quantization(base or model, None if base else kwargs.get("revision"))
+    if saved is not None and not dequantizes(given):
+        _check_decompressed(saved.get("quant_method"))
+    if "gguf_file" not in kwargs and base is None and (saved is None or given is None):
         return model
-    if "gguf_file" not in kwargs and peft_config is not None:
+    if base is not None and peft_config is not None:
         raise ValueError(
             f"{model} is an adapter already, and `peft_config` asks for another: leave that out to train it on, or merge it first "
             "(`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()`)."
@@ -289,6 +299,17 @@ def open_student(model, args: CrossTokenizerGKDConfig, peft_config):
     if args.world_size > 1:
         kwargs.setdefault("device_map", None)
     return load_model(model, kwargs, trainable=True)
+
+
+def _check_decompressed(method: str | None):
+    """Raises `ValueError` for a student of compressed-tensors that is not dequantized as it is loaded."""
+    if method == "compressed-tensors":
+        raise ValueError(
+            "The student is quantized with compressed-tensors, whose layers have no weight until the first forward pass, and pass no "
+            "gradient where they round what they are given (FP8, W8A8): load it dequantized, "
+            "`model_init_kwargs={'quantization_config': {'quant_method': 'compressed-tensors', 'dequantize': True}}`. That takes the "
+            "memory that it would take after its first forward pass."
+        )
 
 
 def check_trainable(model: nn.Module):
