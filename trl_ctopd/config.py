@@ -635,7 +635,12 @@ class CrossTokenizerGKDConfig(GKDConfig):
         self.accelerator_config.dispatch_batches = False  # a stream's default is True
         self._check_generation_kwargs()
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
-            setattr(self, name, _with_dtype(name, getattr(self, name)))
+            kwargs = _with_dtype(name, getattr(self, name))
+            if (
+                kwargs and kwargs.get("quantization_config", ...) is None
+            ):  # reads what was saved quantized as plain weights
+                kwargs = {name: value for name, value in kwargs.items() if name != "quantization_config"}
+            setattr(self, name, kwargs)
         if self.seq_kd and self.lmbda == 1.0:
             raise ValueError(
                 "seq_kd=True lets the teacher write what the student does not, and with lmbda=1.0 the student writes all: set lmbda "

@@ -6,6 +6,7 @@ import re
 import pytest
 import toys
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import BitsAndBytesConfig, FineGrainedFP8Config
 
 from trl_ctopd import CrossTokenizerGKDConfig, __version__
 from trl_ctopd.looking import card
@@ -205,6 +206,34 @@ def test_an_adapter_whose_base_is_not_on_the_hub_asks_for_the_base_in_the_quick_
     snippet = quick_start(make(adapter=True, student="/data/student").content)
     assert 'base = AutoModelForCausalLM.from_pretrained("path/to/the/base")  # `student`' in snippet
     assert 'PeftModel.from_pretrained(base, "me/my-run")' in snippet
+
+
+@pytest.mark.parametrize("student", ["org/student-1B", "/data/runs/student"])
+@pytest.mark.parametrize(
+    ("quantization", "kind", "given"),
+    [
+        ({"quant_method": "fp8", "dequantize": True}, FineGrainedFP8Config, {"dequantize": True}),
+        ({"load_in_8bit": True}, BitsAndBytesConfig, {"load_in_8bit": True}),
+        (
+            BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=5.0),
+            BitsAndBytesConfig,
+            {"load_in_8bit": True, "llm_int8_threshold": 5.0},
+        ),
+    ],
+)
+def test_the_quick_start_loads_the_base_of_an_adapter_with_the_quantization_of_the_run(
+    make, student, quantization, kind, given
+):
+    config = {"model_init_kwargs": {"quantization_config": quantization}}
+    [code] = re.findall(r"```python\n(.*?)```", make(config, student=student, adapter=True).text, re.DOTALL)
+    imported = [
+        name.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom) for name in node.names
+    ]
+    assert kind.__name__ in imported
+    [call] = [node.value for node in ast.walk(ast.parse(code)) if getattr(node, "arg", None) == "quantization_config"]
+    found = eval(ast.unparse(call), {kind.__name__: kind})
+    assert {name: getattr(found, name) for name in given} == given
+    assert "quantization" not in make(config, student=student).text.partition("```python")[2].partition("```")[0]
 
 
 @pytest.mark.parametrize("on_text", [False, True])

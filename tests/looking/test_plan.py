@@ -1,11 +1,12 @@
 """The planner's figures, against what can be counted by hand and against real tensors."""
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
 from trl_ctopd.cli import main
 from trl_ctopd.looking.plan import memory as plan
@@ -114,9 +115,56 @@ def test_the_command_reads_configs_alone(tmp_path, capsys):
     assert "too large" in shown and "fits" not in shown
 
 
+BITS = {
+    "gptq": ({"bits": 4, "group_size": 32}, 4 + 20 / 32),
+    "awq": ({"w_bit": 4, "q_group_size": 128}, 4 + 20 / 128),
+    "fp8": ({}, 8),
+    "bitsandbytes": ({"load_in_4bit": True}, 4.5),
+    "compressed-tensors": ({}, 32),
+}
+
+
+@pytest.mark.parametrize("method", BITS)
+def test_a_teacher_that_was_saved_quantized_holds_the_bits_of_its_linear_layers_whole_on_each_device(method):
+    given, bits = BITS[method]
+    teacher = copy.deepcopy(CONFIG)
+    teacher.quantization_config = {"quant_method": method, **given}
+    own, read = plan.passes(CONFIG, teacher, WORK)
+    linear = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert read.weights == own.weights - linear * (32 - bits) / 8
+    as_plain = method == "compressed-tensors"
+    assert read.peak - plan.run_pass(CONFIG, WORK, 2, learns=False).peak == (0 if as_plain else 4 * 64 * 128)
+    found = plan.plan(own, read, 0, WORK, "fsdp2", 4)
+    assert found.teacher == (read.weights // 4 if as_plain else read.weights)
+
+
+def test_a_model_that_is_quantized_as_it_is_loaded_is_planned_with_its_bits():
+    whole = plan.passes(CONFIG, CONFIG, replace(WORK, lora_rank=4))
+    found = plan.passes(CONFIG, CONFIG, replace(WORK, lora_rank=4, student_bits=4, teacher_bits=8))
+    linear = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert [a.weights - b.weights for a, b in zip(whole, found, strict=True)] == [linear * 27.5 / 8, linear * 3]
+    assert found[0].trained == whole[0].trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_planned_bits_are_those_that_bitsandbytes_holds(tmp_path, bits):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[quantized]'")
+    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(tmp_path)
+    as_loaded = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=as_loaded, dtype=torch.float32)
+    held = sum(part.numel() * part.element_size() for part in model.parameters())
+    for part in model.parameters():
+        if getattr(part, "quant_state", None) is not None:
+            held += part.quant_state.absmax.numel() * 4
+    _, read = plan.passes(CONFIG, CONFIG, replace(WORK, teacher_bits=bits))
+    assert read.weights == held
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--student-bits", "4"], "a quantized student is trained with an adapter: give --lora-rank"),
         (["--student", "nowhere/at/all"], "--student nowhere/at/all: no config.json can be read: "),
         (["--batch", "0"], "argument --batch: 0 is not positive"),
         (["--dtype", "int8"], "choose from"),

@@ -23,7 +23,7 @@ from toys import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from trl_ctopd.models.loading import adapter_base, check_saves, load_tokenizer
+from trl_ctopd.models.loading import adapter_base, check_saves, load_model, load_tokenizer
 
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -387,6 +387,16 @@ def test_a_student_from_an_fp8_checkpoint_is_saved_as_it_was_trained(build, fp8,
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
+
+
+def test_an_adapter_on_an_fp8_checkpoint_is_read_with_its_weights_where_no_quantization_is_asked_for(fp8, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(fp8)
+    get_peft_model(base, lora()).save_pretrained(tmp_path / "adapter")
+    found = load_model(str(tmp_path / "adapter"), {"quantization_config": None})
+    expected = base.state_dict()
+    for name, weight in found.get_base_model().state_dict().items():
+        if "lora_" not in name:
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("side", ["model", "teacher"])

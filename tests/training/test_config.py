@@ -119,6 +119,11 @@ def test_a_quantization_config_can_be_written_as_json_and_stays_what_it_was(kind
     assert getattr(args, name) == {"quantization_config": quantization, "dtype": torch.bfloat16, "device_map": place}
 
 
+@pytest.mark.parametrize("name", ["model_init_kwargs", "teacher_model_init_kwargs"])
+def test_a_quantization_of_none_is_no_argument_since_it_makes_noise_of_quantized_checkpoints(name):
+    assert getattr(config(**{name: {"dtype": "auto", "quantization_config": None}}), name) == {"dtype": "auto"}
+
+
 def test_models_are_loaded_in_the_dtype_that_its_old_name_asks_for(build, tmp_path):
     for name, model, tokenizer in (
         ("student", student_model(), student_tokenizer()),

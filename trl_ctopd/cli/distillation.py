@@ -126,8 +126,10 @@ def set_init_kwargs(training_args: TrainingArguments, model_args: ModelConfig):
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation,
-        "quantization_config": get_quantization_config(model_args),
     }
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:  # with None, a model that was saved quantized can be read as a plain one
+        init_kwargs["quantization_config"] = quantization
     training_args.model_init_kwargs = {**init_kwargs, **(training_args.model_init_kwargs or {})}
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES
+from ..models.quantized import dequantizes, with_quantization_config
 from ..redact import redacted
 from ..text.chat import plain_text
 from .best_effort import best_effort
@@ -210,6 +211,7 @@ def model_card(
         citation=_citation(_paper(args)),
         prompts=_prompts(dataset_name, prompts),
         adapter=adapter,
+        quantization=_quantization(args.model_init_kwargs) if adapter else None,
         chat=not on_text and has_template,
         turns=None
         if on_text or has_template
@@ -225,6 +227,20 @@ def model_card(
         metrics=metrics,
         versions=versions(),
     )
+
+
+def _quantization(init_kwargs: dict | None) -> str | None:
+    """How the base under the adapter was loaded, as Python: on another it is another model. A base that was saved quantized is
+    loaded so without a word, unless it is to be dequantized."""
+    config = with_quantization_config(init_kwargs or {}).get("quantization_config")
+    if dequantizes(config):
+        return f"{type(config).__name__}(dequantize=True)"
+    if isinstance(config, BitsAndBytesConfig):
+        given = {
+            name: value for name, value in config.to_diff_dict().items() if name[0] != "_" and name != "quant_method"
+        }
+        return f"BitsAndBytesConfig({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+    return None
 
 
 def _link(name: str, kind: str = "") -> str:

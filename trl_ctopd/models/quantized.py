@@ -33,8 +33,11 @@ def saved_quantization(name: str, revision: str | None = None) -> dict | None:
 
 def with_quantization_config(kwargs: dict) -> dict:
     """`kwargs` of `from_pretrained`, with a `quantization_config` that is a dict (from JSON, as a command line gives it) made
-    into transformers' class: beside the config of a model that was saved quantized it takes nothing else."""
+    into transformers' class: beside the config of a model that was saved quantized it takes nothing else. One that is None is left
+    out: with it, transformers' auto classes read what was saved quantized as plain weights, which are noise."""
     given = kwargs.get("quantization_config")
+    if given is None:
+        return {name: value for name, value in kwargs.items() if name != "quantization_config"}
     if not isinstance(given, dict):
         return kwargs
     return {**kwargs, "quantization_config": AutoQuantizationConfig.from_dict(dict(given))}

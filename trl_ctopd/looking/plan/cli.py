@@ -28,7 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work = Work(**given)
     from .memory import cache_bytes, passes, plan
 
-    own, read = passes(*configs, work)
+    try:
+        own, read = passes(*configs, work)
+    except ValueError as error:
+        parser.error(str(error))
+    if own.quantized and work.lora_rank is None:
+        parser.error("a quantized student is trained with an adapter: give --lora-rank")
     cache = cache_bytes(configs[0], work)
     plans = {strategy: plan(own, read, cache, work, strategy, devices) for strategy in STRATEGIES}
     if as_json:
@@ -54,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     number("--accumulation", Work.accumulation, "micro-batches in an optimizer step")
     number("--teacher-batch", None, "rows that the teacher reads at once (default: those of a micro-batch)")
     number("--lora-rank", None, "train an adapter of this rank (default: all weights)")
+    for side in ("student", "teacher"):
+        parser.add_argument(
+            f"--{side}-bits",
+            type=int,
+            choices=(4, 8),
+            help=f"of the {side}'s weights, where bitsandbytes quantizes them as they are loaded (one that was saved quantized says so itself)",
+        )
     number("--devices", 1, "GPUs that share the work")
     parser.add_argument(
         "--activation-checkpointing",

@@ -11,12 +11,14 @@ Decisions:
   gathered at a time (the current and the next one), and the whole student during generation, unless
   `gather_for_generation=False`. DeepSpeed keeps a float32 copy of trained weights in half precision. Under autocast,
   Accelerate replaces them by float32 for FSDP2, where gradients are unsharded until the last of several micro-batches.
+- A quantized model's linear layers but the LM head have the bits that its config.json says, scales included, and one of them is
+  unpacked at a time. It is whole on each device. What is unpacked as it is loaded, or at the first pass, counts as plain.
 - Only tensors count. CUDA itself takes some 0.5 GiB a process, and the allocator loses some memory to fragmentation.
 """
 
 import contextlib
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -40,6 +42,17 @@ class Pass:
     trained: int  # weights with gradients
     trained_in_float32: int  # the same weights, if all were float32
     peak: int
+    linear: int = (
+        0  # elements of the linear layers' weights that a quantization takes: all but the LM head's and an adapter's
+    )
+    largest_linear: int = 0
+    quantized: bool = False
+
+    def in_bits(self, bits: float, itemsize: int) -> "Pass":
+        """The same of a model whose linear layers have `bits` a weight, and whose others have `itemsize` bytes."""
+        saved = self.linear * itemsize - round(self.linear * bits / 8)
+        unpacked = self.largest_linear * itemsize
+        return replace(self, weights=self.weights - saved, peak=self.peak + unpacked, quantized=True)
 
 
 @dataclass(frozen=True)
@@ -123,13 +136,44 @@ def run_pass(
                 if learns:
                     log_probs.sum().backward()
                 del log_probs
+    head = model.get_output_embeddings()
+    linear = [
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and "lora_" not in name
+    ]
     return Pass(
         weights=_bytes(model.parameters()),
         layer=max(_bytes(module.parameters()) for module in _sharded_units(model)),
         trained=_bytes(p for p in model.parameters() if p.requires_grad),
         trained_in_float32=4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
         peak=alive.most,
+        linear=sum(linear),
+        largest_linear=max(linear, default=0),
     )
+
+
+def bits_of(quantization: dict | None, learns: bool = False) -> float | None:
+    """Bits of a weight with its share of the scales, by the `quantization_config` of a config.json; None where the weights are plain
+    once the model runs. Raises `ValueError` for a method that is not known here."""
+    if not quantization:
+        return None
+    method = quantization.get("quant_method")
+    if method in ("gptq", "awq"):
+        bits, group = (
+            quantization.get(name, quantization.get(old))
+            for name, old in (("bits", "w_bit"), ("group_size", "q_group_size"))
+        )
+        return bits + ((16 + bits) / group if group > 0 else 0)
+    if method == "bitsandbytes":
+        if quantization.get("load_in_8bit"):
+            return 8
+        return 4 + (8 if quantization.get("bnb_4bit_use_double_quant") else 32) / 64
+    if method in ("compressed-tensors", "gguf") or (method == "fp8" and learns):
+        return None
+    if method == "fp8":
+        return 8
+    raise ValueError(f"the planner does not know how many bits a weight has that is quantized with {method!r}")
 
 
 def _materialize(model: nn.Module) -> None:
@@ -171,7 +215,22 @@ def cache_bytes(config: PretrainedConfig, work: Work) -> int:
 def passes(student: PretrainedConfig, teacher: PretrainedConfig, work: Work) -> tuple[Pass, Pass]:
     rows = min(work.teacher_batch or work.batch, work.batch * work.accumulation)
     own = run_pass(student, work, work.batch, True, work.lora_rank, min(work.accumulation, 2))
-    return own, run_pass(teacher, work, rows, False)
+    read = run_pass(teacher, work, rows, False)
+    size = getattr(torch, work.dtype).itemsize
+    own_bits = _bits_as_loaded(work.student_bits) or bits_of(_quantization(student), learns=True)
+    bits = own_bits, _bits_as_loaded(work.teacher_bits) or bits_of(_quantization(teacher))
+    return tuple(
+        one if given is None else one.in_bits(given, size) for one, given in zip((own, read), bits, strict=True)
+    )
+
+
+def _bits_as_loaded(bits: int | None) -> float | None:
+    return None if bits is None else bits_of({"quant_method": "bitsandbytes", f"load_in_{bits}bit": True})
+
+
+def _quantization(config: PretrainedConfig) -> dict | None:
+    found = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
 def plan(own: Pass, read: Pass, cache: int, work: Work, strategy: str, devices: int) -> Plan:
@@ -197,10 +256,10 @@ def plan(own: Pass, read: Pass, cache: int, work: Work, strategy: str, devices: 
         learning += own.trained  # Trainer has them reduced over the devices once, at the end
     return Plan(
         student=student,
-        teacher=0 if strategy == "zero3_offload" else read.weights // over,
+        teacher=read.weights if read.quantized else 0 if strategy == "zero3_offload" else read.weights // over,
         gradients=gradients,
         optimizer=optimizer,
         writing=cache + (own.weights if whole else 0),  # besides its own shard
-        reading=read.peak + (2 * read.layer if whole else 0),
+        reading=read.peak + (2 * read.layer if whole and not read.quantized else 0),
         learning=learning,
     )

@@ -18,6 +18,8 @@ class Work:
     accumulation: int = 1
     teacher_batch: int | None = None
     lora_rank: int | None = None
+    student_bits: int | None = None  # of a model that is quantized as it is loaded
+    teacher_bits: int | None = None
     activation_checkpointing: bool = False
     dtype: str = "bfloat16"  # of both models' weights
     autocast: bool = True  # to bfloat16, as `bf16=True` does
