@@ -535,6 +535,14 @@ class CrossTokenizerGKDConfig(GKDConfig):
             "student micro-batch."
         },
     )
+    teacher_overlap: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a teacher in this process reads in a thread of its own, on a CUDA stream of its own, while the student "
+            "reads and learns what is scored already. None: where the teacher has a device of its own "
+            "(`teacher_model_init_kwargs`, `device_map`). On one device both compete for it, and its memory holds both passes."
+        },
+    )
 
     # Logging
     log_completions: bool = field(

@@ -49,6 +49,10 @@ NARROW = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, 
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
+WIDE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6} | {
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32} | {
     "num_key_value_heads": 8,
     "head_dim": 64,

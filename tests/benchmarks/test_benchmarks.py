@@ -48,14 +48,15 @@ def test_the_growth_of_a_step(assets, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_writes_ahead_beside_one_that_does_not(assets, tmp_path):
-    output = tmp_path / "ahead.json"
+@pytest.mark.parametrize(("script", "sides"), [("ahead", "ahead over due"), ("overlap", "beside over in turn")])
+def test_a_run_with_a_second_thread_beside_one_without(assets, tmp_path, script, sides):
+    output = tmp_path / "threads.json"
     little = ("--rounds", "1", "--steps", "2", "--tokens", "4")
-    command = [sys.executable, "-m", "benchmarks.speed.ahead", *little, "--output", str(output)]
+    command = [sys.executable, "-m", f"benchmarks.speed.{script}", *little, "--output", str(output)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "CTOPD_ASSETS": str(assets)}, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for result in json.loads(output.read_text())["results"].values():
-        assert result["ahead over due, wall"]["median"] > 0
-        assert result["ahead over due, main thread"]["median"] > 0
+        assert result[f"{sides}, wall"]["median"] > 0
+        assert result[f"{sides}, main thread"]["median"] > 0

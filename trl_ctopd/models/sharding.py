@@ -9,6 +9,7 @@ import copy
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from accelerate.data_loader import SkipBatchSampler
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -60,10 +61,15 @@ def keep_scores_in_float32(accelerator):
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
+def stays(model: PreTrainedModel) -> bool:
+    """Whether the user has placed `model` on devices, or it is quantized, so that nothing moves or shards it."""
+    return getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+
+
 def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:
     """The frozen `model`, on its device or sharded as the student will be. A model that is quantized, or that the user has
     placed on devices, stays where it is, whole in every process."""
-    if getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False):
+    if stays(model):
         return model
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(model, accelerator)
@@ -78,6 +84,24 @@ def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:
         model.set_reshard_after_forward(True)  # there is no backward pass that needs the LM head again
         return model
     return model.to(accelerator.device)
+
+
+def is_on(device: torch.device, model: nn.Module) -> bool:
+    """Whether `model` computes on `device`, at least in part. Weights that are offloaded to the CPU or the disk are taken to a GPU that
+    others of the model are on."""
+    spread = {torch.device(own) for own in (getattr(model, "hf_device_map", None) or {}).values() if own != "disk"}
+    spread = spread or {parameter.device for parameter in model.parameters()}
+    computing = {own for own in spread if own.type != "cpu"} or spread
+    return _numbered(device) in map(_numbered, computing)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """`device` with its number, where devices of its kind have one: without one, the current device is meant."""
+    if device.type in ("cpu", "mps", "meta"):
+        return torch.device(device.type)
+    if device.index is None:
+        return torch.device(device.type, torch.get_device_module(device).current_device())
+    return device
 
 
 @contextmanager

@@ -148,6 +148,15 @@ def without(rollout: Rollout, chunk: int) -> Rollout:
     return replace(rollout, student_chunks=student, teacher_chunks=teacher)
 
 
+def look_up(texts: Sequence[tuple[Rollout, Continuations | None]]):
+    """Finds what `teacher_going_on` reads of these texts and tables, which remember it: another thread can then call that."""
+    for view, table in texts:
+        if (reverse := _reverse(table)) is not None:
+            for token in student_ends(view).tolist():
+                if token >= 0:
+                    reverse.of(token)
+
+
 def teacher_going_on(view: Rollout, table: Continuations | None) -> tuple[np.ndarray, np.ndarray]:
     """(K,) places among the teacher's tokens, and (K,) teacher ids with which the student's token before that place would go on, without
     the id that is there."""

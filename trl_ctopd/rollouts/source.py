@@ -32,7 +32,7 @@ from .compiled import COMPILED, CompiledDecode, chosen_backend, while_compiling
 from .early_stop import EarlyStop
 from .generation import TransformersWriter, Writer, Written, sampling_config, step_seed, write
 from .metrics import rollout_metrics
-from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns, pad_scores
+from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns
 from .rewards import Judges
 from .spelling import other_spellings
 from .student_copy import StudentCopy
@@ -43,17 +43,17 @@ from .vllm import VLLMWriter
 class Readings(Protocol):
     """The teachers' scores of a step's rollouts, by row."""
 
-    # (T, H) states that the LM head of a teacher in this process reads, where they were asked for
-    hidden: Mapping[int, torch.Tensor]
-
-    # the same of the reference teacher, where there is one
-    reference: "Readings | None"
+    reference: "Readings | None"  # of the reference teacher, where there is one
 
     def log_probs(self, rows: Sequence[int], length: int) -> Any:
         """(len(rows), `length`) log-probs, 0 past a row's end: a tensor, or a promise of one."""
 
     def row(self, row: int) -> torch.Tensor:
         """(T,) log-probs of one row, which are waited for."""
+
+    def hidden(self, rows: Sequence[int], length: int) -> Any:
+        """(len(rows), `length`, H) states that the LM head of a teacher in this process reads, which was asked for them: a tensor, or
+        a promise of one. None where the teacher is at a server."""
 
 
 class WritingSeat(Protocol):
@@ -86,6 +86,7 @@ class Teachers(Protocol):
         with_hidden: bool,
         tables: Sequence[Tables] | None = None,
         foreseeing: Any = None,
+        wanted: Sequence[int] | None = None,
     ) -> Readings: ...
 
 
@@ -234,13 +235,15 @@ class RolloutSource:
         with phase("teacher"):
             by_row = [self._continuations(on) for prompts, on in zip(window, on_policy, strict=True) for _ in prompts]
             with_hidden = any(map(self._reads_distributions, on_policy))
-            readings = self._teachers.read(rollouts, with_hidden, by_row, foreseeing)
+            by_batch = self._rows(rollouts, window, on_policy)
+            wanted = [row for rows in by_batch for row in rows]
+            readings = self._teachers.read(rollouts, with_hidden, by_row, foreseeing, wanted)
             if early_stop is not None:
                 rollouts, told = early_stop.masked(rollouts, sampled, readings, step)
                 figures.update(told)
 
         batches, names, count_unclosed = [], list(self._teachers.seats), 0
-        for index, (rows, on) in enumerate(zip(self._rows(rollouts, window, on_policy), on_policy, strict=True)):
+        for index, (rows, on) in enumerate(zip(by_batch, on_policy, strict=True)):
             own, tables = [rollouts[row] for row in rows], self._continuations(on)
             reads_distributions = self._reads_distributions(on)
             if tables:
@@ -261,8 +264,8 @@ class RolloutSource:
                 batch["teacher_close_log_probs"] = close
             if readings.reference is not None:
                 batch["reference_teacher_log_probs"] = readings.reference.log_probs(rows, teacher_length)
-            if reads_distributions and readings.hidden:
-                batch["teacher_hidden"] = pad_scores([readings.hidden[row] for row in rows], teacher_length)
+            if reads_distributions and (hidden := readings.hidden(rows, teacher_length)) is not None:
+                batch["teacher_hidden"] = hidden
             other = other_spellings([rollout.student_ids for rollout in own], self._student.tokenizer)
             batch["other_spelling"] = on_columns(other, batch).bool() & (batch["student_chunks"] >= 0)
             if sampled[rows[0]] is not None:

@@ -1,8 +1,13 @@
 """A teacher in this process: token ids in, log-probs of those tokens out, without a (B, T, V) tensor. For losses on whole
-distributions, it also returns the hidden states that the logits are computed from."""
+distributions, it also returns the hidden states that the logits are computed from.
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+With a device of its own it reads in a thread of its own, while the student reads and learns what is scored already.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,7 +19,7 @@ from ..models.closing import in_tile_order
 from ..models.heads import add_token_scores, base_model, hidden_states
 from ..models.loading import load_model, switch_router_logits_off
 from ..models.packing import packed_inputs, packer_for
-from ..models.sharding import is_sharded, place_teacher
+from ..models.sharding import SHARDING, is_on, is_sharded, place_teacher, stays
 from ..rollouts.pairing import by_length, pad_rows
 
 
@@ -30,6 +35,34 @@ class TeacherScores(NamedTuple):
     hidden: torch.Tensor | None = None
 
 
+class LocalScores:
+    """The scores of a step's rows, which the teacher may still be reading."""
+
+    def __init__(self, count: int):
+        self.futures: list[Future[TeacherScores]] = [Future() for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.futures)
+
+    def row(self, row: int) -> torch.Tensor:
+        """Waits for the log-probs of that completion's tokens. Raises what the teacher's forward pass raised."""
+        return self.futures[row].result().log_probs
+
+    def close(self, row: int) -> torch.Tensor | None:
+        """Waits for `TeacherScores.close` of that completion."""
+        return self.futures[row].result().close
+
+    def hidden(self, row: int) -> torch.Tensor | None:
+        """Waits for `TeacherScores.hidden` of that completion."""
+        return self.futures[row].result().hidden
+
+    def likeliest(self, row: int) -> None:
+        """Only servers tell their likeliest tokens: here a loss reads what it needs in the teacher's LM head."""
+
+    def failed(self, row: int) -> bool:
+        return False
+
+
 class LocalTeacher:
     """
     A frozen causal language model that scores text it did not write. It is sharded like the student (ZeRO-3, FSDP). Where the
@@ -40,11 +73,23 @@ class LocalTeacher:
         accelerator (`accelerate.Accelerator`): that of the run.
         temperature (`float`): the logits are divided by it, like the student's.
         batch_size (`int`): rows in one forward pass.
+        overlap (`bool`, *optional*): whether `start` reads in a thread, on a CUDA stream of its own. `None`: where no weight of the
+            teacher is on the student's device.
+
+    Raises:
+        ValueError: `overlap=True` for a teacher that DeepSpeed or FSDP prepares, whose processes have to read in step with each other.
     """
 
     signals = ("logprobs", "logits")
 
-    def __init__(self, model: PreTrainedModel, accelerator, temperature: float = 1.0, batch_size: int = 8):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        accelerator,
+        temperature: float = 1.0,
+        batch_size: int = 8,
+        overlap: bool | None = False,
+    ):
         model.requires_grad_(False)
         model.eval()
         self.base_model = base_model(model)
@@ -56,6 +101,15 @@ class LocalTeacher:
         self._accelerator = accelerator
         self.model = place_teacher(model, accelerator)
         self._packer = packer_for("teacher", model, accelerator)
+        self._reading = threading.Lock()
+        in_step = accelerator.distributed_type in SHARDING and not stays(model)
+        if overlap and in_step:
+            raise ValueError(
+                f"teacher_overlap=True under {accelerator.distributed_type.value}, which shards the teacher, so that the processes have to "
+                "read in step with each other. Leave it out, or put the teacher on a device of its own "
+                "(teacher_model_init_kwargs={'device_map': ...}) or behind a server."
+            )
+        self.overlaps = not in_step and not is_on(accelerator.device, model) if overlap is None else overlap
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +137,6 @@ class LocalTeacher:
         """
         return [own.log_probs for own in self.scores(prompts, completions, other_ends)]
 
-    @torch.no_grad()
     def scores(
         self,
         prompts: list[list[int]],
@@ -104,15 +157,72 @@ class LocalTeacher:
         other_ends = [()] * len(prompts) if other_ends is None else other_ends
         lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
         order = by_length(range(len(prompts)), lengths, list(map(tuple, prompts)) if self._packer else None)
-        scores = [None] * len(prompts)
+        scores = dict(self._read(order, prompts, completions, other_ends, going_on, with_hidden))
+        return [scores[row] for row in range(len(prompts))]
+
+    def start(
+        self,
+        prompts: list[list[int]],
+        completions: list[list[int]],
+        other_ends: Sequence[Sequence[int]],
+        going_on: Sequence[Callable[[], GoingOn]] | None = None,
+        with_hidden: bool = False,
+    ) -> LocalScores:
+        """
+        The `scores`, which are waited for where they are asked for. A teacher that overlaps returns at once, and reads the rows in the order
+        in which they are given; one that does not has read them.
+        """
+        scores, texts = LocalScores(len(prompts)), (prompts, completions, other_ends, going_on, with_hidden)
+        if not self.overlaps:
+            for future, found in zip(scores.futures, self.scores(*texts), strict=True):
+                future.set_result(found)
+            return scores
+
+        def work():
+            try:
+                with self._reading, self._stream() as done:  # a step that was given up may still be read
+                    for row, found in self._read(range(len(prompts)), *texts):
+                        done(found)
+                        scores.futures[row].set_result(found)
+            except BaseException as error:  # it is raised in the thread that waits
+                for future in scores.futures:
+                    if not future.done():
+                        future.set_exception(error)
+
+        threading.Thread(target=work, name="teacher", daemon=True).start()
+        return scores
+
+    @contextmanager
+    def _stream(self) -> Iterator[Callable[[TeacherScores], None]]:
+        """What is queued inside runs beside the work of other threads. Yields what is to be called with scores before another thread
+        may read them."""
+        device = self.device
+        if device.type != "cuda":
+            yield lambda found: None
+            return
+        others = torch.cuda.current_stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            own = torch.cuda.current_stream(device)
+            own.wait_stream(others)
+
+            def done(found: TeacherScores):
+                own.synchronize()
+                for part in found:
+                    if part is not None and part.is_cuda:
+                        part.record_stream(others)  # its memory is not used again before they have read it
+
+            yield done
+
+    @torch.no_grad()
+    def _read(
+        self, order: Sequence[int], prompts, completions, other_ends, going_on, with_hidden
+    ) -> Iterator[tuple[int, TeacherScores]]:
+        """Each row with its scores, `batch_size` rows of `order` in a forward pass."""
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             own = ([texts[r] for r in rows] for texts in (prompts, completions, other_ends))
             asked = None if going_on is None else [going_on[r]() for r in rows]
-            found = self._forward(*own, asked, with_hidden)
-            for row, score in zip(rows, found, strict=True):
-                scores[row] = score
-        return scores
+            yield from zip(rows, self._forward(*own, asked, with_hidden), strict=True)
 
     def _forward(self, prompts, completions, other_ends, going_on, with_hidden):
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]

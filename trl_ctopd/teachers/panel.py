@@ -1,7 +1,7 @@
 """The teachers of a run: a single one, or several by name, of which each row of the dataset chooses one, or some to be blended.
 
 Each teacher has a seat: the model or server, its tokenizer and templates, and its alignment with the student. Requests to
-servers are sent first, so that they work while a teacher in this process does.
+servers are sent first, and teachers with threads of their own begin next, so that they work while another teacher in this process does.
 
 Left out: losses on whole distributions with several teachers, which would need a comparison of all vocabularies.
 """
@@ -19,7 +19,7 @@ from ..losses import LOSSES
 from ..models.heads import check_head
 from ..models.loading import check_vocabulary, load_tokenizer
 from ..rollouts.blending import blended, prompts_of
-from ..rollouts.closing import Tables, teacher_going_on, views
+from ..rollouts.closing import Tables, look_up, teacher_going_on, views
 from ..rollouts.pairing import Prompt, Rollout, pair
 from ..text.aligner import TextAligner
 from ..text.chat import Speaker
@@ -101,7 +101,8 @@ class Seat:
                 model = load_teacher(model, args.teacher_model_init_kwargs, args.trust_remote_code, distributed)
             check_vocabulary("teacher", model, self.tokenizer)
             rows = args.per_device_train_batch_size * args.num_generations
-            self.teacher = LocalTeacher(model, accelerator, args.temperature, args.teacher_batch_size or rows)
+            rows = args.teacher_batch_size or rows
+            self.teacher = LocalTeacher(model, accelerator, args.temperature, rows, args.teacher_overlap)
             self.context = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None)
             generation_config = self.teacher.generation_config
         del self._model
@@ -206,7 +207,8 @@ class ReferenceSeat:
             distributed = accelerator.num_processes > 1
             model = load_teacher(self._model, args.teacher_model_init_kwargs, args.trust_remote_code, distributed)
             rows = args.per_device_train_batch_size * args.num_generations
-            self.teacher = LocalTeacher(model, accelerator, args.temperature, args.teacher_batch_size or rows)
+            rows = args.teacher_batch_size or rows
+            self.teacher = LocalTeacher(model, accelerator, args.temperature, rows, args.teacher_overlap)
             self.context = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -367,18 +369,22 @@ class Panel:
         with_hidden: bool,
         tables: Sequence[Tables] | None = None,
         foreseeing: "Foreseeing | None" = None,
+        wanted: Sequence[int] | None = None,
     ) -> Readings:
         """
-        Each teacher scores its rows. Returns at once: a server's scores may still be on their way.
+        Each teacher scores its rows. Scores of servers, and of teachers with a thread of their own, may still be on their way.
 
         Args:
             with_hidden: whether teachers in this process give hidden states.
             tables: for each rollout, with what each teacher's tokens go on, where its loss reads how chunks close; else empty. Teachers
                 in this process then tell how the student's tokens close.
             foreseeing: what servers were already asked for.
+            wanted: all rows, in the order in which their scores are read. None: as they are given.
         """
         foreseen, of_reference = ({}, None) if foreseeing is None else (foreseeing.texts, foreseeing.of_reference)
-        readings = Readings(self._device, any(seat.remote for seat in self.seats.values()))
+        readings = _readings(self._device, *self.seats.values())
+        wanted = range(len(rollouts)) if wanted is None else wanted
+        place_of = {row: place for place, row in enumerate(wanted)}
         readings.padding_rows = {row for row, rollout in enumerate(rollouts) if rollout.prompt.is_padding}
         texts, own_tables = list(rollouts), list(tables or [{}] * len(rollouts))
         for row, rollout in enumerate(rollouts):  # each teacher's of a mixture come after them
@@ -387,10 +393,12 @@ class Panel:
                 if not own and rollout.teacher_ids:  # nothing that they read is compared
                     own = [part.rollout for part in rollout.parts]
                 readings.mixtures[row] = rollout, range(len(texts), len(texts) + len(own))
+                place_of |= dict.fromkeys(readings.mixtures[row][1], place_of[row])
                 texts += own
                 own_tables += [own_tables[row]] * len(own)
-        for name, seat in sorted(self.seats.items(), key=lambda named: not named[1].remote):
+        for name, seat in sorted(self.seats.items(), key=lambda named: _at_once(named[1])):
             rows = [row for row, own in enumerate(texts) if own.prompt.teacher == name and not own.parts]
+            rows.sort(key=place_of.get)
             own = [texts[row] for row in rows]
             asked = [r.teacher_prompt_ids for r in own], [r.teacher_ids for r in own], [r.other_ends for r in own]
             if not rows:
@@ -398,32 +406,27 @@ class Panel:
             readings.closing |= {row: (texts[row], own_tables[row].get(name)) for row in rows if own_tables[row]}
             if seat.remote:
                 scores = seat.teacher.start(*asked, foreseen.get(name))
-                readings.awaited |= {row: (scores, place) for place, row in enumerate(rows)}
-                continue
-            going_on = None
-            if any(own_tables[row] for row in rows):
-                going_on = [partial(teacher_going_on, texts[row], own_tables[row].get(name)) for row in rows]
-            for row, scores in zip(rows, seat.teacher.scores(*asked, going_on, with_hidden), strict=True):
-                readings.found[row] = scores.log_probs
-                if with_hidden:
-                    readings.hidden[row] = scores.hidden
-                if own_tables[row]:
-                    readings.close[row] = scores.close
+            else:
+                going_on = None
+                if any(own_tables[row] for row in rows):
+                    views_of = [(texts[row], own_tables[row].get(name)) for row in rows]
+                    if seat.teacher.overlaps:  # tables and tokenizers are for one thread
+                        look_up(views_of)
+                    going_on = [partial(teacher_going_on, *own) for own in views_of]
+                scores = seat.teacher.start(*asked, going_on, with_hidden)
+            readings.scores |= {row: (scores, place) for place, row in enumerate(rows)}
         if self.reference is not None:
-            readings.reference = self._read_by_reference(asked, readings.padding_rows, of_reference)
+            readings.reference = self._read_by_reference(rows, asked, readings.padding_rows, of_reference)
         return readings
 
     def _read_by_reference(
-        self, texts: tuple[list, list, list], padding_rows: set[int], foreseen: Foreseen | None
+        self, rows: list[int], texts: tuple[list, list, list], padding_rows: set[int], foreseen: Foreseen | None
     ) -> Readings:
-        """The scores of the reference teacher, of the texts of all rows."""
-        own, rows = Readings(self._device, self.reference.remote), range(len(texts[0]))
+        """The scores of the reference teacher, of the `texts` of all rows."""
+        own, asked = _readings(self._device, self.reference), [foreseen] if self.reference.remote else []
         own.padding_rows = padding_rows
-        if self.reference.remote:
-            scores = self.reference.teacher.start(*texts, foreseen)
-            own.awaited = {row: (scores, row) for row in rows}
-        else:
-            own.found = dict(zip(rows, self.reference.teacher.log_probs(*texts), strict=True))
+        scores = self.reference.teacher.start(*texts, *asked)
+        own.scores = {row: (scores, place) for place, row in enumerate(rows)}
         return own
 
 
@@ -449,6 +452,15 @@ class Foreseeing:
         for foreseen in (*self.texts.values(), self.of_reference):
             if foreseen is not None:
                 foreseen.close()
+
+
+def _at_once(seat: Seat | ReferenceSeat) -> bool:
+    """Whether the scores are there when the teacher has been asked."""
+    return not seat.remote and not seat.teacher.overlaps
+
+
+def _readings(device: torch.device, *seats: Seat | ReferenceSeat) -> Readings:
+    return Readings(device, any(seat.remote for seat in seats), not all(map(_at_once, seats)))
 
 
 def _connect(urls: Sequence[str], model: str | None, args: CrossTokenizerGKDConfig) -> RemoteTeacher:

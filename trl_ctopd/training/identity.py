@@ -19,7 +19,7 @@ _WITHOUT_BEARING = re.compile(
     r"output_dir|run_name|project|report\w*|log_\w+|logging_\w+|save_\w+|eval_\w+|do_\w+|push_to_hub\w*|hub_\w+|trackio\w*"
     r"|disable_tqdm|resume_from_checkpoint|num_completions_to_print|dataloader_\w+|teacher_server_\w+|dataset_num_proc"
     r"|load_best_model_at_end|metric_for_best_model|greater_is_better|include_\w+|skip_memory_metrics|torch_empty_cache_steps"
-    r"|ddp_\w+|local_rank|per_device_eval_batch_size|prediction_loss_only|teacher_batch_size|logit_tile_tokens|vllm_server_\w+"
+    r"|ddp_\w+|local_rank|per_device_eval_batch_size|prediction_loss_only|teacher_batch_size|teacher_overlap|logit_tile_tokens|vllm_server_\w+"
     r"|vllm_group_port|vllm_gpu_memory_utilization|\w*token|debug|restore_callback_states_from_checkpoint"
 )
 _ROWS, _WEIGHTS = 1024, 64  # at most as many are read for a digest

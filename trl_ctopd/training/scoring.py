@@ -150,7 +150,8 @@ class Scorer:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
             batch.student = self._distributions(student, states[0][:, :-1][:, -length:], log_probs)
             if "teacher_hidden" in inputs:
-                batch.teacher = self._distributions(self._panel.only.teacher.base_model, inputs["teacher_hidden"])
+                hidden = arrived(inputs["teacher_hidden"])
+                batch.teacher = self._distributions(self._panel.only.teacher.base_model, hidden)
             batch.vocabulary, batch.tile_tokens = self._vocabulary(), self._args.logit_tile_tokens
         return batch, entropy.detach(), metrics
 
