@@ -45,7 +45,8 @@ def main(side: str, student: str, teacher: str, questions: str, new_tokens: int,
             trainer = Gold(setting, [row for row in rows for _ in range(generations)], folder)
         else:
             setting = Pair(paths, (0, 0), batch=len(rows) // 2, **sizes)
-            trainer = Ours(setting, rows, folder, num_generations=generations)
+            options = {"teacher_overlap": True} if side == "beside" else {}  # an earlier version does not have it
+            trainer = Ours(setting, rows, folder, num_generations=generations, **options)
         print("ready", flush=True)
         for _ in sys.stdin:
             start = wall()

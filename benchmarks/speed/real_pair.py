@@ -13,6 +13,8 @@ Decisions:
 - Processor time is compared, in total and in its parts, since the machine may have other work. Ratios are those of the medians.
 - GOLD has no parts of its own: its own time for writing is measured from outside. Its micro-batches hold as many completions as
   the others'; with several a prompt it gets each prompt as often, since it would read it as often.
+- With `--overlap` a further side has its teacher read in a second thread, on a core of its own: its wall time says something, where
+  the machine has nothing else to do.
 - The limit is `bandwidth.writing_limit`, measured before the sides begin, on the same one thread.
 """
 
@@ -67,13 +69,22 @@ def summary(steps: list[dict]) -> dict:
     return {
         "cpu_seconds": statistics.median(step["cpu"] for step in steps),
         "writing_cpu_seconds": statistics.median(step["phases"]["generation"] for step in steps),
+        "wall_seconds": statistics.median(step["wall"] for step in steps),
         "peak_mib": max(step["peak_mib"] or 0 for step in steps),
         "steps": steps,
     }
 
 
 def main(
-    assets: Path, models: Path, before: Path, generations: int, rounds: int, new_tokens: int, gold: bool, output: Path
+    assets: Path,
+    models: Path,
+    before: Path,
+    generations: int,
+    rounds: int,
+    new_tokens: int,
+    gold: bool,
+    overlap: bool,
+    output: Path,
 ):
     report, completions = header(), 8
     torch.set_num_threads(1)
@@ -82,6 +93,8 @@ def main(
     arguments = (str(student), str(models / TEACHER), questions, str(new_tokens), str(generations))
     speed = bandwidth("cpu")
     sides = {"before": Side("ours", before, *arguments), "here": Side("ours", ROOT, *arguments)}
+    if overlap:
+        sides["beside"] = Side("beside", ROOT, *arguments)
     if gold:
         sides["gold"] = Side("gold", ROOT, *arguments)
     steps = {name: [] for name in sides}
@@ -103,12 +116,17 @@ def main(
     }
     report |= {"completions": completions, "generations": generations, "new_tokens": new_tokens, "rounds": rounds}
     report |= {"gigabytes_a_second": speed / 1e9, "writing_limit_seconds": limit, "here": ratios, "sides": found}
+    if overlap:
+        report["beside over before, wall"] = found["beside"]["wall_seconds"] / found["before"]["wall_seconds"]
     report["limit_over_writing"] = limit / found["here"]["writing_cpu_seconds"]
     save(output, report)
-    table = Table("side", "cpu s a step", "of it writing", "peak MiB", title=f"{generations} completions a prompt")
+    table = Table(
+        "side", "cpu s a step", "of it writing", "wall s", "peak MiB", title=f"{generations} completions a prompt"
+    )
     for name, own in found.items():
-        table.add_row(name, *(f"{own[key]:.1f}" for key in ("cpu_seconds", "writing_cpu_seconds", "peak_mib")))
-    table.add_row("limit", "", f"{limit:.1f}", "")
+        columns = ("cpu_seconds", "writing_cpu_seconds", "wall_seconds", "peak_mib")
+        table.add_row(name, *(f"{own[key]:.1f}" for key in columns))
+    table.add_row("limit", "", f"{limit:.1f}", "", "")
     Console(width=100).print(table)
 
 
@@ -119,10 +137,12 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--no-gold", dest="gold", action="store_false", help="leave GOLD out")
+    parser.add_argument("--overlap", action="store_true", help="also with teacher_overlap")
     parser.add_argument("--output", type=Path)
     chosen = parser.parse_args()
     if not os.environ.get("CTOPD_MODELS"):
         parser.error("CTOPD_MODELS names no folder with the two models")
-    path = chosen.output or ROOT / "benchmarks" / "results" / "speed" / f"real_pair_{chosen.generations}.json"
-    sizes = (chosen.generations, chosen.rounds, chosen.new_tokens, chosen.gold, path)
+    name = f"real_pair_{chosen.generations}{'_overlap' if chosen.overlap else ''}.json"
+    path = chosen.output or ROOT / "benchmarks" / "results" / "speed" / name
+    sizes = (chosen.generations, chosen.rounds, chosen.new_tokens, chosen.gold, chosen.overlap, path)
     main(assets_folder(parser), Path(os.environ["CTOPD_MODELS"]), chosen.before.resolve(), *sizes)
