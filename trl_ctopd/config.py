@@ -564,8 +564,9 @@ class CrossTokenizerGKDConfig(GKDConfig):
     )
 
     def __post_init__(self):
-        if self.bf16 is None and not self.use_cpu and not is_torch_bf16_gpu_available():
-            self.bf16 = False  # TRL's default of True is an error on a machine without bfloat16
+        if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
+            # TRL's default of True is an error on a machine without bfloat16, and on most CPUs slower than float32
+            self.bf16 = False
         self._check_numbers()
         super().__post_init__()
         for name, known in (

@@ -302,8 +302,7 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
         args, seat = self.args, self._panel.only
         for model in self._weighing:
             if isinstance(model, str):
-                distributed = self.accelerator.num_processes > 1
-                model = load_teacher(model, args.teacher_model_init_kwargs, args.trust_remote_code, distributed)
+                model = load_teacher(model, args.teacher_model_init_kwargs, args.trust_remote_code, self.accelerator)
             check_vocabulary("teacher", model, seat.tokenizer)
             rows = args.teacher_batch_size or 2 * args.per_device_train_batch_size
             self._weighers.append(LocalTeacher(model, self.accelerator, batch_size=rows))

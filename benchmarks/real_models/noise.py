@@ -85,6 +85,7 @@ def measured(student: str, teacher: str, data: str, specs: list[str], draws: int
     [prompts] = [batch["prompts"] for batch in trainer.get_train_dataloader()]
     noise = {spec: Noise() for spec in specs}
     for draw in range(draws):
+        trainer.distillation_loss = reading  # a draw holds what it reads, of which the others are content with less
         with trainer.rollouts.seeded(draw):
             [batch] = trainer._roll_out(model, [prompts], "train")
         batch = trainer._prepare_inputs(batch)

@@ -80,7 +80,7 @@ def test_a_quantized_teacher_gives_its_own_log_probs_and_teaches(trained, folder
         path, settings = str(tmp_path / "quantized"), {}
     else:
         path = folder
-    model = load_teacher(path, settings, False, False)
+    model = load_teacher(path, settings, False, Accelerator(cpu=True))
     assert model.is_quantized
     teacher = LocalTeacher(model, Accelerator(cpu=True), batch_size=1)
     for prompt, completion, found in zip(*TEXTS, teacher.log_probs(*TEXTS), strict=True):

@@ -3,6 +3,7 @@ trained can be saved."""
 
 import json
 import os
+import platform
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +14,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import get_max_memory
 from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -31,6 +33,7 @@ from transformers.utils import cached_file, is_sentencepiece_available, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
+from .heads import base_model
 from .quantized import saved_quantization, with_quantization_config
 
 
@@ -95,6 +98,45 @@ def _placed(name: str, kwargs: dict) -> dict:
     ):
         return kwargs
     return {**kwargs, "device_map": {"": device}}
+
+
+def computes_fast(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products in half precision. Without them, torch 2.13 takes ten times as long as in float32 with
+    AVX2, and five times with AVX-512 (findings/half_precision_on_a_cpu.sh)."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    # oneDNN calls any AVX-512 enough for bfloat16, and computes it in float32
+    own = torch.cpu._is_avx512_bf16_supported() or platform.machine().lower() not in ("x86_64", "amd64")
+    return own and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def slow_weights(side: str, model: nn.Module) -> str | None:
+    """A sentence, where weights of `model` are of a half precision that the CPU which they are on computes slowly in. Quantized models
+    compute otherwise."""
+    weights = list(model.parameters())
+    half = {own.dtype for own in weights} & {torch.bfloat16, torch.float16}
+    if getattr(base_model(model), "is_quantized", False) or {own.device.type for own in weights} != {"cpu"}:
+        return None
+    slow = ", ".join(sorted(str(dtype) for dtype in half if not computes_fast(dtype)))
+    return slow and (
+        f"The {side}'s weights are {slow}, for which this CPU has no instructions: it computes several times slower than in float32"
+    )
+
+
+def widen_for_cpu(side: str, model: PreTrainedModel | PeftModel):
+    """Makes weights float32 of which `slow_weights` tells, if that fits into memory."""
+    said = slow_weights(side, model)
+    if not said or any(hasattr(own, "ds_id") for own in model.parameters()):
+        return
+    added = sum(own.numel() * (4 - own.itemsize) for own in model.parameters() if own.itemsize < 4)
+    free = get_max_memory()["cpu"]
+    if added > free:
+        logger.warning(f"In float32 the {side} would take {added / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free.")
+        return
+    logger.info(f"{said}. They are converted, which takes {added / 1e9:.1f} GB more; set a `dtype` to keep them.")
+    model.float()
 
 
 def warn_of_two_checkpoints(name: str):
@@ -349,7 +391,7 @@ def check_saves(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: st
 
     Raises `ValueError` with the reason where something cannot be saved.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     _make_generation_config_whole(base)
     _forget_dequantizing(base)
     if not isinstance(model, PeftModel):
@@ -415,7 +457,7 @@ def _forget_dequantizing(model: nn.Module):
 def forget_gguf(model: nn.Module):
     """Weights read from a GGUF file are plain ones once they are read; only their loader is still there, with which nothing can be
     trained or saved."""
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = base_model(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if type(quantizer).__name__ != "GgufHfQuantizer":
         return

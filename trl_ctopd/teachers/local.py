@@ -13,15 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from transformers import PreTrainedModel
 
 from ..models.closing import in_tile_order
 from ..models.heads import add_token_scores, base_model, hidden_states
-from ..models.loading import load_model, switch_router_logits_off
+from ..models.loading import load_model, slow_weights, switch_router_logits_off, widen_for_cpu
 from ..models.packing import packed_inputs, packer_for
 from ..models.sharding import SHARDING, is_on, is_sharded, place_teacher, stays
 from ..rollouts.pairing import by_length, pad_rows
 
+
+logger = get_logger(__name__)
 
 GoingOn = tuple[np.ndarray, np.ndarray]  # (K,) places among a completion's tokens, and (K,) ids
 
@@ -101,6 +104,8 @@ class LocalTeacher:
         self._accelerator = accelerator
         self.model = place_teacher(model, accelerator)
         self._packer = packer_for("teacher", model, accelerator)
+        if said := slow_weights("teacher", model):
+            logger.warning(f"{said}. Load it with dtype='float32' (teacher_model_init_kwargs), if the memory is there.")
         self._reading = threading.Lock()
         in_step = accelerator.distributed_type in SHARDING and not stays(model)
         if overlap and in_step:
@@ -262,13 +267,17 @@ class LocalTeacher:
         return list(map(TeacherScores, log_probs, close, hidden))
 
 
-def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, distributed: bool) -> PreTrainedModel:
+def load_teacher(path: str, init_kwargs: dict | None, trust_remote_code: bool, accelerator) -> PreTrainedModel:
     """
     The teacher from a hub name or folder. `init_kwargs` go to `from_pretrained` (dtype, quantization_config, device_map,
-    revision, ...). Without a dtype there, it keeps the one it was saved in. Each process of a distributed run places the whole
-    teacher itself, unless `device_map` does.
+    revision, ...). Without a dtype there, it keeps the one it was saved in, but for float32 on a CPU that is slow in that. Each process of a
+    distributed run places the whole teacher itself, unless `device_map` does.
     """
-    kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-    if distributed:
+    given = init_kwargs or {}
+    kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, **given}
+    if accelerator.num_processes > 1:
         kwargs.setdefault("device_map", None)
-    return load_model(path, kwargs)
+    model = load_model(path, kwargs)
+    if "dtype" not in given and (accelerator.device.type == "cpu" or getattr(model, "hf_device_map", None)):
+        widen_for_cpu("teacher", model)
+    return model

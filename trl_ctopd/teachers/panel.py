@@ -97,8 +97,7 @@ class Seat:
         model, args, generation_config = self._model, self._args, None
         if not self.remote:
             if isinstance(model, str):
-                distributed = accelerator.num_processes > 1
-                model = load_teacher(model, args.teacher_model_init_kwargs, args.trust_remote_code, distributed)
+                model = load_teacher(model, args.teacher_model_init_kwargs, args.trust_remote_code, accelerator)
             check_vocabulary("teacher", model, self.tokenizer)
             rows = args.per_device_train_batch_size * args.num_generations
             rows = args.teacher_batch_size or rows
@@ -204,8 +203,7 @@ class ReferenceSeat:
     def sit(self, accelerator):
         if not self.remote:
             args = self._args
-            distributed = accelerator.num_processes > 1
-            model = load_teacher(self._model, args.teacher_model_init_kwargs, args.trust_remote_code, distributed)
+            model = load_teacher(self._model, args.teacher_model_init_kwargs, args.trust_remote_code, accelerator)
             rows = args.per_device_train_batch_size * args.num_generations
             rows = args.teacher_batch_size or rows
             self.teacher = LocalTeacher(model, accelerator, args.temperature, rows, args.teacher_overlap)

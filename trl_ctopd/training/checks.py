@@ -15,12 +15,14 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES, Metrics, build_loss, loss_name
 from ..losses.compass import Compass
-from ..models.heads import base_model, check_head, has_imbalance
+from ..models.heads import AUTOCAST, base_model, check_head, has_imbalance
 from ..models.loading import (
     adapter_base,
     check_saves,
+    computes_fast,
     forget_gguf,
     load_model,
+    slow_weights,
     warn_of_experts,
     warn_of_two_checkpoints,
 )
@@ -179,7 +181,20 @@ def check_run(
     check_compiled(model, args, accelerator)
     check_padding(model, args)
     warn_of_experts(model)
+    warn_of_slow_half(accelerator, model)
     check_saves(model, tokenizer, args.output_dir if args.should_save else None)
+
+
+def warn_of_slow_half(accelerator, model: nn.Module):
+    """Warns of a student that is to compute in a half precision for which the CPU has no instructions."""
+    said, mixed = slow_weights("student", model), AUTOCAST.get(accelerator.mixed_precision)
+    if said:
+        logger.warning(f"{said}. Load it with dtype='float32' (model_init_kwargs).")
+    elif mixed is not None and accelerator.device.type == "cpu" and not computes_fast(mixed):
+        name = accelerator.mixed_precision
+        logger.warning(
+            f"{name}=True on a CPU without instructions for it: the student computes several times slower than in float32. Set {name}=False."
+        )
 
 
 def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
