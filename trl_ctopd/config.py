@@ -645,11 +645,15 @@ class CrossTokenizerGKDConfig(GKDConfig):
         self._check_generation_kwargs()
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             kwargs = _with_dtype(name, getattr(self, name))
-            if (
-                kwargs and kwargs.get("quantization_config", ...) is None
-            ):  # reads what was saved quantized as plain weights
-                kwargs = {name: value for name, value in kwargs.items() if name != "quantization_config"}
+            if kwargs and kwargs.get("quantization_config", ...) is None:
+                # transformers would read what was saved quantized as plain weights
+                kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}
             setattr(self, name, kwargs)
+        if self.teacher_overlap and self.torch_compile:
+            raise ValueError(
+                "teacher_overlap=True with torch_compile=True: while a model is compiled, transformers keeps what layers return in a "
+                "variable of the whole process, and the teacher's thread would write there too. Leave one of the two out."
+            )
         if self.seq_kd and self.lmbda == 1.0:
             raise ValueError(
                 "seq_kd=True lets the teacher write what the student does not, and with lmbda=1.0 the student writes all: set lmbda "

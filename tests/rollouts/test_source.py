@@ -35,7 +35,7 @@ class ToyTeachers:
         aligner = TextAligner(student.tokenizer, self.side.tokenizer)
         return pair(prompts, completions, aligner, turn_ends=dict.fromkeys(student.stop_ids(), self.side.turn_end))
 
-    def read(self, rollouts, with_hidden, tables=None, foreseeing=None):
+    def read(self, rollouts, with_hidden, tables=None, foreseeing=None, wanted=None):
         places = [list(self.seats).index(rollout.prompt.teacher) for rollout in rollouts]
         scores = [
             -torch.tensor(rollout.teacher_ids, dtype=torch.float32) - 1000 * place
@@ -44,7 +44,7 @@ class ToyTeachers:
         return SimpleNamespace(
             reference=None,
             close_log_probs=lambda rows, length: None,
-            hidden={row: score[:, None].repeat(1, WIDTH) for row, score in enumerate(scores)} if with_hidden else {},
+            hidden=lambda rows, length: pad_scores([scores[row][:, None].repeat(1, WIDTH) for row in rows], length),
             log_probs=lambda rows, length: pad_scores([scores[row] for row in rows], length),
         )
 

@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from toys import SGD, fix_rollouts, prompts, step_of, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
+from trl_ctopd import CrossTokenizerGKDConfig
 from trl_ctopd.models.heads import base_model
 from trl_ctopd.models.sharding import is_on
 from trl_ctopd.teachers.local import LocalTeacher
@@ -204,6 +205,11 @@ def test_on_one_device_a_teacher_has_read_before_the_student_begins(build):
     trainer.train()
     assert set(names) == {threading.main_thread().name}
     assert "seconds/teacher_wait" not in trainer.state.log_history[0]
+
+
+def test_a_compiled_student_and_a_teacher_in_a_thread_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="teacher_overlap=True with torch_compile=True"):
+        CrossTokenizerGKDConfig(str(tmp_path), use_cpu=True, teacher_overlap=True, torch_compile=True)
 
 
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])

@@ -99,9 +99,7 @@ class Seat:
             if isinstance(model, str):
                 model = load_teacher(model, args.teacher_model_init_kwargs, args.trust_remote_code, accelerator)
             check_vocabulary("teacher", model, self.tokenizer)
-            rows = args.per_device_train_batch_size * args.num_generations
-            rows = args.teacher_batch_size or rows
-            self.teacher = LocalTeacher(model, accelerator, args.temperature, rows, args.teacher_overlap)
+            self.teacher = _local_teacher(model, accelerator, args)
             self.context = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None)
             generation_config = self.teacher.generation_config
         del self._model
@@ -204,9 +202,7 @@ class ReferenceSeat:
         if not self.remote:
             args = self._args
             model = load_teacher(self._model, args.teacher_model_init_kwargs, args.trust_remote_code, accelerator)
-            rows = args.per_device_train_batch_size * args.num_generations
-            rows = args.teacher_batch_size or rows
-            self.teacher = LocalTeacher(model, accelerator, args.temperature, rows, args.teacher_overlap)
+            self.teacher = _local_teacher(model, accelerator, args)
             self.context = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -450,6 +446,12 @@ class Foreseeing:
         for foreseen in (*self.texts.values(), self.of_reference):
             if foreseen is not None:
                 foreseen.close()
+
+
+def _local_teacher(model: PreTrainedModel, accelerator, args: CrossTokenizerGKDConfig) -> LocalTeacher:
+    rows = args.teacher_batch_size or args.per_device_train_batch_size * args.num_generations
+    overlap = False if args.torch_compile else args.teacher_overlap  # see the config's check
+    return LocalTeacher(model, accelerator, args.temperature, rows, overlap)
 
 
 def _at_once(seat: Seat | ReferenceSeat) -> bool:
