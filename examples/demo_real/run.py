@@ -42,7 +42,7 @@ SOLVED, GAP_PROMPTS, ANSWER_TOKENS = (
     32,
     160,
 )  # of the held-out tasks, how many are answered and how many give the gap
-STEPS, PROMPTS_PER_STEP, TOKENS, LEARNING_RATE = 32, 8, 96, 3e-4
+STEPS, PROMPTS_PER_STEP, TOKENS, LEARNING_RATE = 24, 8, 96, 3e-4
 MICRO_BATCHES = 2  # of a step: the same gradient as with one, and two gigabytes less at the peak
 LOSS = "reverse_kl"  # the teacher is in this process, so its distributions are at hand
 STEPS_BETWEEN_CHECKPOINTS = 4
