@@ -29,7 +29,7 @@ def answers(
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(stop_ids),
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        top_k=0,
+        top_k=0 if samples else None,
     )
     found: list[tuple[str, int, bool]] = [("", 0, False)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
