@@ -75,10 +75,15 @@ def prepare_quantized(model: PreTrainedModel, autocast=nullcontext):
         known.add(kind)
         share = _share_of_gradient(layer, model.get_input_embeddings().weight.dtype, autocast)
         if share is not None and not abs(share - 1) < 0.3:
+            way = (
+                "bitsandbytes has packed it for inference, at a pass in eval mode on this CPU: load the student again, and run nothing before."
+                if hasattr(layer, "support_avx512bf16_for_cpu")
+                else "Load its plain weights, dequantize it (`quantization_config` with `dequantize=True`, where its method has that), take "
+                "a quantization that bitsandbytes makes, or try float32 weights (bf16=False)."
+            )
             raise ValueError(
-                f"The student is quantized, and its {type(layer).__name__} {name.removesuffix('.base_layer')} gives its input {share:.0%} of the gradient: what lies "
-                "below would not be trained. Load its plain weights, dequantize it (`quantization_config` with `dequantize=True`, where "
-                "its method has that), take a quantization that bitsandbytes makes, or try float32 weights (bf16=False)."
+                f"The student is quantized, and its {type(layer).__name__} {name.removesuffix('.base_layer')} gives its input {share:.0%} of "
+                f"the gradient: what lies below would not be trained. {way}"
             )
 
 
