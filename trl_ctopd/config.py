@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .gkd import GKDConfig
@@ -564,9 +564,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
     )
 
     def __post_init__(self):
-        if self.bf16 is None and (self.use_cpu or not is_torch_bf16_gpu_available()):
-            # TRL's default of True is an error on a machine without bfloat16, and on most CPUs slower than float32
-            self.bf16 = False
+        set_bf16(self)
         self._check_numbers()
         super().__post_init__()
         for name, known in (
@@ -742,6 +740,13 @@ class CrossTokenizerGKDConfig(GKDConfig):
         other = type(self).__new__(type(self))
         other.__dict__.update(values)
         return other
+
+
+def set_bf16(args: TrainingArguments):
+    """Off, unless set, where there is no GPU with bfloat16. TRL's default of True is an error there, or with `use_cpu` slower than float32
+    on most CPUs."""
+    if args.bf16 is None and (args.use_cpu or not is_torch_bf16_gpu_available()):
+        args.bf16 = False
 
 
 def with_kwargs_as_json(args):

@@ -25,7 +25,7 @@ from trl.data_utils import extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
-from .config import CrossTokenizerGKDConfig, with_kwargs_as_json
+from .config import CrossTokenizerGKDConfig, set_bf16, with_kwargs_as_json
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.heads import base_model
 from .models.loading import by_name, check_vocabulary, load_tokenizer
@@ -100,6 +100,7 @@ class CrossTokenizerDPOConfig(DPOConfig):
     )
 
     def __post_init__(self):
+        set_bf16(self)
         super().__post_init__()
         if not self.precompute_ref_log_probs:
             raise ValueError(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from trl_ctopd import CrossTokenizerGKDConfig
 from trl_ctopd.models import loading
 from trl_ctopd.models.loading import slow_weights
+from trl_ctopd.preference import CrossTokenizerDPOConfig
 from trl_ctopd.teachers.local import load_teacher
 
 
@@ -82,9 +83,10 @@ def test_float32_is_not_warned_of(slow):
     assert not slow_weights("student", student_model())
 
 
-def test_on_a_cpu_mixed_precision_is_off_unless_set(tmp_path):
-    assert CrossTokenizerGKDConfig(str(tmp_path), **CPU).bf16 is False
-    assert CrossTokenizerGKDConfig(str(tmp_path), **CPU, bf16=True).bf16 is True
+@pytest.mark.parametrize("config", [CrossTokenizerGKDConfig, CrossTokenizerDPOConfig])
+def test_on_a_cpu_mixed_precision_is_off_unless_set(tmp_path, config):
+    assert config(str(tmp_path), **CPU).bf16 is False
+    assert config(str(tmp_path), **CPU, bf16=True).bf16 is True
 
 
 @pytest.mark.parametrize(("dtype", "flag"), [(torch.bfloat16, "avx512_bf16"), (torch.float16, "avx512_fp16")])
