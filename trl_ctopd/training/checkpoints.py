@@ -121,10 +121,10 @@ def begin(checkpoint: str | None, args: CrossTokenizerGKDConfig, identity: Mappi
     """Records in the output folder that a run begins, from scratch or from `checkpoint`, and warns of settings that have changed since."""
     if checkpoint is not None and (changed := changes(checkpoint, identity)):
         logger.warning(
-            f"Going on from {checkpoint} with other settings than it was saved with: {'; '.join(changed)}. It will not be the "
+            f"Going on from {checkpoint} with other settings than it was saved with: {'; '.join(changed.values())}. It will not be the "
             "run that was begun."
         )
-        stay = sorted(_OF_OPTIMIZER & {own.split()[0] for own in changed})
+        stay = sorted(_OF_OPTIMIZER & set(changed))
         if stay and (Path(checkpoint) / OPTIMIZER_NAME).exists():
             logger.warning(
                 f"{', '.join(stay)}: the checkpoint's stays in force, since Trainer takes the optimizer's settings from its {OPTIMIZER_NAME}. "
@@ -171,17 +171,17 @@ def _sync(path: Path):
         os.close(handle)
 
 
-def changes(checkpoint: str, settings: Mapping) -> list[str]:
-    """Which of a run's `settings` (JSON values) differ from those that `checkpoint` was saved with, each with both values."""
+def changes(checkpoint: str, settings: Mapping) -> dict[str, str]:
+    """Which of a run's `settings` (JSON values) differ from those that `checkpoint` was saved with: by name, a text with both values."""
     before = (_read(Path(checkpoint) / MANIFEST) or {}).get("settings")
     if before is None:
-        return []
+        return {}
     now = json.loads(json.dumps(settings))
-    return [
-        f"{name} (then {before[name]!r}, now {now[name]!r})"
+    return {
+        name: f"{name} (then {before[name]!r}, now {now[name]!r})"
         for name in now
         if name in before and before[name] != now[name]
-    ]
+    }
 
 
 def day_of(checkpoint: str | None) -> date | None:

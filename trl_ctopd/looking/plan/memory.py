@@ -42,9 +42,8 @@ class Pass:
     trained: int  # weights with gradients
     trained_in_float32: int  # the same weights, if all were float32
     peak: int
-    linear: int = (
-        0  # elements of the linear layers' weights that a quantization takes: all but the LM head's and an adapter's
-    )
+    # elements of the linear layers' weights that a quantization takes: all but the LM head's and an adapter's
+    linear: int = 0
     largest_linear: int = 0
     quantized: bool = False
 
