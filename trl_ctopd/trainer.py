@@ -29,6 +29,7 @@ from .losses.reference_kl import reference_kl
 from .models.heads import base_model
 from .models.loading import by_name, ensure_pad_token, load_tokenizer
 from .models.packing import packer_for
+from .models.products import use_faster_products
 from .models.reference import Reference
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
@@ -162,6 +163,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         # Trainer counts a step's tokens only for models that take loss kwargs. The loss here always needs the count.
         self.model_accepts_loss_kwargs = True
         self.stop_ids = prepare_student(self.model, self.student_side, args)
+        use_faster_products(self.model, self.accelerator)
         self.generation_config = sampling_config(args, self.stop_ids, processing_class.pad_token_id)
         write = student_writer(self.model, self.accelerator, self.student_side, self.generation_config, args)
         ahead = ahead_of(write, self.model, self.accelerator, self.generation_config, args)

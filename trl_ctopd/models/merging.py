@@ -15,6 +15,8 @@ import torch
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from torch import nn
 
+from .products import OneDnnLinear, by_columns
+
 
 _PLAIN = (Linear, Embedding, Conv1d, Conv2d, Conv3d)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,12 +51,14 @@ def _is_plain(layer: LoraLayer, uses: Counter) -> bool:
 @contextmanager
 def merged(layers: Sequence[LoraLayer], in_place: bool = False) -> Iterator[None]:
     """Within, these layers of `mergeable` are merged. `in_place`: no weight changes its address, which a CUDA graph has recorded."""
-    parameters = [p for layer in layers for p in layer.get_base_layer().parameters(recurse=False)]
+    bases = [layer.get_base_layer() for layer in layers]
+    parameters = [p for base in bases for p in base.parameters(recurse=False)]
+    columns = {id(base.weight) for base in bases if isinstance(base, OneDnnLinear)}
     kept = [(p, p.data.clone() if in_place else p.data) for p in parameters]
     try:
         if not in_place:
             for parameter, data in kept:
-                parameter.data = data.clone()
+                parameter.data = by_columns(data) if id(parameter) in columns else data.clone()
         for layer in layers:
             layer.merge()
         yield

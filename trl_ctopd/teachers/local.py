@@ -20,6 +20,7 @@ from ..models.closing import in_tile_order
 from ..models.heads import add_token_scores, base_model, hidden_states
 from ..models.loading import load_model, slow_weights, switch_router_logits_off, widen_for_cpu
 from ..models.packing import packed_inputs, packer_for
+from ..models.products import use_faster_products
 from ..models.sharding import SHARDING, is_on, is_sharded, place_teacher, stays
 from ..rollouts.pairing import by_length, pad_rows
 
@@ -103,6 +104,7 @@ class LocalTeacher:
         self.batch_size = batch_size
         self._accelerator = accelerator
         self.model = place_teacher(model, accelerator)
+        use_faster_products(model, accelerator)
         self._packer = packer_for("teacher", model, accelerator)
         if said := slow_weights("teacher", model):
             logger.warning(f"{said}. Load it with dtype='float32' (teacher_model_init_kwargs), if the memory is there.")

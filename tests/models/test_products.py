@@ -1,0 +1,203 @@
+"""Linear layers that multiply by oneDNN: the function of `nn.Linear`, on every processor; where they are used, and what of a model stays."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
+from toys import SGD, fix_rollouts, prompts, step_of, student_model
+from torch import nn
+
+from trl_ctopd.models import products
+from trl_ctopd.models.merging import mergeable, merged
+from trl_ctopd.models.products import LEAST, OneDnnLinear, by_columns, onednn_is_faster, use_faster_products
+
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
+
+ALONE = SimpleNamespace(distributed_type=DistributedType.NO)
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """As on a processor where oneDNN is the faster library, for products of any size."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "LEAST", 1)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many products oneDNN has made: `calls[0]`."""
+    count, own = [0], products.product
+
+    def counted(*args):
+        count[0] += 1
+        return own(*args)
+
+    monkeypatch.setattr(products, "product", counted)
+    return count
+
+
+def layer(inputs: int = 24, outputs: int = 40, bias: bool = True) -> OneDnnLinear:
+    torch.manual_seed(0)
+    return OneDnnLinear(inputs, outputs, bias=bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (3, 5, 24), (2, 1, 24)], ids=str)
+@pytest.mark.parametrize("layout", ["by rows", "by columns"])
+def test_values_and_gradients_are_those_of_float64(everywhere, calls, bias, shape, layout):
+    own = layer(bias=bias)
+    if layout == "by columns":
+        own.weight.data = by_columns(own.weight.data)
+    exact = nn.Linear(24, 40, bias=bias, dtype=torch.float64)
+    exact.load_state_dict(own.state_dict())
+    x = torch.randn(shape, requires_grad=True)
+    y = x.detach().double().requires_grad_()
+    weights = torch.randn(*shape[:-1], 40)
+    found, expected = own(x), exact(y)
+    (found * weights).sum().backward()
+    (expected * weights.double()).sum().backward()
+    close = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(found, expected, **close)
+    torch.testing.assert_close(x.grad, y.grad, **close)
+    for parameter, reference in zip(own.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, reference.grad, **close)
+    assert calls[0] == 3
+
+
+def test_an_input_in_another_order_of_memory_is_read_as_what_it_is(everywhere):
+    own = layer()
+    x = torch.randn(24, 6).t()
+    torch.testing.assert_close(own(x), nn.functional.linear(x, own.weight, own.bias), rtol=1e-5, atol=1e-5)
+    wide = torch.randn(6, 48)[:, ::2]
+    torch.testing.assert_close(own(wide), nn.functional.linear(wide, own.weight, own.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_no_gradient_is_computed_that_is_not_asked_for(everywhere, calls):
+    own = layer(bias=False).requires_grad_(False)
+    own(torch.randn(3, 24, requires_grad=True)).sum().backward()
+    assert calls[0] == 2 and own.weight.grad is None
+    with torch.no_grad():
+        assert own(torch.randn(3, 24)).grad_fn is None
+
+
+def test_recomputed_layers_have_the_same_gradient(everywhere):
+    own, x = layer(), torch.randn(3, 24, requires_grad=True)
+    own(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    torch.utils.checkpoint.checkpoint(own, x, use_reentrant=False).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_small_products_and_other_types_stay_with_torch(calls, monkeypatch):
+    own = layer()
+    rows = LEAST // own.weight.numel() + 1
+    own(torch.randn(rows - 1, 24))
+    assert calls[0] == 0
+    own(torch.randn(rows, 24))
+    assert calls[0] == 1
+    monkeypatch.setattr(products, "LEAST", 1)
+    assert own(torch.randn(0, 24)).shape == (0, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert own(torch.randn(3, 24)).dtype == torch.bfloat16
+    copy.deepcopy(own).double()(torch.randn(3, 24, dtype=torch.float64))
+    copy.deepcopy(own).to(torch.bfloat16)(torch.randn(3, 24, dtype=torch.bfloat16))
+    copy.deepcopy(own).to("meta")(torch.randn(3, 24, device="meta"))
+    with torch.backends.mkldnn.flags(enabled=False):
+        own(torch.randn(3, 24))
+    assert calls[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("processor", "capability", "expected"),
+    [
+        ("vendor_id\t: AuthenticAMD\n", "AVX512", True),
+        ("AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", "AVX512", True),
+        ("vendor_id\t: AuthenticAMD\n", "AVX2", False),
+        ("vendor_id\t: GenuineIntel\n", "AVX512", False),
+        ("", "DEFAULT", False),
+    ],
+)
+def test_onednn_is_faster_on_amd_with_avx512(monkeypatch, processor, capability, expected):
+    monkeypatch.setattr(products, "_processor", lambda: processor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert onednn_is_faster.__wrapped__() is expected
+
+
+def test_plain_layers_are_switched_and_others_stay(everywhere):
+    class Own(nn.Linear):
+        pass
+
+    model = nn.ModuleList([nn.Linear(2, 2), Own(2, 2), nn.Embedding(2, 2), nn.Linear(2, 2, device="meta")])
+    for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        use_faster_products(model, SimpleNamespace(distributed_type=kind))
+        assert type(model[0]) is nn.Linear
+    weights = model.state_dict()
+    use_faster_products(model, ALONE)
+    assert [type(module) for module in model] == [OneDnnLinear, Own, nn.Embedding, nn.Linear]
+    assert list(model.state_dict()) == list(weights)
+
+
+def test_on_other_processors_all_stay(monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    model = nn.Sequential(nn.Linear(2, 2))
+    use_faster_products(model, ALONE)
+    assert type(model[0]) is nn.Linear
+
+
+@torch.no_grad()
+def test_a_merged_adapter_is_laid_out_by_columns_and_taken_out_again_exactly(everywhere, calls):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model, ids = get_peft_model(student_model(), config).eval(), torch.arange(40).view(2, 20) % 30
+    expected = model(input_ids=ids).logits
+    use_faster_products(model, ALONE)
+    apart = model(input_ids=ids).logits
+    torch.testing.assert_close(apart, expected, rtol=1e-4, atol=1e-5)
+    weights = [weight.clone() for weight in model.parameters()]
+    layers, before = mergeable(model), calls[0]
+    with merged(layers):
+        assert all(not own.get_base_layer().weight.is_contiguous() for own in layers)
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert calls[0] > before
+    assert all(
+        torch.equal(weight, own) and own.is_contiguous()
+        for weight, own in zip(weights, model.parameters(), strict=True)
+    )
+    assert torch.equal(model(input_ids=ids).logits, apart)
+
+
+def test_a_copy_multiplies_by_its_own_weights_and_peft_merges_for_good(everywhere):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        student_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
+    use_faster_products(model, ALONE)
+    ids = torch.arange(20).view(1, 20)
+    expected, other = model(input_ids=ids).logits, copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert torch.equal(other(input_ids=ids).logits, expected)
+    plain = other.merge_and_unload()
+    torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"peft_config": LoraConfig(r=4, target_modules="all-linear")}], ids=["full", "LoRA"]
+)
+def test_a_step_moves_the_weights_as_it_does_by_torchs_own_products(build, calls, monkeypatch, settings):
+    def step() -> torch.Tensor:
+        return step_of(fix_rollouts(build(dataset=prompts(4), per_device_train_batch_size=4, **SGD, **settings)))
+
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    expected = step()
+    assert calls[0] == 0
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "LEAST", 1)
+    torch.testing.assert_close(step(), expected, rtol=1e-3, atol=1e-6)
+    assert calls[0] > 0 and expected.abs().max() > 1e-5

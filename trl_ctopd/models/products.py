@@ -1,0 +1,97 @@
+"""Matrix products of a CPU, by the faster of the two libraries that torch is built with.
+
+torch takes MKL for a linear layer in float32. On an AMD processor with AVX-512, MKL (2024.2, in torch 2.9 to 2.13) uses AVX2 alone, and
+has half of oneDNN's speed (findings/amd_products_at_half_speed.sh). No setting of torch's changes that, so layers are
+switched to oneDNN here, in float32 as before: results differ by rounding.
+"""
+
+import functools
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .sharding import SHARDING
+
+
+LEAST = 2**20  # multiplications in a product; a call of oneDNN takes 10 µs more, which a smaller one does not win back
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this is an AMD processor with AVX-512, and torch has both libraries."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkl.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and "AuthenticAMD" in _processor()
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    return info.read_text(encoding="utf-8", errors="replace") if info.exists() else platform.processor()
+
+
+class OneDnnLinear(nn.Linear):
+    """A linear layer that multiplies by oneDNN where its input and weight are plain float32 tensors on the CPU, and as `nn.Linear` else."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight, self.bias
+        if _is_plain(input, weight) and input.numel() * len(weight) >= LEAST:
+            return _Linear.apply(input, weight, bias)
+        return super().forward(input)
+
+
+def _is_plain(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        input.dtype == weight.dtype == torch.float32
+        and input.device.type == weight.device.type == "cpu"
+        and type(input) is torch.Tensor
+        and type(weight) is nn.Parameter
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias):
+        ctx.save_for_backward(input, weight)
+        return product(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        input, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            product(grad, weight.t()) if wanted[0] else None,
+            product(rows.t(), input.reshape(-1, input.shape[-1]).t()) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
+
+
+def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(..., K) and (N, K) to (..., N), as `torch.nn.functional.linear`, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
+
+def by_columns(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of (N, K) weights in the layout in which oneDNN multiplies few rows by them fastest: column by column."""
+    return weight.t().clone(memory_format=torch.contiguous_format).t()
+
+
+def use_faster_products(model: nn.Module, accelerator):
+    """Switches `model`'s linear layers on the CPU in place, where that is faster. Layers of other classes, quantized ones among them, stay,
+    and so do all where DeepSpeed or FSDP splits weights over processes."""
+    if not onednn_is_faster() or accelerator.distributed_type in SHARDING:
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":
+            module.__class__ = OneDnnLinear
