@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
-from toys import SGD, fix_rollouts, prompts, step_of, student_model
 from torch import nn
+from toys import SGD, fix_rollouts, prompts, step_of, student_model
 
 from trl_ctopd.models import products
 from trl_ctopd.models.merging import mergeable, merged
@@ -201,3 +201,15 @@ def test_a_step_moves_the_weights_as_it_does_by_torchs_own_products(build, calls
     monkeypatch.setattr(products, "LEAST", 1)
     torch.testing.assert_close(step(), expected, rtol=1e-3, atol=1e-6)
     assert calls[0] > 0 and expected.abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_product_into_a_tile_is_that_of_float64(calls, monkeypatch, faster):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: faster)
+    monkeypatch.setattr(products, "LEAST", 1)
+    torch.manual_seed(0)
+    rows, weight, buffer = torch.randn(5, 12), torch.randn(30, 12), torch.empty(8, 40)
+    tile = buffer[:5, :20]
+    products.multiply(rows, weight[:20], out=tile)
+    torch.testing.assert_close(buffer[:5, :20].double(), rows.double() @ weight[:20].double().t(), rtol=1e-5, atol=1e-5)
+    assert calls[0] == faster

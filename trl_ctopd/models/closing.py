@@ -12,6 +12,8 @@ import torch
 from trl.kernels import chunked_logprob as trl_kernels
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from .products import multiply
+
 
 def in_tile_order(places: Sequence[np.ndarray], ids: Sequence[np.ndarray]) -> torch.Tensor:
     """(2, K) `rows` and `ids` of [`ClosingLogProbFunction`], from arrays of both, in the order that it reads them."""
@@ -174,7 +176,7 @@ def _tiles(hidden, weight, bias, dtype, columns):
         for start in range(0, len(weight), columns):
             part = weight[start : start + columns].to(dtype)
             tile = buffer[: len(own), : len(part)]
-            torch.mm(own, part.t(), out=tile)
+            multiply(own, part, out=tile)
             if bias is not None:
                 tile.add_(bias[start : start + columns].to(dtype))
             yield top, top + len(own), start, start + len(part), tile
