@@ -1,6 +1,6 @@
 """Matrix products of a CPU, by the faster of the two libraries that torch is built with.
 
-torch takes MKL for a linear layer in float32. On an AMD processor with AVX-512, MKL (2024.2, in torch 2.9 to 2.13) uses AVX2 alone, and
+torch takes MKL for a linear layer in float32. On an AMD processor with AVX-512, MKL (2024.2, in torch 2.13) uses AVX2 alone, and
 has half of oneDNN's speed (findings/amd_products_at_half_speed.sh). No setting of torch's changes that, so layers are
 switched to oneDNN here, in float32 as before: results differ by rounding.
 """
