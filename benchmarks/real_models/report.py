@@ -4,12 +4,14 @@
 
 A gap is Σ nats / Σ bytes over the held-out prompts. Its standard error, and that of a difference, is over prompts by linearization:
 methods answer the same prompts, so what a prompt adds to both cancels in their difference. Seeds are averaged for each prompt first.
+CPU seconds are those of one processor: the one that made the most runs of a table. Those of runs on another count as unknown.
 """
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -53,7 +55,8 @@ PAIR_TITLES = {
 
 @dataclass
 class Point:
-    """The gap after some updates, each prompt's part of its error, and the means over seeds of what else was measured."""
+    """The gap after some updates, each prompt's part of its error, and the means over seeds of what else was measured. `cpu_seconds`
+    are NaN where another processor than the table's took them."""
 
     gap: float
     parts: np.ndarray
@@ -109,26 +112,44 @@ def on_common_seeds(by_rate: dict[float, BySeed]) -> dict[float, BySeed]:
 def curves_by_rate(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dict[str, dict[float, BySeed]]:
     """By method and learning rate. Of a seed that was run twice, the longer run."""
     found: dict[str, dict[float, BySeed]] = {}
+    timed = processor(lines, dataset, pair)
     for method in ("start", *METHODS):
         wanted = {"method": method, "dataset": dataset, "pair": pair}
         own = [line for line in lines if "error" not in line and all(line["run"][k] == v for k, v in wanted.items())]
         for line in sorted(own, key=lambda line: (-line["run"]["learning_rate"], line["run"]["updates"])):
             rate, seed = line["run"]["learning_rate"], line["run"]["seed"]
-            curve = {int(step): _point(point, rate) for step, point in line["curve"].items()}
+            comparable = _processor(line) == timed
+            curve = {int(step): _point(point, rate, comparable) for step, point in line["curve"].items()}
             found.setdefault(method, {}).setdefault(rate, {})[seed] = curve
     return found
 
 
-def _point(measured: dict, rate: float) -> Point:
-    names = ("nats_per_byte", "cpu_seconds", "entropy", "mean_length", "truncated_fraction")
-    gap, *rest = (measured[name] for name in names)
-    return Point(gap, parts(measured["rows"]), *rest, 1, rate)
+def processor(lines: Sequence[dict], dataset: str, pair: str = HOME) -> str | None:
+    """The one that made the most runs of a data set and a pair, whose CPU seconds are compared."""
+    made = Counter(
+        _processor(line)
+        for line in lines
+        if line["run"]["dataset"] == dataset and line["run"]["pair"] == pair and line["run"]["updates"]
+    )
+    return max(made, key=made.get, default=None)
+
+
+def _processor(line: dict) -> str:
+    return line["machine"]["cpu"]
+
+
+def _point(measured: dict, rate: float, comparable: bool) -> Point:
+    gap, *rest = (measured[name] for name in ("nats_per_byte", "entropy", "mean_length", "truncated_fraction"))
+    seconds = measured["cpu_seconds"] if comparable or not measured["cpu_seconds"] else math.nan
+    return Point(gap, parts(measured["rows"]), seconds, *rest, 1, rate)
 
 
 def mean(points: Sequence[Point]) -> Point:
     """Of several seeds. What a prompt adds is averaged before the error is taken."""
     columns = zip(*map(_values, points), strict=True)
-    return Point(*(sum(column) / len(points) for column in columns), len(points), points[0].rate)
+    found = Point(*(sum(column) / len(points) for column in columns), len(points), points[0].rate)
+    timed = [point.cpu_seconds for point in points if not math.isnan(point.cpu_seconds)]
+    return replace(found, cpu_seconds=sum(timed) / len(timed) if timed else math.nan)
 
 
 def averaged(by_seed: BySeed) -> Curve:
@@ -156,11 +177,12 @@ def _steps(found: dict[str, BySeed]) -> list[int]:
     return sorted({step for by_seed in found.values() for curve in by_seed.values() for step in curve} - {0})
 
 
-def table(found: dict[str, BySeed]) -> str:
+def table(found: dict[str, BySeed], timed: str | None) -> str:
+    """`timed`: the processor whose CPU seconds these are."""
     steps, last = _steps(found), f"after {UPDATES}"
     gaps = " | ".join(["gap before", *(f"gap after {step}" for step in steps)])
     rows = [
-        f"| | rate | seeds | {gaps} | CPU seconds, {last} | entropy, {last} | tokens | cut off |",
+        f"| | rate | seeds | {gaps} | CPU seconds ({timed}), {last} | entropy, {last} | tokens | cut off |",
         "|---" * (8 + len(steps)) + "|",
     ]
     for method, by_seed in found.items():
@@ -170,10 +192,14 @@ def table(found: dict[str, BySeed]) -> str:
         if point is None:
             continue
         rows.append(
-            f"| {NAMES.get(method, f'`{method}`')} | {_written(point.rate)} | {point.seeds} | {' | '.join(gaps)} | {point.cpu_seconds:.0f} "
+            f"| {NAMES.get(method, f'`{method}`')} | {_written(point.rate)} | {point.seeds} | {' | '.join(gaps)} | {_seconds(point)} "
             f"| {point.entropy:.2f} | {point.mean_length:.0f} | {100 * point.truncated_fraction:.0f} % |"
         )
     return "\n".join(rows)
+
+
+def _seconds(point: Point) -> str:
+    return "" if math.isnan(point.cpu_seconds) else f"{point.cpu_seconds:.0f}"
 
 
 def _written(rate: float) -> str:
@@ -215,12 +241,16 @@ def beside_the_default(found: dict[str, BySeed]) -> str:
         cells = [
             _difference({seed: curve[step] for seed, curve in by_seed.items() if step in curve}, own) for step in steps
         ]
-        timed = {seed: at_cpu_seconds(curve, start, seconds) for seed, curve in by_seed.items()}
+        timed = {seed: at_cpu_seconds(curve, start, seconds) for seed, curve in by_seed.items() if _is_timed(curve)}
         early = [point.cpu_seconds for point, is_last in timed.values() if is_last]
         said = f" (its last, at {sum(early) / len(early):.0f})" if early else ""
         cells.append(_difference({seed: point for seed, (point, _) in timed.items()}, own) + said)
         rows.append(f"| {NAMES.get(method, f'`{method}`')} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _is_timed(curve: Curve) -> bool:
+    return not any(math.isnan(point.cpu_seconds) for point in curve.values())
 
 
 def _difference(points: dict[int, Point], own: dict[int, Point]) -> str:
@@ -244,11 +274,11 @@ def blocks(lines: Sequence[dict]) -> dict[str, str]:
     made = {"refused": refused(lines)}
     for pair in PAIRS:
         if pair != HOME and "start" in (found := curves(lines, "mbpp", pair)):
-            made[f"mbpp {pair}"] = f"{PAIR_TITLES[pair]}\n\n{table(found)}"
+            made[f"mbpp {pair}"] = f"{PAIR_TITLES[pair]}\n\n{table(found, processor(lines, 'mbpp', pair))}"
     for dataset in DATASETS:
         found = curves(lines, dataset)
         if "start" in found:
-            made[dataset] = f"{TITLES[dataset]}\n\n{table(found)}"
+            made[dataset] = f"{TITLES[dataset]}\n\n{table(found, processor(lines, dataset))}"
             if DEFAULT in found:
                 made[f"{dataset} beside the default"] = beside_the_default(found)
             if tried := rates(curves_by_rate(lines, dataset)):

@@ -98,14 +98,14 @@ def test_an_untrained_student_has_the_same_gap_whatever_loss_it_is_to_learn_by(f
     assert measured == 3 * measured[:1]
 
 
-def made_up(method, seed, gap, prompts=(0.0, 0.0), cpu_seconds=100.0, steps=(12,), rate=3e-4):
+def made_up(method, seed, gap, prompts=(0.0, 0.0), cpu_seconds=100.0, steps=(12,), rate=3e-4, cpu="one"):
     """A finished run: two prompts of 10 bytes, whose gaps differ from `gap` by `prompts`."""
     measured = [[10 * (gap + prompts[0]), 10], [10 * (gap + prompts[1]), 10]]
     point = {"nats_per_byte": gap, "rows": measured, "entropy": 1.0, "mean_length": 9.0, "truncated_fraction": 0.5}
     settings = {"method": method, "dataset": "mbpp", "pair": report.HOME, "seed": seed, "updates": steps[-1]}
     settings["learning_rate"] = 0.0 if method == "start" else rate
     times = {step: {**point, "cpu_seconds": cpu_seconds * step / 12} for step in steps}
-    return {"run": settings, "curve": json.loads(json.dumps(times))}
+    return {"run": settings, "curve": json.loads(json.dumps(times)), "machine": {"cpu": cpu}}
 
 
 def test_what_a_prompt_adds_to_both_methods_is_no_error_of_their_difference():
@@ -132,6 +132,24 @@ def test_gaps_are_compared_at_equal_cpu_seconds_too():
     table = report.beside_the_default(report.curves(lines, "mbpp"))
     assert "+0.200 ± 0.000 |" in next(row for row in table.splitlines() if "sft" in row)  # half way from .5 to .3
     assert "+0.200 ± 0.000 (its last, at 50)" in next(row for row in table.splitlines() if "bpm" in row)
+
+
+def test_seconds_of_another_processor_are_not_compared():
+    lines = [made_up("start", 0, 0.5, steps=(0,), cpu="other"), made_up("dpca", 0, 0.2, cpu_seconds=100)]
+    lines += [made_up("dpca", 1, 0.4, cpu_seconds=900, cpu="other"), made_up("sft", 0, 0.3, cpu_seconds=200)]
+    lines += [made_up("sft", 1, 0.5, cpu_seconds=200), made_up("bpm", 0, 0.4, cpu_seconds=50, cpu="other")]
+    made = report.blocks(lines)
+    columns = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in made["mbpp"].splitlines()[4:]}
+    assert "CPU seconds (one), after 12" in made["mbpp"]
+    assert [columns[name][5] for name in ("untrained", "`dpca` (the default)", "`sft` on references", "`bpm`")] == [
+        "0",
+        "100",
+        "200",
+        "",
+    ]
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in made["mbpp beside the default"].splitlines()}
+    assert rows["`sft` on references"][1:] == ["+0.100 ± 0.000, 2 seeds", "+0.150 ± 0.000, 2 seeds |"]
+    assert rows["`bpm`"][1:] == ["+0.200 ± 0.000", " |"]
 
 
 def test_a_pair_of_which_only_the_start_was_measured_has_its_row():
