@@ -29,7 +29,7 @@ from .losses.reference_kl import reference_kl
 from .models.heads import base_model
 from .models.loading import by_name, ensure_pad_token, load_tokenizer
 from .models.packing import packer_for
-from .models.products import use_faster_products
+from .models.products import faster_products
 from .models.reference import Reference
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
@@ -163,7 +163,6 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         # Trainer counts a step's tokens only for models that take loss kwargs. The loss here always needs the count.
         self.model_accepts_loss_kwargs = True
         self.stop_ids = prepare_student(self.model, self.student_side, args)
-        use_faster_products(self.model, self.accelerator)
         self.generation_config = sampling_config(args, self.stop_ids, processing_class.pad_token_id)
         write = student_writer(self.model, self.accelerator, self.student_side, self.generation_config, args)
         ahead = ahead_of(write, self.model, self.accelerator, self.generation_config, args)
@@ -264,7 +263,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
 
     def train(self, *args, **kwargs):
         self._meters["train"].clear()  # may hold metrics of an earlier run that was interrupted
-        return super().train(*args, **kwargs)
+        with faster_products(self.model, self.accelerator):
+            return super().train(*args, **kwargs)
 
     def _prepare_input(self, data):
         """Moves `data` to the device and keeps its precision. Trainer's own would round to DeepSpeed's, log-probs too."""
@@ -349,7 +349,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
     def evaluation_loop(self, *args, **kwargs):
         self._meters["eval"].clear()  # may hold metrics of an earlier evaluation that was interrupted or not logged
         # the same seed for every evaluation, so that two of them can be compared
-        with left_unprepared(self.model, self.accelerator), self.rollouts.seeded(-1):
+        faster = faster_products(self.model, self.accelerator)
+        with left_unprepared(self.model, self.accelerator), self.rollouts.seeded(-1), faster:
             return super().evaluation_loop(*args, **kwargs)
 
     # Logging

@@ -1,6 +1,7 @@
 """Linear layers that multiply by oneDNN: the function of `nn.Linear`, on every processor; where they are used, and what of a model stays."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,14 @@ from toys import SGD, fix_rollouts, prompts, step_of, student_model
 
 from trl_ctopd.models import products
 from trl_ctopd.models.merging import mergeable, merged
-from trl_ctopd.models.products import LEAST, OneDnnLinear, by_columns, onednn_is_faster, use_faster_products
+from trl_ctopd.models.products import (
+    LEAST,
+    OneDnnLinear,
+    by_columns,
+    faster_products,
+    onednn_is_faster,
+    use_faster_products,
+)
 
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
@@ -111,6 +119,14 @@ def test_small_products_and_other_types_stay_with_torch(calls, monkeypatch):
     assert calls[0] == 1
 
 
+def test_a_compiled_layer_is_one_graph_of_torchs_own_product(everywhere, calls):
+    own, x = layer(), torch.randn(3, 24)
+    torch.testing.assert_close(
+        torch.compile(own, backend="eager", fullgraph=True)(x), nn.functional.linear(x, own.weight, own.bias)
+    )
+    assert calls[0] == 0
+
+
 @pytest.mark.parametrize(
     ("processor", "capability", "expected"),
     [
@@ -140,6 +156,18 @@ def test_plain_layers_are_switched_and_others_stay(everywhere):
     use_faster_products(model, ALONE)
     assert [type(module) for module in model] == [OneDnnLinear, Own, nn.Embedding, nn.Linear]
     assert list(model.state_dict()) == list(weights)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_afterwards_layers_are_plain_again_but_those_that_were_not(everywhere, fails):
+    model = nn.Sequential(nn.Linear(2, 2), OneDnnLinear(2, 2))
+    with pytest.raises(RuntimeError, match="amid") if fails else nullcontext(), faster_products(model, ALONE):
+        with faster_products(model, ALONE):
+            assert {type(own) for own in model} == {OneDnnLinear}
+        assert {type(own) for own in model} == {OneDnnLinear}
+        if fails:
+            raise RuntimeError("amid the run")
+    assert [type(own) for own in model] == [nn.Linear, OneDnnLinear]
 
 
 def test_on_other_processors_all_stay(monkeypatch):

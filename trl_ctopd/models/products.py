@@ -7,6 +7,8 @@ switched to oneDNN here, in float32 as before: results differ by rounding.
 
 import functools
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,6 +43,8 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
+        if torch.compiler.is_compiling():
+            return super().forward(input)
         if type(weight) is nn.Parameter and _is_plain(input, weight) and input.numel() * len(weight) >= LEAST:
             return _Linear.apply(input, weight, bias)
         return super().forward(input)
@@ -53,7 +57,6 @@ def _is_plain(input: torch.Tensor, weight: torch.Tensor) -> bool:
         and type(input) is torch.Tensor
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -94,11 +97,25 @@ def by_columns(weight: torch.Tensor) -> torch.Tensor:
     return weight.t().clone(memory_format=torch.contiguous_format).t()
 
 
-def use_faster_products(model: nn.Module, accelerator):
-    """Switches `model`'s linear layers on the CPU in place, where that is faster. Layers of other classes, quantized ones among them, stay,
-    and so do all where DeepSpeed or FSDP splits weights over processes."""
+def use_faster_products(model: nn.Module, accelerator) -> list[nn.Linear]:
+    """
+    Switches `model`'s linear layers on the CPU in place, where that is faster, and returns those it has switched. Layers of other
+    classes, quantized ones among them, stay, and so do all where DeepSpeed or FSDP splits weights over processes.
+    """
     if not onednn_is_faster() or accelerator.distributed_type in SHARDING:
-        return
-    for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu":
-            module.__class__ = OneDnnLinear
+        return []
+    plain = [own for own in model.modules() if type(own) is nn.Linear and own.weight.device.type == "cpu"]
+    for own in plain:
+        own.__class__ = OneDnnLinear
+    return plain
+
+
+@contextmanager
+def faster_products(model: nn.Module, accelerator) -> Iterator[None]:
+    """`use_faster_products` for a while: afterwards the layers are `nn.Linear` again, as other libraries look for them."""
+    switched = use_faster_products(model, accelerator)
+    try:
+        yield
+    finally:
+        for own in switched:
+            own.__class__ = nn.Linear

@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import cached_file
 
-from .products import OneDnnLinear
-
 
 _ADAPTER = "lora_"
 
@@ -100,7 +98,7 @@ def _kind(layer: nn.Module) -> tuple | None:
         return None
     own, weight = "forward" in vars(layer), getattr(layer, "weight", None)
     kept_as = type(weight.data if isinstance(weight, nn.Parameter) else weight)
-    if type(layer) in (nn.Linear, OneDnnLinear) and not own and kept_as is torch.Tensor:
+    if type(layer) is nn.Linear and not own and kept_as is torch.Tensor:
         return None
     return type(layer), own, kept_as, sizes
 

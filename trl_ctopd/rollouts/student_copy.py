@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from ..config import CrossTokenizerGKDConfig
 from ..models.heads import AUTOCAST, base_model
+from ..models.products import use_faster_products
 from ..models.sharding import shards_student
 from .ahead import Cancelled
 from .generation import Written, step_seed, write_with_copy
@@ -73,6 +74,7 @@ class StudentCopy:
         self._copy = copy.deepcopy(model)
         base_model(self._copy).__dict__.pop("forward", None)  # what scores tokens is bound to the student
         self._copy.to(self._device)
+        use_faster_products(self._copy, accelerator)
 
     def begin(
         self, model: nn.Module, prompts: list[Prompt], step: int, taken: int
