@@ -87,13 +87,19 @@ def parts(rows: Sequence[tuple[float, int]]) -> np.ndarray:
 
 
 def curves(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dict[str, BySeed]:
-    """Each method's curves, in the order of the methods, at the rate with the smallest mean gap after 12 updates."""
+    """Each method's curves, in the order of the methods, at the rate with the smallest mean gap after 12 updates on the seeds that its
+    rates share. Among rates that are no worse than that by more than the error of the difference, the one with the most seeds."""
     found = {}
     for method, by_rate in curves_by_rate(lines, dataset, pair).items():
-        tried = on_common_seeds(by_rate)
-        best = min(tried, key=lambda rate: averaged(tried[rate])[UPDATES].gap, default=next(iter(by_rate)))
-        found[method] = by_rate[best]
+        tried = {rate: averaged(by_seed)[UPDATES] for rate, by_seed in on_common_seeds(by_rate).items()}
+        order = sorted(tried, key=lambda rate: tried[rate].gap) or [*by_rate]
+        level = [rate for rate in order if rate not in tried or _is_level(tried[rate], tried[order[0]])]
+        found[method] = by_rate[max(level, key=lambda rate: len(by_rate[rate]))]
     return found
+
+
+def _is_level(point: Point, best: Point) -> bool:
+    return point.gap - best.gap <= error(point.parts - best.parts)
 
 
 def on_common_seeds(by_rate: dict[float, BySeed]) -> dict[float, BySeed]:

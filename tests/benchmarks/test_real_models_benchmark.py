@@ -185,6 +185,13 @@ def test_of_several_rates_a_methods_best_counts_and_all_are_shown():
     assert "mbpp rates" not in report.blocks(lines[1:2] + lines[3:])
 
 
+def test_of_rates_that_are_level_the_one_with_more_seeds_counts():
+    lines = [made_up("dpca", 0, 0.2, (0.1, -0.1)), made_up("dpca", 1, 0.4), made_up("dpca", 0, 0.15, rate=1e-3)]
+    assert report.curves(lines, "mbpp")["dpca"].keys() == {0, 1}
+    lines[2] = made_up("dpca", 0, 0.05, rate=1e-3)
+    assert report.curves(lines, "mbpp")["dpca"].keys() == {0}
+
+
 def test_rates_are_compared_on_the_seeds_that_they_share():
     lines = [made_up("dpca", seed, gap, rate=3e-4) for seed, gap in ((0, 0.2), (1, 0.4))]
     lines += [made_up("dpca", 0, 0.25, rate=1e-3), made_up("start", 0, 0.5, steps=(0,))]
