@@ -84,10 +84,13 @@ def test_an_input_in_another_order_of_memory_is_read_as_what_it_is(everywhere):
     torch.testing.assert_close(own(wide), nn.functional.linear(wide, own.weight, own.bias), rtol=1e-5, atol=1e-5)
 
 
-def test_no_gradient_is_computed_that_is_not_asked_for(everywhere, calls):
+def test_nothing_is_computed_or_kept_for_a_gradient_that_is_not_asked_for(everywhere, calls):
     own = layer(bias=False).requires_grad_(False)
-    own(torch.randn(3, 24, requires_grad=True)).sum().backward()
-    assert calls[0] == 2 and own.weight.grad is None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape) or saved, lambda saved: saved):
+        found = own(torch.randn(3, 24, requires_grad=True)).sum()
+    found.backward()
+    assert calls[0] == 2 and own.weight.grad is None and kept == [own.weight.shape]
     with torch.no_grad():
         assert own(torch.randn(3, 24)).grad_fn is None
 

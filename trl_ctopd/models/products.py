@@ -63,7 +63,8 @@ def _is_plain(input: torch.Tensor, weight: torch.Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias):
-        ctx.save_for_backward(input, weight)
+        # a frozen weight's gradient would be all that needs the input
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
         return product(input, weight, bias)
 
     @staticmethod
