@@ -186,6 +186,7 @@ def _steps(found: dict[str, BySeed]) -> list[int]:
 def table(found: dict[str, BySeed], timed: str | None) -> str:
     """`timed`: the processor whose CPU seconds these are."""
     steps, last = _steps(found), f"after {UPDATES}"
+    timed = timed and timed.replace("(R)", "").removesuffix(" Processor")
     gaps = " | ".join(["gap before", *(f"gap after {step}" for step in steps)])
     rows = [
         f"| | rate | seeds | {gaps} | CPU seconds ({timed}), {last} | entropy, {last} | tokens | cut off |",
