@@ -124,7 +124,7 @@ def curves_by_rate(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dic
         own = [line for line in lines if "error" not in line and all(line["run"][k] == v for k, v in wanted.items())]
         for line in sorted(own, key=lambda line: (-line["run"]["learning_rate"], line["run"]["updates"])):
             rate, seed = line["run"]["learning_rate"], line["run"]["seed"]
-            comparable = _processor(line) == timed
+            comparable = line["machine"]["cpu"] == timed
             curve = {int(step): _point(point, rate, comparable) for step, point in line["curve"].items()}
             found.setdefault(method, {}).setdefault(rate, {})[seed] = curve
     return found
@@ -133,15 +133,11 @@ def curves_by_rate(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dic
 def processor(lines: Sequence[dict], dataset: str, pair: str = HOME) -> str | None:
     """The one that made the most runs of a data set and a pair, whose CPU seconds are compared."""
     made = Counter(
-        _processor(line)
+        line["machine"]["cpu"]
         for line in lines
         if line["run"]["dataset"] == dataset and line["run"]["pair"] == pair and line["run"]["updates"]
     )
     return max(made, key=made.get, default=None)
-
-
-def _processor(line: dict) -> str:
-    return line["machine"]["cpu"]
 
 
 def _point(measured: dict, rate: float, comparable: bool) -> Point:

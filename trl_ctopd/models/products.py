@@ -42,21 +42,20 @@ class OneDnnLinear(nn.Linear):
     """A linear layer that multiplies by oneDNN where its input and weight are plain float32 tensors on the CPU, and as `nn.Linear` else."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight, self.bias
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(self.weight) is not nn.Parameter or not _pays(input, self.weight):
             return super().forward(input)
-        if type(weight) is nn.Parameter and _is_plain(input, weight) and input.numel() * len(weight) >= LEAST:
-            return _Linear.apply(input, weight, bias)
-        return super().forward(input)
+        return _Linear.apply(input, self.weight, self.bias)
 
 
-def _is_plain(input: torch.Tensor, weight: torch.Tensor) -> bool:
+def _pays(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN can take this product of (..., K) and (N, K), and it is large enough."""
     return (
         input.dtype == weight.dtype == torch.float32
         and input.device.type == weight.device.type == "cpu"
         and type(input) is torch.Tensor
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
+        and input.numel() * len(weight) >= LEAST
     )
 
 
@@ -87,7 +86,7 @@ def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def multiply(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor):
     """(n, K) and (N, K) to (n, N) in `out`, by the faster library. Nothing is recorded for a gradient."""
-    if onednn_is_faster() and _is_plain(rows, weight) and rows.numel() * len(weight) >= LEAST:
+    if onednn_is_faster() and _pays(rows, weight):
         out.copy_(product(rows, weight))
     else:
         torch.mm(rows, weight.t(), out=out)
