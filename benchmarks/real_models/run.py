@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
     "alm": QUALITY["alm"],
 }
 UPDATES, LONGER = 12, {"dpca_open": 24}
-MEASURED_AT = (UPDATES, 16, 2 * UPDATES)
+MEASURED_AT = (3, 6, UPDATES, 16, 2 * UPDATES)
 RATE, PROMPTS, TOKENS, HELD_OUT = 3e-4, 8, 64, 24
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 LOGGED = ("step", "loss", "grad_norm", "gap/nats_per_byte", "entropy", "alignment/masked_fraction")
