@@ -29,6 +29,7 @@ from .config import CrossTokenizerGKDConfig, set_bf16, with_kwargs_as_json
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.heads import base_model
 from .models.loading import by_name, check_vocabulary, load_tokenizer
+from .models.products import faster_products
 from .models.quantized import prepare_quantized
 from .rollouts.pairing import Prompt, Rollout
 from .rollouts.prompts import COLUMNS, render_row
@@ -258,7 +259,8 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
                 elif dataset is not None:
                     dataset = self._with_columns(dataset, name)
                 setattr(self, f"{name}_dataset", dataset)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with faster_products(self.model, self.accelerator):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _with_columns(self, dataset: Dataset, name: str) -> Dataset:
         rendered = self._prepare_dataset(dataset, self.processing_class, self.args, name)

@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_ctopd import preference
 from trl_ctopd.losses.ctpd import chunk_sums, chunk_weights, columns
+from trl_ctopd.models import products
 from trl_ctopd.preference import CrossTokenizerDPOConfig, CrossTokenizerDPOTrainer
 from trl_ctopd.rollouts.pairing import Prompt
 
@@ -193,6 +194,16 @@ def test_it_trains_an_adapter_across_tokenizers_and_the_margin_grows(tmp_path):
     trainer.train()
     margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert margins[-1] > margins[0] + 0.1
+
+
+def test_the_student_multiplies_by_the_faster_library_while_it_learns_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    trainer, seen = build(tmp_path, max_steps=1), set()
+    layers = [own for name, own in trainer.model.named_modules() if name.endswith("_proj")]
+    for own in layers:
+        own.register_forward_hook(lambda layer, *_: seen.add(type(layer)))
+    trainer.train()
+    assert seen == {products.OneDnnLinear} and {type(own) for own in layers} == {torch.nn.Linear}
 
 
 def test_the_teachers_columns_are_computed_once(tmp_path, monkeypatch):
