@@ -1,6 +1,8 @@
 """What a loss on distributions holds beyond the models, in bytes that the allocator counted: a bound on the CPU and, with
 other kernels, a close guess elsewhere."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tokenizers_for_tests import byte_level
@@ -74,6 +76,28 @@ def test_no_more_than_a_tiles_float32_logits_of_both_models_are_alive_whatever_t
     assert bound / 8 < short < bound
     assert long < bound
     assert long < 768 * (STUDENT_SIZE + TEACHER_SIZE) * 4 / 10, "far from all logits at once"
+
+
+def test_reverse_kl_projects_nothing_twice_where_the_texts_are_short_and_stays_below_the_bound(batches):
+    """`logit_tile_tokens` of 96 rows are kept at 256, and not at 64."""
+    loss, projected, values = build_loss("reverse_kl"), {}, []
+    for tile in (64, 256):
+        calls = []
+
+        def counted(side: Distributions, calls=calls) -> Distributions:
+            return replace(side, head=lambda rows: calls.append(len(rows)) or side.head(rows))
+
+        batch = replace(batches[0], tile_tokens=tile, student=counted(batches[0].student))
+        hidden = batch.student.hidden
+        hidden.grad = None
+        value, _ = loss(batch, 1)
+        value.backward()
+        values.append((value.detach(), hidden.grad))
+        projected[tile] = sum(calls)
+        assert peak_of(loss, batch) < tile * (STUDENT_SIZE + TEACHER_SIZE) * 4
+    rows = projected[256]
+    assert rows <= 96 and projected[64] > 1.8 * rows
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in ON_LOGITS])

@@ -12,6 +12,7 @@ from torch import nn
 from toys import SGD, fix_rollouts, prompts, step_of, student_model
 
 from trl_ctopd.models import products
+from trl_ctopd.models.heads import lm_head
 from trl_ctopd.models.merging import mergeable, merged
 from trl_ctopd.models.products import (
     LEAST,
@@ -55,16 +56,16 @@ def layer(inputs: int = 24, outputs: int = 40, bias: bool = True) -> OneDnnLinea
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (3, 5, 24), (2, 1, 24)], ids=str)
-@pytest.mark.parametrize("layout", ["by rows", "by columns"])
-def test_values_and_gradients_are_those_of_float64(everywhere, calls, bias, shape, layout):
-    own = layer(bias=bias)
+@pytest.mark.parametrize(("layout", "outputs"), [("by rows", 40), ("by rows", 9), ("by columns", 40)])
+def test_values_and_gradients_are_those_of_float64(everywhere, calls, bias, shape, layout, outputs):
+    own = layer(outputs=outputs, bias=bias)
     if layout == "by columns":
         own.weight.data = by_columns(own.weight.data)
-    exact = nn.Linear(24, 40, bias=bias, dtype=torch.float64)
+    exact = nn.Linear(24, outputs, bias=bias, dtype=torch.float64)
     exact.load_state_dict(own.state_dict())
     x = torch.randn(shape, requires_grad=True)
     y = x.detach().double().requires_grad_()
-    weights = torch.randn(*shape[:-1], 40)
+    weights = torch.randn(*shape[:-1], outputs)
     found, expected = own(x), exact(y)
     (found * weights).sum().backward()
     (expected * weights.double()).sum().backward()
@@ -232,6 +233,21 @@ def test_a_step_moves_the_weights_as_it_does_by_torchs_own_products(build, calls
     monkeypatch.setattr(products, "LEAST", 1)
     torch.testing.assert_close(step(), expected, rtol=1e-3, atol=1e-6)
     assert calls[0] > 0 and expected.abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_whole_lm_head_multiplies_by_the_faster_library_too(calls, monkeypatch, faster):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: faster)
+    monkeypatch.setattr(products, "LEAST", 1)
+    model = student_model()
+    hidden = torch.randn(5, model.config.hidden_size, requires_grad=True)
+    weight = model.get_output_embeddings().weight
+    exact, double = weight.detach().double().requires_grad_(), hidden.detach().double().requires_grad_()
+    lm_head(model, torch.float32, 1.0)(hidden).log_softmax(-1)[:, :3].sum().backward()
+    (double @ exact.t()).log_softmax(-1)[:, :3].sum().backward()
+    torch.testing.assert_close(hidden.grad.double(), double.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+    assert calls[0] == 3 * faster
 
 
 @pytest.mark.parametrize("faster", [True, False])

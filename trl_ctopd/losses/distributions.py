@@ -2,7 +2,7 @@
 
 A loss on distributions names the positions it compares and hands over a function of a few rows of log-probs. Rows come
 through in tiles, each under activation checkpointing, so that no more than one tile of logits is alive, whatever the
-length of the texts. The naive equivalent of `over_tiles`:
+length of the texts. Where the texts are short, a loss may keep what its gradient needs, so that nothing is projected twice. The naive equivalent of `over_tiles`:
 
     function(student.log_probs()[student_rows], teacher.log_probs()[teacher_rows], *per_row)
 
@@ -46,6 +46,7 @@ def over_tiles(
     student: tuple[Distributions, torch.Tensor] | None,
     teacher: tuple[Distributions, torch.Tensor] | None,
     *per_row: torch.Tensor,
+    keep: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """
     `function` of the log-probs at many positions, a tile of them at a time.
@@ -58,6 +59,7 @@ def over_tiles(
         student, teacher (`tuple` of `Distributions` and `torch.LongTensor` of shape (N,), *optional*): whose log-probs,
             and where. The teacher's carry no gradient.
         per_row (`torch.Tensor` of shape (N, ...)): what else belongs to each position.
+        keep (`bool`): no tile is made anew for the backward pass, so that what `function` saves for it is alive for all N positions.
 
     Returns:
         `function`'s tensors for all N positions. No position still is one empty tile, so that the student's head takes
@@ -81,7 +83,7 @@ def over_tiles(
     tiles = [*zip(*(tensor.split(size) for tensor, size in zip(tensors, sizes, strict=True)), strict=True)]
     for number, parts in enumerate(tiles, 1):
         # the backward pass begins with the last tile, so that this one need not be made anew for it
-        if torch.is_grad_enabled() and number < len(tiles):
+        if torch.is_grad_enabled() and number < len(tiles) and not keep:
             outputs.append(checkpoint(run, *parts, use_reentrant=False, preserve_rng_state=False))
         else:
             outputs.append(run(*parts))

@@ -209,8 +209,9 @@ class ReverseKL(Loss):
                 known = likeliest_alone(log_q, self.top_k)
             return self._decisions(batch, log_p, *known, *rows)
 
+        tile, keep = self._tile_and_keep(batch, len(ids))
         drawn, closed, opened, tokens, guess, sharp, close_told, open_told, own_close, own_open, contradicted = (
-            over_tiles(decisions, self.tile(batch), student, teacher, *per_row)
+            over_tiles(decisions, tile, student, teacher, *per_row, keep=keep)
         )
         closes = (at.before >= 0) & torch.isfinite(opened)
         inside = (at.before < 0) & torch.isfinite(opened)
@@ -272,6 +273,14 @@ class ReverseKL(Loss):
             "closing/contradicted_fraction": (contradicted.sum(), batch.scored_tokens),
         }
         return -value / num_items, metrics
+
+    def _tile_and_keep(self, batch: ScoredChunks, count: int) -> tuple[int, bool]:
+        """Rows of a tile, and whether the `count` rows are kept for the backward pass: their log-probs and weights, where these take no
+        more than half of the memory that there is. A tile then takes the other half."""
+        vocabulary = batch.vocabulary
+        room = batch.tile_tokens * (vocabulary.student_size + vocabulary.teacher_size)
+        keep = 2 * (2 * vocabulary.student_size * count) <= room
+        return (max(1, self.tile(batch) // 2) if keep else self.tile(batch)), keep
 
     @staticmethod
     def _rewarded(batch: ScoredChunks) -> torch.Tensor:

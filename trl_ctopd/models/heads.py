@@ -24,6 +24,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .closing import ClosingLogProbFunction
+from .products import linear
 
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what Accelerate's mixed precision computes in
@@ -175,7 +176,7 @@ def lm_head(
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         with torch.autocast(weight.device.type, enabled=False):
-            found = nn.functional.linear(hidden.to(weight.device, dtype), weight, bias)
+            found = linear(hidden.to(weight.device, dtype), weight, bias)
             found = found.to(torch.promote_types(dtype, torch.float32))
             found = found if scale == 1 else found * scale  # each is a pass over the whole vocabulary
             if softcap is not None:
