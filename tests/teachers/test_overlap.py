@@ -84,13 +84,13 @@ def test_rows_read_together_give_the_same_step_but_for_rounding(build):
 
 
 def test_the_student_learns_a_micro_batch_while_the_teacher_has_still_to_read_the_next(build):
-    trainer, learned, waited = fix_rollouts(build(**TWO, teacher_overlap=True)), threading.Event(), []
+    trainer, learned, read_by = fix_rollouts(build(**TWO, teacher_overlap=True)), threading.Event(), []
     read, learn = trainer.teacher._forward, trainer.training_step
 
     def second_waits(*args):
-        if waited:
+        if len(read_by) >= TWO["per_device_train_batch_size"]:
             assert learned.wait(WAIT), "the student waits for what it does not need yet"
-        waited.append(threading.current_thread().name)
+        read_by.extend([threading.current_thread().name] * len(args[0]))
         return read(*args)
 
     def first_tells(*args, **kwargs):
@@ -100,7 +100,7 @@ def test_the_student_learns_a_micro_batch_while_the_teacher_has_still_to_read_th
 
     trainer.teacher._forward, trainer.training_step = second_waits, first_tells
     trainer.train()
-    assert waited == ["teacher"] * 2
+    assert read_by == ["teacher"] * 2 * TWO["per_device_train_batch_size"]
 
 
 def test_the_students_forward_pass_does_not_wait_for_the_teacher(build):

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from toys import prompts, teacher_model, teacher_tokenizer
 from transformers import AutoModelForCausalLM
 
+from trl_ctopd.teachers import local
 from trl_ctopd.teachers.local import LocalTeacher, load_teacher
 
 
@@ -68,6 +69,24 @@ def test_a_teacher_placed_by_a_device_map_teaches_the_same(trained, tmp_path, de
     if device_map is ON_DISK:
         assert placed.teacher.model.hf_device_map == ON_DISK
         assert placed.teacher.model.model.layers[1].mlp.up_proj.weight.device.type == "meta", "where it was put"
+
+
+def test_on_a_cpu_rows_that_are_not_packed_are_read_with_those_of_like_length(monkeypatch):
+    accelerator, model, lengths = Accelerator(cpu=True), teacher_model(), (40, 30, 39, 31)
+    prompts = [list(range(n, n + length - 3)) for n, length in enumerate(lengths)]
+    completions = [[50 + n, 60, 70] for n in range(len(lengths))]
+    teacher, shapes = LocalTeacher(model, accelerator, batch_size=8), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    found = teacher.log_probs(prompts, completions)
+    assert shapes == [(2, 40), (2, 31)]
+    for prompt, completion, own in zip(prompts, completions, found, strict=True):
+        torch.testing.assert_close(own, log_probs(model, prompt, completion), rtol=1e-4, atol=1e-4)
+    shapes.clear()
+    monkeypatch.setattr(local, "is_sharded", lambda *_: True)  # processes that share a model make the same calls
+    teacher.log_probs(prompts, completions)
+    assert shapes == [(4, 40)]
 
 
 @pytest.mark.slow

@@ -82,6 +82,12 @@ class Packer:
         layout = self._layout([(tuple(p), len(c)) for p, c in zip(prompts, completions, strict=True)], length, multiple)
         return None if layout is None else _filled(*layout, prompts, completions, length)
 
+    def packs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], length: int) -> bool:
+        """Whether a call with the same would return packed rows."""
+        return (
+            self._layout([(tuple(p), len(c)) for p, c in zip(prompts, completions, strict=True)], length, 1) is not None
+        )
+
     def _layout(self, rows: list[tuple[tuple[int, ...], int]], length: int, multiple: int):
         """The packed rows, each as a list of rows that share a prompt, and their width."""
         multiple = math.lcm(multiple, _ALIGNED)

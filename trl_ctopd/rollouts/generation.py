@@ -46,7 +46,7 @@ from ..models.heads import base_model
 from ..models.merging import mergeable, merged
 from ..models.sharding import gathered_under_fsdp, is_sharded
 from .cache import can_join, growing_cache, has_virtual_tokens, is_plain, joined
-from .pairing import Prompt, pad_rows
+from .pairing import Prompt, of_like_length, pad_rows
 
 
 Written = tuple[list[int], list[float] | None]
@@ -410,7 +410,7 @@ def _begun(
         return cache
     groups = [list(range(len(lengths)))]
     if sequences.device.type == "cpu" and can_join(cache):  # elsewhere padding is cheaper than further calls
-        groups = _alike(lengths)
+        groups = of_like_length(lengths)
     if len(groups) == 1 and len(different) == len(sequences):
         return cache
     call, parts = _greedy(config), []  # which draws nothing
@@ -435,16 +435,6 @@ def _greedy(config: GenerationConfig) -> GenerationConfig:
     call = copy.deepcopy(config)
     call.update(do_sample=False, temperature=1.0, top_p=1.0, top_k=50, min_p=None)
     return call
-
-
-def _alike(lengths: list[int]) -> list[list[int]]:
-    """Rows in groups: none is shorter than four fifths of the longest in its group."""
-    groups = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not groups or 5 * lengths[row] < 4 * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(row)
-    return groups
 
 
 class _HalfHaveEnded(StoppingCriteria):

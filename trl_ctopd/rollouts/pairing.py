@@ -329,6 +329,16 @@ def by_length(rows: Iterable[int], lengths: Sequence[int], groups: Sequence[Hash
     return sorted(order, key=lambda row: first[groups[row]])
 
 
+def of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+    """All rows in groups, the longest first: none is shorter than four fifths of the longest in its group."""
+    groups: list[list[int]] = []
+    for row in by_length(range(len(lengths)), lengths):
+        if not groups or 5 * lengths[row] < 4 * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
 def grouped_by_length(
     lengths: Sequence[int], batches: Sequence[Sequence[int]], groups: Sequence[Hashable] | None = None
 ) -> list[list[int]]:

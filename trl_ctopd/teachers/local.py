@@ -22,7 +22,7 @@ from ..models.loading import load_model, slow_weights, switch_router_logits_off,
 from ..models.packing import packed_inputs, packer_for
 from ..models.products import use_faster_products
 from ..models.sharding import SHARDING, is_on, is_sharded, place_teacher, stays
-from ..rollouts.pairing import by_length, pad_rows
+from ..rollouts.pairing import by_length, of_like_length, pad_rows
 
 
 logger = get_logger(__name__)
@@ -224,12 +224,23 @@ class LocalTeacher:
     def _read(
         self, order: Sequence[int], prompts, completions, other_ends, going_on, with_hidden
     ) -> Iterator[tuple[int, TeacherScores]]:
-        """Each row with its scores, `batch_size` rows of `order` in a forward pass."""
+        """Each row with its scores, at most `batch_size` rows of `order` in a forward pass."""
         for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            own = ([texts[r] for r in rows] for texts in (prompts, completions, other_ends))
-            asked = None if going_on is None else [going_on[r]() for r in rows]
-            yield from zip(rows, self._forward(*own, asked, with_hidden), strict=True)
+            for rows in self._together(order[start : start + self.batch_size], prompts, completions):
+                own = ([texts[r] for r in rows] for texts in (prompts, completions, other_ends))
+                asked = None if going_on is None else [going_on[r]() for r in rows]
+                yield from zip(rows, self._forward(*own, asked, with_hidden), strict=True)
+
+    def _together(self, rows: Sequence[int], prompts, completions) -> list[Sequence[int]]:
+        """`rows` by forward passes. On a CPU, where padding costs more than further calls, rows that are not packed go with those of
+        like length; not where the processes that share a teacher have to make the same calls."""
+        own = [[texts[row] for row in rows] for texts in (prompts, completions)]
+        lengths = [len(prompt) + len(completion) for prompt, completion in zip(*own, strict=True)]
+        if self.device.type != "cpu" or is_sharded(self.model, self._accelerator):
+            return [rows]
+        if self._packer and self._packer.packs(*own, max(lengths)):
+            return [rows]
+        return [[rows[place] for place in group] for group in of_like_length(lengths)]
 
     def _forward(self, prompts, completions, other_ends, going_on, with_hidden):
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
