@@ -30,7 +30,8 @@ from .run import METHODS, PAIRS, RESULTS, UPDATES
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "real_models.md"
-DEFAULT, HOME = "dpca", "smollm2<-qwen"
+DEFAULT, FASTER, HOME = "dpca", "reverse_kl", "smollm2<-qwen"
+EARLY_RATE = 1e-3  # of the short runs that are compared
 NAMES = {
     "start": "untrained",
     "dpca": "`dpca` (the default)",
@@ -182,7 +183,7 @@ def _steps(found: dict[str, BySeed]) -> list[int]:
 def table(found: dict[str, BySeed], timed: str | None) -> str:
     """`timed`: the processor whose CPU seconds these are."""
     steps, last = _steps(found), f"after {UPDATES}"
-    timed = timed and timed.replace("(R)", "").removesuffix(" Processor")
+    timed = _short_name(timed)
     gaps = " | ".join(["gap before", *(f"gap after {step}" for step in steps)])
     rows = [
         f"| | rate | seeds | {gaps} | CPU seconds ({timed}), {last} | entropy, {last} | tokens | cut off |",
@@ -199,6 +200,10 @@ def table(found: dict[str, BySeed], timed: str | None) -> str:
             f"| {point.entropy:.2f} | {point.mean_length:.0f} | {100 * point.truncated_fraction:.0f} % |"
         )
     return "\n".join(rows)
+
+
+def _short_name(cpu: str | None) -> str | None:
+    return cpu and cpu.replace("(R)", "").removesuffix(" Processor")
 
 
 def _seconds(point: Point) -> str:
@@ -241,15 +246,50 @@ def beside_the_default(found: dict[str, BySeed]) -> str:
             before = {seed: curve[0] for seed, curve in by_seed.items()}
             rows.append(f"| untrained | {_difference(before, own)} |" + " |" * len(steps))
             continue
-        cells = [
-            _difference({seed: curve[step] for seed, curve in by_seed.items() if step in curve}, own) for step in steps
-        ]
+        cells = [_difference(_at(by_seed, step), own) for step in steps]
         timed = {seed: at_cpu_seconds(curve, start, seconds) for seed, curve in by_seed.items() if _is_timed(curve)}
         early = [point.cpu_seconds for point, is_last in timed.values() if is_last]
         said = f" (its last, at {sum(early) / len(early):.0f})" if early else ""
         cells.append(_difference({seed: point for seed, (point, _) in timed.items()}, own) + said)
         rows.append(f"| {NAMES.get(method, f'`{method}`')} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def early(found: dict[str, BySeed], start: Point, timed: str | None) -> str:
+    """The gap after each measured step of short runs, all at one rate, and that gap minus `FASTER`'s: after as many updates, and at the CPU
+    seconds of its last."""
+    steps = _steps(found)
+    own = found[FASTER]
+    seconds = averaged(own)[steps[-1]].cpu_seconds
+    gaps = " | ".join(f"gap after {step}" for step in steps)
+    beside = " | ".join(f"minus `{FASTER}`'s, after {step}" for step in steps)
+    rows = [
+        f"| rate {_written(averaged(own)[steps[-1]].rate)} | seeds | {gaps} | CPU seconds ({_short_name(timed)}) | {beside} | at {seconds:.0f} CPU seconds |",
+        "|---" * (4 + 2 * len(steps)) + "|",
+    ]
+    for method, by_seed in found.items():
+        curve = averaged(by_seed)
+        cells = [f"{curve[step].gap:.3f} ± {curve[step].error:.3f}" for step in steps] + [_seconds(curve[steps[-1]])]
+        if method == FASTER:
+            cells += [""] * (len(steps) + 1)
+        else:
+            cells += [_difference(_at(by_seed, step), _at(own, step)) for step in steps]
+            timed = {
+                seed: at_cpu_seconds(points, start, seconds)[0] for seed, points in by_seed.items() if _is_timed(points)
+            }
+            cells.append(_difference(timed, _at(own, steps[-1])))
+        rows.append(f"| {NAMES.get(method, f'`{method}`')} | {curve[steps[-1]].seeds} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _at(by_seed: BySeed, step: int) -> dict[int, Point]:
+    return {seed: curve[step] for seed, curve in by_seed.items() if step in curve}
+
+
+def short_runs(lines: Sequence[dict]) -> tuple[list[dict], list[dict]]:
+    """The lines of runs of fewer than 12 updates, and the others."""
+    short = [line for line in lines if 0 < line["run"]["updates"] < UPDATES]
+    return short, [line for line in lines if line not in short]
 
 
 def _is_timed(curve: Curve) -> bool:
@@ -275,6 +315,7 @@ def refused(lines: Sequence[dict]) -> str:
 
 def blocks(lines: Sequence[dict]) -> dict[str, str]:
     made = {"refused": refused(lines)}
+    short, lines = short_runs(lines)
     for pair in PAIRS:
         if pair != HOME and "start" in (found := curves(lines, "mbpp", pair)):
             made[f"mbpp {pair}"] = f"{PAIR_TITLES[pair]}\n\n{table(found, processor(lines, 'mbpp', pair))}"
@@ -286,11 +327,17 @@ def blocks(lines: Sequence[dict]) -> dict[str, str]:
                 made[f"{dataset} beside the default"] = beside_the_default(found)
             if tried := rates(curves_by_rate(lines, dataset)):
                 made[f"{dataset} rates"] = tried
+            by_rate = curves_by_rate(short, dataset)
+            if FASTER in by_rate:
+                at_one = {method: own[EARLY_RATE] for method, own in by_rate.items() if EARLY_RATE in own}
+                start = averaged(found["start"])[0]
+                made[f"{dataset} early"] = early(at_one, start, processor(short, dataset))
     return made
 
 
 def plot(lines: Sequence[dict], path: Path) -> None:
     """The gap over updates and over CPU seconds, a row of two for each data set."""
+    lines = short_runs(lines)[1]
     shown = {dataset: found for dataset in DATASETS if len(found := curves(lines, dataset)) > 1}
     figure, axes = plt.subplots(
         len(shown), 2, figsize=(11, 3.8 * len(shown)), layout="constrained", sharey="row", squeeze=False

@@ -134,6 +134,26 @@ def test_gaps_are_compared_at_equal_cpu_seconds_too():
     assert "+0.200 ± 0.000 (its last, at 50)" in next(row for row in table.splitlines() if "bpm" in row)
 
 
+def test_short_runs_have_a_table_of_their_own_beside_reverse_kl_and_none_in_the_others():
+    lines = [made_up("start", 0, 0.5, steps=(0,)), made_up("dpca", 0, 0.2, rate=3e-4)]
+    short = [
+        made_up("reverse_kl", 0, 0.2, steps=(3, 6), rate=1e-3, cpu_seconds=100),
+        made_up("dpca", 0, 0.3, steps=(3, 6), rate=1e-3, cpu_seconds=100),
+        made_up("dpca", 1, 0.9, steps=(3, 6), rate=1e-3, cpu_seconds=100),
+        made_up("sft", 0, 0.4, steps=(3, 6), rate=1e-3, cpu_seconds=200),
+        made_up("bpm", 0, 0.4, steps=(3, 6), rate=3e-3, cpu_seconds=200),
+    ]
+    found = report.blocks(lines + short)
+    assert {name: block for name, block in found.items() if name != "mbpp early"} == report.blocks(lines)
+    head, _, *rows = found["mbpp early"].splitlines()
+    assert "at 50 CPU seconds" in head and "rate 1e-3" in head
+    assert rows == [
+        "| `dpca` (the default) | 2 | 0.600 ± 0.000 | 0.600 ± 0.000 | 50 | +0.100 ± 0.000 | +0.100 ± 0.000 | +0.100 ± 0.000 |",
+        "| `reverse_kl` | 1 | 0.200 ± 0.000 | 0.200 ± 0.000 | 50 |  |  |  |",
+        "| `sft` on references | 1 | 0.400 ± 0.000 | 0.400 ± 0.000 | 100 | +0.200 ± 0.000 | +0.200 ± 0.000 | +0.200 ± 0.000 |",
+    ]
+
+
 def test_seconds_of_another_processor_are_not_compared():
     lines = [made_up("start", 0, 0.5, steps=(0,), cpu="other"), made_up("dpca", 0, 0.2, cpu_seconds=100)]
     lines += [made_up("dpca", 1, 0.4, cpu_seconds=900, cpu="other"), made_up("sft", 0, 0.3, cpu_seconds=200)]
