@@ -4,7 +4,8 @@
 
 A gap is Σ nats / Σ bytes over the held-out prompts. Its standard error, and that of a difference, is over prompts by linearization:
 methods answer the same prompts, so what a prompt adds to both cancels in their difference. Seeds are averaged for each prompt first.
-CPU seconds are those of one processor: the one that made the most runs of a table. Those of runs on another count as unknown.
+CPU seconds are those of one processor, with one library for its products: the one that made the most runs of a table. Those of runs on
+another count as unknown.
 """
 
 import argparse
@@ -125,20 +126,26 @@ def curves_by_rate(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dic
         own = [line for line in lines if "error" not in line and all(line["run"][k] == v for k, v in wanted.items())]
         for line in sorted(own, key=lambda line: (-line["run"]["learning_rate"], line["run"]["updates"])):
             rate, seed = line["run"]["learning_rate"], line["run"]["seed"]
-            comparable = line["machine"]["cpu"] == timed
+            comparable = _machine(line) == timed
             curve = {int(step): _point(point, rate, comparable) for step, point in line["curve"].items()}
             found.setdefault(method, {}).setdefault(rate, {})[seed] = curve
     return found
 
 
 def processor(lines: Sequence[dict], dataset: str, pair: str = HOME) -> str | None:
-    """The one that made the most runs of a data set and a pair, whose CPU seconds are compared."""
+    """The `_machine` that made the most runs of a data set and a pair, whose CPU seconds are compared."""
     made = Counter(
-        line["machine"]["cpu"]
+        _machine(line)
         for line in lines
         if line["run"]["dataset"] == dataset and line["run"]["pair"] == pair and line["run"]["updates"]
     )
     return max(made, key=made.get, default=None)
+
+
+def _machine(line: dict) -> str:
+    """Its processor, and the library for its products where that is not torch's own choice."""
+    machine = line["machine"]
+    return f"{machine['cpu']} with oneDNN" if machine.get("products") == "oneDNN" else machine["cpu"]
 
 
 def _point(measured: dict, rate: float, comparable: bool) -> Point:
@@ -203,7 +210,7 @@ def table(found: dict[str, BySeed], timed: str | None) -> str:
 
 
 def _short_name(cpu: str | None) -> str | None:
-    return cpu and cpu.replace("(R)", "").removesuffix(" Processor")
+    return cpu and cpu.replace("(R)", "").replace(" Processor", "")
 
 
 def _seconds(point: Point) -> str:
@@ -255,7 +262,7 @@ def beside_the_default(found: dict[str, BySeed]) -> str:
     return "\n".join(rows)
 
 
-def early(found: dict[str, BySeed], start: Point, timed: str | None) -> str:
+def early(title: str, found: dict[str, BySeed], start: Point, timed: str | None) -> str:
     """The gap after each measured step of short runs, all at one rate, and that gap minus `FASTER`'s: after as many updates, and at the CPU
     seconds of its last."""
     steps = _steps(found)
@@ -264,7 +271,7 @@ def early(found: dict[str, BySeed], start: Point, timed: str | None) -> str:
     gaps = " | ".join(f"gap after {step}" for step in steps)
     beside = " | ".join(f"minus `{FASTER}`'s, after {step}" for step in steps)
     rows = [
-        f"| rate {_written(averaged(own)[steps[-1]].rate)} | seeds | {gaps} | CPU seconds ({_short_name(timed)}) | {beside} | at {seconds:.0f} CPU seconds |",
+        f"| {title}, rate {_written(EARLY_RATE)} | seeds | {gaps} | CPU seconds ({_short_name(timed)}) | {beside} | at {seconds:.0f} CPU seconds |",
         "|---" * (4 + 2 * len(steps)) + "|",
     ]
     for method, by_seed in found.items():
@@ -331,7 +338,8 @@ def blocks(lines: Sequence[dict]) -> dict[str, str]:
             if FASTER in by_rate:
                 at_one = {method: own[EARLY_RATE] for method, own in by_rate.items() if EARLY_RATE in own}
                 start = averaged(found["start"])[0]
-                made[f"{dataset} early"] = early(at_one, start, processor(short, dataset))
+                title = TITLES[dataset].splitlines()[0].removeprefix("## ")
+                made[f"{dataset} early"] = early(title, at_one, start, processor(short, dataset))
     return made
 
 

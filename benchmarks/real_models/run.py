@@ -46,6 +46,7 @@ from benchmarks.quality.run import append, read
 from benchmarks.report import header
 from benchmarks.speed.models import quiet
 from trl_ctopd import CrossTokenizerGKDTrainer
+from trl_ctopd.models.products import onednn_is_faster
 
 from . import MEASURED_RUN
 from .data import DATASETS
@@ -209,6 +210,7 @@ def gold(
 
 def main(wanted: Sequence[Run], path: Path, models: Path | None, minutes: float | None) -> None:
     begun, about = time.monotonic(), header()
+    about["machine"]["products"] = "oneDNN" if onednn_is_faster() else "torch's own"
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     for run in wanted:
         if minutes is not None and time.monotonic() - begun > 60 * minutes:

@@ -172,6 +172,17 @@ def test_seconds_of_another_processor_are_not_compared():
     assert rows["`bpm`"][1:] == ["+0.200 ± 0.000", " |"]
 
 
+def test_seconds_of_other_products_on_the_same_processor_are_not_compared():
+    lines = [made_up("start", 0, 0.5, steps=(0,)), *(made_up("dpca", seed, 0.2, cpu_seconds=100) for seed in (0, 1))]
+    lines.append(made_up("sft", 0, 0.3, cpu_seconds=50))
+    lines[-1]["machine"]["products"] = "oneDNN"
+    assert report.processor(lines, "mbpp") == "one"
+    [row] = [row for row in report.blocks(lines)["mbpp"].splitlines() if "sft" in row]
+    assert row.split(" | ")[5] == ""
+    lines += [made_up("bpm", seed, 0.3) | {"machine": lines[-1]["machine"]} for seed in (0, 1)]
+    assert "CPU seconds (one with oneDNN), after 12" in report.blocks(lines)["mbpp"]
+
+
 def test_a_pair_of_which_only_the_start_was_measured_has_its_row():
     line = made_up("start", 0, 0.5, steps=(0,))
     line["run"]["pair"] = "qwen<-smollm2"
