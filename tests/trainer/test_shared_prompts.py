@@ -7,6 +7,7 @@ from peft import LoraConfig
 from toys import SGD, step_of, student_model, teacher_model
 
 from trl_ctopd.models import packing
+from trl_ctopd.teachers import local
 from trl_ctopd.teachers.local import LocalTeacher
 
 
@@ -15,11 +16,12 @@ MODULES = ("trl_ctopd.trainer", "trl_ctopd.teachers.local")
 
 @pytest.fixture
 def padded(monkeypatch):
-    """From its call on, models are built that read padded rows."""
+    """From its call on, models are built that read padded rows, all of a batch together."""
 
     def pad():
         for module in MODULES:
             monkeypatch.setattr(f"{module}.packer_for", lambda *_: None)
+        monkeypatch.setattr(local, "of_like_length", lambda lengths: [range(len(lengths))])
 
     return pad
 
