@@ -2,7 +2,8 @@
 
 A loss on distributions names the positions it compares and hands over a function of a few rows of log-probs. Rows come
 through in tiles, each under activation checkpointing, so that no more than one tile of logits is alive, whatever the
-length of the texts. Where the texts are short, a loss may keep what its gradient needs, so that nothing is projected twice. The naive equivalent of `over_tiles`:
+length of the texts. Where the texts are short, a loss may keep what its gradient needs, so that nothing is projected
+twice. The naive equivalent of `over_tiles`:
 
     function(student.log_probs()[student_rows], teacher.log_probs()[teacher_rows], *per_row)
 
