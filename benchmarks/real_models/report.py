@@ -293,10 +293,9 @@ def _at(by_seed: BySeed, step: int) -> dict[int, Point]:
     return {seed: curve[step] for seed, curve in by_seed.items() if step in curve}
 
 
-def short_runs(lines: Sequence[dict]) -> tuple[list[dict], list[dict]]:
-    """The lines of runs of fewer than 12 updates, and the others."""
-    short = [line for line in lines if 0 < line["run"]["updates"] < UPDATES]
-    return short, [line for line in lines if line not in short]
+def is_short(line: dict) -> bool:
+    """Whether it is a run that ended before 12 updates: those have a table of their own."""
+    return 0 < line["run"]["updates"] < UPDATES
 
 
 def _is_timed(curve: Curve) -> bool:
@@ -322,7 +321,7 @@ def refused(lines: Sequence[dict]) -> str:
 
 def blocks(lines: Sequence[dict]) -> dict[str, str]:
     made = {"refused": refused(lines)}
-    short, lines = short_runs(lines)
+    short, lines = ([line for line in lines if is_short(line) == wanted] for wanted in (True, False))
     for pair in PAIRS:
         if pair != HOME and "start" in (found := curves(lines, "mbpp", pair)):
             made[f"mbpp {pair}"] = f"{PAIR_TITLES[pair]}\n\n{table(found, processor(lines, 'mbpp', pair))}"
@@ -345,7 +344,7 @@ def blocks(lines: Sequence[dict]) -> dict[str, str]:
 
 def plot(lines: Sequence[dict], path: Path) -> None:
     """The gap over updates and over CPU seconds, a row of two for each data set."""
-    lines = short_runs(lines)[1]
+    lines = [line for line in lines if not is_short(line)]
     shown = {dataset: found for dataset in DATASETS if len(found := curves(lines, dataset)) > 1}
     figure, axes = plt.subplots(
         len(shown), 2, figsize=(11, 3.8 * len(shown)), layout="constrained", sharey="row", squeeze=False

@@ -79,16 +79,11 @@ class Packer:
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], length: int, multiple: int = 1
     ) -> Packed | None:
         """`None` where the padded rows, of `length` tokens, are as good. `multiple`: of which the packed width is to be one."""
-        layout = self._layout(prompts, completions, length, multiple)
+        layout = self._layout([(tuple(p), len(c)) for p, c in zip(prompts, completions, strict=True)], length, multiple)
         return None if layout is None else _filled(*layout, prompts, completions, length)
 
-    def packs(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], length: int) -> bool:
-        """Whether a call with the same would return packed rows."""
-        return self._layout(prompts, completions, length, 1) is not None
-
-    def _layout(self, prompts, completions, length: int, multiple: int):
+    def _layout(self, rows: list[tuple[tuple[int, ...], int]], length: int, multiple: int):
         """The packed rows, each as a list of rows that share a prompt, and their width."""
-        rows = [(tuple(prompt), len(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
         multiple = math.lcm(multiple, _ALIGNED)
         linear, longest = 12 * self._hidden_size, max(len(prompt) + count for prompt, count in rows)
         if longest > self._reach:

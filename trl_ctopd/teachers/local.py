@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..models.closing import in_tile_order
 from ..models.heads import add_token_scores, base_model, hidden_states
 from ..models.loading import load_model, slow_weights, switch_router_logits_off, widen_for_cpu
-from ..models.packing import packed_inputs, packer_for
+from ..models.packing import Packed, packed_inputs, packer_for
 from ..models.products import use_faster_products
 from ..models.sharding import SHARDING, is_on, is_sharded, place_teacher, stays
 from ..rollouts.pairing import by_length, of_like_length, pad_rows
@@ -226,23 +226,30 @@ class LocalTeacher:
     ) -> Iterator[tuple[int, TeacherScores]]:
         """Each row with its scores, at most `batch_size` rows of `order` in a forward pass."""
         for start in range(0, len(order), self.batch_size):
-            for rows in self._together(order[start : start + self.batch_size], prompts, completions):
+            for rows, packed in self._together(order[start : start + self.batch_size], prompts, completions):
                 own = ([texts[r] for r in rows] for texts in (prompts, completions, other_ends))
                 asked = None if going_on is None else [going_on[r]() for r in rows]
-                yield from zip(rows, self._forward(*own, asked, with_hidden), strict=True)
+                yield from zip(rows, self._forward(*own, asked, with_hidden, packed), strict=True)
 
-    def _together(self, rows: Sequence[int], prompts, completions) -> list[Sequence[int]]:
-        """`rows` by forward passes. On a CPU, where padding costs more than further calls, rows that are not packed go with those of
-        like length; not where the processes that share a teacher have to make the same calls."""
-        own = [[texts[row] for row in rows] for texts in (prompts, completions)]
-        lengths = [len(prompt) + len(completion) for prompt, completion in zip(*own, strict=True)]
-        if self.device.type != "cpu" or is_sharded(self.model, self._accelerator):
-            return [rows]
-        if self._packer and self._packer.packs(*own, max(lengths)):
-            return [rows]
-        return [[rows[place] for place in group] for group in of_like_length(lengths)]
+    def _together(self, rows: Sequence[int], prompts, completions) -> Iterator[tuple[Sequence[int], Packed | None]]:
+        """`rows` by forward passes, packed where that pays. On a CPU, where padding costs more than further calls, rows that are not packed
+        go with those of like length; not where the processes that share a teacher have to make the same calls."""
+        packed = self._packed(rows, prompts, completions)
+        if packed is not None or self.device.type != "cpu" or is_sharded(self.model, self._accelerator):
+            yield rows, packed
+            return
+        groups = of_like_length([len(prompts[row]) + len(completions[row]) for row in rows])
+        for group in groups:
+            own = [rows[place] for place in group]
+            yield own, None if len(groups) == 1 else self._packed(own, prompts, completions)
 
-    def _forward(self, prompts, completions, other_ends, going_on, with_hidden):
+    def _packed(self, rows: Sequence[int], prompts, completions) -> Packed | None:
+        if not self._packer:
+            return None
+        width = max(len(prompts[row]) + len(completions[row]) for row in rows)
+        return self._packer(*([texts[row] for row in rows] for texts in (prompts, completions)), width)
+
+    def _forward(self, prompts, completions, other_ends, going_on, with_hidden, packed):
         rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
         counts = [len(completion) for completion in completions]
         width = max(map(len, rows))
@@ -254,7 +261,6 @@ class LocalTeacher:
         ends = [(row, token) for row, own in enumerate(other_ends) for token in own]
         last = torch.tensor([(row, len(rows[row]) - 2 - width) for row, _ in ends], dtype=torch.long).reshape(-1, 2).T
         asked = torch.cat([scored, last], dim=1)
-        packed = self._packer(prompts, completions, width) if self._packer else None
         if packed is None:  # no token sees the padding after it, so any id will do
             inputs = {"input_ids": pad_rows(rows, width, 0), "scored": asked}
         else:
