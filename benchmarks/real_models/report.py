@@ -51,7 +51,7 @@ TITLES = {
 }
 PAIR_TITLES = {
     "qwen<-smollm2": "The pair in the other direction, on programming tasks: Qwen2.5-Coder-0.5B-Instruct learns from SmolLM2.",
-    "smollm2<-smollm2": "SmolLM2 learns from itself, on programming tasks.",
+    "smollm2-4bit<-smollm2": "One tokenizer: SmolLM2, rounded to four bits, learns from itself as it was, on programming tasks.",
 }
 
 

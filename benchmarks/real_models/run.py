@@ -10,6 +10,8 @@ Decisions:
   methods' own settings are those of benchmarks/quality.
 - Runs go seed by seed over data sets, rates, pairs and methods, in the order in which these are given, so that an interrupted
   benchmark is still balanced.
+- A student of four bits is held as bitsandbytes rounds it. Its teacher is the same model unrounded, so that one tokenizer is left, and what
+  the adapter can learn is what rounding took.
 - The held-out gap is the same for all methods: after some updates the student samples one answer to each held-out prompt, with the
   same seed every time, and each model's log-prob of it is summed over all chunks (`examples/demo_real/measuring.py`).
 - CPU seconds are those of the process, without measuring, since the machine has other work.
@@ -56,8 +58,9 @@ RESULTS = Path(__file__).parents[1] / "results" / "real_models"
 PAIRS = {
     "smollm2<-qwen": (STUDENT, TEACHER),
     "qwen<-smollm2": (TEACHER, STUDENT),
-    "smollm2<-smollm2": (STUDENT, STUDENT),
+    "smollm2-4bit<-smollm2": (STUDENT, STUDENT),
 }
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 METHODS: dict[str, Method] = {
     "dpca": QUALITY["dpca_closed"],
     "reverse_kl": QUALITY["reverse_kl"],
@@ -153,6 +156,8 @@ def do(run: Run, folder: Path, models: Path | None) -> dict:
     }
     own = (METHODS["dpca_open"] if method.gold else method).config  # GOLD's student is measured by our trainer
     common_ours = {**common, "max_new_tokens": run.tokens, "per_device_eval_batch_size": run.prompts}
+    if "4bit" in run.pair:
+        common_ours["model_init_kwargs"] = {"dtype": "float32", "quantization_config": FOUR_BITS}
     ours = build(student, teacher, training, folder, held_out, **common_ours, **own)
     watch = Watch(ours)
     trainer = gold(method, run, ours, training, teacher, common) if method.gold else ours

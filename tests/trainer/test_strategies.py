@@ -3,6 +3,7 @@ one process alone. Each strategy's cases share a launch, since most of its time 
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,8 @@ def launch(strategy: str, folder: Path, names: list[str]) -> subprocess.Complete
         capture_output=True,
         text=True,
         timeout=900,
+        # of a process that a signal ends, where it was; and no warnings around it
+        env={**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONWARNINGS": "ignore"},
     )
 
 

@@ -118,6 +118,7 @@ def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, 
     )
     train_and_save(trainer, script_args)
     trainer.end()
+    trainer.accelerator.end_training()
 
 
 def set_init_kwargs(training_args: TrainingArguments, model_args: ModelConfig):

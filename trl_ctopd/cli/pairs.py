@@ -45,3 +45,4 @@ def main(script_args: PreferArguments, training_args: CrossTokenizerDPOConfig, m
         peft_config=get_peft_config(model_args),
     )
     train_and_save(trainer, script_args)
+    trainer.accelerator.end_training()
