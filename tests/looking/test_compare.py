@@ -73,6 +73,19 @@ def test_a_student_trained_whole_has_no_before_and_the_table_says_so(build, caps
     assert " ".join(NO_BEFORE.split()) in " ".join(capsys.readouterr().out.split())
 
 
+def test_weights_of_an_adapter_that_are_frozen_stay_frozen(build):
+    """LoRA-FA, say. PEFT makes them trainable when an adapter is switched on again, so that a run that compared before it trained them."""
+    trainer = build(peft_config=LoraConfig(r=8, target_modules="all-linear"), max_steps=1)
+    frozen = {name: own.clone() for name, own in trainer.model.named_parameters() if ".lora_A." in name}
+    for name in frozen:
+        trainer.model.get_parameter(name).requires_grad_(False)
+    trainer.compare(CHAT[:1], max_new_tokens=2)
+    assert not any(trainer.model.get_parameter(name).requires_grad for name in frozen)
+    trainer.train()
+    assert frozen and all(torch.equal(trainer.model.get_parameter(name), own) for name, own in frozen.items())
+    assert any(own.abs().max() > 0 for name, own in trainer.model.named_parameters() if ".lora_B." in name)
+
+
 def test_comparing_leaves_the_run_as_it_was(build):
     one, other = build(max_steps=2, logging_steps=1), build(max_steps=2, logging_steps=1)
     other.compare(CHAT)

@@ -19,7 +19,7 @@ ROWS = prompts(8)
 TWO = {"dataset": ROWS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **SGD}
 # one row in a forward pass of the teacher: its products are then the same in any order of rows
 ALONE = {**TWO, "teacher_batch_size": 1}
-WAIT = 600
+WAIT = 120
 
 
 def blended() -> dict:

@@ -115,6 +115,18 @@ def test_the_start_under_an_adapter_is_the_student_as_it_was_given(build, adapte
     assert any(own.abs().max() > 0 for own in gradient)
 
 
+def test_weights_of_an_adapter_that_are_frozen_stay_frozen(build):
+    """PEFT makes them trainable when an adapter is switched on again: their gradients would count where all are clipped, and a checkpointed
+    forward pass would be repeated otherwise than it was."""
+    settings = {"reference_kl": 1.0, "gradient_checkpointing": True, "max_steps": 2, **SGD}
+    trainer = build(model=student_model(), peft_config=LoraConfig(**ADAPTER), **settings)
+    for name, own in trainer.model.named_parameters():
+        own.requires_grad_(".lora_B." in name)
+    trainer.train()
+    trained = {name for name, own in trainer.model.named_parameters() if own.requires_grad}
+    assert trained and all(".lora_B." in name for name in trained)
+
+
 @torch.no_grad()
 def move(model):
     """As training would."""

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import GenerationConfig
 
-from ..models.reference import why_not_base
+from ..models.reference import adapter_off, why_not_base
 from ..rollouts.generation import write
 from ..text.chat import Speaker
 from ..text.conversation import Conversation, read_example
@@ -64,7 +64,7 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
         reason = why_not_base(unwrapped)
         missing = None if reason is None else f"No student before: {reason}."
     if missing is None:
-        with unwrapped.disable_adapter():
+        with adapter_off(unwrapped):
             columns["student_before"] = answers(*student)
     columns["student_now"] = answers(*student)
     for name, seat in trainer.panel.seats.items():

@@ -28,6 +28,19 @@ def why_not_base(model: PeftModel) -> str | None:
     return None
 
 
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """`model.disable_adapter()`, after which the weights that were frozen are frozen: PEFT 0.21 leaves all of the adapter's trainable
+    (findings/frozen_adapters_thaw.sh)."""
+    frozen = [own for own in model.parameters() if not own.requires_grad]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for own in frozen:
+            own.requires_grad_(False)
+
+
 def _adds_at_start(model: PeftModel) -> bool:
     second = [own for name, own in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
     held = [getattr(own, "ds_tensor", own) for own in second if own.requires_grad]
@@ -71,7 +84,7 @@ class Reference:
             with self._accelerator.autocast():
                 return self._copy.to(inputs["input_ids"].device)(**inputs).log_probs
         student = self._accelerator.unwrap_model(model)
-        with student.disable_adapter() if self._start is None else self._as_at_start(student):
+        with adapter_off(student) if self._start is None else self._as_at_start(student):
             return model(**inputs).log_probs
 
     @contextmanager
