@@ -24,7 +24,7 @@ from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.rollouts.closing import ends
 from trl_ctopd.rollouts.metrics import rollout_metrics
 from trl_ctopd.rollouts.pairing import Prompt, pair
-from trl_ctopd.rollouts.prompts import COLUMNS, render_row
+from trl_ctopd.rollouts.prompts import COLUMNS, render_dataset, render_row
 from trl_ctopd.rollouts.source import RolloutSource
 from trl_ctopd.rollouts.tools import ToolLoop, schemas
 from trl_ctopd.text.calls import a_call
@@ -97,6 +97,29 @@ def asked(student, teacher, **row):
         {"prompt": [ASKED], **row}, 0, side(student), {"": side(teacher)}, None, False, tools=schemas(TOOLS)
     )
     return Prompt(*(rendered[column] for column in COLUMNS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loaded", "told"),
+    [
+        ([{"a": 3}, {"a": 2.5}], None, True),
+        ([{"a": 3}, {"a": 2.5}], "use_json", False),
+        ([{"a": 3}, {"b": 4}], None, False),
+        ([{"a": 0.5}, {"a": 2.5}], None, False),
+        (['{"a": 3}', '{"a": 2.5}'], None, False),
+    ],
+    ids=["as from_list makes it", "as JSON", "integers alone", "fractions alone", "as text"],
+)
+def test_integers_that_arrow_has_made_floats_of_are_told_of(tmp_path, caplog, arguments, loaded, told):
+    calls = [{"type": "function", "function": {"name": "add", "arguments": own}} for own in arguments]
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls]
+    answer = {"role": "tool", "name": "add", "content": "7"}
+    rows = Dataset.from_list([{"prompt": [ASKED, turn, answer]} for turn in turns], on_mixed_types=loaded)
+    args = CrossTokenizerGKDConfig(str(tmp_path), bf16=False, use_cpu=True)
+    student = side("qwen2_5")
+    rendered = render_dataset(rows, args, student, {"": side("qwen3")}, None, {}, "train")
+    text = student.tokenizer.decode(rendered[0]["prompt_ids"])
+    assert ('{"a": 3.0}' in text) == told and ("3.0" in caplog.text and "on_mixed_types" in caplog.text) == told
 
 
 def conversed(student, teacher, *turns, scores=False, tools=TOOLS, context=None, prompt=None, **settings):

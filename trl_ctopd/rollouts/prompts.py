@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, LargeList, List, Value
 from torch.utils.data import Sampler
 
 from ..config import CrossTokenizerGKDConfig
@@ -27,6 +27,7 @@ BLEND = "blend"  # beside them, where there are several teachers: those that rea
 ROW = "row"  # beside them, where functions of the user's are called with it: the row as JSON
 RENDERED_FOR = "rendered_for"  # beside them: the fingerprint of the row's two sides
 _NAMED = 5  # rows that are dropped are named up to this many
+_LOOKED_AT = 1000  # rows, for what Arrow has made of integers
 
 
 def render_dataset(
@@ -81,6 +82,7 @@ def render_dataset(
     fingerprints = {name: f"{student.fingerprint}-{teacher.fingerprint}" for name, teacher in teachers.items()}
     options = {}
     if isinstance(dataset, Dataset):
+        _warn_of_whole_floats(dataset, dataset_name)
         options = {"num_proc": args.dataset_num_proc, "desc": f"Rendering {dataset_name} dataset for both models"}
     with args.main_process_first(local=True, desc="dataset rendering"):
         rendered = dataset.map(
@@ -105,6 +107,32 @@ def render_dataset(
     if isinstance(rendered, Dataset):
         check_room(rendered, server_contexts, args.max_new_tokens, dataset_name)
     return rendered
+
+
+def _warn_of_whole_floats(dataset: Dataset, dataset_name: str):
+    """An Arrow column has one type for all values of an argument: beside a fraction in any row, the integers of the others are floats."""
+    for column, feature in dataset.features.items():
+        if any(isinstance(own, Value) and own.dtype.startswith("float") for own in _below_calls(feature)):
+            rows = dataset.select(range(min(len(dataset), _LOOKED_AT)))[column]
+            found = next((own for own in _below_calls(list(rows)) if isinstance(own, float) and own.is_integer()), None)
+            if found is not None:
+                logger.warning(
+                    f"Arguments of tool calls in `{column}` of the {dataset_name} dataset are floats, and both models read {found} where "
+                    "the rows may have had an integer: datasets keeps one type for an argument. Make the dataset with "
+                    "Dataset.from_list(rows, on_mixed_types='use_json'), or give `arguments` as JSON text."
+                )
+
+
+def _below_calls(value, below: bool = False) -> Iterator:
+    """What stands below `tool_calls` in a row, or in its features."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _below_calls(item, below or key == "tool_calls")
+    elif isinstance(value, list | List | LargeList):
+        for item in value if isinstance(value, list) else [value.feature]:
+            yield from _below_calls(item, below)
+    elif below:
+        yield value
 
 
 def render_row(
