@@ -2,8 +2,10 @@
 
 import sys
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig
 from toys import SGD, SHAPE, fix_rollouts, step_of, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DogeConfig, GptOssConfig, MixtralConfig, Qwen3MoeConfig
@@ -124,6 +126,7 @@ def test_an_adapter_on_all_linear_layers_says_whether_it_reaches_the_experts(bui
     caplog.set_level("INFO")
     trainer = build(model=student(shape), peft_config=LoraConfig(target_modules="all-linear"))
     trained = [name for name, part in trainer.model.named_parameters() if part.requires_grad and ".experts." in name]
+    reached = reached and Version(peft.__version__) >= Version("0.20")  # before, PEFT counted linear layers alone
     assert bool(trained) == reached == ("The adapter reaches the experts of this " in caplog.text)
     assert ("leaves the experts of this " in caplog.text) != reached
 
