@@ -7,6 +7,7 @@ from pathlib import Path
 
 import neighbours_run
 import pytest
+from launched import check_finished
 
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "cpu"
@@ -31,7 +32,7 @@ def test_two_processes_learn_from_pairs_and_rewards_what_one_learns(tmp_path, st
         text=True,
         timeout=900,
     )
-    assert launched.returncode == 0, launched.stderr[-3000:]
+    check_finished(launched, [tmp_path / "found-2.json"])
     found = json.loads((tmp_path / "found-2.json").read_text())
     expected = neighbours_run.run(tmp_path, 1, cases)
     assert found["type"] == f"DistributedType.{kind}"

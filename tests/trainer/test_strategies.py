@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import check_finished
 from peft import AutoPeftModelForCausalLM
 from protocol_server import ProtocolServer
 from safetensors.torch import load_file
@@ -87,8 +88,9 @@ def together(tmp_path_factory, served):
 
     def found(strategy, name):
         done, folder = launched(strategy, name in QUICK[strategy])
-        assert done.returncode == 0, done.stderr
-        ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+        results = [folder / f"{rank}.json" for rank in (0, 1)]
+        check_finished(done, results)
+        ranks = [json.loads(path.read_text()) for path in results]
         for rank in ranks:
             kind, full, lora = KINDS[strategy]
             expected = kind, lora if CASES[name].get("lora") else full, 2

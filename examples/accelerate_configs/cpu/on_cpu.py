@@ -36,7 +36,6 @@ def main(script: str):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     runpy.run_path(script, run_name="__main__")
-    PartialState().destroy_process_group()  # before Python ends, while gloo's threads can still be stopped in order
 
 
 if __name__ == "__main__":
