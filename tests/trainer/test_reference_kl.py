@@ -6,7 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from toys import SGD, fix_rollouts, step_of, student_model, weights
 
 from trl_ctopd.losses import ScoredChunks
@@ -125,6 +133,48 @@ def test_weights_of_an_adapter_that_are_frozen_stay_frozen(build):
     trainer.train()
     trained = {name for name, own in trainer.model.named_parameters() if own.requires_grad}
     assert trained and all(".lora_B." in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraConfig(**ADAPTER, modules_to_save=["lm_head"]),
+        LoKrConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        OFTConfig(oft_block_size=4, target_modules="all-linear"),
+        LNTuningConfig(target_modules=["norm"]),
+        TrainableTokensConfig(token_indices=[5, 6, 7, 8, 9]),
+    ],
+    ids=lambda adapter: str(adapter.peft_type.value),
+)
+def test_the_start_of_an_adapter_of_any_kind_that_was_trained_before_is_that_adapter(build, adapter):
+    torch.manual_seed(0)
+    model = get_peft_model(student_model(), adapter)
+    plain = model.get_base_model()(input_ids=TWO["input_ids"]).logits.detach()
+    with torch.no_grad():
+        for name, own in model.named_parameters():
+            if own.requires_grad and ".lora_" not in name:
+                own.add_(torch.randn_like(own), alpha=0.3)
+    assert (model(input_ids=TWO["input_ids"]).logits - plain).abs().max() > 1e-3, "it adds something"
+    trainer = build(model=model, reference_kl=1.0)
+    start = Reference(trainer.model, trainer.accelerator)
+    as_it_was = trainer.model(**TWO).log_probs
+    torch.testing.assert_close(start.log_probs(trainer.model, **TWO), as_it_was)
+    move(trainer.model)
+    assert (trainer.model(**TWO).log_probs - as_it_was).abs().max() > 1e-3
+    torch.testing.assert_close(start.log_probs(trainer.model, **TWO), as_it_was)
+
+
+def test_weights_of_the_base_model_that_are_trained_beside_an_adapter_are_told_and_belong_to_the_start(build, caplog):
+    model = get_peft_model(student_model(), LoraConfig(**ADAPTER))
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    trainer = build(model=model, reference_kl=1.0)
+    assert (
+        "1 weights of the base model are trained beside the adapter (base_model.model.model.norm.weight)" in caplog.text
+    )
+    start, as_it_was = Reference(trainer.model, trainer.accelerator), trainer.model(**TWO).log_probs
+    move(trainer.model)
+    torch.testing.assert_close(start.log_probs(trainer.model, **TWO), as_it_was)
 
 
 @torch.no_grad()

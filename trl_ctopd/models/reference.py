@@ -25,7 +25,19 @@ def why_not_base(model: PeftModel) -> str | None:
         return f"init_lora_weights={kind!r} takes what the adapter begins with out of the base model's weights"
     if bias != "none":
         return f"bias={bias!r} trains biases of the base model, which stay trained when the adapter is switched off"
+    if beside := trained_beside(model):
+        return f"weights of the base model are trained too ({beside[0]}, ...), and stay trained when the adapter is switched off"
     return None
+
+
+def trained_beside(model: PeftModel) -> list[str]:
+    """The names of base weights that are trained and that no file of the adapter holds."""
+    adapters, bias = {*model.peft_config}, getattr(model.active_peft_config, "bias", "none")
+    return [
+        name
+        for name, own in model.named_parameters()
+        if own.requires_grad and not adapters & {*name.split(".")} and (bias == "none" or not name.endswith(".bias"))
+    ]
 
 
 @contextmanager
@@ -42,9 +54,26 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 
 
 def _adds_at_start(model: PeftModel) -> bool:
-    second = [own for name, own in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
-    held = [getattr(own, "ds_tensor", own) for own in second if own.requires_grad]
-    return any(gather_object([any(bool(own.any()) for own in held if own.device.type != "meta")]))
+    """Whether the adapter changes `model` already: it does not if it is a LoRA whose second factors are 0, beside copies of modules that are
+    equal to theirs."""
+    weights = dict(model.named_parameters())
+
+    def adds(name: str) -> bool:
+        if ".lora_B." in name or ".lora_embedding_B." in name:
+            return bool(_held(weights[name]).any())
+        if ".modules_to_save." in name:
+            module, _, part = name.partition(".modules_to_save.")
+            original = weights[f"{module}.original_module.{part.partition('.')[2]}"]
+            return not torch.equal(_held(weights[name]), _held(original).to(weights[name].dtype))
+        return ".lora_" not in name
+
+    trained = [name for name, own in weights.items() if own.requires_grad and _held(own).device.type != "meta"]
+    return any(gather_object([any(map(adds, trained))]))
+
+
+def _held(weight: torch.Tensor) -> torch.Tensor:
+    """What this process holds of `weight`."""
+    return getattr(weight, "ds_tensor", weight)
 
 
 class Reference:
