@@ -17,9 +17,10 @@ import torch
 import toys
 import transformers
 from accelerate import Accelerator, skip_first_batches
+from peft import LoraConfig
 from resume_run import MOMENTS, Death, train
 from safetensors.torch import load_file
-from toys import SGD, fix_rollouts, prompts, student_tokenizer, teacher_model
+from toys import SGD, fix_rollouts, prompts, student_model, student_tokenizer, teacher_model
 from transformers import TrainerCallback
 
 from trl_ctopd.models.sharding import own_rows
@@ -415,6 +416,29 @@ def test_a_resume_under_other_circumstances_says_what_has_changed(build, trained
     [line] = [line for line in caplog.messages if "with other settings than it was saved with" in line]
     assert said in line and "max_steps (then 3, now 4)" in line
     assert "output_dir" not in line and line.count("(then") == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"lora_alpha": 64}, "peft_config.lora_alpha (then 8, now 64)"),
+        ({"use_rslora": True}, "peft_config.use_rslora (then False, now True)"),
+        ({"model": 9}, "frozen_weights (then "),
+        ({}, None),
+    ],
+    ids=["alpha", "rsLoRA", "another base model", "nothing"],
+)
+def test_a_resume_with_another_adapter_or_base_model_says_so(build, tmp_path, caplog, changed, said):
+    def run(model=3, resume=None, **adapter):
+        peft_config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **adapter})
+        settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "output_dir": str(tmp_path / "run")}
+        build(model=student_model(model), peft_config=peft_config, **settings).train(resume_from_checkpoint=resume)
+
+    run()
+    caplog.clear()
+    run(**changed, resume=str(tmp_path / "run" / "checkpoint-1"))
+    found = [line for line in caplog.messages if "with other settings than it was saved with" in line]
+    assert found == [] if said is None else said in found[0] and found[0].count("(then") == 1
 
 
 def rates_of(trainer) -> dict[int, float]:

@@ -7,6 +7,7 @@ from datetime import date
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -22,22 +23,27 @@ _WITHOUT_BEARING = re.compile(
     r"|ddp_\w+|local_rank|per_device_eval_batch_size|prediction_loss_only|teacher_batch_size|teacher_overlap|logit_tile_tokens|vllm_server_\w+"
     r"|vllm_group_port|vllm_gpu_memory_utilization|\w*token|debug|restore_callback_states_from_checkpoint"
 )
+# of an adapter: where its weights come from and go to
+_ABOUT_FILES = re.compile(r"base_model_name_or_path|revision|inference_mode|auto_mapping|peft_version|task_type")
 _ROWS, _WEIGHTS = 1024, 64  # at most as many are read for a digest
 
 
 def identity(
     args: CrossTokenizerGKDConfig,
+    student: nn.Module,
     panel: Panel,
     train_dataset: Dataset | IterableDataset | None,
     day: date | None = None,
 ) -> dict:
     """What a resumed run must have in common with the run that it continues. `day`: the date in the prompts, None where there is
-    none."""
+    none. Of a `student` whose whole weights are trained, a checkpoint has all."""
     teachers = {
         name: seat.name if seat.remote else f"{seat.name} {model_digest(seat.teacher.base_model)}".strip()
         for name, seat in panel.seats.items()
     }
     found = {**settings_that_matter(args), "teacher": teachers, "train_dataset": dataset_digest(train_dataset)}
+    if isinstance(student, PeftModel):
+        found |= {"frozen_weights": model_digest(student, frozen=True), **adapter_settings(student)}
     return found if day is None else {**found, "prompt_date": day.isoformat()}
 
 
@@ -46,6 +52,16 @@ def settings_that_matter(args: CrossTokenizerGKDConfig) -> dict:
     found = {name: value for name, value in args.to_dict().items() if not _WITHOUT_BEARING.fullmatch(name)}
     found["world_size"] = args.world_size
     return json.loads(json.dumps(found, default=str))
+
+
+def adapter_settings(student: PeftModel) -> dict:
+    """What shapes the active adapter, by name."""
+    given = json.loads(json.dumps(student.active_peft_config.to_dict(), default=_plain))
+    return {f"peft_config.{name}": value for name, value in given.items() if not _ABOUT_FILES.fullmatch(name)}
+
+
+def _plain(value):
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def dataset_digest(dataset: Dataset | IterableDataset | None) -> str:
@@ -59,10 +75,10 @@ def dataset_digest(dataset: Dataset | IterableDataset | None) -> str:
     return f"{len(dataset)} rows, {digest.hexdigest()[:12]}"
 
 
-def model_digest(model: nn.Module) -> str:
-    """A hash of the shapes, and of a few numbers of those weights that this process holds unsharded."""
+def model_digest(model: nn.Module, frozen: bool = False) -> str:
+    """A hash of the shapes, and of a few numbers of those weights that this process holds unsharded; of `frozen` ones alone, if asked for."""
     digest = hashlib.sha256()
-    parameters = list(model.named_parameters())
+    parameters = [(name, own) for name, own in model.named_parameters() if not (frozen and own.requires_grad)]
     for place in np.linspace(0, len(parameters) - 1, min(len(parameters), _WEIGHTS)).astype(int):
         name, parameter = parameters[place]
         digest.update(f"{name} {getattr(parameter, 'ds_shape', parameter.shape)}".encode())

@@ -138,7 +138,7 @@ class ResumableTrainer(EndedRun, GKDTrainer):
 
     @cached_property
     def _identity(self) -> dict:
-        return identity(self.args, self.panel, self.train_dataset, self._day)
+        return identity(self.args, self.accelerator.unwrap_model(self.model), self.panel, self.train_dataset, self._day)
 
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
