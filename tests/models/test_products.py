@@ -85,6 +85,35 @@ def test_an_input_in_another_order_of_memory_is_read_as_what_it_is(everywhere):
     torch.testing.assert_close(own(wide), nn.functional.linear(wide, own.weight, own.bias), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "bias",
+    [lambda: torch.randn(40, 3)[:, 1], lambda: torch.ones(1).expand(40), lambda: torch.ones(()), lambda: torch.ones(1)],
+    ids=["a column", "one number for all", "a number", "of shape (1,)"],
+)
+def test_a_bias_is_read_as_what_it_is(everywhere, bias):
+    layer = OneDnnLinear(24, 40)
+    layer.bias = nn.Parameter(bias())
+    input = torch.randn(7, 24)
+    torch.testing.assert_close(layer(input), input @ layer.weight.t() + layer.bias)
+    torch.testing.assert_close(products.linear(input, layer.weight, layer.bias), layer(input))
+
+
+def test_a_switched_layer_is_transformed_and_derived_twice_as_a_plain_one(everywhere):
+    layer, plain = OneDnnLinear(24, 40), nn.Linear(24, 40)
+    plain.load_state_dict(layer.state_dict())
+    input = torch.randn(7, 24)
+
+    def second(own):
+        given = input.clone().requires_grad_()
+        [first] = torch.autograd.grad(own(given).pow(3).sum(), given, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), [given, own.weight, own.bias])
+
+    torch.testing.assert_close(second(layer), second(plain), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.vmap(layer)(input[:, None]), torch.func.vmap(plain)(input[:, None]))
+    found = (torch.func.jvp(own, (input,), (input,)) for own in (layer, plain))
+    torch.testing.assert_close(*found)
+
+
 def test_nothing_is_computed_or_kept_for_a_gradient_that_is_not_asked_for(everywhere, calls):
     own = layer(bias=False).requires_grad_(False)
     kept = []

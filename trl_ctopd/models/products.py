@@ -7,13 +7,12 @@ switched to oneDNN here, in float32 as before: results differ by rounding.
 
 import functools
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .sharding import SHARDING
 
@@ -42,19 +41,23 @@ class OneDnnLinear(nn.Linear):
     """A linear layer that multiplies by oneDNN where its input and weight are plain float32 tensors on the CPU, and as `nn.Linear` else."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or type(self.weight) is not nn.Parameter or not _pays(input, self.weight):
+        plain = torch.compiler.is_compiling() or type(self.weight) is not nn.Parameter
+        if plain or not _pays(input, self.weight, self.bias):
             return super().forward(input)
         return _Linear.apply(input, self.weight, self.bias)
 
 
-def _pays(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether oneDNN can take this product of (..., K) and (N, K), and it is large enough."""
+def _pays(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Whether oneDNN can take this product of (..., K) and (N, K), and it is large enough. Of a bias it reads N numbers in a row, whatever its
+    shape and strides."""
     return (
         input.dtype == weight.dtype == torch.float32
         and input.device.type == weight.device.type == "cpu"
         and type(input) is torch.Tensor
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and (bias is None or bias.shape == weight.shape[:1] and bias.is_contiguous())
         and input.numel() * len(weight) >= LEAST
     )
 
@@ -67,23 +70,23 @@ class _Linear(torch.autograd.Function):
         return product(input, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         input, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
+        by = nn.functional.linear if torch.is_grad_enabled() else product  # torch's has a second derivative
         return (
-            product(grad, weight.t()) if wanted[0] else None,
-            _outer(rows, input.reshape(-1, input.shape[-1])) if wanted[1] else None,
+            by(grad, weight.t()) if wanted[0] else None,
+            _outer(rows, input.reshape(-1, input.shape[-1]), by) if wanted[1] else None,
             rows.sum(0) if wanted[2] else None,
         )
 
 
-def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """leftᵀ right (N, K) of (n, N) and (n, K). oneDNN copies its first factor if it is transposed, so that the narrower one comes first."""
+def _outer(left: torch.Tensor, right: torch.Tensor, by: Callable) -> torch.Tensor:
+    """leftᵀ right (N, K) of (n, N) and (n, K), `by` this product. oneDNN copies its first factor if it is transposed, so that the narrower one comes first."""
     if left.shape[1] > right.shape[1]:
-        return product(right.t(), left.t()).t()
-    return product(left.t(), right.t())
+        return by(right.t(), left.t()).t()
+    return by(left.t(), right.t())
 
 
 def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,7 +96,7 @@ def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear` by the faster library, with its gradients."""
-    if onednn_is_faster() and _pays(input, weight):
+    if onednn_is_faster() and _pays(input, weight, bias):
         return _Linear.apply(input, weight, bias)
     return nn.functional.linear(input, weight, bias)
 
