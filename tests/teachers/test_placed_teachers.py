@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig
 from toys import prompts, teacher_model, teacher_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from trl_ctopd.teachers import local
 from trl_ctopd.teachers.local import LocalTeacher, load_teacher
@@ -87,6 +87,30 @@ def test_on_a_cpu_rows_that_are_not_packed_are_read_with_those_of_like_length(mo
     monkeypatch.setattr(local, "is_sharded", lambda *_: True)  # processes that share a model make the same calls
     teacher.log_probs(prompts, completions)
     assert shapes == [(4, 40)]
+
+
+def test_a_row_is_read_alike_beside_a_long_one_where_positions_turn(monkeypatch):
+    """Phi-3's longrope: transformers takes the factors for long texts for all rows of a pass that has a long one."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    limits = {"max_position_embeddings": 512, "original_max_position_embeddings": 36}
+    sizes = {
+        "vocab_size": 90,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    torch.manual_seed(0)
+    config = Phi3Config(**sizes, **limits, pad_token_id=0, initializer_range=0.3, rope_parameters=rope)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    short, long = (list(range(5, 15)), list(range(20, 45))), (list(range(6, 16)), list(range(20, 50)))
+    alone = [log_probs(model, *row) for row in (short, long)]
+    teacher = LocalTeacher(model, Accelerator(cpu=True), batch_size=8)
+    torch.testing.assert_close(
+        teacher.log_probs(*map(list, zip(short, long, strict=True))), alone, rtol=1e-4, atol=1e-4
+    )
+    monkeypatch.setattr(teacher, "_turning_length", 512)
+    assert (teacher.log_probs(*map(list, zip(short, long, strict=True)))[0] - alone[0]).abs().max() > 0.01
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, IterableDataset
 from peft import AdaptionPromptConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
+from transformers import AutoModelForCausalLM, Phi3Config
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -51,6 +52,7 @@ def build(tmp_path):
         ({"max_new_tokens": 8, "max_length": 8}, "max_new_tokens=8.*8 tokens"),
         ({"max_new_tokens": 240}, "Row 0.*prompt has .* student tokens.*room for 16"),
         ({"packing": True}, "packing"),
+        ({"include_for_metrics": ["inputs"]}, "include_for_metrics.*what the student writes"),
         ({"activation_offloading": True}, "this run is on a CPU.*set activation_offloading=False"),
         ({"assistant_only_loss": True}, "assistant_only_loss"),
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length"),
@@ -81,6 +83,16 @@ def test_the_student_cannot_teach_itself_in_place(build):
     model = student_model()
     with pytest.raises(ValueError, match="same module"):
         build(model=model, teacher_model=model)
+
+
+@pytest.mark.parametrize(("limit", "told"), [(30, True), (400, False)])
+def test_a_student_whose_positions_turn_within_its_texts_is_warned_of(build, caplog, limit, told):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    limits = {"max_position_embeddings": 512, "original_max_position_embeddings": limit, "rope_parameters": rope}
+    config = Phi3Config(**sizes, **limits, vocab_size=len(student_tokenizer()), pad_token_id=0, eos_token_id=2)
+    build(model=AutoModelForCausalLM.from_config(config))
+    assert (f"positions are encoded otherwise in texts beyond {limit} tokens" in caplog.text) == told
 
 
 def test_another_trainers_config_is_refused(build, tmp_path):

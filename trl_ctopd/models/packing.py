@@ -13,7 +13,7 @@ Left out: kernels that read rows of unlike length without padding (flash attenti
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -179,17 +179,28 @@ def _unlike(model: PreTrainedModel) -> str | None:
     return _trial(model)
 
 
+def turning_length(config: PreTrainedConfig) -> float:
+    """The longest row whose positions are encoded as a short one's. With longrope (Phi-3) transformers encodes all rows of a pass as long ones
+    where one of them is longer."""
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in (given, *given.values()):  # some models have one for each kind of layer
+        if isinstance(rope, Mapping) and rope.get("rope_type") == "longrope":
+            return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return math.inf
+
+
 def _reach(config: PreTrainedConfig) -> float:
-    """The longest row in which every layer sees all that comes before; 0 where that is unknown. The mask that is given takes the
-    place of the model's own windows."""
+    """The longest row that is read alike in whatever company, and in which every layer sees all that comes before; 0 where that is unknown.
+    The mask that is given takes the place of the model's own windows."""
     layers, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
     if layers:
         limited = layers - {"full_attention"}
     else:
         limited = {name for name, value in config.to_dict().items() if value and ("window" in name or "chunk" in name)}
+    turns = turning_length(config)
     if not limited:
-        return math.inf
-    return window if limited in ({"sliding_attention"}, {"sliding_window"}) and window else 0
+        return turns
+    return min(window, turns) if limited in ({"sliding_attention"}, {"sliding_window"}) and window else 0
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..models.closing import in_tile_order
 from ..models.heads import add_token_scores, base_model, hidden_states
 from ..models.loading import load_model, slow_weights, switch_router_logits_off, widen_for_cpu
-from ..models.packing import Packed, packed_inputs, packer_for
+from ..models.packing import Packed, packed_inputs, packer_for, turning_length
 from ..models.products import use_faster_products
 from ..models.sharding import SHARDING, is_on, is_sharded, place_teacher, stays
 from ..rollouts.pairing import by_length, of_like_length, pad_rows
@@ -106,6 +106,7 @@ class LocalTeacher:
         self.model = place_teacher(model, accelerator)
         use_faster_products(model, accelerator)
         self._packer = packer_for("teacher", model, accelerator)
+        self._turning_length = turning_length(model.config.get_text_config())
         if said := slow_weights("teacher", model):
             logger.warning(f"{said}. Load it with dtype='float32' (teacher_model_init_kwargs), if the memory is there.")
         self._reading = threading.Lock()
@@ -232,16 +233,24 @@ class LocalTeacher:
                 yield from zip(rows, self._forward(*own, asked, with_hidden, packed), strict=True)
 
     def _together(self, rows: Sequence[int], prompts, completions) -> Iterator[tuple[Sequence[int], Packed | None]]:
-        """`rows` by forward passes, packed where that pays. On a CPU, where padding costs more than further calls, rows that are not packed
-        go with those of like length; not where the processes that share a teacher have to make the same calls."""
-        packed = self._packed(rows, prompts, completions)
-        if packed is not None or self.device.type != "cpu" or is_sharded(self.model, self._accelerator):
-            yield rows, packed
+        """`rows` by forward passes, packed where that pays. Rows that would be read otherwise for a long one among them are read apart from it.
+        On a CPU, where padding costs more than further calls, rows that are not packed go with those of like length. Neither where the
+        processes that share a teacher have to make the same calls."""
+        if is_sharded(self.model, self._accelerator):
+            yield rows, self._packed(rows, prompts, completions)
             return
-        groups = of_like_length([len(prompts[row]) + len(completions[row]) for row in rows])
-        for group in groups:
-            own = [rows[place] for place in group]
-            yield own, None if len(groups) == 1 else self._packed(own, prompts, completions)
+        parts: tuple[list[int], list[int]] = [], []
+        for row in rows:
+            parts[len(prompts[row]) + len(completions[row]) <= self._turning_length].append(row)
+        for part in filter(None, parts):
+            packed = self._packed(part, prompts, completions)
+            if packed is not None or self.device.type != "cpu":
+                yield part, packed
+                continue
+            groups = of_like_length([len(prompts[row]) + len(completions[row]) for row in part])
+            for group in groups:
+                own = [part[place] for place in group]
+                yield own, None if len(groups) == 1 else self._packed(own, prompts, completions)
 
     def _packed(self, rows: Sequence[int], prompts, completions) -> Packed | None:
         if not self._packer:

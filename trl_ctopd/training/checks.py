@@ -1,5 +1,6 @@
 """Checks of the trainer's arguments, before any training time is spent."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -26,7 +27,9 @@ from ..models.loading import (
     warn_of_experts,
     warn_of_two_checkpoints,
 )
+from ..models.packing import turning_length
 from ..models.quantized import dequantizes, prepare_quantized, saved_quantization
+from ..models.reference import trained_beside
 from ..models.sharding import shards_student
 from ..redact import redact
 from ..rollouts.ahead import check_ahead
@@ -119,6 +122,11 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             raise ValueError(
                 f"`{name}` does not apply: the student writes its own sequences, and the teacher scores them."
             )
+    if "inputs" in args.include_for_metrics:
+        raise ValueError(
+            "include_for_metrics=['inputs'] does not apply: the inputs of an evaluation are what the student writes in it. See "
+            "`log_completions`."
+        )
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         raise ValueError(
             f"`train_sampling_strategy={args.train_sampling_strategy!r}` does not apply: lengths are known once the student has "
@@ -182,6 +190,7 @@ def check_run(
     check_padding(model, args)
     warn_of_experts(model)
     warn_of_slow_half(accelerator, model)
+    warn_of_turning_positions(args, model, train_dataset)
     check_saves(model, tokenizer, args.output_dir if args.should_save else None)
 
 
@@ -194,6 +203,20 @@ def warn_of_slow_half(accelerator, model: nn.Module):
         name = accelerator.mixed_precision
         logger.warning(
             f"{name}=True on a CPU without instructions for it: the student computes several times slower than in float32. Set {name}=False."
+        )
+
+
+def warn_of_turning_positions(args: CrossTokenizerGKDConfig, model: nn.Module, dataset: Dataset | IterableDataset):
+    """Warns of a student with longrope of which a rendered `dataset` and `max_new_tokens` allow texts that are encoded in two ways."""
+    turns = turning_length(base_model(model).config.get_text_config())
+    if turns == math.inf or not isinstance(dataset, Dataset):
+        return
+    longest = max(map(len, dataset["prompt_ids"]))
+    if longest + args.max_new_tokens > turns:
+        logger.warning(
+            f"The student has longrope, whose positions are encoded otherwise in texts beyond {turns} tokens, and the longest prompt has {longest}, "
+            f"its completion up to {args.max_new_tokens}. A text that grows beyond is drawn as a short one and scored as a long one, and so are "
+            "those in its micro-batch. Keep both together within it, with shorter prompts or max_new_tokens."
         )
 
 
@@ -339,6 +362,11 @@ def check_trainable(model: nn.Module):
         raise ValueError(
             f"The student has nothing to train: all {sum(1 for _ in model.parameters())} parameters of its {type(model).__name__} "
             f"are frozen. Before the trainer is built, {way}."
+        )
+    if isinstance(model, PeftModel) and (beside := trained_beside(model)):
+        logger.warning(
+            f"{len(beside)} weights of the base model are trained beside the adapter ({', '.join(beside[:3])}), and no file of the adapter "
+            "holds them: `save_model()` leaves them out. Name their modules in the adapter's `modules_to_save`, or freeze them."
         )
 
 
