@@ -26,7 +26,7 @@ from .looking.run_card import RunCard
 from .looking.samples import Samples
 from .losses import Metrics, ScoredChunks
 from .losses.reference_kl import reference_kl
-from .models.heads import base_model
+from .models.heads import base_model, head_rows
 from .models.loading import by_name, ensure_pad_token, load_tokenizer
 from .models.packing import packer_for
 from .models.products import faster_products
@@ -214,7 +214,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
 
     @cached_property
     def vocabulary(self) -> VocabularyPair:
-        student_size = base_model(self.model).get_output_embeddings().out_features
+        student_size = head_rows(base_model(self.model))
         return self.panel.only.vocabulary(student_size, self.accelerator.device)
 
     # Data
@@ -223,7 +223,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         """Renders and tokenizes every row for both models, once."""
         contexts = self.student_context, self.panel.contexts_of_servers
         sides = self.student_side, self.panel.sides
-        return render_dataset(dataset, args, *sides, *contexts, dataset_name, self._tools, self._keeps_rows)
+        rendered = render_dataset(dataset, args, *sides, *contexts, dataset_name, self._tools, self._keeps_rows)
+        return rendered.shuffle(seed=args.seed) if args.shuffle_dataset else rendered
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [*COLUMNS, ROW, BLEND]
@@ -326,7 +327,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
 
     @cached_property
     def _continuations(self) -> dict[str, Continuations | None]:
-        student_size = base_model(self.model).get_output_embeddings().out_features
+        student_size = head_rows(base_model(self.model))
         return {name: seat.continuations(student_size) for name, seat in self.panel.seats.items()}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -341,10 +342,13 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         timer.end()
         return loss.detach(), None, None
 
-    def predict(self, test_dataset, *args, **kwargs):
-        """Takes an unrendered dataset, as `evaluate` does."""
+    def predict(self, test_dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"):
+        """Takes an unrendered dataset, as `evaluate` does, and returns its figures."""
         rendered = self._prepare_dataset(test_dataset, self.processing_class, self.args, False, None, "test")
-        return super().predict(rendered, *args, **kwargs)
+        output = super().predict(rendered, ignore_keys, metric_key_prefix)
+        figures = self._meters["eval"].read(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
 
     def evaluation_loop(self, *args, **kwargs):
         self._meters["eval"].clear()  # may hold metrics of an earlier evaluation that was interrupted or not logged

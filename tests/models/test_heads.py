@@ -1,14 +1,16 @@
 """The LM head by itself, on what the backbone hands to it, against the model's own logits: tiny models of many families
 that do more with them than a matrix product, or do it in their own way."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from toys import student_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trl_ctopd.models import heads
@@ -252,6 +254,23 @@ def test_the_states_inside_an_adapter_are_those_of_the_adapted_model(family):
 def test_a_model_without_an_adapter_is_its_own_base():
     model = model_of("Llama, untied")
     assert base_model(model) is model
+
+
+@pytest.mark.parametrize("loss", ["dpca", "reverse_kl"])
+def test_a_head_that_is_tied_to_a_trained_embedding_is_read_whole_and_saved(build, tmp_path, loss):
+    """PEFT 0.21 gives the copy of a tied head the embedding's sizes, turned round."""
+    student_model(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    base, ids = functools.partial(AutoModelForCausalLM.from_pretrained, tmp_path / "base"), torch.arange(5, 15)[None]
+    adapter = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    trainer = build(
+        model=base(), peft_config=LoraConfig(**adapter), distillation_loss=loss, learning_rate=0.01, max_steps=2
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    own = trainer.model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path / "saved")(input_ids=ids).logits, own)
+    head, embedding = (getattr(trainer.model, f"get_{side}_embeddings")().weight for side in ("output", "input"))
+    assert head is embedding and (own - base()(input_ids=ids).logits).abs().max() > 1e-3
 
 
 def test_a_head_that_is_trained_whole_beside_an_adapter_is_the_trained_one():

@@ -245,6 +245,26 @@ def test_after_an_evaluation_the_student_writes_with_the_weights_that_it_trains(
     assert torch.equal(trained(eval_strategy="steps", eval_steps=1), trained())
 
 
+def test_predict_returns_the_figures_that_evaluate_does(build):
+    trainer = build(eval_dataset=prompts(4))
+    evaluated, predicted = trainer.evaluate(), trainer.predict(prompts(4)).metrics
+    figures = {name for name in evaluated if "/" in name and "seconds/" not in name}
+    assert "eval_gap/nats_per_byte" in figures
+    for name in figures | {"eval_loss"}:
+        assert predicted[name.replace("eval_", "test_", 1)] == pytest.approx(evaluated[name]), name
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_dataset_is_shuffled_where_it_is_asked_for(build, streamed):
+    def order(**settings):
+        rows = prompts(16).to_iterable_dataset() if streamed else prompts(16)
+        return [tuple(row["prompt_ids"]) for row in build(dataset=rows, **settings).train_dataset]
+
+    plain, shuffled = order(), order(shuffle_dataset=True)
+    assert shuffled != plain and sorted(shuffled) == sorted(plain)
+    assert order(shuffle_dataset=True) == shuffled != order(shuffle_dataset=True, seed=7)
+
+
 def test_evaluate_takes_a_fresh_dataset(build):
     assert "eval_gap/nats_per_byte" in build().evaluate(prompts(3).remove_columns("completion"))
 

@@ -163,6 +163,13 @@ def _imbalance(
     return balance(router_logits, model.num_experts, model.num_experts_per_tok, mask)
 
 
+def head_rows(model: PreTrainedModel) -> int:
+    """How many tokens the LM head of `model` tells of."""
+    head = model.get_output_embeddings()
+    # of a copy that PEFT ties to a trained embedding (ensure_weight_tying), `out_features` is the number of its columns
+    return getattr(head, "original_module", head).out_features
+
+
 def lm_head(
     model: PreTrainedModel, dtype: torch.dtype, temperature: float, output: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:

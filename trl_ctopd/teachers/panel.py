@@ -16,7 +16,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES
-from ..models.heads import check_head
+from ..models.heads import check_head, head_rows
 from ..models.loading import check_vocabulary, load_tokenizer
 from ..rollouts.blending import blended, prompts_of
 from ..rollouts.closing import Tables, look_up, teacher_going_on, views
@@ -122,10 +122,7 @@ class Seat:
     def vocabulary(self, student_size: int, device: torch.device) -> VocabularyPair:
         """What the student's vocabulary (`student_size` rows of its LM head) and this teacher's have in common."""
         turn_end_is_one_token = all(len(ids) == 1 for ids in self.turn_ends.values())
-        if self.remote:
-            teacher_size = len(token_bytes(self.tokenizer))
-        else:
-            teacher_size = self.teacher.base_model.get_output_embeddings().out_features
+        teacher_size = len(token_bytes(self.tokenizer)) if self.remote else head_rows(self.teacher.base_model)
         return VocabularyPair(
             self.student.tokenizer,
             self.tokenizer,
