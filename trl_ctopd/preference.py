@@ -26,6 +26,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
 from .config import CrossTokenizerGKDConfig, set_bf16, with_kwargs_as_json
+from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.heads import base_model
 from .models.loading import by_name, check_vocabulary, load_tokenizer
@@ -37,6 +38,7 @@ from .teachers.local import LocalTeacher, load_teacher
 from .teachers.panel import Panel
 from .teachers.readings import arrived
 from .text.chat import Speaker
+from .training.checkpoints import asked_for
 from .training.checks import check_offloading
 from .training.ended import EndedRun
 
@@ -185,8 +187,11 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
             )
         if kwargs.get("ref_model") is not None:
             raise ValueError("`ref_model` cannot be set, since the teacher is the reference: leave it out.")
-        if isinstance(train_dataset, IterableDataset):
+        evaluated = kwargs.get("eval_dataset")
+        evaluated = [*evaluated.values()] if isinstance(evaluated, Mapping) else [evaluated]
+        if any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated)):
             raise ValueError("The teacher's columns are computed once: pass a map-style Dataset, not a stream.")
+        self._student_name = model_id
         revision = (args.model_init_kwargs or {}).get("revision")
         processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code)
         if processing_class.pad_token is None:
@@ -212,6 +217,21 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
         )
         prepare_quantized(base_model(self.model), self.accelerator.autocast)
         self.add_callback(self._day)
+
+    # Card
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        self._name_models(self.args.output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        self._name_models(output_dir or self.args.output_dir)
+
+    def _name_models(self, folder: str):
+        if self.is_world_process_zero():
+            own = self.hub_model_id or os.path.basename(self.args.output_dir)
+            name_models(folder, own, self._student_name, self._panel.only.name)
 
     # Data
 
@@ -245,6 +265,7 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
     # The day in the prompts
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        resume_from_checkpoint = asked_for(resume_from_checkpoint)
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         day = _PromptDay.of(folder) if folder else None
         if self._day.written and day not in (None, self._day.day):

@@ -1,5 +1,6 @@
 """`ctopd distill` as people run it: a process of its own, a YAML file, options that override it."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -98,6 +99,22 @@ def test_a_prompt_column_leaves_no_answer_in_the_dataset(run):
     splits = load_splits(DistillArguments(dataset_name=str(run / "data"), prompt_column="question"))
     assert splits.column_names == {"train": ["prompt"], "test": ["prompt"]}
     assert splits["train"]["prompt"][:] == prompts(8)["prompt"][:]
+
+
+def test_a_prompt_column_of_messages_is_taken_as_it_is(tmp_path):
+    prompts(3).rename_column("prompt", "asked").to_json(tmp_path / "rows.jsonl")
+    splits = load_splits(DistillArguments(dataset_name=str(tmp_path / "rows.jsonl"), prompt_column="asked"))
+    assert splits["train"]["prompt"][:] == prompts(3)["prompt"][:]
+
+
+def test_a_compressed_file_is_read_and_one_of_another_kind_is_refused(tmp_path):
+    rows = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts(3)["prompt"])
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    splits = load_splits(DistillArguments(dataset_name=str(tmp_path / "rows.jsonl.gz")))
+    assert splits["train"]["prompt"][:] == prompts(3)["prompt"][:]
+    (tmp_path / "rows.xlsx").write_text("")
+    with pytest.raises(ValueError, match="must end in .jsonl, .json, .parquet, .csv, .arrow"):
+        load_splits(DistillArguments(dataset_name=str(tmp_path / "rows.xlsx")))
 
 
 def test_an_evaluation_can_be_capped(run):

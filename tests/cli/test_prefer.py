@@ -54,6 +54,19 @@ def test_a_file_of_pairs_trains_an_adapter_that_is_saved_with_its_card(tmp_path)
     [state] = output.glob("checkpoint-*/trainer_state.json")
     [log, *_] = json.loads(state.read_text())["log_history"]
     assert log["step"] == 1 and "rewards/margins" in log
+    card = (output / "README.md").read_text()
+    assert "fine-tuned version of `student`" in card and "trained under the teacher `teacher` with CTPD" in card
+    assert "None" not in card and 'model="output"' in card
+    assert str(tmp_path) not in card + (output / "checkpoint-1" / "README.md").read_text()
+
+
+def test_a_run_goes_on_where_its_command_says_true(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({**settings_in(tmp_path), "save_steps": 1}))
+    main(["prefer", "--config", str(config), "--max_steps", "1"])
+    main(["prefer", "--config", str(config), "--max_steps", "2", "--resume_from_checkpoint", "True"])
+    state = json.loads((tmp_path / "output" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]
 
 
 def test_a_missing_teacher_is_told(tmp_path):

@@ -71,6 +71,12 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.parametrize("streamed", ["dataset", "eval_dataset"])
+def test_a_stream_is_refused_to_train_and_to_evaluate_on(tmp_path, streamed):
+    with pytest.raises(ValueError, match="pass a map-style Dataset, not a stream"):
+        build(tmp_path, **{streamed: pairs().to_iterable_dataset()})
+
+
 def test_a_chunks_weight_is_the_papers_formula():
     generator = np.random.default_rng(0)
     positive, negative = generator.normal(size=(2, 40)) * 2

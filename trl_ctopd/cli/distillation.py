@@ -2,9 +2,9 @@
 What `ctopd distill` runs: options in, a trained student out.
 
 Decisions:
-- `--dataset_name` is a name on the hub, a local folder, or a local .jsonl, .json or .parquet file (without a test split).
-- `--prompt_column` is for rows without `prompt` and `messages`: the text of one column becomes a user message. The other
-  columns, which may hold answers, are left out, or kept for rewards and a gate alone.
+- `--dataset_name` is a name on the hub, a local folder, or a local .jsonl, .json, .csv, .parquet or .arrow file, compressed or not (without a test split).
+- `--prompt_column` is for rows without `prompt` and `messages`: the text of one column becomes a user message, and messages in it are taken
+  as they are. The other columns, which may hold answers, are left out, or kept for rewards and a gate alone.
 - `--dtype`, `--load_in_4bit` and `--load_in_8bit` are for the student. The teacher keeps the dtype it was saved in,
   unless `--teacher_model_init_kwargs '{"dtype": "float16"}'` says otherwise.
 """
@@ -22,6 +22,10 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from ..config import CrossTokenizerGKDConfig
 from ..trainer import CrossTokenizerGKDTrainer
+
+
+_READ_AS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass
@@ -62,8 +66,13 @@ def splits_of(args: ScriptArguments):
         raise ValueError("No dataset: pass `--dataset_name`.")
     path = Path(args.dataset_name)
     if path.is_file():
-        kind, files = path.suffix[1:].replace("jsonl", "json"), {args.dataset_train_split: str(path)}
-        return load_dataset(kind, data_files=files, streaming=args.dataset_streaming)
+        ending = next((own for own in reversed(path.suffixes) if own not in _COMPRESSED), "")
+        if ending not in _READ_AS:
+            raise ValueError(
+                f"--dataset_name {args.dataset_name}: a file must end in {', '.join(_READ_AS)}, or be a name on the hub."
+            )
+        files = {args.dataset_train_split: str(path)}
+        return load_dataset(_READ_AS[ending], data_files=files, streaming=args.dataset_streaming)
     return load_dataset(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
 
 
@@ -79,8 +88,13 @@ def load_splits(args: DistillArguments):
             f"--prompt_column {args.prompt_column!r} is not a column of the dataset: {', '.join(columns)}."
         )
     judged = args.reward_funcs or args.teacher_gate
+
+    def with_prompt(row):
+        given = row[args.prompt_column]
+        return {"prompt": given if isinstance(given, list) else [{"role": "user", "content": given}]}
+
     return splits.map(
-        lambda row: {"prompt": [{"role": "user", "content": row[args.prompt_column]}]},
+        with_prompt,
         remove_columns=[name for name in columns if name in ("completion", args.prompt_column)] if judged else columns,
     )
 

@@ -374,6 +374,25 @@ class Written(NamedTuple):
         self.card.save(Path(folder, "README.md"))
 
 
+def name_models(folder: str | Path, model_name: str, student: str, teacher: str):
+    """Puts the names of the models into a card that TRL and PEFT have made: they write None, or the folder that a local one was read from."""
+    path = Path(folder, "README.md")
+    if not path.is_file():
+        return
+    with best_effort(f"The models' names in {path}"):
+        made, base = ModelCard.load(path, ignore_metadata_errors=True), hub_name(student)
+        made.data.base_model = base if on_hub(base) else None
+        if not on_hub(base):
+            made.data.tags = [tag for tag in made.data.tags or () if not tag.startswith("base_model:")]
+        for placeholder, name in (
+            ("[None](https://huggingface.co/None)", _link(base)),
+            ('model="None"', f'model="{model_name}"'),
+            ("trained with CTPD", f"trained under the teacher {_link(hub_name(teacher))} with CTPD"),
+        ):
+            made.text = made.text.replace(placeholder, name)
+        made.save(path)
+
+
 def remove_unreadable(folder: str | Path):
     """Removes a card that cannot be read. A new one would replace it anyway."""
     path, readable = Path(folder, "README.md"), False

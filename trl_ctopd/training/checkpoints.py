@@ -206,6 +206,11 @@ def read_whole(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
+def asked_for(asked: str | bool | None) -> str | bool | None:
+    """`resume_from_checkpoint` as a command line gives it, where "true" and "false" are text."""
+    return asked.lower() == "true" if isinstance(asked, str) and asked.lower() in ("true", "false") else asked
+
+
 def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:
     """
     The checkpoint that a run resumes from, the same on every process. Every process must call it.
@@ -217,8 +222,7 @@ def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:
 
     Raises `ValueError` where there is no complete one, or `asked` is not one. It names the last complete one.
     """
-    if isinstance(asked, str) and asked.lower() in ("true", "false"):
-        asked = asked.lower() == "true"
+    asked = asked_for(asked)
     if not asked:
         return None
     folder = Path(output_dir if asked is True else asked)
