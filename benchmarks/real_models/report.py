@@ -4,6 +4,7 @@
 
 A gap is Σ nats / Σ bytes over the held-out prompts. Its standard error, and that of a difference, is over prompts by linearization:
 methods answer the same prompts, so what a prompt adds to both cancels in their difference. Seeds are averaged for each prompt first.
+Nats an answer are Σ nats over a prompt's answer, its end included: the reverse KL of whole texts, as far as answers are written.
 CPU seconds are those of one processor, with one library for its products: the one that made the most runs of a table. Those of runs on
 another count as unknown.
 """
@@ -57,8 +58,8 @@ PAIR_TITLES = {
 
 @dataclass
 class Point:
-    """The gap after some updates, each prompt's part of its error, and the means over seeds of what else was measured. `cpu_seconds`
-    are NaN where another processor than the table's took them."""
+    """The gap after some updates, each prompt's part of its error, each prompt's nats, and the means over seeds of what else was measured.
+    `cpu_seconds` are NaN where another processor than the table's took them."""
 
     gap: float
     parts: np.ndarray
@@ -66,12 +67,17 @@ class Point:
     entropy: float
     mean_length: float
     truncated_fraction: float
+    answers: np.ndarray
     seeds: int
     rate: float
 
     @property
     def error(self) -> float:
         return error(self.parts)
+
+    @property
+    def nats(self) -> str:
+        return _with_error(self.answers, 1)
 
 
 Curve = dict[int, Point]  # by the number of updates
@@ -151,7 +157,7 @@ def _machine(line: dict) -> str:
 def _point(measured: dict, rate: float, comparable: bool) -> Point:
     gap, *rest = (measured[name] for name in ("nats_per_byte", "entropy", "mean_length", "truncated_fraction"))
     seconds = measured["cpu_seconds"] if comparable or not measured["cpu_seconds"] else math.nan
-    return Point(gap, parts(measured["rows"]), seconds, *rest, 1, rate)
+    return Point(gap, parts(measured["rows"]), seconds, *rest, np.array(measured["rows"], float)[:, 0], 1, rate)
 
 
 def mean(points: Sequence[Point]) -> Point:
@@ -180,7 +186,15 @@ def at_cpu_seconds(curve: Curve, start: Point, seconds: float) -> tuple[Point, b
 
 
 def _values(point: Point) -> tuple:
-    return point.gap, point.parts, point.cpu_seconds, point.entropy, point.mean_length, point.truncated_fraction
+    return (
+        point.gap,
+        point.parts,
+        point.cpu_seconds,
+        point.entropy,
+        point.mean_length,
+        point.truncated_fraction,
+        point.answers,
+    )
 
 
 def _steps(found: dict[str, BySeed]) -> list[int]:
@@ -193,8 +207,8 @@ def table(found: dict[str, BySeed], timed: str | None) -> str:
     timed = _short_name(timed)
     gaps = " | ".join(["gap before", *(f"gap after {step}" for step in steps)])
     rows = [
-        f"| | rate | seeds | {gaps} | CPU seconds ({timed}), {last} | entropy, {last} | tokens | cut off |",
-        "|---" * (8 + len(steps)) + "|",
+        f"| | rate | seeds | {gaps} | nats an answer, {last} | CPU seconds ({timed}), {last} | entropy, {last} | tokens | cut off |",
+        "|---" * (9 + len(steps)) + "|",
     ]
     for method, by_seed in found.items():
         curve = averaged(by_seed)
@@ -203,10 +217,14 @@ def table(found: dict[str, BySeed], timed: str | None) -> str:
         if point is None:
             continue
         rows.append(
-            f"| {NAMES.get(method, f'`{method}`')} | {_written(point.rate)} | {point.seeds} | {' | '.join(gaps)} | {_seconds(point)} "
+            f"| {NAMES.get(method, f'`{method}`')} | {_written(point.rate)} | {point.seeds} | {' | '.join(gaps)} | {point.nats} | {_seconds(point)} "
             f"| {point.entropy:.2f} | {point.mean_length:.0f} | {100 * point.truncated_fraction:.0f} % |"
         )
     return "\n".join(rows)
+
+
+def _with_error(answers: np.ndarray, digits: int, sign: str = "") -> str:
+    return f"{answers.mean():{sign}.{digits}f} ± {error(answers):.{digits}f}"
 
 
 def _short_name(cpu: str | None) -> str | None:
@@ -243,21 +261,24 @@ def beside_the_default(found: dict[str, BySeed]) -> str:
     steps = _steps(found)
     after = " | ".join(f"after {step} updates" for step in steps)
     rows = [
-        f"| gap minus that of the default after {UPDATES} | {after} | at {seconds:.0f} CPU seconds |",
-        "|---" * (2 + len(steps)) + "|",
+        f"| gap minus that of the default after {UPDATES} | {after} | at {seconds:.0f} CPU seconds | nats an answer, after {UPDATES} |",
+        "|---" * (3 + len(steps)) + "|",
     ]
     for method, by_seed in found.items():
         if method == DEFAULT:
             continue
         if method == "start":
             before = {seed: curve[0] for seed, curve in by_seed.items()}
-            rows.append(f"| untrained | {_difference(before, own)} |" + " |" * len(steps))
+            rows.append(
+                f"| untrained | {_difference(before, own)} |" + " |" * len(steps) + f" {_nats_apart(before, own)} |"
+            )
             continue
         cells = [_difference(_at(by_seed, step), own) for step in steps]
         timed = {seed: at_cpu_seconds(curve, start, seconds) for seed, curve in by_seed.items() if _is_timed(curve)}
         early = [point.cpu_seconds for point, is_last in timed.values() if is_last]
         said = f" (its last, at {sum(early) / len(early):.0f})" if early else ""
         cells.append(_difference({seed: point for seed, (point, _) in timed.items()}, own) + said)
+        cells.append(_nats_apart(_at(by_seed, UPDATES), own))
         rows.append(f"| {NAMES.get(method, f'`{method}`')} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -270,21 +291,23 @@ def early(title: str, found: dict[str, BySeed], start: Point, timed: str | None)
     seconds = averaged(own)[steps[-1]].cpu_seconds
     gaps = " | ".join(f"gap after {step}" for step in steps)
     beside = " | ".join(f"minus `{FASTER}`'s, after {step}" for step in steps)
+    nats = f"nats an answer, after {steps[-1]} | minus `{FASTER}`'s"
     rows = [
-        f"| {title}, rate {_written(EARLY_RATE)} | seeds | {gaps} | CPU seconds ({_short_name(timed)}) | {beside} | at {seconds:.0f} CPU seconds |",
-        "|---" * (4 + 2 * len(steps)) + "|",
+        f"| {title}, rate {_written(EARLY_RATE)} | seeds | {gaps} | CPU seconds ({_short_name(timed)}) | {beside} | at {seconds:.0f} CPU seconds | {nats} |",
+        "|---" * (6 + 2 * len(steps)) + "|",
     ]
     for method, by_seed in found.items():
         curve = averaged(by_seed)
         cells = [f"{curve[step].gap:.3f} ± {curve[step].error:.3f}" for step in steps] + [_seconds(curve[steps[-1]])]
         if method == FASTER:
-            cells += [""] * (len(steps) + 1)
+            cells += [""] * (len(steps) + 1) + [curve[steps[-1]].nats, ""]
         else:
             cells += [_difference(_at(by_seed, step), _at(own, step)) for step in steps]
             timed = {
                 seed: at_cpu_seconds(points, start, seconds)[0] for seed, points in by_seed.items() if _is_timed(points)
             }
             cells.append(_difference(timed, _at(own, steps[-1])))
+            cells += [curve[steps[-1]].nats, _nats_apart(_at(by_seed, steps[-1]), _at(own, steps[-1]))]
         rows.append(f"| {NAMES.get(method, f'`{method}`')} | {curve[steps[-1]].seeds} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -310,6 +333,15 @@ def _difference(points: dict[int, Point], own: dict[int, Point]) -> str:
     point, other = (mean([side[seed] for seed in common]) for side in (points, own))
     seeds = f", {len(common)} seeds" if len(common) > 1 else ""
     return f"{point.gap - other.gap:+.3f} ± {error(point.parts - other.parts):.3f}{seeds}"
+
+
+def _nats_apart(points: dict[int, Point], own: dict[int, Point]) -> str:
+    """Nats an answer of the seeds that both have, minus `own`."""
+    common = [seed for seed in points if seed in own]
+    if not common:
+        return ""
+    point, other = (mean([side[seed] for seed in common]).answers for side in (points, own))
+    return _with_error(point - other, 1, "+") + (f", {len(common)} seeds" if len(common) > 1 else "")
 
 
 def refused(lines: Sequence[dict]) -> str:

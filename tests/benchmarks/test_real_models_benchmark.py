@@ -118,8 +118,13 @@ def test_what_a_prompt_adds_to_both_methods_is_no_error_of_their_difference():
     found = report.curves(lines, "mbpp")
     assert found["dpca"][0][12].error == pytest.approx(0.1)
     table = report.beside_the_default(found)
-    assert "| `sft` on references | +0.100 ± 0.000 |" in table
-    assert "| `bpm` | +0.100 ± 0.200 |" in table
+    rows = table.splitlines()
+    assert [
+        row
+        for row in rows
+        if row.startswith("| `sft` on references | +0.100 ± 0.000 |") and row.endswith("| +1.0 ± 0.0 |")
+    ]
+    assert [row for row in rows if row.startswith("| `bpm` | +0.100 ± 0.200 |") and row.endswith("| +1.0 ± 2.0 |")]
 
 
 def test_gaps_are_compared_at_equal_cpu_seconds_too():
@@ -148,9 +153,9 @@ def test_short_runs_have_a_table_of_their_own_beside_reverse_kl_and_none_in_the_
     head, _, *rows = found["mbpp early"].splitlines()
     assert "at 50 CPU seconds" in head and "rate 1e-3" in head
     assert rows == [
-        "| `dpca` (the default) | 2 | 0.600 ± 0.000 | 0.600 ± 0.000 | 50 | +0.100 ± 0.000 | +0.100 ± 0.000 | +0.100 ± 0.000 |",
-        "| `reverse_kl` | 1 | 0.200 ± 0.000 | 0.200 ± 0.000 | 50 |  |  |  |",
-        "| `sft` on references | 1 | 0.400 ± 0.000 | 0.400 ± 0.000 | 100 | +0.200 ± 0.000 | +0.200 ± 0.000 | +0.200 ± 0.000 |",
+        "| `dpca` (the default) | 2 | 0.600 ± 0.000 | 0.600 ± 0.000 | 50 | +0.100 ± 0.000 | +0.100 ± 0.000 | +0.100 ± 0.000 | 6.0 ± 0.0 | +1.0 ± 0.0 |",
+        "| `reverse_kl` | 1 | 0.200 ± 0.000 | 0.200 ± 0.000 | 50 |  |  |  | 2.0 ± 0.0 |  |",
+        "| `sft` on references | 1 | 0.400 ± 0.000 | 0.400 ± 0.000 | 100 | +0.200 ± 0.000 | +0.200 ± 0.000 | +0.200 ± 0.000 | 4.0 ± 0.0 | +2.0 ± 0.0 |",
     ]
 
 
@@ -161,15 +166,19 @@ def test_seconds_of_another_processor_are_not_compared():
     made = report.blocks(lines)
     columns = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in made["mbpp"].splitlines()[4:]}
     assert "CPU seconds (one), after 12" in made["mbpp"]
-    assert [columns[name][5] for name in ("untrained", "`dpca` (the default)", "`sft` on references", "`bpm`")] == [
+    assert [columns[name][6] for name in ("untrained", "`dpca` (the default)", "`sft` on references", "`bpm`")] == [
         "0",
         "100",
         "200",
         "",
     ]
     rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in made["mbpp beside the default"].splitlines()}
-    assert rows["`sft` on references"][1:] == ["+0.100 ± 0.000, 2 seeds", "+0.150 ± 0.000, 2 seeds |"]
-    assert rows["`bpm`"][1:] == ["+0.200 ± 0.000", " |"]
+    assert rows["`sft` on references"][1:] == [
+        "+0.100 ± 0.000, 2 seeds",
+        "+0.150 ± 0.000, 2 seeds",
+        "+1.0 ± 0.0, 2 seeds |",
+    ]
+    assert rows["`bpm`"][1:] == ["+0.200 ± 0.000", "", "+2.0 ± 0.0 |"]
 
 
 def test_seconds_of_other_products_on_the_same_processor_are_not_compared():
@@ -178,7 +187,7 @@ def test_seconds_of_other_products_on_the_same_processor_are_not_compared():
     lines[-1]["machine"]["products"] = "oneDNN"
     assert report.processor(lines, "mbpp") == "one"
     [row] = [row for row in report.blocks(lines)["mbpp"].splitlines() if "sft" in row]
-    assert row.split(" | ")[5] == ""
+    assert row.split(" | ")[6] == ""
     lines += [made_up("bpm", seed, 0.3) | {"machine": lines[-1]["machine"]} for seed in (0, 1)]
     assert "CPU seconds (one with oneDNN), after 12" in report.blocks(lines)["mbpp"]
 
@@ -187,7 +196,7 @@ def test_a_pair_of_which_only_the_start_was_measured_has_its_row():
     line = made_up("start", 0, 0.5, steps=(0,))
     line["run"]["pair"] = "qwen<-smollm2"
     assert report.blocks([line])["mbpp qwen<-smollm2"].endswith(
-        "| untrained |  | 1 | 0.500 ± 0.000 | 0 | 1.00 | 9 | 50 % |"
+        "| untrained |  | 1 | 0.500 ± 0.000 | 5.0 ± 0.0 | 0 | 1.00 | 9 | 50 % |"
     )
 
 
