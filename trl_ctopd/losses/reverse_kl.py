@@ -1,6 +1,6 @@
 """The exact reverse KL across tokenizers: what the teacher's distributions tell is summed over the vocabulary, what they do
-not tell is sampled, and the expected gradient is that of DPCA with closed chunks whatever they tell, if a student's next token decides
-where the teacher's tokenizer cuts before it.
+not tell is sampled, and the expected gradient is that of DPCA with closed chunks whatever they tell, if no later text parts what a token
+had joined.
 
 A chunk is written by decisions. After each student token the teacher's last token, or its beginning, lies there: it is left as
 it is, or the next student token goes on inside it (`open`). Where it is left, the next student token begins a new one; where
