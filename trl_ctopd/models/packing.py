@@ -62,6 +62,11 @@ def packed_inputs(packed: Packed, scored: torch.Tensor) -> dict[str, torch.Tenso
     return {**rows, "scored": torch.stack([places // width, places % width - width])}
 
 
+def unpacked(packed: Packed, states: torch.Tensor) -> torch.Tensor:
+    """(B, L, H) the hidden `states` of packed rows as they lie in the padded ones; at padding, those of any token."""
+    return states.flatten(0, 1)[packed["places"].to(states.device)]
+
+
 class Packer:
     """
     Packs rows of prompt + completion, for a model of hidden size `hidden_size`, where none is longer than `reach`.

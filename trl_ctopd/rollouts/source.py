@@ -271,7 +271,7 @@ class RolloutSource:
             if sampled[rows[0]] is not None:
                 batch["sampled_log_probs"] = on_columns([sampled[row] for row in rows], batch)
             batch["prompts"] = torch.tensor([row // repeats for row in rows])
-            if self._packs(on):
+            if self._packer is not None:
                 texts = [rollout.prompt.student_ids for rollout in own], [rollout.student_ids for rollout in own]
                 packed = self._packer(*texts, batch["input_ids"].shape[1], args.pad_to_multiple_of or 1)
                 batch.update({} if packed is None else {"packed": packed})
@@ -412,10 +412,6 @@ class RolloutSource:
         own = own_rows(self._accelerator, len(prompts))
         return [*prompts[:own], *(replace(prompt, is_padding=True) for prompt in prompts[own:])]
 
-    def _packs(self, on_policy: bool) -> bool:
-        """Whether the student may read packed rows. A loss on distributions reads its hidden states as they lie in padded ones."""
-        return self._packer is not None and not self._reads_distributions(on_policy)
-
     def _rows(
         self, rollouts: Sequence[Rollout], window: Sequence[Sequence[Prompt]], on_policy: Sequence[bool]
     ) -> list[list[int]]:
@@ -432,7 +428,7 @@ class RolloutSource:
                 grouped_by_length(
                     lengths,
                     [rows for rows, on in zip(batches, on_policy, strict=True) if on == kind],
-                    prompts if self._packs(kind) else None,
+                    prompts if self._packer is not None else None,
                 )
             )
             for kind in (True, False)

@@ -11,7 +11,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..losses import Distributions, Metrics, ScoredChunks
 from ..models.heads import AUTOCAST, add_token_scores, base_model, hidden_states, lm_head
 from ..models.loading import check_vocabulary, disable_dropout, switch_router_logits_off
-from ..models.packing import packed_inputs
+from ..models.packing import packed_inputs, unpacked
 from ..models.reference import Reference
 from ..rollouts.pairing import on_grid
 from ..rollouts.vllm import importance
@@ -148,7 +148,8 @@ class Scorer:
             batch.reference_log_probs = on_grid(found, scored, inputs["input_ids"])
         if on_distributions:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
-            batch.student = self._distributions(student, states[0][:, :-1][:, -length:], log_probs)
+            hidden = unpacked(inputs["packed"], states[0]) if "packed" in inputs else states[0]
+            batch.student = self._distributions(student, hidden[:, :-1][:, -length:], log_probs)
             if "teacher_hidden" in inputs:
                 hidden = arrived(inputs["teacher_hidden"])
                 batch.teacher = self._distributions(self._panel.only.teacher.base_model, hidden)
