@@ -116,6 +116,9 @@ def test_what_cannot_be_read_is_refused_in_one_line(folders, refusal, tmp_path):
     assert "say with --column which" in refusal(*folders, "--file", lines)
     assert "line 2: 'text' must be a string, and is a int" in refusal(*folders, "--file", lines, "--column", "text")
     assert "line 1 has no column 'txt': it has 'text'" in refusal(*folders, "--file", lines, "--column", "txt")
+    assert refusal(*folders, "caf\udce9") == "'caf\\udce9' is not UTF-8 text: nothing stands for its character 3"
+    lines.write_text('{"text": "\\ud800"}\n')
+    assert "is not UTF-8 text" in refusal(*folders, "--file", lines, "--column", "text")
     lines.write_text("none\n")
     assert "line 1 is not JSON" in refusal(*folders, "--file", lines, "--column", "text")
     assert refusal("--student", "a", "text") == "the following arguments are required: --teacher"

@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trl_ctop
         parser.error("--column names a column of --file")
     try:
         texts = [args.text] if args.file is None else _texts(args.file, args.column)
+        for text in texts:
+            _check_has_bytes(text)
         student, teacher = (_tokenizer(name, args.trust_remote_code) for name in (args.student, args.teacher))
         aligner = TextAligner(student, teacher)
     except (_InputError, UnsupportedTokenizerError) as error:
@@ -118,6 +120,14 @@ def _column(file: Path, number: int, row: str, column: str) -> str:
             f"{file}, line {number}: {column!r} must be a string, and is a {type(found[column]).__name__}"
         )
     return found[column]
+
+
+def _check_has_bytes(text: str) -> None:
+    """Bytes of a shell's argument that are not UTF-8, and lone surrogates of JSON, are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _InputError(f"{text!a} is not UTF-8 text: nothing stands for its character {error.start}") from error
 
 
 def _tokenizer(name: str, trust_remote_code: bool) -> Any:
