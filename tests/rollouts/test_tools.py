@@ -99,6 +99,62 @@ def asked(student, teacher, **row):
     return Prompt(*(rendered[column] for column in COLUMNS))
 
 
+TWO_CALLS = [a_call("add", {"a": 2, "b": 3}), a_call("add", {"a": 500, "b": 1})]
+
+
+@pytest.mark.parametrize(
+    ("name", "writes"), [("qwen2_5", True), ("qwen3", True), ("gptoss", False), ("llama3_1", False)]
+)
+def test_several_calls_of_a_message_are_all_written_or_refused(name, writes):
+    """gpt-oss's template leaves all but the first out, without an error."""
+    calling = {"role": "assistant", "content": "", "tool_calls": TWO_CALLS}
+    results = [{"role": "tool", "tool_call_id": call["id"], "name": "add", "content": "7"} for call in TWO_CALLS]
+    given = (
+        lambda: side(name).prompt_ids(Conversation([ASKED, calling, *results], None, schemas(TOOLS))),
+        lambda: side(name).reference(Conversation([ASKED], calling, schemas(TOOLS)))[1],
+    )
+    for ids in given:
+        if writes:
+            assert "500" in side(name).tokenizer.decode(ids())
+        else:
+            with pytest.raises(ValueError, match="does not write all calls of a message.*of its own|single tool-calls"):
+                ids()
+
+
+@pytest.mark.parametrize(("teacher", "follows"), [("qwen3_5_nothink", True), ("gptoss", False), ("llama3_1", False)])
+def test_a_completion_ends_with_calls_of_which_the_teacher_would_read_one(teacher, follows):
+    turns = called("qwen2_5", *TWO_CALLS), said("qwen2_5", "It is six.")
+    prompt, (ids, _), figures = conversed("qwen2_5", teacher, *turns)
+    assert ("It is six." in side("qwen2_5").tokenizer.decode(ids)) == follows
+    assert figures["tools/unanswered_fraction"] == (0 if follows else 1, 1)
+
+
+INSTRUCTIONS = {
+    "two system messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": "Be kind."},
+        ASKED,
+    ],
+    "one amid the conversation": [
+        ASKED,
+        {"role": "assistant", "content": "5"},
+        {"role": "system", "content": "Be kind."},
+        ASKED,
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "writes"), [("qwen2_5", True), ("gptoss", False), ("qwen3_vl", False)])
+@pytest.mark.parametrize("case", INSTRUCTIONS)
+def test_system_messages_are_all_written_or_refused(name, writes, case):
+    conversation = Conversation(INSTRUCTIONS[case])
+    if writes:
+        assert "Be kind." in side(name).tokenizer.decode(side(name).prompt_ids(conversation))
+    else:
+        with pytest.raises(ValueError, match="leaves out the system message 'Be .*one system message of all"):
+            side(name).prompt_ids(conversation)
+
+
 @pytest.mark.parametrize(
     ("arguments", "loaded", "told"),
     [

@@ -82,7 +82,9 @@ class Speaker(Template):
             ids = self._encode_plain(conversation.prompt)
         elif self.template:
             self._refuse_what_is_left_out(conversation)
-            ids = self._encode(self._render(conversation.prompt, conversation, open_ended=True))
+            text = self._render(conversation.prompt, conversation, open_ended=True)
+            self._refuse_lost_instructions(conversation.prompt, text)
+            ids = self._encode(text)
         else:
             _ = self._writes_plain_turns
             ids = self._encode_plain(plain_text(conversation.prompt, conversation.tools))
@@ -228,6 +230,7 @@ class Speaker(Template):
                 "model. Take a template that writes them (`chat_template` among its chat_template_kwargs), or leave such "
                 "rows out"
             )
+        self._refuse_several_calls(messages, "the prompt")
         if any(message["role"] == "tool" for message in messages) and not self._takes_results:
             raise ValueError(
                 f"the chat template of {self._name} cannot render or leaves out the results of tools, and the prompt has some: "
@@ -245,6 +248,25 @@ class Speaker(Template):
             _ = self._takes_tools
         if any(message.get(name) for message in messages for name in REASONING):
             _ = self._keeps_thoughts
+
+    def _refuse_several_calls(self, messages: Sequence[Mapping], whose: str) -> None:
+        if any(len(message.get("tool_calls") or ()) > 1 for message in messages) and self._loses_calls:
+            raise Unrenderable(
+                f"the chat template of {self._name} does not write all calls of a message, and {whose} has a message with several: give each "
+                "call a message of its own, followed by its result, or leave such rows out"
+            )
+
+    def _refuse_lost_instructions(self, messages: Sequence[Mapping], text: str) -> None:
+        """One system message before everything else, and no begun answer, is what `_takes_system` has tried."""
+        said = [message["content"].strip() for message in messages if message["role"] == "system"]
+        if len(said) == 1 and messages[0]["role"] == "system" and messages[-1]["role"] != "assistant":
+            return
+        if lost := [own for own in said if own not in text]:
+            raise ValueError(
+                f"the chat template of {self._name} leaves out the system message {lost[0][:60]!r} (roles "
+                f"{[message['role'] for message in messages]}): it would read another conversation than the other model. Make one system "
+                "message of all, at the beginning, or put the text into a user message"
+            )
 
     @cached_property
     def _writes_plain_turns(self) -> bool:
@@ -306,6 +328,7 @@ class Speaker(Template):
         """
         messages = conversation.prompt
         last = max(n for n, message in enumerate(messages) if message.get("tool_calls"))
+        self._refuse_several_calls([messages[last]], "the text")
         calls = self.calls_text(messages[last]["tool_calls"])
         probed = [*messages[: last + 1], *({**one, "content": RESULT_PROBE} for one in messages[last + 1 :])]
         text, other = (self._render(turns, conversation, open_ended=True) for turns in (messages, probed))
@@ -408,6 +431,7 @@ class Speaker(Template):
 
     def _rendered_reference(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         reference = conversation.reference
+        self._refuse_several_calls([reference], "the reference")
         opened = self.opened(conversation)
         sections = [THOUGHT] if any(reference.get(name) for name in REASONING) else []
         sections += [ANSWER] if reference.get("content") or not reference.get("tool_calls") else []

@@ -214,6 +214,14 @@ class Template:
         return False
 
     @cached_property
+    def _loses_calls(self) -> bool:
+        """Whether the first of a message's calls is written and another left out, as gpt-oss's template does. Llama's refuses more than one."""
+        second = {**CALL, "function": {"name": NAME_PROBE, "arguments": {KEY_PROBE: RESULT_PROBE}}}
+        message = probe_message((CALLS,), CALL) | {"tool_calls": [CALL, second]}
+        written = [self._tried(self._styled([USER, message]), tools=tools) for tools in (TOOLS, None)]
+        return any(VALUE_PROBE in text for text in written) and not any(RESULT_PROBE in text for text in written)
+
+    @cached_property
     def _takes_tools(self) -> bool:
         if NAME_PROBE in self._tried([USER], tools=TOOLS):
             return True
