@@ -216,6 +216,18 @@ def test_what_the_teacher_writes_is_spelled_by_the_student_with_its_own_end_wher
     assert cut == spelled
 
 
+def test_control_tokens_amid_what_the_teacher_writes_are_told_of_once(make, monkeypatch, caplog):
+    """The channels of gpt-oss: their names become answer text."""
+    source, teachers = make(seq_kd=True, lmbda=0.0, teachers=ToyTeachers([""])), ToyTeachers([""])
+    tokenizer, end = teachers.side.tokenizer, teachers.only.stop_ids[0]
+    plain = tokenizer.encode("two hundred and what", add_special_tokens=False)
+    control = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    for written, told in (([*plain, end], 0), ([*plain, control, *plain, end], 1), ([control, end], 1)):
+        monkeypatch.setattr(module, "write", lambda *args, written=written: [(written, None)] * 2)
+        source.references(window([2, 3])[0])
+        assert caplog.text.count("control tokens amid a turn ('<|assistant|>')") == told
+
+
 def test_a_prompt_that_fills_the_teachers_context_is_refused(make):
     teachers = ToyTeachers([""])
     teachers.only.context = 2

@@ -17,6 +17,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
+from accelerate.logging import get_logger
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -38,6 +39,9 @@ from .spelling import other_spellings
 from .student_copy import StudentCopy
 from .tools import ToolLoop
 from .vllm import VLLMWriter
+
+
+logger = get_logger(__name__)
 
 
 class Readings(Protocol):
@@ -159,6 +163,7 @@ class RolloutSource:
         self._args, self._accelerator = args, accelerator
         self._student, self._teachers = student, teachers
         self.write, self._reads_distributions = write, reads_distributions
+        self._has_told_of_markup = False
         self._continuations, self._tools = continuations, tools
         self._judges, self._state, self._packer = judges, state, packer
         self.ahead, self.early_stop = ahead, None
@@ -400,10 +405,25 @@ class RolloutSource:
     def _respell(self, teacher_ids: list[int], seat: WritingSeat, is_text: bool) -> list[int]:
         """What the student would write for the teacher's completion."""
         ended = bool(teacher_ids) and teacher_ids[-1] in seat.stop_ids
-        text = align_text(teacher_ids[:-1] if ended else teacher_ids, seat.tokenizer, seat.tokenizer).text
+        own = teacher_ids[:-1] if ended else teacher_ids
+        self._tell_of_markup(own, seat.tokenizer)
+        text = align_text(own, seat.tokenizer, seat.tokenizer).text
         ids = self._student.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         end = self._student.text_end if is_text else self._student.turn_end[-1:]
         return ids + end if ended else ids
+
+    def _tell_of_markup(self, teacher_ids: list[int], tokenizer: PreTrainedTokenizerBase):
+        """Warns once of control tokens amid a completion. They are left out, and what stands between them becomes answer text."""
+        if self._has_told_of_markup:
+            return
+        control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        if found := sorted(control & {*teacher_ids}):
+            self._has_told_of_markup = True
+            logger.warning(
+                f"The teacher writes control tokens amid a turn ({', '.join(map(repr, tokenizer.convert_ids_to_tokens(found)))}), as for a thought or "
+                "a channel. seq_kd leaves them out and takes all text between them for the answer, names of channels too, so that the student "
+                "learns to write these. Take a teacher, or chat_template_kwargs for it, that answers alone, or let the student write (lmbda=1)."
+            )
 
     # Rows
 
