@@ -12,7 +12,7 @@ another count as unknown.
 import argparse
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,7 +77,7 @@ class Point:
 
     @property
     def nats(self) -> str:
-        return _with_error(self.answers, 1)
+        return _with_error(self.answers)
 
 
 Curve = dict[int, Point]  # by the number of updates
@@ -223,8 +223,8 @@ def table(found: dict[str, BySeed], timed: str | None) -> str:
     return "\n".join(rows)
 
 
-def _with_error(answers: np.ndarray, digits: int, sign: str = "") -> str:
-    return f"{answers.mean():{sign}.{digits}f} ± {error(answers):.{digits}f}"
+def _with_error(answers: np.ndarray, sign: str = "") -> str:
+    return f"{answers.mean():{sign}.1f} ± {error(answers):.1f}"
 
 
 def _short_name(cpu: str | None) -> str | None:
@@ -326,22 +326,21 @@ def _is_timed(curve: Curve) -> bool:
 
 
 def _difference(points: dict[int, Point], own: dict[int, Point]) -> str:
-    """Of the seeds that both have, with how many these are."""
-    common = [seed for seed in points if seed in own]
-    if not common:
-        return ""
-    point, other = (mean([side[seed] for seed in common]) for side in (points, own))
-    seeds = f", {len(common)} seeds" if len(common) > 1 else ""
-    return f"{point.gap - other.gap:+.3f} ± {error(point.parts - other.parts):.3f}{seeds}"
+    """Of the gaps of the seeds that both have, with how many these are."""
+    return _apart(points, own, lambda a, b: f"{a.gap - b.gap:+.3f} ± {error(a.parts - b.parts):.3f}")
 
 
 def _nats_apart(points: dict[int, Point], own: dict[int, Point]) -> str:
-    """Nats an answer of the seeds that both have, minus `own`."""
+    """The same of nats an answer."""
+    return _apart(points, own, lambda a, b: _with_error(a.answers - b.answers, "+"))
+
+
+def _apart(points: dict[int, Point], own: dict[int, Point], written: Callable[[Point, Point], str]) -> str:
     common = [seed for seed in points if seed in own]
     if not common:
         return ""
-    point, other = (mean([side[seed] for seed in common]).answers for side in (points, own))
-    return _with_error(point - other, 1, "+") + (f", {len(common)} seeds" if len(common) > 1 else "")
+    found = written(*(mean([side[seed] for seed in common]) for side in (points, own)))
+    return found + (f", {len(common)} seeds" if len(common) > 1 else "")
 
 
 def refused(lines: Sequence[dict]) -> str:

@@ -442,13 +442,13 @@ class RolloutSource:
         if not self._args.length_grouped:
             return batches
         lengths = [len(rollout.prompt.student_ids) + len(rollout.student_ids) for rollout in rollouts]
-        prompts = [tuple(rollout.prompt.student_ids) for rollout in rollouts]
+        prompts = None if self._packer is None else [tuple(rollout.prompt.student_ids) for rollout in rollouts]
         own, given = (
             iter(
                 grouped_by_length(
                     lengths,
                     [rows for rows, on in zip(batches, on_policy, strict=True) if on == kind],
-                    prompts if self._packer is not None else None,
+                    prompts,
                 )
             )
             for kind in (True, False)
