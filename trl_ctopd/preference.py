@@ -476,17 +476,17 @@ def _render_pair(example: dict, index: int, student: Speaker, teachers: dict[str
                 for column in COLUMNS
             )
         )
-    before = [prompt.before_reference().student_ids for prompt in found.values()]
-    if before[0] != before[1]:
+    chosen, rejected = (prompt.before_reference() for prompt in found.values())
+    if chosen.student_ids != rejected.student_ids:
         raise ValueError(
             f"Row {index} of the {dataset_name} dataset: the student's template writes another prompt before the chosen answer than "
             "before the rejected one, and a pair has one prompt. Give both the same kind of answer."
         )
     return {
-        "prompt_ids": before[0],
+        "prompt_ids": chosen.student_ids,
         **{f"{side}_ids": prompt.reference_ids for side, prompt in found.items()},
-        "teacher_prompt_ids": found["chosen"].teacher_ids,
-        "frame": found["chosen"].frame,
+        "teacher_prompt_ids": chosen.teacher_ids,
+        "frame": chosen.frame,
     }
 
 

@@ -1,6 +1,7 @@
 """A step's rollouts without a trainer: toy tokenizers, a writer and teachers that are plain functions of what they read."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,12 @@ from toys import student_tokenizer, teacher_tokenizer
 
 from trl_ctopd import CrossTokenizerGKDConfig, TextAligner
 from trl_ctopd.rollouts import source as module
+from trl_ctopd.rollouts.blending import Share, prompts_of, to_json
+from trl_ctopd.rollouts.frames import Frame, Reopened
 from trl_ctopd.rollouts.pairing import Prompt, pad_scores, pair
 from trl_ctopd.rollouts.source import RolloutSource
 from trl_ctopd.text.chat import Speaker
+from trl_ctopd.text.turns import Turn, read_turn
 
 
 WIDTH = 3  # of the teachers' hidden states
@@ -26,6 +30,7 @@ class ToyTeachers:
         self.only = SimpleNamespace(
             teacher=SimpleNamespace(model=None),
             tokenizer=self.side.tokenizer,
+            side=self.side,
             stop_ids=self.side.stop_ids(),
             context=None,
         )
@@ -203,7 +208,8 @@ def test_all_processes_agree_who_writes(make):
 
 def test_a_reference_is_cut_to_max_new_tokens(make):
     [[short, long]] = window([2, 9])
-    assert make(max_new_tokens=8).references([short, long]) == [short.reference_ids, long.reference_ids[:8]]
+    references, _ = make(max_new_tokens=8).references([short, long])
+    assert references == [(short, short.reference_ids), (long, long.reference_ids[:8])]
 
 
 def test_what_the_teacher_writes_is_spelled_by_the_student_with_its_own_end_where_it_ended(make, monkeypatch):
@@ -211,21 +217,25 @@ def test_what_the_teacher_writes_is_spelled_by_the_student_with_its_own_end_wher
     ids = teachers.side.tokenizer.encode("two hundred and what", add_special_tokens=False)
     monkeypatch.setattr(module, "write", lambda *args: [([*ids, teachers.only.stop_ids[0]], None), (ids, None)])
     spelled = student_tokenizer().encode("two hundred and what")
-    ended, cut = source.references(window([2, 3])[0])
-    assert ended == [*spelled, student_tokenizer().eos_token_id]
-    assert cut == spelled
+    prompts = window([2, 3])[0]
+    (ended, cut), figures = source.references(prompts)
+    assert ended == (prompts[0], [*spelled, student_tokenizer().eos_token_id])
+    assert cut == (prompts[1], spelled)
+    assert figures["seq_kd/left_out_fraction"][0] == 0 < figures["seq_kd/left_out_fraction"][1]
 
 
-def test_control_tokens_amid_what_the_teacher_writes_are_told_of_once(make, monkeypatch, caplog):
-    """The channels of gpt-oss: their names become answer text."""
-    source, teachers = make(seq_kd=True, lmbda=0.0, teachers=ToyTeachers([""])), ToyTeachers([""])
-    tokenizer, end = teachers.side.tokenizer, teachers.only.stop_ids[0]
-    plain = tokenizer.encode("two hundred and what", add_special_tokens=False)
-    control = tokenizer.convert_tokens_to_ids("<|assistant|>")
-    for written, told in (([*plain, end], 0), ([*plain, control, *plain, end], 1), ([control, end], 1)):
-        monkeypatch.setattr(module, "write", lambda *args, written=written: [(written, None)] * 2)
-        source.references(window([2, 3])[0])
-        assert caplog.text.count("control tokens amid a turn ('<|assistant|>')") == told
+def test_a_reference_goes_on_from_its_own_prompt(make):
+    """The generation prompt of the student opens a thought, which neither the dataset nor the teacher writes."""
+    frame = Frame(reference=Reopened(1), student=Turn("t", {}).to_json()).to_json()
+    [[first, second]] = window([4, 5])
+    prompts = [replace(first, frame=frame), second]
+    [batch], _ = make(lmbda=0.0).roll_out(None, [prompts], 0, "train", untimed)
+    assert batch["prompt_lengths"].tolist() == [3, 5]
+    assert completions(batch) == [prompt.reference_ids for prompt in prompts]
+    shares = [Share(name, 0.5, [5, 6], frame) for name in ("one", "two")]
+    reopened = replace(prompts[0], blend=to_json(shares)).before_reference()
+    for read in (reopened, *(own for _, own in prompts_of(reopened).values())):
+        assert read.framed.from_stem and read_turn(read.framed.student).tail == ""
 
 
 def test_a_prompt_that_fills_the_teachers_context_is_refused(make):

@@ -14,10 +14,11 @@ import trl
 from trl_ctopd import token_bytes
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
 from trl_ctopd.text.chat import Conversation, Speaker
+from trl_ctopd.text.one_tokenizer import OneTokenizer
 from trl_ctopd.text.parsing import Grammar, symbols
 from trl_ctopd.text.sections import SectionAligner, aligner_of
 from trl_ctopd.text.token_bytes import token_table
-from trl_ctopd.text.turns import ANSWER, CALL, CALLS, THOUGHT, TOOLS, USER, Turn
+from trl_ctopd.text.turns import ANSWER, CALL, CALLS, THOUGHT, TOOLS, USER, Form, Turn
 
 
 census = runpy.run_module("benchmarks.templates.census")
@@ -60,6 +61,21 @@ def rollout(student, teacher, completion, tools=None, fresh=False, **policies):
         eos_policy=policies.get("eos_policy", "bridge"),
     )
     return found
+
+
+def of_reference(student, teacher, message, one_tokenizer=False):
+    """The reference of a dataset's row, as the student reads it. `one_tokenizer`: the teacher reads the student's own ids."""
+    ours, theirs = side(student), side(teacher)
+    aligner, sections = aligners(student, teacher)
+    if one_tokenizer:
+        aligner, sections = OneTokenizer(ours.tokenizer), None
+    opened, read = ours.opened(Conversation([USER])), theirs.opened(Conversation([USER]))
+    before, ids = ours.reference(Conversation([USER], message))
+    frame = Frame.of(opened, read, before).to_json()
+    prompt = Prompt(opened.ids, read.ids, frame=frame).before_reference()
+    ends = dict.fromkeys(ours.stop_ids(), theirs.turn_end)
+    [found] = pair([prompt], [ids], aligner, turn_ends=ends, sections=sections)
+    return opened.ids, before, found
 
 
 def test_what_two_kinds_of_sections_begin_alike_with_is_read_alike_whatever_the_order_of_the_forms():
@@ -122,6 +138,43 @@ def rendered_text(name, message, sections, tools=None):
     form = speaker.turn(asked).forms[sections]
     text = speaker._render([USER, message], asked)
     return text + form.unwritten if form.rest is None else text.removesuffix(form.rest)
+
+
+@pytest.mark.parametrize("teacher", ["qwen2_5", "gptoss", "qwen3", "deepseek_r1_distill"])
+@pytest.mark.parametrize("student", ["deepseek_r1_distill", "deepseekv3", "nemotron_3_nano"])
+def test_a_reference_without_the_thought_that_the_students_prompt_opens_is_an_answer(student, teacher):
+    """It goes on from before the opened thought."""
+    message = {"role": "assistant", "content": "It is four."}
+    prompt, before, found = of_reference(student, teacher, message)
+    assert before != prompt and found.prompt.student_ids == before
+    assert read(found, teacher) == rendered(teacher, thought=None)
+    assert {own.reason for own in found.alignment.masked} <= {"markup"}
+    assert b"It is four." in b"".join(spelled(found, student, found.student_chunks, found.student_ids))
+
+
+def test_with_one_tokenizer_the_teacher_reads_such_a_reference_after_what_the_student_reads():
+    message = {"role": "assistant", "content": "It is four."}
+    name = "deepseek_r1_distill"
+    _, before, found = of_reference(name, name, message, one_tokenizer=True)
+    assert found.teacher_prompt_ids == before and found.teacher_ids == found.student_ids
+    assert read(found, name) == rendered(name, thought=None)
+
+
+def test_an_answer_that_begins_as_a_thought_does_is_an_answer_where_the_turn_ends_with_it():
+    """Apriel writes both raw, and only an answer after a thought has a mark."""
+    forms = {
+        (ANSWER,): Form((ANSWER,), ("", "<|im_end|>")),
+        (THOUGHT, ANSWER): Form((THOUGHT, ANSWER), ("", "[FINAL]", "<|im_end|>")),
+    }
+    tokenizer = side("qwen2_5").tokenizer
+    for turn, text, ended, kinds in (
+        (Turn("", forms), "Four.<|im_end|>", True, (ANSWER,)),
+        (Turn("", forms), "Two.[FINAL]Four.<|im_end|>", True, (THOUGHT, ANSWER)),
+        (Turn("", forms), "Two", False, (THOUGHT,)),
+        (Turn("Thoughts:", forms), "Two.<|im_end|>", True, (THOUGHT,)),
+    ):
+        written, _ = symbols(np.array(tokenizer.encode(text)), token_table(tokenizer))
+        assert Grammar(turn, token_table(tokenizer)).parse(written, ended).kinds == kinds
 
 
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(THINKERS, 2)))

@@ -16,7 +16,9 @@ from trl_ctopd import preference
 from trl_ctopd.losses.ctpd import chunk_sums, chunk_weights, columns
 from trl_ctopd.models import products
 from trl_ctopd.preference import CrossTokenizerDPOConfig, CrossTokenizerDPOTrainer
-from trl_ctopd.rollouts.pairing import Prompt
+from trl_ctopd.rollouts.pairing import Prompt, pair
+from trl_ctopd.text.chat import Conversation, Speaker
+from trl_ctopd.text.sections import SectionAligner, aligner_of
 
 
 QUIET = {
@@ -47,6 +49,26 @@ def pairs(rows=4):
             for n in range(10, 10 + rows)
         ]
     )
+
+
+def test_answers_without_the_thought_that_the_students_prompt_opens_are_compared_as_answers():
+    """They go on from before the opened thought, and are not all masked as one."""
+    template = (
+        "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}\n"
+        "{% if message['role'] == 'assistant' and message['reasoning_content'] %}<think>\n{{ message['reasoning_content'] }}</think>\n{% endif %}"
+        "{{ message['content'] }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer = student_tokenizer()
+    tokenizer.chat_template = template
+    student, teacher = Speaker(tokenizer), Speaker(teacher_tokenizer())
+    [row] = pairs(1)
+    rendered = preference._render_pair(row, 0, student, {"": teacher}, "train")
+    opened = student.prompt_ids(Conversation(row["prompt"]))
+    assert len(rendered["prompt_ids"]) < len(opened)
+    prompt, sections = preference._prompt(rendered), SectionAligner(aligner_of(student, teacher), student, teacher)
+    ends = dict.fromkeys(student.stop_ids(), teacher.turn_end)
+    [found] = pair([prompt], [rendered["chosen_ids"]], aligner_of(student, teacher), turn_ends=ends, sections=sections)
+    assert (found.student_chunks >= 0).all() and not found.alignment.masked
 
 
 def build(folder, dataset=None, model=None, teacher=None, teacher_tokens=None, weighers=(None, None), **settings):

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..text.chat import Conversation, Opened
+from ..text.turns import read_turn
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Frame:
         plain: edit of the teacher's prompt to the one before the answer of a finished turn.
         stem: edit of the teacher's prompt to the one that all its turns begin with.
         reference: edit of the student's prompt to the one before its reference.
-        student, teacher: how each template writes the turn (`Turn.to_json`); "" where the student's turns are only answers.
+        student, teacher: how each template writes the turn (`Turn.to_json`); "" where the student's turns are only answers, `teacher`
+            only if nobody has to read what the teacher writes.
+        from_stem: whether the student's turn begins at the stem and not after its generation prompt, as that of a reference may.
         is_text: whether the row is plain text, without a template.
         asked: the conversation as JSON, to which tool results can be added; "" without tools.
         later: the turns that the student wrote after tool results.
@@ -70,19 +73,30 @@ class Frame:
     reference: Reopened = Reopened()
     student: str = ""
     teacher: str = ""
+    from_stem: bool = False
     is_text: bool = False
     asked: str = ""
     later: tuple[Later, ...] = ()
 
     @classmethod
-    def of(cls, student: Opened, teacher: Opened, reference_prompt: list[int], asked: str = "") -> "Frame":
+    def of(
+        cls,
+        student: Opened,
+        teacher: Opened,
+        reference_prompt: list[int],
+        asked: str = "",
+        teacher_writes: bool = False,
+    ) -> "Frame":
+        """`teacher_writes`: whether turns of the teacher's are to be read too."""
+        needs_theirs = not student.is_simple or (teacher_writes and not teacher.is_simple)
         return cls(
             Reopened.of(teacher.ids, teacher.plain),
             Reopened.of(teacher.ids, teacher.stem),
             Reopened.of(student.ids, reference_prompt),
-            *(("", "") if student.is_simple else (student.turn.to_json(), teacher.turn.to_json())),
-            teacher.is_text,
-            asked,
+            "" if student.is_simple else student.turn.to_json(),
+            teacher.turn.to_json() if needs_theirs else "",
+            is_text=teacher.is_text,
+            asked=asked,
         )
 
     def to_json(self) -> str:
@@ -106,6 +120,14 @@ def _read_frame(text: str) -> Frame:
             dropped, added = part
             parts[name] = Reopened(dropped, tuple(added))
     return Frame(**parts, later=tuple(later))
+
+
+@lru_cache(maxsize=4096)
+def _at_the_stem(text: str) -> str:
+    """A frame whose student writes without what the generation prompt writes after the turn's stem."""
+    frame = _read_frame(text)
+    student = replace(read_turn(frame.student), tail="").to_json() if frame.student else ""
+    return replace(frame, student=student, reference=Reopened(), from_stem=True).to_json()
 
 
 class TurnOf(NamedTuple):
@@ -148,8 +170,14 @@ class Prompt:
         return _read_frame(self.frame)
 
     def before_reference(self) -> "Prompt":
-        """The prompt as the student reads it before the reference."""
-        return replace(self, student_ids=self.framed.reference(self.student_ids))
+        """The prompt as the student reads it before the reference, which is then a turn from there on."""
+        ids = self.framed.reference(self.student_ids)
+        if ids is self.student_ids:
+            return self
+        shares = [[*own, _at_the_stem(frame)] for *own, frame in json.loads(self.blend or "[]")]
+        return replace(
+            self, student_ids=ids, frame=_at_the_stem(self.frame), blend=json.dumps(shares) if shares else ""
+        )
 
     def turns(self, completion: list[int]) -> list[TurnOf]:
         """The turns of `completion`, which tool results separate. The prompt of a later turn is the text between it and the turn

@@ -15,7 +15,7 @@ from ..text.aligner import AlignedTokens, TextAligner, TextAlignment
 from ..text.altered_text import MaskedStretch
 from ..text.parsing import named
 from ..text.sections import SectionAligner
-from .frames import Frame, Prompt, TurnOf
+from .frames import Frame, Prompt, Reopened, TurnOf
 
 
 __all__ = [
@@ -168,7 +168,8 @@ def _pair_turns(
             before = [*before, *whole.opening]
         else:
             widths = alignment.student.widths
-            before = frame.plain(prompt.teacher_ids) if sections else prompt.teacher_ids
+            before = frame.plain if sections else frame.stem if frame.from_stem else Reopened()
+            before = before(prompt.teacher_ids)
         rollout = Rollout(
             prompt=prompt,
             student_ids=ids,

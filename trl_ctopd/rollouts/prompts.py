@@ -98,6 +98,7 @@ def render_dataset(
                 "tools": tools,
                 "keep_row": keep_rows,
                 "teacher_weights": args.teacher_weights,
+                "teacher_writes": args.seq_kd and dataset_name == "train",
             },
             remove_columns=dataset.column_names or list(next(iter(dataset))),
             **options,
@@ -147,12 +148,13 @@ def render_row(
     tools: list[dict] | None = None,
     keep_row: bool = False,
     teacher_weights: Mapping[str, float] | None = None,
+    teacher_writes: bool = False,
 ) -> dict[str, list[int] | str]:
     """
     The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`. Among
     several `teachers`, the row names its own, one or more (`blending.weights_of`, with `teacher_weights` for rows that name none); the
     only one is called "". `frame` is what pairing must know
-    of how the two templates write the turn, "" where both begin with the answer.
+    of how the two templates write the turn, "" where both begin with the answer. `teacher_writes`: the teacher writes the references later.
 
     Raises:
         ValueError: naming the row, whatever is wrong with it: where it has no prompt, cannot be rendered, has no reference though one is needed,
@@ -181,7 +183,9 @@ def render_row(
                 "no completion and no final assistant message, which `lmbda` < 1 learns from: add one, or set lmbda=1.0, "
                 "or seq_kd=True to let the teacher write it"
             )
-        before, reference_ids = student.reference(conversation.for_student) if needs_reference else (prompt_ids, [])
+        before, reference_ids = opened.stem if teacher_writes else prompt_ids, []
+        if needs_reference:
+            before, reference_ids = student.reference(conversation.for_student)
     except ValueError as error:
         raise ValueError(f"Row {index} of the {dataset_name} dataset: {error}.") from error
     except Exception as error:  # of a template or a tokenizer that meets what it was not made for
@@ -193,7 +197,7 @@ def render_row(
         )
     asked = conversation_to_json(conversation) if tools else ""
     shares = [
-        Share(name, weight, own.ids, Frame.of(opened, own, before, asked).to_json())
+        Share(name, weight, own.ids, Frame.of(opened, own, before, asked, teacher_writes).to_json())
         for (name, own), weight in zip(teachers_opened.items(), weights.values(), strict=True)
     ]
     first = shares[0]

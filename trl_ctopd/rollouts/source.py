@@ -12,7 +12,7 @@ Left out: the losses, what is logged, and which rows a step gets.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
@@ -24,7 +24,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..config import CrossTokenizerGKDConfig
 from ..models.packing import Packer
 from ..models.sharding import own_rows
-from ..text.aligner import align_text
 from ..text.chat import Speaker
 from ..text.continuations import Continuations
 from .ahead import Ahead
@@ -34,6 +33,7 @@ from .early_stop import EarlyStop
 from .generation import TransformersWriter, Writer, Written, sampling_config, step_seed, write
 from .metrics import rollout_metrics
 from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns
+from .respelling import Respeller
 from .rewards import Judges
 from .spelling import other_spellings
 from .student_copy import StudentCopy
@@ -65,6 +65,7 @@ class WritingSeat(Protocol):
 
     teacher: Any  # its `model` is the module
     tokenizer: PreTrainedTokenizerBase
+    side: Speaker
     context: int | None
     stop_ids: list[int]
 
@@ -163,7 +164,6 @@ class RolloutSource:
         self._args, self._accelerator = args, accelerator
         self._student, self._teachers = student, teachers
         self.write, self._reads_distributions = write, reads_distributions
-        self._has_told_of_markup = False
         self._continuations, self._tools = continuations, tools
         self._judges, self._state, self._packer = judges, state, packer
         self.ahead, self.early_stop = ahead, None
@@ -204,11 +204,6 @@ class RolloutSource:
         """
         args, repeats = self._args, self._args.num_generations if mode == "train" else 1
         window, on_policy = self._asked(window, step, mode)
-        if not args.seq_kd:  # a reference may be written on from elsewhere than the generation prompt
-            window = [
-                prompts if on else [prompt.before_reference() for prompt in prompts]
-                for prompts, on in zip(window, on_policy, strict=True)
-            ]
         with phase("generation"), while_compiling(lambda: phase("compilation")):
             tools = self._tools if mode == "train" or args.tools_in_evaluation else None
             early_stop = self.early_stop if mode == "train" else None
@@ -371,19 +366,23 @@ class RolloutSource:
         else:
             own, figures = tools(write, model, own, step)
         written = iter(own)
-        given = iter(self.references([prompt for prompts, on in groups if not on for prompt in prompts]))
-        drawn = [next(written) if on else (prompt, (next(given), None)) for prompts, on in groups for prompt in prompts]
-        return drawn, figures
+        references, told = self.references([prompt for prompts, on in groups if not on for prompt in prompts])
+        given = ((prompt, (ids, None)) for prompt, ids in references)
+        drawn = [next(written if on else given) for prompts, on in groups for _ in prompts]
+        return drawn, {**figures, **told}
 
-    def references(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def references(
+        self, prompts: Sequence[Prompt]
+    ) -> tuple[list[tuple[Prompt, list[int]]], dict[str, tuple[float, float]]]:
         """
-        Completions the student did not write, in student ids: the dataset's, or the teacher's with `seq_kd`.
+        Completions the student did not write, in student ids: the dataset's, or the teacher's with `seq_kd`. Each with the prompt that it
+        goes on from, which may end before what the generation prompt writes; and what is told of them.
 
         Raises `ValueError` where a prompt leaves the teacher no room to write.
         """
         limit = self._args.max_new_tokens
         if not self._args.seq_kd or not prompts:
-            return [prompt.reference_ids[:limit] for prompt in prompts]
+            return [(prompt.before_reference(), prompt.reference_ids[:limit]) for prompt in prompts], {}
         seat = self._teachers.only
         stop_ids, pad_token_id = seat.stop_ids, seat.tokenizer.pad_token_id
         config = sampling_config(self._args, stop_ids, stop_ids[0] if pad_token_id is None else pad_token_id)
@@ -397,33 +396,14 @@ class RolloutSource:
             config.max_new_tokens = min(limit, seat.context - longest)
         ids = [prompt.teacher_ids for prompt in prompts]
         written = write(seat.teacher.model, ids, config, self._accelerator, self._args)
-        return [
-            self._respell(own, seat, prompt.framed.is_text)[:limit]
-            for prompt, (own, _) in zip(prompts, written, strict=True)
-        ]
+        found = [self._respell(prompt, own) for prompt, (own, _) in zip(prompts, written, strict=True)]
+        size, left_out = (sum(getattr(one, name) for one in found) for name in ("size", "left_out"))
+        return [(one.prompt, one.ids[:limit]) for one in found], {"seq_kd/left_out_fraction": (left_out, size)}
 
-    def _respell(self, teacher_ids: list[int], seat: WritingSeat, is_text: bool) -> list[int]:
-        """What the student would write for the teacher's completion."""
-        ended = bool(teacher_ids) and teacher_ids[-1] in seat.stop_ids
-        own = teacher_ids[:-1] if ended else teacher_ids
-        self._tell_of_markup(own, seat.tokenizer)
-        text = align_text(own, seat.tokenizer, seat.tokenizer).text
-        ids = self._student.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        end = self._student.text_end if is_text else self._student.turn_end[-1:]
-        return ids + end if ended else ids
-
-    def _tell_of_markup(self, teacher_ids: list[int], tokenizer: PreTrainedTokenizerBase):
-        """Warns once of control tokens amid a completion. They are left out, and what stands between them becomes answer text."""
-        if self._has_told_of_markup:
-            return
-        control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        if found := sorted(control & {*teacher_ids}):
-            self._has_told_of_markup = True
-            logger.warning(
-                f"The teacher writes control tokens amid a turn ({', '.join(map(repr, tokenizer.convert_ids_to_tokens(found)))}), as for a thought or "
-                "a channel. seq_kd leaves them out and takes all text between them for the answer, names of channels too, so that the student "
-                "learns to write these. Take a teacher, or chat_template_kwargs for it, that answers alone, or let the student write (lmbda=1)."
-            )
+    @cached_property
+    def _respell(self) -> Respeller:
+        seat = self._teachers.only
+        return Respeller(self._student, seat.side, seat.stop_ids, self._args.thought_policy)
 
     # Rows
 

@@ -159,6 +159,18 @@ class Speaker(Template):
         end = self.text_end if isinstance(conversation.prompt, str) else self.turn_end
         return self.prompt_ids(conversation), self._encode_text(text) + end
 
+    def answer(self, turn: Turn, text: str, ended: bool) -> tuple[bool, list[int]]:
+        """Whether a plain answer goes on from the generation prompt of `turn`, or else from its stem; and the ids that this model would
+        write for one of this `text`, whose control strings are text, with the end of the turn if it has `ended`."""
+        form = turn.plain
+        opening, on_tail = form.opening, not turn.takes_back(form)
+        if on_tail:
+            opening = opening.removeprefix(turn.tail)
+        if self._space_is_the_answers(form):
+            opening = opening.removesuffix(" ")
+        end = self.end_ids(form) if form.end else self.turn_end
+        return on_tail, [*self._encode(opening), *self._answer_ids(form, text), *(end if ended else [])]
+
     def stop_ids(self, generation_config: GenerationConfig | None = None) -> list[int]:
         """All ids that end this model's turn: `eos_token_id` of tokenizer and generation config, and the last token of every
         end of a turn that the template writes. Empty where nothing ends a turn.

@@ -111,6 +111,8 @@ class Grammar:
         if here == START:
             here = ANSWER
             marks.append((0, 0))
+        if ended and here == THOUGHT and not sections and not shift and self._begins_an_answer(text, at, stop):
+            here = ANSWER  # a turn has none but a thought only where its writer was cut off
         end = self._ends(text, here, at, stop) if ended else stop
         sections.append((here, at, end))
         if ended:
@@ -133,6 +135,11 @@ class Grammar:
             return None
         match, there = min(found, key=lambda way: (way[0].start(), -way[0].end()))
         return there, match.start(), match.end()
+
+    def _begins_an_answer(self, text: str, at: int, stop: int) -> bool:
+        """Whether what stands before `at` opens an answer as well as a thought (Apriel)."""
+        matches = (pattern.match(text, 0, stop) for there, pattern in self._steps.get(START, ()) if there == ANSWER)
+        return any(match and match.end() == at for match in matches)
 
     def _ends(self, text: str, here: str, at: int, stop: int) -> int:
         """Where the last section ends: before the markup that ends with the stop token."""

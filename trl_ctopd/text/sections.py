@@ -78,6 +78,7 @@ class SectionAligner:
         aligner: of the two tokenizers, see `aligner_of`.
         student, teacher: of the two conversations.
         masked_strings: markup with one of these is masked.
+        said: for what is masked, by its reason, what a warning says of it once.
         markup_policy, thought_policy, eos_policy: of `plan`.
     """
 
@@ -87,9 +88,10 @@ class SectionAligner:
         student: Speaker,
         teacher: Speaker,
         masked_strings: Sequence[str] = (),
+        said: Mapping[str, str] = _SAID,
         **policies: str,
     ):
-        self._masked_strings = masked_strings
+        self._masked_strings, self._warnings = masked_strings, said
         self._aligner, self._speakers, self._policies = aligner, (student, teacher), policies
         self._controls = {name: teacher.tokenizer.convert_tokens_to_ids(name) for name in teacher.controls}
         self._eos = teacher.tokenizer.convert_ids_to_tokens(teacher.turn_end[-1])
@@ -229,9 +231,9 @@ class SectionAligner:
         return replace(unit, reason="markup") if any(own in text for own in self._masked_strings) else unit
 
     def _say(self, reasons: set[str | None]) -> None:
-        for reason in sorted(reasons & _SAID.keys() - self._said):
+        for reason in sorted(reasons & self._warnings.keys() - self._said):
             self._said.add(reason)
-            warnings.warn(_SAID[reason], stacklevel=2)
+            warnings.warn(self._warnings[reason], stacklevel=2)
 
     def _fragments(self, literal: str) -> list[str | int]:
         """A literal cut at its control tokens, each of which becomes its id."""
