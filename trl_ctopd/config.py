@@ -189,7 +189,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default="bridge",
         metadata={
             "help": "The markup between a completion's sections (thought, answer, calls): bridge (the student's markup and the "
-            "teacher's at the same place are one chunk) or mask (it is not scored; always so under losses on whole distributions)."
+            "teacher's at the same place are one chunk) or mask (it is not scored; always so under losses on whole distributions other than "
+            "reverse_kl)."
         },
     )
     mask_strings: list[str] | None = field(

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -462,6 +462,13 @@ def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0
     bound = math.inf if advantage_clip is None else advantage_clip
     standing = {found.i: found for found in byte_rows(row, pair, False)}
     chunks = row.scorable()
+    for chunk in chunks:
+        if (
+            row.is_turn_end(chunk, pair) and chunk.student[0] not in standing
+        ):  # written in several tokens: it begins there
+            i, j = chunk.student[0], chunk.teacher[0]
+            standing[i] = ByteRow(i, j, b"", dict(enumerate(row.log_q[j].exp().tolist())))
+    alone = set() if pair.bridged else {*pair.student.stops}
     for i in [i for chunk in chunks for i in chunk.student[1:]]:
         if pair.later_digits_undo and pair.student.rows[row.student_ids[i - 1]][-1:].isdigit():
             standing.pop(i, None)
@@ -530,6 +537,7 @@ def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0
             given = row.log_p[i, sorted(among)].logsumexp(0) if len(among) < len(everything) else p.sum().log() * 0
             chosen_among = torch.zeros_like(p, dtype=torch.bool)
             chosen_among[sorted(among)] = True
+            chosen_among[sorted(alone)] = False
             conditional = (row.log_p[i] - given).exp() * chosen_among
             ours = masses(conditional, pair.student_outcome, pair.outcomes)
             theirs, shared = torch.full_like(ours, torch.nan).detach(), {}
@@ -545,7 +553,8 @@ def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0
                     theirs = torch.where(untold, rest * (ours / ours[untold].sum()).detach(), theirs)
             chosen = pair.outcomes.index(pair.student_outcome[v])
             chosen = shared.get(chosen, chosen)
-            decisions[n].append(decided(ours, theirs, chosen, row.log_p[i, v] - given, bound))
+            decision = decided(ours, theirs, chosen, row.log_p[i, v] - given, bound)
+            decisions[n].append(replace(decision, sharp=0.0, guess=0.0) if v in alone else decision)
 
     total = row.log_p.new_zeros(())
     for n, chunk in enumerate(chunks):

@@ -17,14 +17,16 @@ BOUND = 6.0
 
 
 def by_outcome(batch, row, place, keep):
-    """What the student may write next, by its bytes (True for the end of its turn), and its probability."""
-    found = defaultdict(float)
+    """What the student may write next, by its bytes (True for the end of its turn), and its probability; without the end of a turn that
+    the teacher has no token for."""
+    found, total = defaultdict(float), 0.0
     log_p = batch.student.hidden[row, place].log_softmax(-1).exp().tolist()
-    stops = set(batch.vocabulary._student.stops) if batch.vocabulary.bridged else set()
+    stops = set(batch.vocabulary._student.stops)
     for token, p in enumerate(log_p):
         if keep(token):
-            found[True if token in stops else batch.vocabulary.student_rows[token] or None] += p
-    total = math.fsum(found.values())
+            total += p
+            if token not in stops or batch.vocabulary.bridged:
+                found[True if token in stops else batch.vocabulary.student_rows[token] or None] += p
     return {outcome: p / total for outcome, p in found.items()}
 
 
@@ -58,8 +60,6 @@ def reference(batch, closed, known):
         spelled = b"".join(vocabulary.student_rows[batch.student_ids[row, i]] for i in own)
         read = b"".join(vocabulary.teacher_rows[batch.teacher_ids[row, j]] for j in theirs)
         end_of_turn = not spelled
-        if end_of_turn and not (vocabulary.bridged and len(theirs) == 1):
-            continue
         dummy = b"" if end_of_turn else read[: len(read) - len(spelled)]
         if len(read) < len(spelled):
             continue

@@ -20,6 +20,7 @@ from trl_ctopd.losses.prefix_credit import PREFIX_CREDITS
 from trl_ctopd.losses.reverse_kl import _shared_outcomes
 from trl_ctopd.rollouts.closing import ends, student_ends, unclosed, without_undecided
 from trl_ctopd.rollouts.pairing import Prompt, Rollout
+from trl_ctopd.text.vocabulary import VocabularyPair
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
@@ -257,6 +258,85 @@ def test_where_texts_are_cut_off_it_stays_too(name, knobs, size):
     unread = cut_off(world("1:n"), size)
     assert moves(unread, name, **knobs) < 1e-10
     assert moves(unread, name, told=False, **knobs) > 1e-3
+
+
+# --- chunks of which the two sides spell other bytes
+
+
+@functools.cache
+def apart(kind: str) -> World:
+    """One token is one chunk. Where the student writes b, the teacher writes d (`markup`, which may be `masked`); or the teacher ends a
+    turn with d and a control token (`end`)."""
+    student, teacher = pieces("abcd"), pieces("abcd")
+    d = teacher.convert_tokens_to_ids("d")
+    if kind == "end":
+        return written_by_both(Pair(student, teacher, [0], [], [d, 0], extra=(0, 0)), TEXTS)
+    own, b = written_by_both(Pair(student, teacher, [0], [0], [0], extra=(0, 0)), TEXTS), BYTE_B
+    rows = [replace(row, teacher_ids=[d if token == b else token for token in row.teacher_ids]) for row in own.rows]
+    if kind == "masked":
+        rows = [
+            replace(
+                row,
+                student_chunks=[-1 if t == b else c for t, c in zip(row.student_ids, row.student_chunks, strict=True)],
+                teacher_chunks=[-1 if t == d else c for t, c in zip(row.teacher_ids, row.teacher_chunks, strict=True)],
+            )
+            for row in rows
+        ]
+    vocabulary = {"student_size": 5, "teacher_size": 5, "student_stops": [0], "teacher_stops": [0], "cache_dir": None}
+    own.pair.__dict__["vocabulary"] = VocabularyPair(student, teacher, student_markup=[b], **vocabulary)
+    return replace(own, rows=rows)
+
+
+BYTE_B = 2  # the id of b
+BRIDGED = [("dpca", {}), ("dpca", {"baseline": "kl"}), ("reverse_kl", {}), ("reverse_kl", {"top_k": 2})]
+
+
+def apart_gradient(kind: str, name: str, student_logits=None, **knobs) -> torch.Tensor:
+    loss = build_loss(name, **knobs)
+
+    def told(batch, num_items):
+        markup = batch.student_ids == BYTE_B if kind == "markup" else None
+        close = torch.zeros_like(batch.student_log_probs) if name == "dpca" else None
+        closed = {"close_log_probs": close, "teacher_close_log_probs": torch.zeros_like(batch.teacher_log_probs)}
+        return loss(replace(batch, markup=markup, **closed), num_items)
+
+    return apart(kind).expected_gradient(told, student_logits)
+
+
+@pytest.mark.parametrize("kind", ["markup", "masked", "end"])
+@pytest.mark.parametrize(("name", "knobs"), BRIDGED)
+def test_markup_and_ends_of_several_tokens_keep_a_perfect_student(name, knobs, kind):
+    found = apart_gradient(kind, name, **knobs).abs().max()
+    assert found < (
+        0.02 if kind == "masked" and "top_k" in knobs else 1e-10
+    )  # what few known tokens leave open is one outcome
+
+
+@pytest.mark.parametrize("kind", ["markup", "end"])
+@pytest.mark.parametrize(("name", "knobs"), BRIDGED[1:])
+def test_and_the_expectation_there_is_that_of_closed_chunks(name, knobs, kind):
+    student = moved(apart(kind), by=0.5)
+    expected, found = (
+        apart_gradient(kind, own, student, advantage_clip=None, **own_knobs)
+        for own, own_knobs in (("dpca", {}), (name, knobs))
+    )
+    assert expected.abs().max() > 0.1
+    assert (found - expected).abs().max() < 1e-10
+
+
+def test_with_a_guess_for_markup_it_would_be_written_less_and_less(monkeypatch):
+    monkeypatch.setitem(
+        apart("masked").pair.vocabulary.__dict__, "without_counterpart", torch.zeros(0, dtype=torch.long)
+    )
+    found = apart_gradient("masked", "reverse_kl")
+    assert found[0, BYTE_B] > 1, "the gradient of its logit at the beginning of a text"
+
+
+@pytest.mark.parametrize("name", ["bpm", "escd", "simct", "gold", "xtoken", "cdm"])
+def test_other_losses_on_distributions_take_away_markup_that_is_masked(name):
+    """For the teacher it is impossible, since it writes another one in its place; where it is drawn, nothing says so."""
+    loss = build_loss(name)
+    assert apart("masked").expected_gradient(loss)[0, BYTE_B] > 0.01
 
 
 # --- text that takes no part

@@ -274,6 +274,17 @@ def test_masked_markup_is_read_by_the_teacher_and_not_scored():
     ]
 
 
+def test_tokens_of_chunks_with_markup_are_marked():
+    for student, teacher, completion in (("qwen3", "gptoss", QWEN), ("gptoss", "qwen3", OSS)):
+        found = rollout(student, teacher, completion)
+        chunks = spelled(found, student, found.student_chunks, found.student_ids)
+        marked = {chunk for chunk, own in zip(found.student_chunks.tolist(), found.markup, strict=True) if own}
+        plain = b"".join(chunk for n, chunk in enumerate(chunks) if n not in marked)
+        assert plain.replace(b".", b"") == b"TwoFour" and -1 not in marked
+        assert {n for n, chunk in enumerate(chunks) if b"|" in chunk or b"<" in chunk or b"think" in chunk} <= marked
+    assert rollout("qwen2_5", "llama3_2", "Four.<|im_end|>").markup is None
+
+
 def test_a_masked_end_is_not_read_by_the_teacher():
     found = rollout("qwen3", "gptoss", QWEN, eos_policy="mask")
     assert read(found, "gptoss").endswith("Four.")

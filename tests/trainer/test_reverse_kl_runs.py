@@ -2,15 +2,21 @@
 sampler's tokens; beside the plain step in this process."""
 
 import contextlib
+import math
+import runpy
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+import trl
+from datasets import Dataset
 from peft import LoraConfig
 from protocol_server import ProtocolServer
 from toys import SGD, fix_rollouts, prompts, step_of, student_model, teacher_model, teacher_tokenizer
 
 from trl_ctopd.teachers import servers as servers_module
+from trl_ctopd.text.chat import Conversation
 
 
 SHARP = {
@@ -172,3 +178,24 @@ def test_several_teachers_are_refused(build):
 def test_completions_of_a_student_that_was_updated_since_are_refused(build):
     with pytest.raises(ValueError, match="rollout_reuse=2 .*'reverse_kl' does not account for.*dpca"):
         reverse_kl(build, rollout_reuse=2)
+
+
+@pytest.mark.parametrize(("loss", "masked"), [("dpca", False), ("reverse_kl", False), ("bpm", True)])
+def test_markup_of_two_templates_is_learned_and_other_losses_on_distributions_warn(build, loss, masked, caplog):
+    """The student ends its thought with a tag, the teacher with a control token and a frame word."""
+    census = runpy.run_module("benchmarks.templates.census")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    student, teacher = (census["tokenizer_for"]((folder / f"{name}.jinja").read_text()) for name in ("qwen3", "gptoss"))
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}]}] * 4)
+    own = {"processing_class": student, "teacher_processing_class": teacher, "dataset": rows, "max_new_tokens": 40}
+    room = {"max_position_embeddings": 4096}  # for a system message, a token a character
+    models = student_model(vocab_size=len(student), **room), teacher_model(vocab_size=len(teacher), **room)
+    trainer = build(models[0], models[1], distillation_loss=loss, max_steps=1, **own)
+    message = {"role": "assistant", "content": "It is four.", "reasoning_content": "Two and two."}
+    ids = trainer.rollouts._student.reference(Conversation(rows[0]["prompt"], message))[1]
+    trainer.rollouts.write = lambda model, prompts, step, ended=None: [(ids, None)] * len(prompts)
+    trainer.train()
+    told = trainer.state.log_history[0]
+    assert (told["alignment/masked_fraction"] > 0.1) == masked == ("to write these less and less" in caplog.text)
+    assert told["alignment/masked_fraction"] == 0 or masked
+    assert math.isfinite(told["grad_norm"])

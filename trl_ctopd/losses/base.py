@@ -72,6 +72,8 @@ class ScoredChunks:
         teacher_likeliest (`tuple` of a `torch.LongTensor` and a `torch.Tensor` of shape (B, T, k), *optional*): ids and
             log-probs of the k likeliest teacher tokens at each position, for a loss with `likeliest` and a teacher behind a
             server; -inf where nothing is known.
+        markup (`torch.BoolTensor` of shape (B, S), *optional*): True for the tokens of chunks with the markup of a chat template, of
+            which the two sides may spell other bytes.
         other_spelling (`torch.BoolTensor` of shape (B, S), *optional*): True for tokens that the student's tokenizer would not
             have made of the text.
         rewards (`torch.Tensor` of shape (B,), *optional*): for a loss with `takes_rewards`, what is added to the advantages of each row's
@@ -107,6 +109,7 @@ class ScoredChunks:
     old_close_log_probs: torch.Tensor | None = None
     unclosed: torch.Tensor | None = None
     teacher_likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
+    markup: torch.Tensor | None = None
     other_spelling: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
     reference_log_probs: torch.Tensor | None = None
@@ -266,7 +269,8 @@ class Loss:
     (text it did not), `"both"`. `weighs_by_ratio` tells that it stays right on text of the student before its last updates,
     by `old_log_probs`; `weighs_by_importance`, that it weighs what was sampled by `importance`; `takes_rewards`, that it adds `ScoredChunks.rewards` to what it gives the scored tokens. A loss with `event = "closed"` reads `close_log_probs`. `reads_more` tells that both models' log-probs of
     one text are not enough, so that no credit of a single text can be shown, and `compares_completions` that it needs several
-    completions of a prompt in a micro-batch. `structures` names what the loss reads of a `VocabularyPair`, which is built before
+    completions of a prompt in a micro-batch. `bridges_markup` tells that a loss on distributions can learn from a chunk of which the two sides
+    spell other bytes, as one on log-probs can. `structures` names what the loss reads of a `VocabularyPair`, which is built before
     training. `copies` is how many tensors of the size of a tile's logits are alive at once, so that a tile can be cut
     to keep `tile_tokens`.
     """
@@ -278,6 +282,7 @@ class Loss:
     takes_rewards: ClassVar[bool] = False
     reads_more: ClassVar[bool] = False
     compares_completions: ClassVar[bool] = False
+    bridges_markup: ClassVar[bool] = False
     structures: ClassVar[tuple[str, ...]] = ()
     copies: ClassVar[int] = 1
 

@@ -18,6 +18,10 @@ Decisions.
   that it begins with and for which there is one: the teacher's `):` and newline tell as much of the student's newline as of its newline
   and four spaces. Where there is none its guess is −`advantage_clip`, the sample corrects it, and as a baseline for later decisions it
   counts 0. So is that of a token with a probability below 1e-4.
+- Where the two sides spell other bytes (markup between thought, answer and calls; the end of a turn that the teacher writes in several
+  tokens), both begin at the same place, so that this decision has its guesses, and the rest of the chunk has none. The student's control
+  tokens there, for which the teacher has none, have the guess 0 everywhere: with −`advantage_clip` the sample, if it is masked, would not
+  correct them, and the student would write them ever less.
 - At a chunk's end beside text that takes no part, and only there, nothing is known of the closing but its log-prob
   (`ScoredChunks.close_log_probs`): its guess is 0.
 - A token that goes on by the table, and yet the teacher's tokenizer cut before it, is counted, and nothing goes on there: DPCA leaves
@@ -93,7 +97,16 @@ def places(batch: ScoredChunks) -> Places:
         torch.zeros_like(student).index_put((index[standing.student],), column)
         for column in (standing.teacher, standing.teacher_ids, standing.written)
     )
-    vocabulary = batch.vocabulary
+    vocabulary, where = batch.vocabulary, (chunks.row[chunk], chunks.chunk[chunk])
+    alike = batch.student_bytes[where] > 0
+    if batch.markup is not None:
+        alike &= batch.student_sum(batch.markup.long())[where] == 0
+    # where the two sides spell other bytes, both begin at the same place, and that is all
+    begins = chunks.teacher_first[chunk]
+    teacher = torch.where(alike, teacher, begins)
+    teacher_ids = torch.where(alike, teacher_ids, batch.teacher_ids.flatten()[begins])
+    written = written.masked_fill(~alike, 0)
+    told = torch.where(alike, told, first)
     if vocabulary.later_digits_undo:
         after_digit = vocabulary.student_digits[batch.student_ids.flatten()[(student - 1).clamp(min=0)]]
         told &= first | ~after_digit
@@ -169,6 +182,7 @@ class ReverseKL(Loss):
     policy: ClassVar[str] = "on"
     weighs_by_importance: ClassVar[bool] = True
     takes_rewards: ClassVar[bool] = True
+    bridges_markup: ClassVar[bool] = True
     event: ClassVar[str] = "closed"  # so that the last chunk of a text that was cut off takes no part
     structures: ClassVar[tuple[str, ...]] = ("prefixes", "continuations")
 
@@ -335,6 +349,8 @@ class ReverseKL(Loss):
         with torch.no_grad():
             # rows that are not compared have no probability, and so no weight
             p = _renormalised(log_p, given.masked_fill(~told, torch.inf), inside, row, token)
+            p[:, batch.vocabulary.without_counterpart] = 0
+            sampled_told = told & ~torch.isin(ids, batch.vocabulary.without_counterpart)
             by_outcome = prefixes.by_outcome(p)
             t, unknown = _told(prefixes, known_q, rest, teacher_ids, written)
             spanning, shared = _shared_outcomes(batch.vocabulary.student_stems, t, by_outcome)
@@ -347,7 +363,7 @@ class ReverseKL(Loss):
             own = outcome[spanning[0]] == spanning[1]
             outcome = outcome.index_put((spanning[0][own],), shared[own])[:, None]
             sampled = (both.gather(1, outcome)[:, 0].log() for both in (t, by_outcome))
-            guess, sharp = self._guess(*sampled, told)
+            guess, sharp = self._guess(*sampled, sampled_told)
             guesses = self._bounded_ratio(t, by_outcome)
             guesses[spanning] = guesses[spanning[0], shared]
             weights = p.mul_(prefixes.by_student_token(guesses))

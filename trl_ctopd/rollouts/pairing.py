@@ -69,6 +69,8 @@ class Rollout:
         given: with tools, the stretches of `student_ids` that the student did not write: results, and the header of the turn
             after them.
         teacher_starts: places in `teacher_ids` where a turn after results begins.
+        markup: (S,) True for the tokens of chunks with markup between sections, of which the two sides may spell other bytes; None for
+            none.
         parts: of a mixture of teachers, what each adds. `teacher_ids` and `teacher_chunks` are then the mixture's own, and the ids
             mean nothing.
     """
@@ -87,6 +89,7 @@ class Rollout:
     other_ends: tuple[int, ...] = ()
     given: tuple[tuple[int, int], ...] = ()
     teacher_starts: tuple[int, ...] = ()
+    markup: np.ndarray | None = None
     parts: tuple[Part, ...] = ()
 
     @property
@@ -163,11 +166,11 @@ def _pair_turns(
         frame = prompt.framed
         if parsed:
             whole = sections(ids, end, parsed, frame.student, frame.teacher, calls)
-            alignment, widths = whole.alignment, whole.widths
+            alignment, widths, markup = whole.alignment, whole.widths, whole.markup
             before = prompt.teacher_ids if whole.on_tail else frame.stem(prompt.teacher_ids)
             before = [*before, *whole.opening]
         else:
-            widths = alignment.student.widths
+            widths, markup = alignment.student.widths, None
             before = frame.plain if sections else frame.stem if frame.from_stem else Reopened()
             before = before(prompt.teacher_ids)
         rollout = Rollout(
@@ -182,6 +185,7 @@ def _pair_turns(
             unread=False,
             alignment=alignment,
             teacher_prompt_ids=before,
+            markup=markup,
         )
         if end and not parsed:
             turn_end = turn_ends[ids[-1]] if eos_policy == "bridge" or calls is not None else ()
@@ -217,7 +221,7 @@ def _joined(prompt: Prompt, ids: list[int], turns: Sequence[Rollout], eos_policy
         return turns[0]
     given = tuple((later.start, later.stop) for later in prompt.framed.later)
     student_chunks, teacher_chunks, num_chunks = np.full(len(ids), -1), [], 0
-    student_widths = np.zeros(len(ids), dtype=np.int64)
+    student_widths, markup = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
     teacher_ids: list[int] = []
     starts: list[int] = []
     places = zip([0, *(stop for _, stop in given)], turns, strict=True)
@@ -233,6 +237,8 @@ def _joined(prompt: Prompt, ids: list[int], turns: Sequence[Rollout], eos_policy
         student_chunks[place : place + len(own)] = np.where(own >= 0, own + num_chunks, -1)
         teacher_chunks.append(np.where(theirs >= 0, theirs + num_chunks, -1))
         student_widths[place : place + len(own)] = turn.student_widths
+        if turn.markup is not None:
+            markup[place : place + len(own)] = turn.markup
         num_chunks += turn.num_chunks
     return Rollout(
         prompt=prompt,
@@ -248,6 +254,7 @@ def _joined(prompt: Prompt, ids: list[int], turns: Sequence[Rollout], eos_policy
         teacher_prompt_ids=turns[0].teacher_prompt_ids,
         given=given,
         teacher_starts=tuple(starts),
+        markup=markup,
     )
 
 
@@ -358,6 +365,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
         `labels` (B, 1 + S): the ids that are scored, -100 elsewhere;
         `scored` (2, n): row of each scored token, and column of the token before it, counted from the end (-1 is the last);
         `padding_rows` (B,): True for padding rows;
+        `markup` (B, S), where a rollout has some: True for the tokens of chunks with markup;
         `student_chunks`, `student_widths` (B, S): chunk (-1 = takes no part) and bytes of each student token;
         `teacher_chunks`, `teacher_ids` (B, T);
         `prompt_lengths` (B,): index of each row's first completion token;
@@ -373,6 +381,8 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
     input_ids = pad_rows(rows, length, pad_token_id)
     chunks = pad_rows([rollout.student_chunks for rollout in rollouts], length, -1, starts)
     widths = pad_rows([rollout.student_widths for rollout in rollouts], length, 0, starts)
+    markup = [() if rollout.markup is None else rollout.markup for rollout in rollouts]
+    own = {"markup": pad_rows(markup, length, False, starts)[:, 1:]} if any(map(any, markup)) else {}
     row, column = (chunks[:, 1:] >= 0).nonzero(as_tuple=True)
     teacher_length = max(1, *(len(rollout.teacher_ids) for rollout in rollouts))
     return {
@@ -382,6 +392,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
         "padding_rows": torch.tensor([rollout.prompt.is_padding for rollout in rollouts]),
         "student_chunks": chunks[:, 1:],
         "student_widths": widths[:, 1:],
+        **own,
         "teacher_chunks": pad_rows([rollout.teacher_chunks for rollout in rollouts], teacher_length, -1),
         "teacher_ids": pad_rows([rollout.teacher_ids for rollout in rollouts], teacher_length, 0),
         "prompt_lengths": torch.tensor(starts),

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 
 import torch
+from accelerate.logging import get_logger
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
@@ -34,6 +35,7 @@ from .remote import Foreseen, RemoteTeacher
 from .servers import Servers, is_url
 
 
+logger = get_logger(__name__)
 ONLY = ""  # the name of a single teacher
 # of a server's likeliest tokens, which tell how likely the teacher is to leave a student's token closed
 CLOSING_TOKENS = 8
@@ -130,17 +132,18 @@ class Seat:
             teacher_size=teacher_size,
             student_stops=list(self.turn_ends),
             teacher_stops=self.stop_ids if turn_end_is_one_token else (),
+            student_markup=self.student.turn_markup,
             device=device,
             cache_dir=CACHE_DIR,
         )
 
     @property
     def _markup_is_comparable(self) -> bool:
-        """Losses on whole distributions compare the next bytes, and the two templates' markup has different bytes."""
+        """Most losses on whole distributions compare the next bytes, and the two templates' markup has different bytes."""
         chosen = [self._args.distillation_loss, *([self._args.off_policy_loss] if self._args.lmbda < 1 else [])]
+        losses = [LOSSES.get(loss, loss) if isinstance(loss, str) else loss for loss in chosen]
         return all(
-            getattr(LOSSES.get(loss, loss) if isinstance(loss, str) else loss, "signal", "logprobs") == "logprobs"
-            for loss in chosen
+            getattr(loss, "signal", "logprobs") != "logits" or getattr(loss, "bridges_markup", False) for loss in losses
         )
 
     @cached_property
@@ -149,6 +152,8 @@ class Seat:
         if isinstance(self.aligner, OneTokenizer):
             return None
         args = self._args
+        if not self._markup_is_comparable:
+            self._warn_of_markup()
         return SectionAligner(
             self.aligner,
             self.student,
@@ -158,6 +163,17 @@ class Seat:
             eos_policy=args.eos_policy,
             masked_strings=args.mask_strings or (),
         )
+
+    def _warn_of_markup(self):
+        """What is drawn and not scored costs nothing, and yet such a loss compares its probability with the teacher's, which is 0."""
+        stops, known = {*self.turn_ends}, self.tokenizer.get_vocab()
+        names = self.student.tokenizer.convert_ids_to_tokens(sorted(self.student.turn_markup - stops))
+        if lost := [name for name in names if name not in known]:
+            logger.warning(
+                f"The student's template writes {', '.join(map(repr, lost))} between the sections of a turn, for which the teacher's vocabulary has "
+                "no token. A loss that compares distributions, other than reverse_kl, teaches the student to write these less and less: take "
+                "reverse_kl or dpca for completions with thoughts or calls."
+            )
 
     def continuations(self, student_size: int) -> Continuations | None:
         """What continues this teacher's tokens. None where it has the student's tokenizer and reads the student's ids."""

@@ -380,6 +380,17 @@ class Speaker(Template):
         eos = self.tokenizer.eos_token_id
         return alone if alone or (eos is not None and eos not in within) else stops
 
+    @cached_property
+    def turn_markup(self) -> set[int]:
+        """The control tokens and other added tokens with which the template writes what stands before, between and after the sections
+        of a turn, its stop tokens included."""
+        if not self.template:
+            return set()
+        turns = self._known_turn, self._turn_with_tools(Conversation([USER]))
+        literals = {literal for turn in turns if turn for form in turn.forms.values() for literal in form.literals}
+        added = {*token_table(self.tokenizer).special, *self._plain_added}
+        return {token for literal in literals for token in self._encode(literal)} & added
+
     def _turn_after(self, conversation: Conversation) -> Turn:
         """How the template writes a turn after one short user turn, with the conversation's kwargs, and with tools if it has
         some."""

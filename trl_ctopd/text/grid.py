@@ -27,6 +27,7 @@ class Grid:
             ends, and the place where a token that begins there begins.
         shown: (size + 1,) offset in `text` (the sections with the student's markup) of each place.
         content: (size + 1,) bytes of section text before each place.
+        is_markup: (size,) True for places of markup.
         masked: stretches of places that are masked; those with an empty reason are not counted.
     """
 
@@ -38,6 +39,7 @@ class Grid:
         left[0] = right[0] = 0
         teacher_left, teacher_right, theirs = [0], [0], 0
         shown, content, texts, self.teacher_texts = [0], [0], [], []
+        is_markup: list[bool] = []
         size = 0
         for unit in units:
             a, b = unit.start, unit.end
@@ -80,6 +82,8 @@ class Grid:
                 content += [content[-1]] * width
                 texts.append(literal)
             size += width
+            is_markup += [not unit.shared] * width
+        self.is_markup = np.array(is_markup, dtype=bool)
         self.size, self.text = size, "".join(texts)
         self.student, self.teacher = (left, right), (np.array(teacher_left), np.array(teacher_right))
         self.shown, self.content = np.array(shown), np.array(content)

@@ -50,11 +50,13 @@ class Sectioned:
     Attributes:
         alignment: of the whole turn, its end included; `text` has the markup as the student spelled it.
         widths: (S,) bytes of section text in each student token; 0 in markup.
+        markup: (S,) True for the tokens of chunks with markup.
         on_tail, opening: as in `Plan`; the opening as ids.
     """
 
     alignment: TextAlignment
     widths: np.ndarray
+    markup: np.ndarray
     on_tail: bool
     opening: list[int]
 
@@ -168,7 +170,10 @@ class SectionAligner:
         )
         literal = planned.opening.removesuffix(" ") if spaced else planned.opening
         opening = [i for part in self._fragments(literal) for i in self._literal_ids(part)]
-        return Sectioned(alignment, grid.content[stops] - grid.content[starts], planned.on_tail, opening)
+        upto = np.append(0, np.cumsum(grid.is_markup))
+        has_markup = np.append(upto[chunks.end] > upto[chunks.start], False)  # the last for tokens of chunk -1
+        content = grid.content[stops] - grid.content[starts]
+        return Sectioned(alignment, content, has_markup[chunks.student], planned.on_tail, opening)
 
     def _calls(
         self,

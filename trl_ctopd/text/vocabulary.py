@@ -215,6 +215,7 @@ class VocabularyPair:
         student_size, teacher_size (`int`): V_S and V_T, at least as many as the tokenizers have ids.
         student_stops, teacher_stops (collections of `int`): the ids that end each side's turn; empty where no single token
             does.
+        student_markup (collection of `int`): ids with which the student's template writes what stands between the sections of a turn.
         device: where the structures are kept.
         cache_dir (`Path`, *optional*): folder of the disk cache; `None` for no cache.
 
@@ -231,6 +232,7 @@ class VocabularyPair:
         teacher_size: int,
         student_stops: Collection[int] = (),
         teacher_stops: Collection[int] = (),
+        student_markup: Collection[int] = (),
         device: torch.device | str = "cpu",
         cache_dir: Path | None = None,
     ):
@@ -241,6 +243,7 @@ class VocabularyPair:
         self._teacher = _Side.of(teacher_tokenizer, teacher_size, teacher_stops)
         self.bridged = bool(self._student.stops and self._teacher.stops)
         self._device, self._cache_dir = device, cache_dir
+        self._student_markup = {*student_markup} - {*student_stops} | (set() if self.bridged else {*student_stops})
 
     @cached_property
     def shared(self) -> Shared:
@@ -336,6 +339,12 @@ class VocabularyPair:
     def student_whitespace(self) -> torch.Tensor:
         """(V_S,) True for tokens that are only whitespace."""
         return torch.tensor([bool(row) and not row.strip() for row in self._student.rows], device=self._device)
+
+    @cached_property
+    def without_counterpart(self) -> torch.Tensor:
+        """(n,) the student's ids that no teacher token stands for by its bytes, and that a turn has all the same: markup, and the
+        end of a turn that the teacher writes in several tokens."""
+        return torch.tensor(sorted(self._student_markup), dtype=torch.long, device=self._device)
 
     @cached_property
     def later_digits_undo(self) -> bool:

@@ -133,6 +133,7 @@ class Scorer:
             unclosed=inputs.get("unclosed"),
             teacher_likeliest=likeliest,
             other_spelling=inputs.get("other_spelling"),
+            markup=inputs.get("markup"),
         )
         if "reference_teacher_log_probs" in inputs:
             own = self._settled(inputs["reference_teacher_log_probs"], phase)
