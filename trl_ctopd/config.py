@@ -11,7 +11,7 @@ from transformers import GenerationConfig, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .gkd import GKDConfig
-from .losses import LOSSES, loaded_loss, loss_name, saved_loss
+from .losses import AUTO, LOSSES, loaded_loss, loss_name, saved_loss
 from .losses.baseline import BASELINES
 from .losses.compass import COMPASS_SHARES
 from .losses.credit import CREDITS
@@ -108,10 +108,11 @@ class CrossTokenizerGKDConfig(GKDConfig):
 
     # The method
     distillation_loss: str = field(
-        default="dpca",
+        default="auto",
         metadata={
             "help": f"Method: one of {', '.join(LOSSES)}; in Python also a callable `loss(batch, num_items) -> (value, "
-            "metrics)`."
+            "metrics)`. auto: reverse_kl with one teacher in this process; dpca, whose expected gradient is the same, with a server, "
+            "several teachers, or a setting that is dpca's alone (event, credit, baseline, reference_teacher, rollout_reuse)."
         },
     )
     event: str | None = field(
@@ -664,9 +665,9 @@ class CrossTokenizerGKDConfig(GKDConfig):
                 f"temperature must be finite and positive, got {self.temperature}: on-policy distillation samples; for greedy "
                 "evaluation call `model.generate` yourself."
             )
-        if isinstance(self.distillation_loss, str) and self.distillation_loss not in LOSSES:
+        if isinstance(self.distillation_loss, str) and self.distillation_loss not in (AUTO, *LOSSES):
             raise ValueError(
-                f"Unknown distillation_loss {self.distillation_loss!r}: choose one of {', '.join(LOSSES)}, or pass a callable."
+                f"Unknown distillation_loss {self.distillation_loss!r}: choose {AUTO}, one of {', '.join(LOSSES)}, or pass a callable."
             )
         allowed = [name for name, loss in LOSSES.items() if loss.policy != "on"]
         if self.off_policy_loss not in allowed:

@@ -118,6 +118,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         args = CrossTokenizerGKDConfig(f"{Path(model_id).name}-ctopd") if args is None else args
         if teacher_model is None:
             teacher_model = args.teacher_models or args.teacher_server_url or args.teacher_model_name_or_path
+        args = checks.with_loss(args, teacher_model)
         checks.check_arguments(model, teacher_model, args, train_dataset, peft_config)
         model = checks.open_student(model, args, peft_config)
 

@@ -47,7 +47,7 @@ def finished(folder, tmp_path_factory):
         patch.setattr(run, "UPDATES", 2)
         patch.setattr(run, "LONGER", {"dpca_open": 3})
         patch.setattr(run, "MEASURED_AT", (2, 3))
-        methods = ["dpca", "dpca_open", "trl_gold_off"]
+        methods = ["reverse_kl", "dpca_open", "trl_gold_off"]
         wanted = list(run.runs(methods, ["gsm8k", "text"], 1, [1e-3], ["smollm2<-qwen"]))
         wanted = [run.Run(**{**vars(one), "prompts": 2, "tokens": 4, "held_out": 4}) for one in wanted]
         path = tmp_path_factory.mktemp("results") / "runs.jsonl"
@@ -65,7 +65,9 @@ def finished(folder, tmp_path_factory):
 def test_each_method_of_each_data_set_is_run_once_and_measured_on_the_same_prompts(finished):
     lines = [*run.read(finished).values()]
     assert [(line["run"]["dataset"], line["run"]["method"]) for line in lines] == [
-        (dataset, method) for dataset in ("gsm8k", "text") for method in ("start", "dpca", "dpca_open", "trl_gold_off")
+        (dataset, method)
+        for dataset in ("gsm8k", "text")
+        for method in ("start", "reverse_kl", "dpca_open", "trl_gold_off")
     ]
     for line in lines:
         assert "error" not in line and line["finite"]
@@ -111,12 +113,12 @@ def made_up(method, seed, gap, prompts=(0.0, 0.0), cpu_seconds=100.0, steps=(12,
 def test_what_a_prompt_adds_to_both_methods_is_no_error_of_their_difference():
     lines = [
         made_up("start", 0, 0.5, steps=(0,)),
-        made_up("dpca", 0, 0.2, (0.1, -0.1)),
+        made_up("reverse_kl", 0, 0.2, (0.1, -0.1)),
         made_up("sft", 0, 0.3, (0.1, -0.1)),
         made_up("bpm", 0, 0.3, (-0.1, 0.1)),
     ]
     found = report.curves(lines, "mbpp")
-    assert found["dpca"][0][12].error == pytest.approx(0.1)
+    assert found["reverse_kl"][0][12].error == pytest.approx(0.1)
     table = report.beside_the_default(found)
     rows = table.splitlines()
     assert [
@@ -130,7 +132,7 @@ def test_what_a_prompt_adds_to_both_methods_is_no_error_of_their_difference():
 def test_gaps_are_compared_at_equal_cpu_seconds_too():
     lines = [
         made_up("start", 0, 0.5, steps=(0,)),
-        made_up("dpca", 0, 0.2, cpu_seconds=100),
+        made_up("reverse_kl", 0, 0.2, cpu_seconds=100),
         made_up("sft", 0, 0.3, cpu_seconds=200),
         made_up("bpm", 0, 0.4, cpu_seconds=50),
     ]
@@ -140,7 +142,7 @@ def test_gaps_are_compared_at_equal_cpu_seconds_too():
 
 
 def test_short_runs_have_a_table_of_their_own_beside_reverse_kl_and_none_in_the_others():
-    lines = [made_up("start", 0, 0.5, steps=(0,)), made_up("dpca", 0, 0.2, rate=3e-4)]
+    lines = [made_up("start", 0, 0.5, steps=(0,)), made_up("reverse_kl", 0, 0.2, rate=3e-4)]
     short = [
         made_up("reverse_kl", 0, 0.2, steps=(3, 6), rate=1e-3, cpu_seconds=100),
         made_up("dpca", 0, 0.3, steps=(3, 6), rate=1e-3, cpu_seconds=100),
@@ -153,20 +155,22 @@ def test_short_runs_have_a_table_of_their_own_beside_reverse_kl_and_none_in_the_
     head, _, *rows = found["mbpp early"].splitlines()
     assert "at 50 CPU seconds" in head and "rate 1e-3" in head
     assert rows == [
-        "| `dpca` (the default) | 2 | 0.600 ± 0.000 | 0.600 ± 0.000 | 50 | +0.100 ± 0.000 | +0.100 ± 0.000 | +0.100 ± 0.000 | 6.0 ± 0.0 | +1.0 ± 0.0 |",
-        "| `reverse_kl` | 1 | 0.200 ± 0.000 | 0.200 ± 0.000 | 50 |  |  |  | 2.0 ± 0.0 |  |",
+        "| `dpca`, closed chunks | 2 | 0.600 ± 0.000 | 0.600 ± 0.000 | 50 | +0.100 ± 0.000 | +0.100 ± 0.000 | +0.100 ± 0.000 | 6.0 ± 0.0 | +1.0 ± 0.0 |",
+        "| `reverse_kl` (the default) | 1 | 0.200 ± 0.000 | 0.200 ± 0.000 | 50 |  |  |  | 2.0 ± 0.0 |  |",
         "| `sft` on references | 1 | 0.400 ± 0.000 | 0.400 ± 0.000 | 100 | +0.200 ± 0.000 | +0.200 ± 0.000 | +0.200 ± 0.000 | 4.0 ± 0.0 | +2.0 ± 0.0 |",
     ]
 
 
 def test_seconds_of_another_processor_are_not_compared():
-    lines = [made_up("start", 0, 0.5, steps=(0,), cpu="other"), made_up("dpca", 0, 0.2, cpu_seconds=100)]
-    lines += [made_up("dpca", 1, 0.4, cpu_seconds=900, cpu="other"), made_up("sft", 0, 0.3, cpu_seconds=200)]
+    lines = [made_up("start", 0, 0.5, steps=(0,), cpu="other"), made_up("reverse_kl", 0, 0.2, cpu_seconds=100)]
+    lines += [made_up("reverse_kl", 1, 0.4, cpu_seconds=900, cpu="other"), made_up("sft", 0, 0.3, cpu_seconds=200)]
     lines += [made_up("sft", 1, 0.5, cpu_seconds=200), made_up("bpm", 0, 0.4, cpu_seconds=50, cpu="other")]
     made = report.blocks(lines)
     columns = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in made["mbpp"].splitlines()[4:]}
     assert "CPU seconds (one), after 12" in made["mbpp"]
-    assert [columns[name][6] for name in ("untrained", "`dpca` (the default)", "`sft` on references", "`bpm`")] == [
+    assert [
+        columns[name][6] for name in ("untrained", "`reverse_kl` (the default)", "`sft` on references", "`bpm`")
+    ] == [
         "0",
         "100",
         "200",
@@ -182,7 +186,10 @@ def test_seconds_of_another_processor_are_not_compared():
 
 
 def test_seconds_of_other_products_on_the_same_processor_are_not_compared():
-    lines = [made_up("start", 0, 0.5, steps=(0,)), *(made_up("dpca", seed, 0.2, cpu_seconds=100) for seed in (0, 1))]
+    lines = [
+        made_up("start", 0, 0.5, steps=(0,)),
+        *(made_up("reverse_kl", seed, 0.2, cpu_seconds=100) for seed in (0, 1)),
+    ]
     lines.append(made_up("sft", 0, 0.3, cpu_seconds=50))
     lines[-1]["machine"]["products"] = "oneDNN"
     assert report.processor(lines, "mbpp") == "one"
@@ -207,7 +214,7 @@ def test_of_a_seed_that_was_run_twice_the_longer_run_counts():
 
 
 def test_methods_are_compared_on_the_seeds_that_both_have():
-    lines = [made_up("start", 0, 0.5, steps=(0,)), made_up("dpca", 0, 0.1), made_up("dpca", 1, 0.3)]
+    lines = [made_up("start", 0, 0.5, steps=(0,)), made_up("reverse_kl", 0, 0.1), made_up("reverse_kl", 1, 0.3)]
     lines += [made_up("sft", 1, 0.4), made_up("bpm", 0, 0.2), made_up("bpm", 1, 0.5), made_up("alm", 2, 0.5)]
     rows = report.beside_the_default(report.curves(lines, "mbpp")).splitlines()
     found = {row.split(" | ")[0].strip("| "): row.split(" | ")[1] for row in rows[2:]}
@@ -217,7 +224,7 @@ def test_methods_are_compared_on_the_seeds_that_both_have():
 
 def test_of_several_rates_a_methods_best_counts_and_all_are_shown():
     lines = [made_up("trl_gold_on", 0, gap, rate=rate) for rate, gap in ((3e-4, 0.4), (1e-4, 0.2), (3e-5, 0.3))]
-    lines += [made_up("dpca", 0, 0.1), made_up("start", 0, 0.5, steps=(0,))]
+    lines += [made_up("reverse_kl", 0, 0.1), made_up("start", 0, 0.5, steps=(0,))]
     assert report.curves(lines, "mbpp")["trl_gold_on"][0][12].gap == 0.2
     made = report.blocks(lines)
     assert "| TRL's GOLD on-policy, hybrid | 1e-4 | 1 | | 0.200" in made["mbpp"].replace("|  |", "| |")
@@ -226,16 +233,20 @@ def test_of_several_rates_a_methods_best_counts_and_all_are_shown():
 
 
 def test_of_rates_that_are_level_the_one_with_more_seeds_counts():
-    lines = [made_up("dpca", 0, 0.2, (0.1, -0.1)), made_up("dpca", 1, 0.4), made_up("dpca", 0, 0.15, rate=1e-3)]
-    assert report.curves(lines, "mbpp")["dpca"].keys() == {0, 1}
-    lines[2] = made_up("dpca", 0, 0.05, rate=1e-3)
-    assert report.curves(lines, "mbpp")["dpca"].keys() == {0}
+    lines = [
+        made_up("reverse_kl", 0, 0.2, (0.1, -0.1)),
+        made_up("reverse_kl", 1, 0.4),
+        made_up("reverse_kl", 0, 0.15, rate=1e-3),
+    ]
+    assert report.curves(lines, "mbpp")["reverse_kl"].keys() == {0, 1}
+    lines[2] = made_up("reverse_kl", 0, 0.05, rate=1e-3)
+    assert report.curves(lines, "mbpp")["reverse_kl"].keys() == {0}
 
 
 def test_rates_are_compared_on_the_seeds_that_they_share():
-    lines = [made_up("dpca", seed, gap, rate=3e-4) for seed, gap in ((0, 0.2), (1, 0.4))]
-    lines += [made_up("dpca", 0, 0.25, rate=1e-3), made_up("start", 0, 0.5, steps=(0,))]
-    assert report.curves(lines, "mbpp")["dpca"].keys() == {0, 1}
+    lines = [made_up("reverse_kl", seed, gap, rate=3e-4) for seed, gap in ((0, 0.2), (1, 0.4))]
+    lines += [made_up("reverse_kl", 0, 0.25, rate=1e-3), made_up("start", 0, 0.5, steps=(0,))]
+    assert report.curves(lines, "mbpp")["reverse_kl"].keys() == {0, 1}
     made = report.blocks(lines)
     assert "| 3e-4 | 2 | | 0.300" in made["mbpp"].replace("|  |", "| |")
     assert [row.split(" | ")[1:] for row in made["mbpp rates"].splitlines()[2:]] == [
@@ -245,8 +256,8 @@ def test_rates_are_compared_on_the_seeds_that_they_share():
 
 
 def test_seeds_are_averaged():
-    lines = [made_up("dpca", 0, 0.2, (0.1, -0.1)), made_up("dpca", 1, 0.4, (-0.1, 0.1))]
-    point = report.averaged(report.curves(lines, "mbpp")["dpca"])[12]
+    lines = [made_up("reverse_kl", 0, 0.2, (0.1, -0.1)), made_up("reverse_kl", 1, 0.4, (-0.1, 0.1))]
+    point = report.averaged(report.curves(lines, "mbpp")["reverse_kl"])[12]
     assert (point.gap, point.error, point.seeds) == (pytest.approx(0.3), pytest.approx(0), 2)
 
 
@@ -254,7 +265,7 @@ def test_the_report_renders_from_real_runs(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "UPDATES", 2)
     lines = [*run.read(finished).values()]
     made = report.blocks(lines)
-    assert "| `dpca` (the default) | 1e-3 | 1 |" in made["gsm8k"] and made["text"].startswith("## Plain text")
+    assert "| `reverse_kl` (the default) | 1e-3 | 1 |" in made["gsm8k"] and made["text"].startswith("## Plain text")
     assert "| TRL's GOLD on references |" in made["text beside the default"]
     report.plot(lines, tmp_path / "gap.png")
     assert (tmp_path / "gap.png").stat().st_size > 5_000

@@ -87,7 +87,7 @@ def test_a_runs_page_has_its_curves_samples_settings_and_versions(run):
     assert page.count('class="ctopd scored"') == 4
     for fact in (
         "seed 7",
-        "method dpca",
+        "method reverse_kl",
         f"student's tokenizer BPE, {len(trainer.processing_class)} tokens",
         "16 prompts",
         "trl_ctopd 0.",

@@ -4,8 +4,9 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from toys import TEACHER_TEMPLATE, prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
+from trl_ctopd.rollouts.blending import Share, to_json
 from trl_ctopd.rollouts.pairing import Prompt
-from trl_ctopd.rollouts.prompts import COLUMNS, RENDERED_FOR, render_row
+from trl_ctopd.rollouts.prompts import BLEND, COLUMNS, RENDERED_FOR, _without_overlong, check_room, render_row
 from trl_ctopd.text.chat import Speaker
 
 
@@ -242,3 +243,27 @@ def test_a_row_that_cannot_be_rendered_is_named(build, row, said):
 def test_what_is_no_dataset_is_told_how_it_becomes_one(build, made, way):
     with pytest.raises(TypeError, match=f"The test dataset must be a `Dataset` or `IterableDataset`, got .*{way}"):
         build().predict(made(prompts(2)))
+
+
+def blended_rows():
+    """The second is read by a light teacher whose prompt is longer than the heavy one's."""
+    shares = [Share("heavy", 0.7, [1] * 5, ""), Share("light", 0.3, [1] * 9, "")]
+    row = {"prompt_ids": [1, 2], "teacher_prompt_ids": [1] * 5, "teacher": "heavy", "reference_ids": [], "frame": ""}
+    return Dataset.from_list([{**row, BLEND: ""}, {**row, BLEND: to_json(shares)}])
+
+
+def test_the_room_of_every_teacher_of_a_blend_is_checked(caplog):
+    rows = blended_rows()
+    check_room(rows, {"heavy": 6, "light": 10}, 1, "train")
+    with pytest.raises(ValueError, match="Row 1 of the train dataset: its prompt has 9 tokens for the teacher 'light'"):
+        check_room(rows, {"heavy": 6, "light": 9}, 1, "train")
+    caplog.clear()
+    check_room(rows, {"light": 10}, 2, "train")
+    assert "The longest prompt of the train dataset has 9 tokens for the teacher 'light'" in caplog.text
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("contexts", "kept"), [({"light": 9}, 1), ({"light": 10}, 2), ({"heavy": 6, "light": 9}, 1)])
+def test_rows_without_room_for_one_teacher_of_a_blend_are_dropped(contexts, kept, streamed):
+    rows = blended_rows().to_iterable_dataset() if streamed else blended_rows()
+    assert len(list(_without_overlong(rows, None, contexts, "train"))) == kept

@@ -25,6 +25,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.gkd import GKDTrainer
+from trl_ctopd.training import checks
 
 
 @pytest.mark.parametrize(("batch", "window"), [(4, 2), (2, 4)])
@@ -315,7 +316,7 @@ def test_paths_alone_are_enough(tmp_path):
     assert len(trainer.teacher_processing_class) == len(teacher_tokenizer())
 
 
-def test_args_default_to_the_papers_settings(tmp_path, monkeypatch):
+def test_args_have_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = student_model()
     model.config._name_or_path = "org/student"
@@ -326,7 +327,9 @@ def test_args_default_to_the_papers_settings(tmp_path, monkeypatch):
     assert args.output_dir == "student-ctopd"
     assert (args.learning_rate, args.temperature, args.lmbda, args.top_p) == (1e-6, 1.0, 1.0, 1.0)
     loss = trainer.distillation_loss
-    assert (args.distillation_loss, loss.event, loss.credit, loss.advantage_clip) == ("dpca", "closed", "macro", 10.0)
+    assert (args.distillation_loss, loss.event, loss.advantage_clip) == ("reverse_kl", "closed", 10.0)
+    loss = checks.distillation_loss(CrossTokenizerGKDConfig(str(tmp_path), distillation_loss="dpca"))
+    assert (loss.event, loss.credit, loss.advantage_clip) == ("closed", "macro", 10.0)
 
 
 @pytest.mark.parametrize(
@@ -481,7 +484,7 @@ def test_a_process_that_saves_nothing_writes_no_card(build, tmp_path, monkeypatc
 
 
 def test_a_saved_folder_has_our_card_with_lora_too(build, tmp_path):
-    trainer = build(peft_config=LoraConfig(r=4), save_strategy="steps", save_steps=1)
+    trainer = build(peft_config=LoraConfig(r=4), save_strategy="steps", save_steps=1, distillation_loss="dpca")
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     for folder in (tmp_path / "adapter", tmp_path / "run" / "checkpoint-1"):

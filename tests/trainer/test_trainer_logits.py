@@ -56,7 +56,8 @@ def test_no_distributions_are_prepared_for_a_loss_that_does_not_ask(build, monke
 
 
 def test_only_micro_batches_whose_loss_asks_carry_the_teachers_hidden_states(build):
-    trainer = build(lmbda=0.5, off_policy_loss="gold", per_device_train_batch_size=2)
+    own = {"distillation_loss": "dpca", "off_policy_loss": "gold"}
+    trainer = build(lmbda=0.5, per_device_train_batch_size=2, **own)
     trainer.rollouts.lmbda_draws = lambda step, count: [0.1, 0.9]
     rows = trainer.data_collator(list(trainer.train_dataset))["prompts"]
     on, off = trainer._roll_out(trainer.model, [rows[:2], rows[2:4]], "train")
@@ -184,7 +185,7 @@ def test_a_loss_on_distributions_refuses_a_teacher_that_gives_log_probs_only(bui
     with pytest.raises(ValueError, match=message):
         build(distillation_loss="bpm")
     with pytest.raises(ValueError, match="GOLD needs"):
-        build(lmbda=0.5, off_policy_loss="gold")
+        build(distillation_loss="dpca", lmbda=0.5, off_policy_loss="gold")
     assert build(distillation_loss="strict_sampled").train().global_step == 1
 
 

@@ -22,6 +22,7 @@ from .uld import ULD
 from .xtoken import XToken
 
 
+AUTO = "auto"  # the trainer chooses: see `training.checks.with_loss`
 LOSSES: dict[str, type[Loss]] = {
     "dpca": DPCA,
     "reverse_kl": ReverseKL,
@@ -40,7 +41,15 @@ LOSSES: dict[str, type[Loss]] = {
     "sft": SFT,
 }
 
-__all__ = [*(loss.__name__ for loss in LOSSES.values()), "LOSSES", "Distributions", "Loss", "Metrics", "ScoredChunks"]
+__all__ = [
+    *(loss.__name__ for loss in LOSSES.values()),
+    "AUTO",
+    "LOSSES",
+    "Distributions",
+    "Loss",
+    "Metrics",
+    "ScoredChunks",
+]
 __all__ += ["build_loss", "loss_name"]
 
 

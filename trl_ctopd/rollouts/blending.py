@@ -89,15 +89,19 @@ def to_json(shares: Sequence[Share]) -> str:
     return json.dumps([[own.teacher, own.weight, own.ids, own.frame] for own in shares])
 
 
+def shares_of(text: str) -> list[Share]:
+    """The inverse of `to_json`; "" has none."""
+    return [Share(*own) for own in json.loads(text)] if text else []
+
+
 def prompts_of(prompt: Prompt) -> dict[str, tuple[float, Prompt]]:
     """By teacher, its weight and the prompt as it reads it. Empty for the row of one teacher."""
-    shares = [Share(*own) for own in json.loads(prompt.blend)] if prompt.blend else []
     return {
         own.teacher: (
             own.weight,
             replace(prompt, teacher=own.teacher, teacher_ids=own.ids, frame=own.frame, blend=""),
         )
-        for own in shares
+        for own in shares_of(prompt.blend)
     }
 
 

@@ -1,7 +1,8 @@
 """The dataset, rendered and tokenized once for both models."""
 
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import pyarrow.compute as pc
@@ -13,7 +14,7 @@ from torch.utils.data import Sampler
 from ..config import CrossTokenizerGKDConfig
 from ..text.chat import Speaker
 from ..text.conversation import read_example
-from .blending import Share, to_json, weights_of
+from .blending import Share, shares_of, to_json, weights_of
 from .frames import Frame, Prompt, conversation_to_json
 from .rewards import row_as_json
 from .tools import with_tools
@@ -239,25 +240,42 @@ def check_room(dataset: Dataset, contexts: Mapping[str, int], max_new_tokens: in
 
     Raises `ValueError` for prompts that leave no room for any.
     """
-    columns = dataset.select_columns(["teacher_prompt_ids", "teacher"]).with_format("arrow")[:]
-    lengths = pc.list_value_length(columns["teacher_prompt_ids"]).to_numpy()
-    names = columns["teacher"].to_numpy()
-    for name, context in contexts.items():
-        rows = np.flatnonzero(names == name)
+    for name, (rows, lengths) in _teachers_lengths(dataset, contexts).items():
+        context = contexts[name]
         whose = f"the teacher {name!r}" if name else "the teacher"
-        if len(full := rows[lengths[rows] >= context]):
+        if len(full := np.flatnonzero(lengths >= context)):
             raise ValueError(
-                f"Row {full[0]} of the {dataset_name} dataset: its prompt has {lengths[full[0]]} tokens for {whose}, whose "
+                f"Row {rows[full[0]]} of the {dataset_name} dataset: its prompt has {lengths[full[0]]} tokens for {whose}, whose "
                 f"server takes {context} with the completion ({len(full)} such rows of {len(rows)}). Filter them out, or start "
                 "the server with a larger `--max-model-len`."
             )
-        if len(rows) and (longest := lengths[rows].max()) + max_new_tokens > context:
+        if len(rows) and (longest := lengths.max()) + max_new_tokens > context:
             logger.warning(
                 f"The longest prompt of the {dataset_name} dataset has {longest} tokens for {whose}, whose server takes "
                 f"{context} with the completion: of completions of max_new_tokens={max_new_tokens} student tokens, some may be "
                 "too long, and would take no part (alignment/teacher_context_exceeded_fraction counts them). Start the server "
                 "with a larger `--max-model-len`, or lower max_new_tokens."
             )
+
+
+def _teachers_lengths(dataset: Dataset, names: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By teacher of `names`: the rows of a rendered `dataset` that it reads, alone or blended with others, and each one's prompt's
+    length in its tokens."""
+    names, found = list(names), {}
+    if not names:
+        return found
+    kept = [column for column in ("teacher_prompt_ids", "teacher", BLEND) if column in dataset.column_names]
+    columns = dataset.select_columns(kept).with_format("arrow")[:]
+    lengths = pc.list_value_length(columns["teacher_prompt_ids"]).to_numpy()
+    teachers = columns["teacher"].to_numpy()
+    for name in names:
+        rows = np.flatnonzero(teachers == name)
+        found[name] = [*zip(rows.tolist(), lengths[rows].tolist(), strict=True)]
+    for row, text in enumerate(columns[BLEND].to_pylist() if BLEND in kept else []):
+        for share in shares_of(text):
+            if share.teacher in found and share.teacher != teachers[row]:  # the heaviest is in the columns
+                found[share.teacher].append((row, len(share.ids)))
+    return {name: tuple(np.array(pairs, dtype=np.int64).reshape(-1, 2).T) for name, pairs in found.items()}
 
 
 def _without_overlong(
@@ -267,12 +285,12 @@ def _without_overlong(
     teacher's context. Of a stream, rows are dropped as they come."""
     if isinstance(dataset, IterableDataset):
         return dataset.filter(_Roomy(longest_prompt, dict(contexts), dataset_name), with_indices=True)
-    columns = dataset.select_columns(["prompt_ids", "teacher_prompt_ids", "teacher"]).with_format("arrow")[:]
-    ours, theirs = (pc.list_value_length(columns[name]).to_numpy() for name in ("prompt_ids", "teacher_prompt_ids"))
-    names = columns["teacher"].to_numpy()
-    long = np.full(len(dataset), False) if longest_prompt is None else ours > longest_prompt
-    for name, context in contexts.items():
-        long |= (names == name) & (theirs >= context)
+    long = np.full(len(dataset), False)
+    if longest_prompt is not None:
+        ours = dataset.select_columns(["prompt_ids"]).with_format("arrow")[:]
+        long |= pc.list_value_length(ours["prompt_ids"]).to_numpy() > longest_prompt
+    for name, (rows, lengths) in _teachers_lengths(dataset, contexts).items():
+        long[rows[lengths >= contexts[name]]] = True
     dropped = np.flatnonzero(long)
     if not len(dropped):
         return dataset
@@ -309,9 +327,10 @@ class _Roomy:
         self._dropped: set[int] = set()
 
     def __call__(self, row: Mapping, index: int) -> bool:
-        context = self._contexts.get(row["teacher"])
+        read = [(share.teacher, share.ids) for share in shares_of(row.get(BLEND, ""))]
+        read = read or [(row["teacher"], row["teacher_prompt_ids"])]
         long = self._longest_prompt is not None and len(row["prompt_ids"]) > self._longest_prompt
-        if not long and (context is None or len(row["teacher_prompt_ids"]) < context):
+        if not long and all(len(ids) < self._contexts.get(name, math.inf) for name, ids in read):
             return True
         if index not in self._dropped:  # another epoch brings it again
             self._dropped.add(index)

@@ -1,5 +1,6 @@
 """Checks of the trainer's arguments, before any training time is spent."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from ..config import CrossTokenizerGKDConfig
-from ..losses import LOSSES, Metrics, build_loss, loss_name
+from ..losses import AUTO, LOSSES, Metrics, build_loss, loss_name
 from ..losses.compass import Compass
 from ..models.heads import AUTOCAST, base_model, check_head, has_imbalance
 from ..models.loading import (
@@ -43,6 +44,7 @@ from .identity import dataset_digest
 
 
 logger = get_logger(__name__)
+_OF_DPCA = ("event", "credit", "baseline", "baseline_top_k", "reference_teacher", "distillation_loss_kwargs")
 
 
 def check_arguments(model, teacher_model, args, train_dataset, peft_config=None):
@@ -247,6 +249,27 @@ def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
             "vllm_mode='colocate' with gather_for_generation=False: the engine holds the whole student beside the training, which "
             "is to hold a share alone. Choose vllm_mode='server', on GPUs of its own, or gather_for_generation=True."
         )
+
+
+def with_loss(args: CrossTokenizerGKDConfig, teacher_model) -> CrossTokenizerGKDConfig:
+    """`args` with a loss in the place of "auto": `reverse_kl` where the teacher tells whole distributions, else `dpca`, which has the same
+    expected gradient, and more noise."""
+    if getattr(args, "distillation_loss", None) != AUTO:
+        return args
+    own = {name: getattr(args, name) for name in _OF_DPCA if getattr(args, name) is not None}
+    own |= {} if args.rollout_reuse == 1 else {"rollout_reuse": args.rollout_reuse}
+    if isinstance(teacher_model, Mapping):
+        name, why = "dpca", "there are several teachers"
+    elif is_url(teacher_model) or isinstance(teacher_model, list | tuple):
+        name, why = "dpca", "a server tells log-probs of the text alone"
+    elif own:
+        name, why = "dpca", f"{' and '.join(f'{name}={value!r}' for name, value in own.items())} is set"
+    else:
+        name, why = "reverse_kl", "the teacher is in this process"
+    logger.info(f"distillation_loss={AUTO!r} is {name}: {why}.")
+    chosen = copy.copy(args)
+    chosen.distillation_loss = name
+    return chosen
 
 
 def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
