@@ -32,12 +32,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
-from trl_ctopd.text.aligner import TextAligner
-from trl_ctopd.text.chat import Conversation, Speaker, unshared_markup
-from trl_ctopd.text.sections import SectionAligner
-from trl_ctopd.text.turns import ANSWER, CALL, CALLS, RESULT, THOUGHT, TOOLS, USER, Turn
+from trl_ctopd.text.calls import with_ids
+from trl_ctopd.text.chat import Conversation, Speaker
+from trl_ctopd.text.sections import SectionAligner, aligner_of
+from trl_ctopd.text.turns import ANSWER, CALLS, THOUGHT, TOOLS, USER, Turn
+from trl_ctopd.text.turns import CALL as PROBE
+from trl_ctopd.text.turns import RESULT as PROBES_RESULT
 
 
+[CALL] = with_ids([PROBE])
+RESULT = {**PROBES_RESULT, "tool_call_id": CALL["id"]}
 THOUGHT_TEXT, ANSWER_TEXT = "Two and two.", "It is four.\nIndeed."
 TURNS = {
     "answer": ((ANSWER,), {"content": ANSWER_TEXT}),
@@ -112,20 +116,13 @@ def read(student: Speaker, teacher: Speaker, asked: Conversation, written: list[
     before, ids = (opened.ids, written) if written is not None else student.reference(asked)
     if before != opened.ids:
         return None
-    aligner = TextAligner(
-        student.tokenizer,
-        teacher.tokenizer,
-        masked_strings=unshared_markup(student, teacher),
-        teacher_control_ids=teacher.control_ids,
-    )
-    controls = {name: teacher.tokenizer.convert_tokens_to_ids(name) for name in teacher.controls}
-    end = teacher.tokenizer.convert_ids_to_tokens(teacher.turn_end[-1])
+    aligner = aligner_of(student, teacher)
     [found] = pair(
         [Prompt(opened.ids, theirs.ids, frame=Frame.of(opened, theirs, before).to_json())],
         [ids],
         aligner,
         turn_ends=dict.fromkeys(student.stop_ids(), teacher.turn_end),
-        sections=SectionAligner(aligner, controls, end, (student, teacher)),
+        sections=SectionAligner(aligner, student, teacher),
     )
     if "call" in {stretch.reason for stretch in found.alignment.masked}:
         return None

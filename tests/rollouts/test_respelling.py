@@ -97,6 +97,19 @@ def test_calls_become_calls():
         assert found.left_out == 0
 
 
+def test_calls_are_no_stray_markup_and_each_has_an_id_of_its_own(assets, caplog):
+    ours, theirs = side("qwen3"), side("gptoss")
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    respelled(ours, theirs, whole(theirs, called, TOOLS)[1], Conversation([USER], tools=TOOLS))
+    assert "control tokens" not in caplog.text
+    source = (assets / "templates" / "Mistral-Small-3.2-24B-Instruct-2506.jinja").read_text()
+    ours, theirs = Speaker(census["tokenizer_for"](source)), side("qwen3")
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}
+    found = respelled(ours, theirs, whole(theirs, called, TOOLS)[1], Conversation([USER], tools=TOOLS))
+    text = spelled(ours, found.ids).decode()
+    assert "[CALL_ID]call00000[" in text and "[CALL_ID]call00001[" in text and CALL["id"] not in text
+
+
 def test_what_the_student_has_no_place_for_is_left_out_and_said_once():
     ours, theirs = side("llama3_2"), side("gptoss")
     respell = Respeller(ours, theirs, theirs.stop_ids(), "mask")
@@ -142,6 +155,14 @@ def test_with_one_tokenizer_and_template_the_teachers_ids_are_the_students_canon
     for written in (ids, [*ids, own.turn_end[0]], whole(own, message())[1]):
         found = respelled(own, own, written)
         assert found.ids == written and found.prompt.student_ids == own.prompt_ids(Conversation([USER]))
+
+
+def test_a_stop_that_only_the_teacher_has_becomes_the_students():
+    own = side("qwen3")
+    other = own.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    respell = Respeller(own, own, [*own.stop_ids(), other], "mask")
+    text = own.tokenizer.encode("four", add_special_tokens=False)
+    assert respell(prompt_of(own, own, Conversation([USER])), [*text, other]).ids == [*text, own.turn_end[-1]]
 
 
 def test_control_tokens_within_a_section_are_left_out_and_told_of_once(caplog):

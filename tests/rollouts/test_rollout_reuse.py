@@ -86,7 +86,7 @@ def test_every_window_is_written_and_scored_once_for_several_steps_and_epochs_co
 
 
 def test_the_first_use_is_the_step_without_reuse(build):
-    order = {"dataset": prompts(8), "per_device_train_batch_size": 8, **SGD}
+    order = {"dataset": prompts(8), "per_device_train_batch_size": 8, "distillation_loss": "dpca", **SGD}
     once, again = (step_of(fix_rollouts(build(rollout_reuse=uses, **order))) for uses in (1, 2))
     torch.testing.assert_close(again, once, rtol=1e-5, atol=1e-7)
 
@@ -127,7 +127,8 @@ def test_later_uses_keep_the_advantages_and_weigh_by_the_ratio(build):
 
 def test_evaluating_amid_a_window_knows_nothing_of_it(build):
     def figures(reuse):
-        trainer = build(rollout_reuse=reuse, eval_dataset=prompts(4), max_steps=2, eval_strategy="steps", eval_steps=1)
+        evaluated = {"eval_dataset": prompts(4), "eval_strategy": "steps", "eval_steps": 1}
+        trainer = build(rollout_reuse=reuse, max_steps=2, distillation_loss="dpca", **evaluated)
         trainer.train()
         [first, *_] = (log for log in trainer.state.log_history if "eval_loss" in log)
         return {name: first[name] for name in first if name.startswith("eval_") and "/" in name and "sec" not in name}

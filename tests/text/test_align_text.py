@@ -500,3 +500,17 @@ def test_in_a_long_text_nfc_masks_the_decomposed_letters_and_nothing_far_from_th
 def test_whatever_a_normalizer_does_both_sides_spell_every_chunk(teacher, text):
     student, teacher = byte_level(), teacher()
     check_spelling(align_text(encode(student, text), student, teacher), student, teacher)
+
+
+@pytest.mark.parametrize("name", ["mistral-v3", "llama-2", "phi-3-mini"])
+def test_a_space_that_begins_a_completion_after_text_is_its_own(real_tokenizer, name):
+    """After what opens a turn, the tokenizer has put it there; after text, it parts two words."""
+    student, teacher = real_tokenizer(name), real_tokenizer("qwen2.5")
+    [ids] = [student.encode("is four", add_special_tokens=False)[-1:]]
+    assert token_bytes(student)[ids[0]] == b" four"
+    begins, goes_on = (TextAligner(student, teacher)([ids], [own])[0] for own in (False, True))
+    assert (begins.text, goes_on.text) == ("four", " four")
+    other = TextAligner(teacher, student)
+    for text, spelled in (("x):", b"x):"), (" four", b" four")):
+        [read] = other([teacher.encode(text, add_special_tokens=False)], None, [True])
+        assert b"".join(token_bytes(student)[i] for i in read.teacher_ids) == spelled

@@ -12,7 +12,7 @@ import pytest
 import trl
 
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
-from trl_ctopd.text.calls import a_call
+from trl_ctopd.text.calls import a_call, with_ids
 from trl_ctopd.text.chat import Conversation, Speaker
 from trl_ctopd.text.parsing import named
 from trl_ctopd.text.sections import SectionAligner, aligner_of
@@ -60,7 +60,7 @@ WORDS = [
     "",
     "we're",
 ]
-CALL = a_call("get_room", {"count": 2, "floor": "third floor"})
+[CALL] = with_ids([a_call("get_room", {"count": 2, "floor": "third floor"})])
 TOOLS = [
     {
         "type": "function",

@@ -64,6 +64,7 @@ class Frame:
             only if nobody has to read what the teacher writes.
         from_stem: whether the student's turn begins at the stem and not after its generation prompt, as that of a reference may.
         is_text: whether the row is plain text, without a template.
+        student_continues, teacher_continues: whether that side has the completion after text, and not after what opens a turn.
         asked: the conversation as JSON, to which tool results can be added; "" without tools.
         later: the turns that the student wrote after tool results.
     """
@@ -75,6 +76,8 @@ class Frame:
     teacher: str = ""
     from_stem: bool = False
     is_text: bool = False
+    student_continues: bool = False
+    teacher_continues: bool = False
     asked: str = ""
     later: tuple[Later, ...] = ()
 
@@ -96,6 +99,8 @@ class Frame:
             "" if student.is_simple else student.turn.to_json(),
             teacher.turn.to_json() if needs_theirs else "",
             is_text=teacher.is_text,
+            student_continues=student.continues,
+            teacher_continues=teacher.continues,
             asked=asked,
         )
 

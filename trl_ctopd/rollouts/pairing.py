@@ -161,8 +161,10 @@ def _pair_turns(
         [] if parsed else turn.student_ids[:-1] if end else turn.student_ids
         for turn, end, parsed in zip(turns, ended, found, strict=True)
     ]
-    rollouts = []
-    for (prompt, ids, calls), end, alignment, parsed in zip(turns, ended, aligner(contents), found, strict=True):
+    frames, rollouts = [turn.prompt.framed for turn in turns], []
+    continues = [frame.student_continues for frame in frames], [frame.teacher_continues for frame in frames]
+    alignments = aligner(contents, *continues)
+    for (prompt, ids, calls), end, alignment, parsed in zip(turns, ended, alignments, found, strict=True):
         frame = prompt.framed
         if parsed:
             whole = sections(ids, end, parsed, frame.student, frame.teacher, calls)

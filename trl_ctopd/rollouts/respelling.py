@@ -15,13 +15,13 @@ from functools import cached_property
 
 import numpy as np
 
-from ..text.aligner import align_text
+from ..text.aligner import TextAligner
 from ..text.chat import Speaker
 from ..text.one_tokenizer import is_one_tokenizer
 from ..text.parsing import named, symbols
 from ..text.sections import SectionAligner, aligner_of
 from ..text.token_bytes import token_table
-from ..text.turns import ANSWER, Form, Turn, read_turn
+from ..text.turns import ANSWER, CALLS, Form, Turn, read_turn
 from .frames import Frame, Prompt
 
 
@@ -73,6 +73,10 @@ class Respeller:
         return SectionAligner(aligner, self._teacher, self._student, thought_policy=self._thought_policy, said=_SAID)
 
     @cached_property
+    def _reader(self) -> TextAligner:
+        return TextAligner(self._teacher.tokenizer, self._teacher.tokenizer)
+
+    @cached_property
     def _one_tokenizer(self) -> bool:
         return is_one_tokenizer(self._student.tokenizer, self._teacher.tokenizer)
 
@@ -84,13 +88,15 @@ class Respeller:
         size = len(named(ids, self._table)[0].encode())
         ours, theirs = frame.student or _SIMPLE, frame.teacher or _SIMPLE
         if self._one_tokenizer and ours == theirs and not frame.is_text:
+            if ended and ids[-1] not in self._student.stop_ids():
+                ids = [*ids[:-1], *self._student.turn_end[-1:]]
             return Respelled(prompt, ids, size, 0)
         found = None if frame.is_text else self._sections.parse(ids, ended, theirs)
         if found is None:
             on_tail, own = self._answer(frame, ids[:-1] if ended else ids, ended)
             return Respelled(prompt if on_tail else prompt.before_reference(), own, size, 0)
         written, _, parsed = found
-        self._tell_of_controls("".join(written[a:b] for _, a, b in parsed.sections))
+        self._tell_of_controls("".join(written[a:b] for kind, a, b in parsed.sections if kind != CALLS))
         whole = self._sections(ids, ended, found, theirs, ours)
         left_out = sum(own.end - own.start for own in whole.alignment.masked if own.reason in self._left_out)
         prompt = prompt if whole.on_tail else prompt.before_reference()
@@ -99,11 +105,12 @@ class Respeller:
     def _answer(self, frame: Frame, ids: list[int], ended: bool) -> tuple[bool, list[int]]:
         """An answer without markup: whether it goes on from the student's prompt as it is, and its ids."""
         self._tell_of_controls(symbols(np.array(ids, dtype=np.int64), self._table)[0])
-        text = align_text(ids, self._teacher.tokenizer, self._teacher.tokenizer).text
+        [read] = self._reader([ids], [frame.teacher_continues])
+        text = read.text
         if not frame.is_text and self._student.template:
             return self._student.answer(read_turn(frame.student or _SIMPLE), text, ended)
         end = self._student.text_end if frame.is_text else self._student.turn_end
-        own = self._student.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        own = self._student.continuation_ids(text)
         return True, own + end if ended else own
 
     def _whole_characters(self, ids: list[int]) -> list[int]:

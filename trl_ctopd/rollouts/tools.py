@@ -25,12 +25,13 @@ from torch import nn
 from transformers.utils import get_json_schema
 
 from ..config import CrossTokenizerGKDConfig
+from ..text.calls import with_ids
 from ..text.chat import Conversation, Speaker
 from ..text.parsing import Grammar, symbols, text_of
 from ..text.planning import lost_kinds
 from ..text.sections import read_calls
 from ..text.token_bytes import token_table
-from ..text.turns import ANSWER, CALL, CALL_ID, CALLS, RESULT, THOUGHT, USER, Unrenderable, read_turn
+from ..text.turns import ANSWER, CALL, CALLS, RESULT, THOUGHT, USER, Unrenderable, read_turn
 from .frames import Frame, Later, Prompt, conversation_from_json
 from .generation import Writer, Written
 
@@ -205,9 +206,7 @@ class ToolLoop:
             counts["unanswered"] += 1
             return False
         made = sum(len(json.loads(turn.calls)) for turn in row.later)
-        calls = [
-            {**call, "id": f"call{made + n:05}"} if call["id"] == CALL_ID else call for n, call in enumerate(calls)
-        ]
+        calls = with_ids(calls, made)
         message = {"role": "assistant", "content": "", "tool_calls": calls}
         for kind, start, end in parsed.sections:
             if kind != CALLS:

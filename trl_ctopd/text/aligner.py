@@ -158,15 +158,21 @@ class TextAligner:
         reading = _teacher_reading([pieces], ids, counts, self._teacher)
         return reading.ids[0], reading.side.ends, reading.side.widths, reading.masked
 
-    def __call__(self, completions: Sequence[Sequence[int]]) -> list[TextAlignment]:
+    def __call__(
+        self,
+        completions: Sequence[Sequence[int]],
+        student_continues: Sequence[bool] | None = None,
+        teacher_continues: Sequence[bool] | None = None,
+    ) -> list[TextAlignment]:
         """
         One [`TextAlignment`] for each completion, a list of student ids without padding. Ids past the vocabulary (padding rows
-        of an LM head) stand for no text. Raises `ValueError` for a negative id.
+        of an LM head) stand for no text. `student_continues`, `teacher_continues`: for each completion, whether that side has it after
+        other text, so that a space before it is its own. Raises `ValueError` for a negative id.
         """
         if not completions:
             return []
-        texts, data, student, silent = _student_reading(completions, self._student)
-        teacher = self._teacher_reading(texts)
+        texts, data, student, silent = _student_reading(completions, self._student, student_continues)
+        teacher = self._teacher_reading(texts, teacher_continues)
         masked = sorted([*student.masked, *teacher.masked, *occurrences(self._markup, data)], key=_place)
         places = _integers(chain.from_iterable(map(_place, masked))).reshape(-1, 2)
         lengths = _lengths(data)
@@ -185,9 +191,15 @@ class TextAligner:
             )
         ]
 
-    def _teacher_reading(self, texts: Sequence[str]) -> "_Reading":
+    def _teacher_reading(self, texts: Sequence[str], continues: Sequence[bool] | None = None) -> "_Reading":
         encoded = encode_as_text(self._teacher_tokenizer, texts)
-        pieces = [[tokens] for tokens in (self._continued(encoded) if self._continues else encoded)]
+        if self._continues:
+            encoded = self._continued(encoded)
+        elif continues is not None and any(continues) and self._teacher.prefix_space != "never":
+            rows = np.flatnonzero(continues).tolist()
+            found = dict(zip(rows, self._continued([encoded[row] for row in rows]), strict=True))
+            encoded = [found.get(row, tokens) for row, tokens in enumerate(encoded)]
+        pieces = [[tokens] for tokens in encoded]
         ids, counts = _flat([tokens.ids for [tokens] in pieces])
         is_control = self._is_control[np.minimum(ids, len(self._is_control) - 1)]
         if is_control.any():
@@ -326,14 +338,16 @@ def occurrences(strings: list[bytes], texts: Sequence[bytes]) -> list[MaskedStre
 
 
 def _student_reading(
-    completions: Sequence[Sequence[int]], table: TokenTable
+    completions: Sequence[Sequence[int]], table: TokenTable, continues: Sequence[bool] | None = None
 ) -> tuple[list[str], list[bytes], _Reading, np.ndarray]:
     """The texts, their bytes, how the student's tokens cover them, and True for the tokens that stand for no text (N,)."""
     ids, counts = _flat(completions)
     written, widths = _read(ids, counts, table)
     silent, masked = widths == 0, []
     if table.prefix_space != "never":
-        _drop_first_byte(written, widths, [row for row, own in enumerate(written) if own.startswith(b" ")])
+        begins = [True] * len(written) if continues is None else [not own for own in continues]
+        spaced = [row for row, own in enumerate(written) if begins[row] and own.startswith(b" ")]
+        _drop_first_byte(written, widths, spaced)
     ends = np.cumsum(widths)
     if table.word_starts:
         starts, bases = ends - widths, bounds(_lengths(written))

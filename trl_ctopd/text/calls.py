@@ -36,6 +36,11 @@ class Piece:
     label: tuple[int, ...] | None = None
 
 
+def with_ids(calls: Sequence[dict], made: int = 0) -> list[dict]:
+    """The calls, with an id for each that was read from a template without ids; `made`: how many there were before."""
+    return [{**call, "id": f"call{made + n:05}"} if call["id"] == CALL_ID else call for n, call in enumerate(calls)]
+
+
 def a_call(name: str, arguments: Mapping[str, Any]) -> dict:
     return {"id": CALL_ID, "type": "function", "function": {"name": name, "arguments": dict(arguments)}}
 

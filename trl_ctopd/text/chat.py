@@ -30,6 +30,7 @@ from .turns import (
     CALLS,
     KINDS,
     RESULT_PROBE,
+    REWRITES,
     THOUGHT,
     THOUGHT_PROBE,
     TOOLS,
@@ -47,6 +48,8 @@ __all__ = ["Conversation", "Opened", "Speaker", "plain_text", "read_example", "u
 # the usual names of the token between two texts of pretraining, which a chat model's generation config may leave out
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 
+_THOUGHT_APART = "where the content begins with a thought, give that as `reasoning_content`"
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -59,6 +62,8 @@ class Opened:
         plain: up to where the answer of a finished turn begins.
         is_simple: whether the template knows only turns of an answer and one token that ends it.
         is_text: whether the row is plain text, which no template writes.
+        continues: whether what the model writes goes on from text: from a plain text, an answer that is begun, or a conversation as a model
+            without a chat template reads it.
     """
 
     ids: list[int]
@@ -67,6 +72,7 @@ class Opened:
     plain: list[int]
     is_simple: bool = True
     is_text: bool = False
+    continues: bool = False
 
 
 class Speaker(Template):
@@ -106,11 +112,11 @@ class Speaker(Template):
         """`prompt_ids`, and where the template opens a finished turn after the same messages."""
         ids = self.prompt_ids(conversation)
         if isinstance(conversation.prompt, str) or not self.template:
-            return Opened(ids, Turn(), ids, ids, is_text=isinstance(conversation.prompt, str))
+            return Opened(ids, Turn(), ids, ids, is_text=isinstance(conversation.prompt, str), continues=True)
         turn = self.turn(conversation)
         is_simple = turn.is_simple and not (turn.plain and len(self.end_ids(turn.plain)) > 1)
         if not turn.tail and not (turn.plain and turn.plain.opening):
-            return Opened(ids, turn, ids, ids, is_simple)
+            return Opened(ids, turn, ids, ids, is_simple, continues=bool(conversation.begun))
         prompt = self._render(conversation.prompt, conversation, open_ended=True)
         stem = prompt[: len(prompt) - len(turn.tail)]
         plain = stem + (turn.plain.opening if turn.plain else turn.tail)
@@ -136,7 +142,7 @@ class Speaker(Template):
         alike = prompt.endswith(generic.tail) and text.startswith(prompt[:start])
         if generic.plain and alike and text[start:found] == generic.plain.opening:
             return generic
-        return self._find_turn(conversation, conversation.prompt)
+        return _with_rewritten(self._find_turn(conversation, conversation.prompt), generic, prompt)
 
     def reference_ids(self, conversation: Conversation) -> list[int]:
         """The ids that this model would write for the reference, its turn's end included; see `reference`."""
@@ -157,7 +163,7 @@ class Speaker(Template):
         text = _content(reference) if isinstance(reference, Mapping) else reference
         text = text.removesuffix(self.tokenizer.eos_token or "")
         end = self.text_end if isinstance(conversation.prompt, str) else self.turn_end
-        return self.prompt_ids(conversation), self._encode_text(text) + end
+        return self.prompt_ids(conversation), self.continuation_ids(text) + end
 
     def answer(self, turn: Turn, text: str, ended: bool) -> tuple[bool, list[int]]:
         """Whether a plain answer goes on from the generation prompt of `turn`, or else from its stem; and the ids that this model would
@@ -305,6 +311,8 @@ class Speaker(Template):
         asked = Conversation([USER], None, TOOLS)
         turn = self._turn_after(asked)
         if kinds not in turn.forms:
+            if kinds[0] == THOUGHT and kinds[1:] in turn.forms:  # a row's own settings open the thought
+                return self.write_calls(kinds[1:], calls)
             raise Unrenderable(turn.missing.get(kinds, "leaves out calls of tools"))
         form = turn.forms[kinds]
         if form.inferred:  # as without the thought, which no rendering shows
@@ -459,6 +467,16 @@ class Speaker(Template):
         sections = [THOUGHT] if any(reference.get(name) for name in REASONING) else []
         sections += [ANSWER] if reference.get("content") or not reference.get("tool_calls") else []
         sections += [CALLS] if reference.get("tool_calls") else []
+        given = _content(reference).removesuffix(self.tokenizer.eos_token or "")
+        if conversation.begun:
+            if sections != [ANSWER]:
+                raise ValueError(
+                    "the prompt ends in an answer that is to be continued, and the reference has a thought or a call: give what is left of the "
+                    "answer as `content` alone"
+                )
+            return opened.ids, self.answer(opened.turn, given, True)[1]
+        if sections != [ANSWER]:
+            self._refuse_control_strings(reference)
         form = self._form(conversation, opened.turn, tuple(sections), sorted(reference))
         prompt = self._render(conversation.prompt, conversation, open_ended=True)
         stem = prompt[: len(prompt) - len(opened.turn.tail)]
@@ -471,14 +489,18 @@ class Speaker(Template):
             )
         if not text.startswith(stem + form.opening) or not text.endswith(rest):
             raise ValueError(
-                f"the chat template of {self._name} writes a reference with {sorted(reference)} so that "
-                "it does not go on from its prompt: give the reference as `content` alone"
+                f"the chat template of {self._name} writes a reference with {sorted(reference)} so that it does not go on from its "
+                f"prompt: {_THOUGHT_APART if sections == [ANSWER] else 'give the reference as `content` alone'}"
             )
         text = text[len(stem) : len(text) - len(rest)]
         end, ids = [], []
         if sections == [ANSWER]:  # whose text may hold control strings
             answer = text.removeprefix(form.opening).removesuffix(form.end if form.rest is not None else "")
             answer = answer.removesuffix(self.tokenizer.eos_token or "")
+            if given.strip() not in answer:
+                raise ValueError(
+                    f"the chat template of {self._name} leaves out a part of the reference's `content` ({given[:60]!r}): {_THOUGHT_APART}"
+                )
             text, ids = form.opening, self._answer_ids(form, answer)
             if self._space_is_the_answers(form):
                 text = text.removesuffix(" ")
@@ -499,15 +521,28 @@ class Speaker(Template):
             prompt, before = stem, opened.stem
         return before, self._encode_after(prompt, text) + ids + end
 
+    def _refuse_control_strings(self, reference: Mapping):
+        """What a template writes of a thought or a call is encoded with its markup, where such a string would become a token."""
+        calls = [call["function"] for call in reference.get("tool_calls") or ()]
+        texts = [reference.get(name) or "" for name in ("content", *REASONING)]
+        text = "".join([*texts, json.dumps(calls, ensure_ascii=False)])
+        if found := sorted(name for name in self.controls if name in text):
+            raise ValueError(
+                f"the reference has a thought or a call, and its text holds {found[0]!r}, which the tokenizer of {self._name} would read as a "
+                "control token: leave such rows out, or give the reference as `content` alone"
+            )
+
     def _space_is_the_answers(self, form: Form) -> bool:
         """Whether a form's opening ends with a space, and the tokenizer puts that space before the answer itself."""
         return form.opening.endswith(" ") and token_table(self.tokenizer).prefix_space != "never"
 
     def _answer_ids(self, form: Form, answer: str) -> list[int]:
-        if self._space_is_the_answers(form):
-            return self._encode_text(answer)
-        [ids] = continuations(self.tokenizer, [answer])
-        return self._encode_text(answer) if ids is None else ids
+        return self._encode_text(answer) if self._space_is_the_answers(form) else self.continuation_ids(answer)
+
+    def continuation_ids(self, text: str) -> list[int]:
+        """The ids of a text that goes on from other text. Control strings in it are encoded as plain text."""
+        [ids] = continuations(self.tokenizer, [text])
+        return self._encode_text(text) if ids is None else ids
 
     @cached_property
     def continues(self) -> bool:
@@ -564,6 +599,14 @@ def unshared_markup(student: Speaker, teacher: Speaker) -> list[str]:
     if student.prefills_thinking != teacher.prefills_thinking:
         texts.update(THINKING)
     return sorted(texts)
+
+
+def _with_rewritten(turn: Turn, generic: Turn, prompt: str) -> Turn:
+    """`turn`, with the forms of `generic` that no rendering after this prompt shows, since the finished turn changes what stands before it
+    (gpt-oss leaves out an earlier thought once there is an answer)."""
+    alike = turn.tail == generic.tail if turn.forms else prompt.endswith(generic.tail)
+    lost = {kind: form for kind, form in generic.forms.items() if turn.missing.get(kind) == REWRITES}
+    return _with_forms(replace(turn, tail=generic.tail), lost) if lost and alike else turn
 
 
 def plain_text(messages: list[dict], tools: list[dict] | None = None) -> str:

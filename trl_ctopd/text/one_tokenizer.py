@@ -29,7 +29,8 @@ class OneTokenizer:
             i for i, name in self._table.names.items() if name in masked_strings and i in self._table.special
         ]
 
-    def __call__(self, completions: Sequence[Sequence[int]]) -> list[TextAlignment]:
+    def __call__(self, completions: Sequence[Sequence[int]], *continues: Sequence[bool] | None) -> list[TextAlignment]:
+        """`continues` as for `TextAligner`, and without effect: no text is encoded."""
         return [self._align(np.array(ids, dtype=np.int64)) for ids in completions]
 
     def _align(self, ids: np.ndarray) -> TextAlignment:

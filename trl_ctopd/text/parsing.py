@@ -111,7 +111,7 @@ class Grammar:
         if here == START:
             here = ANSWER
             marks.append((0, 0))
-        if ended and here == THOUGHT and not sections and not shift and self._begins_an_answer(text, at, stop):
+        if ended and here == THOUGHT and not sections and at >= shift and self._begins_an_answer(text, at, stop):
             here = ANSWER  # a turn has none but a thought only where its writer was cut off
         end = self._ends(text, here, at, stop) if ended else stop
         sections.append((here, at, end))

@@ -24,7 +24,7 @@ import numpy as np
 
 from .aligner import AlignedTokens, TextAligner, TextAlignment
 from .altered_text import MaskedStretch
-from .calls import MARKUP, beside, pieces
+from .calls import MARKUP, beside, pieces, with_ids
 from .chat import Speaker, unshared_markup
 from .chunks import synchronized_chunks
 from .grid import Grid, side_on
@@ -190,7 +190,7 @@ class SectionAligner:
         lost = lost_kinds(parsed.kinds, turn, False)
         kinds = tuple(kind for kind in parsed.kinds if kind not in lost)
         start, grammar = parsed.sections[-1][1], self._grammars[student]
-        calls = executed or read_calls(parsed, written, ours, self._aligner.student_table)
+        calls = executed or with_ids(read_calls(parsed, written, ours, self._aligner.student_table) or ())
         if not calls or kinds not in turn.forms:
             return None
         try:

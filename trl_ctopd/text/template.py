@@ -309,7 +309,7 @@ class Template:
                     **{key: value for key, value in message.items() if key not in REASONING},
                     "content": style(_thought_of(message), message.get("content") or ""),
                 }
-                if _thought_of(message)
+                if _thought_of(message) or (style is _as_blocks and message["role"] == "assistant")
                 else message
                 for message in messages
             ]
@@ -362,9 +362,9 @@ def _as_parts(thought: str, answer: str) -> list[dict]:
 
 
 def _as_blocks(thought: str, answer: str) -> dict:
-    """As Apertus's template reads thoughts."""
-    text = [{"type": "response", "text": answer}] if answer else []
-    return {"blocks": [{"type": "thoughts", "text": thought}, *text]}
+    """As Apertus's template reads all of an assistant's messages where one has a thought."""
+    parts = {"thoughts": thought, "response": answer}
+    return {"blocks": [{"type": kind, "text": text} for kind, text in parts.items() if text]}
 
 
 def _fold_system(messages: list[dict]) -> list[dict]:

@@ -57,6 +57,9 @@ CALL = {
 RESULT = {"role": "tool", "tool_call_id": CALL_ID, "name": NAME_PROBE, "content": RESULT_PROBE}
 
 
+REWRITES = "writes what comes before the turn otherwise than in the prompt"
+
+
 class Unrenderable(ValueError):
     """A template cannot write what it was asked to; the message is its own reason."""
 
@@ -182,6 +185,9 @@ def find_turn(
                 continue
             end = _end(after, followed, pattern)
             rest = after.removeprefix(end) if after.startswith(end) else None
+            if sections[-1] == CALLS and rest is None and not end.startswith(after):
+                missing[sections] = "ends calls otherwise where their results follow"
+                continue
             written[sections] = text, places, end, rest, "" if rest is not None else end.removeprefix(after)
     stem = clean_stem(prompt, [text[: places[0][0]] for text, places, *_ in written.values()], pattern)
     forms = {}
@@ -212,7 +218,7 @@ def _place(text: str, sections, base: int, prompt: str) -> tuple[str, list[tuple
     """The text of a finished turn, and the start and end of each section in it; calls reach from the first name to the last
     argument."""
     if text[:base] != prompt[:base]:
-        raise Unrenderable("writes what comes before the turn otherwise than in the prompt")
+        raise Unrenderable(REWRITES)
     places = []
     for section in sections:
         found = [text.find(probe, base) for probe in _probes(section)]

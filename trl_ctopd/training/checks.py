@@ -257,7 +257,9 @@ def with_loss(args: CrossTokenizerGKDConfig, teacher_model) -> CrossTokenizerGKD
     if getattr(args, "distillation_loss", None) != AUTO:
         return args
     own = {name: getattr(args, name) for name in _OF_DPCA if getattr(args, name) is not None}
-    own |= {} if args.rollout_reuse == 1 else {"rollout_reuse": args.rollout_reuse}
+    for name in ("rollout_reuse", "clip_ratio_low", "clip_ratio_high"):
+        value = getattr(args, name)
+        own |= {} if value == type(args).__dataclass_fields__[name].default else {name: value}
     if isinstance(teacher_model, Mapping):
         name, why = "dpca", "there are several teachers"
     elif is_url(teacher_model) or isinstance(teacher_model, list | tuple):
