@@ -301,7 +301,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
             if batch.old_log_probs is None:  # the student has not been updated since it wrote
                 if inputs["on_policy"]:
                     self._meters[mode].add(sampling_metrics(batch, entropy))
-                self._meters[mode].add(chunk_metrics(batch, entropy, inputs["padding_rows"]))
+                closings_told = inputs.get("tells_closings")
+                self._meters[mode].add(chunk_metrics(batch, entropy, inputs["padding_rows"], closings_told))
                 if model.training and self.args.rollout_reuse > 1:
                     self._pending.old_scores[inputs["index"]] = batch.policy_scores
                 if self.args.log_completions or reports_of(self):
@@ -361,7 +362,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
+        # after the last step an evaluation may have come, which leaves the model as it was for it
+        mode = "train" if self.model.training or "train_runtime" in logs else "eval"
         figures = self._meters[mode].read(self.accelerator)
         warn_of_much_masked(figures)
         if mode == "train":

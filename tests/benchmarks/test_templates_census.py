@@ -17,7 +17,7 @@ FOLDER = Path(trl.__file__).parent / "chat_templates"
     ("name", "found"),
     [
         ("gptoss", dict.fromkeys(census["TURNS"], "right")),
-        ("llama3_2", {"answer": "right", "thought and answer": "masked: no place for a thought", "call": "right"}),
+        ("llama3_2", {"answer": "right", "thought and answer": "masked: it leaves out the thought", "call": "right"}),
     ],
 )
 def test_each_kind_of_turn_is_judged(name, found):

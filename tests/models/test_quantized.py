@@ -118,6 +118,20 @@ def test_an_adapter_on_4_bits_has_the_gradient_after_writing_that_it_had_before(
         torch.testing.assert_close(found[1][name], gradient)
 
 
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens", "lm_head"]])
+def test_modules_trained_whole_beside_4_bits_keep_their_dtype_and_are_trained(build, tmp_path, whole):
+    """TRL makes them bfloat16, and the base gives float32 states."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[quantized]'")
+    student_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    adapter = LoraConfig(target_modules=["q_proj"], modules_to_save=whole, task_type="CAUSAL_LM")
+    four_bits = {"quantization_config": {"load_in_4bit": True}}
+    trainer = build(model=str(tmp_path), model_init_kwargs=four_bits, peft_config=adapter, learning_rate=1e-2)
+    head = trainer.model.get_output_embeddings().modules_to_save["default"]
+    before = head.weight.detach().clone()
+    trainer.train()
+    assert head.weight.dtype == torch.float32 and not torch.equal(head.weight, before)
+
+
 def test_the_check_of_gradients_draws_no_random_numbers_and_leaves_the_mode_as_it_was():
     student = quantized(StraightThrough).eval()
     state = torch.get_rng_state()

@@ -300,3 +300,13 @@ def test_the_completions_shown_are_of_all_lengths(build, capsys):
     trainer.train()
     assert shown == [1, 2, 3, 4]
     assert "nats/byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("order", "which"), [({}, "others in each epoch"), (["sequential"], "the last ones")])
+def test_rows_that_fill_no_window_are_told_of(build, caplog, order, which):
+    settings = {"train_sampling_strategy": order[0]} if order else {}
+    build(dataset=prompts(11), rollout_reuse=2, **settings)
+    assert f"The train dataset has 11 rows, so that 3 are left out of each epoch: {which}" in caplog.text
+    caplog.clear()
+    build(dataset=prompts(8), rollout_reuse=2)
+    assert "left out of each epoch" not in caplog.text

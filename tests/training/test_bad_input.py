@@ -52,6 +52,7 @@ def build(tmp_path):
         ({"max_new_tokens": 8, "max_length": 8}, "max_new_tokens=8.*8 tokens"),
         ({"max_new_tokens": 240}, "Row 0.*prompt has .* student tokens.*room for 16"),
         ({"packing": True}, "packing"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not apply: text is written without noise"),
         ({"include_for_metrics": ["inputs"]}, "include_for_metrics.*what the student writes"),
         ({"activation_offloading": True}, "this run is on a CPU.*set activation_offloading=False"),
         ({"assistant_only_loss": True}, "assistant_only_loss"),

@@ -246,3 +246,29 @@ def test_figures_of_interrupted_training_are_in_no_later_ones(build):
     fresh = build(max_steps=2, logging_steps=2, learning_rate=0.0)
     fresh.train()
     assert lengths == fresh.state.log_history[0]["completions/mean_length"]
+
+
+def test_an_evaluation_at_the_end_takes_no_figures_of_training_away(build):
+    """Those of the steps since the last log come with the run's own last entry."""
+    last = []
+    for evaluated in ({}, {"eval_dataset": prompts(4), "eval_strategy": "steps", "eval_steps": 3}):
+        trainer = build(max_steps=3, logging_steps=2, **evaluated)
+        trainer.train()
+        last.append(trainer.state.log_history[-1])
+    assert "train_runtime" in last[0] and "gap/nats_per_byte" in last[0]
+    assert last[1]["gap/nats_per_byte"] == last[0]["gap/nats_per_byte"]
+    assert not any(name.startswith("eval_") for name in last[1])
+
+
+def test_what_a_chunks_end_costs_the_teacher_is_a_mean_over_the_rows_that_tell_it():
+    """However rows of one teacher and of a blend, which tells none, share micro-batches."""
+    chunks = torch.tensor([[0, 1, 2], [0, 1, 2]])
+    zeros = torch.zeros(2, 3)
+    close = torch.tensor([[0.0, -0.5, -1.5], [0.0, 0.0, 0.0]])
+    batch = ScoredChunks(
+        zeros - 1, zeros - 1, chunks, chunks, torch.ones_like(chunks), 3, teacher_close_log_probs=close
+    )
+    told = torch.tensor([True, False])
+    for rows, expected in ((told, 3), (None, 6)):
+        total, count = chunk_metrics(batch, zeros, closings_told=rows)["closing/teacher_nats_per_chunk"]
+        assert (total.item(), count.item()) == (2.0, expected)

@@ -470,6 +470,29 @@ def test_a_resume_under_the_same_circumstances_says_nothing(build, trained, capl
     assert "saved with" not in caplog.text
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_stream_is_resumed_in_the_pass_in_which_it_was(build, tmp_path, shuffled):
+    """Eleven rows, four a step: passes end after steps 3 and 6, the last step of each with three rows."""
+
+    def stream():
+        rows = prompts(11).to_iterable_dataset(num_shards=2)
+        return rows.shuffle(seed=3, buffer_size=4) if shuffled else rows
+
+    settings = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+    }
+    whole = build(dataset=stream(), **settings, save_strategy="steps", save_steps=1)
+    whole.train()
+    for step in (2, 3, 4, 6, 7):
+        resumed = build(dataset=stream(), **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        torch.testing.assert_close(toys.weights(resumed), toys.weights(whole), rtol=0, atol=0)
+        assert resumed.state.epoch == whole.state.epoch
+
+
 @pytest.mark.parametrize("steps", [3, 2])
 def test_a_run_that_has_taken_its_steps_takes_no_more_when_it_is_started_again(build, trained, caplog, steps):
     ended = build(**{**SAVED, "max_steps": steps}, output_dir=str(trained))

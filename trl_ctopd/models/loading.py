@@ -295,7 +295,7 @@ def check_vocabulary(side: str, model: PreTrainedModel, tokenizer: PreTrainedTok
     if any(type(module).__name__ == "TrainableTokensLayer" for module in model.get_output_embeddings().modules()):
         raise ValueError(
             f"The {side} has `trainable_token_indices` (TRL sets them for tokens that `chat_template_path` adds), and its LM head is "
-            "its embedding: PEFT keeps the trained rows beside the weight, and the head's weight is read by itself. Where the tokens "
+            "trained in such rows, or is its embedding: PEFT keeps the trained rows beside the weight, and the head's weight is read by itself. Where the tokens "
             "are of a `chat_template_path`, give the path of a .jinja file whose tokens the tokenizer has already, or train the "
             "whole student, without `peft_config`. Else choose `modules_to_save=['embed_tokens', 'lm_head']` for them."
         )

@@ -8,6 +8,7 @@ import json
 from contextlib import nullcontext
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -50,11 +51,18 @@ def dequantizes(quantization_config) -> bool:
     return bool(getattr(quantization_config, "dequantize", False))
 
 
+def _keep_dtype(module: ModulesToSaveWrapper):
+    weight = getattr(module.original_module, "weight", None)
+    if weight is not None and weight.is_floating_point():
+        module.modules_to_save.to(weight.dtype)
+
+
 def prepare_quantized(model: PreTrainedModel, autocast=nullcontext):
     """
     Makes a student that is quantized one that adapters can be trained on, and does nothing to a plain one. On a CPU that computes in
     bfloat16, bitsandbytes packs 4-bit weights for inference at the first pass in eval mode, which is the first rollout, and from then
-    on no gradient passes: they stay unpacked.
+    on no gradient passes: they stay unpacked. Modules that PEFT trains whole keep the dtype of the model's own: TRL makes all that is
+    trained of a quantized student bfloat16, and such a module multiplies the model's states, in generation without autocast.
 
     Raises `ValueError` where a layer of a quantized `model` passes another gradient to its input than its output depends on it by:
     adapters below such a layer would learn nothing, or something else, while those above learn. One of each kind is tried.
@@ -66,6 +74,8 @@ def prepare_quantized(model: PreTrainedModel, autocast=nullcontext):
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+        if isinstance(layer, ModulesToSaveWrapper):
+            _keep_dtype(layer)
     known = set()
     head = model.get_output_embeddings()
     for name, layer in model.named_modules():

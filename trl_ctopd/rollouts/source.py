@@ -52,6 +52,9 @@ class Readings(Protocol):
     def log_probs(self, rows: Sequence[int], length: int) -> Any:
         """(len(rows), `length`) log-probs, 0 past a row's end: a tensor, or a promise of one."""
 
+    def tells_closings(self, rows: Sequence[int]) -> list[bool]:
+        """Which of `rows` have closings of their own: those of a mixture are in its log-probs."""
+
     def row(self, row: int) -> torch.Tensor:
         """(T,) log-probs of one row, which are waited for."""
 
@@ -262,6 +265,7 @@ class RolloutSource:
             batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)
             if (close := readings.close_log_probs(rows, teacher_length)) is not None:
                 batch["teacher_close_log_probs"] = close
+                batch["tells_closings"] = torch.tensor(readings.tells_closings(rows))
             if readings.reference is not None:
                 batch["reference_teacher_log_probs"] = readings.reference.log_probs(rows, teacher_length)
             if reads_distributions and (hidden := readings.hidden(rows, teacher_length)) is not None:

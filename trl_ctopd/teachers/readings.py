@@ -47,6 +47,10 @@ class Readings:
             return None
         return AwaitedClosings(self, list(rows), length) if self._some_late else self.closings(rows, length)
 
+    def tells_closings(self, rows: Sequence[int]) -> list[bool]:
+        """Which of `rows` have closings of their own: those of a mixture are in its log-probs."""
+        return [row in self.closing for row in rows]
+
     def hidden(self, rows: Sequence[int], length: int) -> "torch.Tensor | Awaited | None":
         """(len(rows), `length`, H) hidden states that the only teacher's logits are computed from, which was asked for them, 0 past their
         ends, on the CPU; or an [`Awaited`], if they may be on their way. None where that teacher is at a server."""

@@ -137,14 +137,17 @@ def begin(checkpoint: str | None, args: CrossTokenizerGKDConfig, identity: Mappi
 
 
 @contextmanager
-def whole(state: TrainerState, folder: Path, lineage: Lineage, settings: Mapping) -> Iterator[None]:
-    """In the block, `state.save_to_json` marks `folder` as a complete checkpoint, after everything else in it is on the disk."""
+def whole(
+    state: TrainerState, folder: Path, lineage: Lineage, settings: Mapping, place: tuple[int, int] | None = None
+) -> Iterator[None]:
+    """In the block, `state.save_to_json` marks `folder` as a complete checkpoint, after everything else in it is on the disk. `place`: as
+    `place_of` returns it."""
     save = state.save_to_json
 
     def save_and_mark(path: str):
         files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix not in _ORNAMENTS]
         made_of = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-        manifest = {"lineage": lineage.parts, "settings": settings, "files": made_of}
+        manifest = {"lineage": lineage.parts, "settings": settings, "files": made_of, "place": place}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path_of_part in (*files, folder / MANIFEST, *{file.parent for file in files}):
             _sync(path_of_part)
@@ -169,6 +172,12 @@ def _sync(path: Path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def place_of(checkpoint: str | None) -> tuple[int, int] | None:
+    """The epoch in which `checkpoint` was saved, counted from 0, and the optimizer steps taken in it; None where it does not tell."""
+    place = ((_read(Path(checkpoint) / MANIFEST) or {}) if checkpoint else {}).get("place")
+    return None if place is None else tuple(place)
 
 
 def changes(checkpoint: str, settings: Mapping) -> dict[str, str]:

@@ -124,6 +124,11 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             raise ValueError(
                 f"`{name}` does not apply: the student writes its own sequences, and the teacher scores them."
             )
+    if args.neftune_noise_alpha:
+        raise ValueError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} does not apply: text is written without noise, and would be scored with it, as that "
+            "of another student."
+        )
     if "inputs" in args.include_for_metrics:
         raise ValueError(
             "include_for_metrics=['inputs'] does not apply: the inputs of an evaluation are what the student writes in it. See "
@@ -149,6 +154,12 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             raise ValueError(
                 f"rollout_reuse={args.rollout_reuse} repeats the prompts of an optimizer step, {window} of them, and the "
                 f"train dataset has {'no length' if rows is None else rows}: set it to 1, or give it a dataset with as many."
+            )
+        if rest := rows % window:
+            always = "the last ones" if args.train_sampling_strategy == "sequential" else "others in each epoch"
+            logger.warning(
+                f"rollout_reuse={args.rollout_reuse} repeats the prompts of an optimizer step, {window} of them. The train dataset has {rows} "
+                f"rows, so that {rest} are left out of each epoch: {always}."
             )
 
 

@@ -25,7 +25,12 @@ def warn_of_much_masked(figures: dict[str, float]):
 
 
 @torch.no_grad()
-def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torch.Tensor | None = None) -> Metrics:
+def chunk_metrics(
+    batch: ScoredChunks,
+    entropy: torch.Tensor,
+    padding_rows: torch.Tensor | None = None,
+    closings_told: torch.Tensor | None = None,
+) -> Metrics:
     """
     The figures every method shares. Log-probs of the turn's end count, its zero bytes do not; neutralised chunks, and those of
     `ScoredChunks.unclosed`, count in neither.
@@ -34,6 +39,7 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torc
         batch (`ScoredChunks`): the micro-batch.
         entropy (`torch.Tensor` of shape (B, S)): of the student's next-token distribution, in nats.
         padding_rows (`torch.BoolTensor` of shape (B,), *optional*): True for padding rows, which count nowhere.
+        closings_told (`torch.BoolTensor` of shape (B,), *optional*): True for rows whose `teacher_close_log_probs` are told; `None`: for all.
 
     Returns:
         `gap/nats_per_byte`: student minus teacher log-prob of the text, the sampled reverse KL a byte; the two models'
@@ -59,7 +65,10 @@ def chunk_metrics(batch: ScoredChunks, entropy: torch.Tensor, padding_rows: torc
     closed = {}
     if batch.teacher_close_log_probs is not None:
         _, after = closing(batch.teacher_close_log_probs, batch.teacher_chunks, batch.num_chunks)
-        closed = {"closing/teacher_nats_per_chunk": (-after.masked_fill(left_out, 0).sum(), chunks - left_out.sum())}
+        counted = (m > 0) & ~left_out
+        if closings_told is not None:
+            counted &= closings_told.to(counted.device)[:, None]
+        closed = {"closing/teacher_nats_per_chunk": (-(after * counted).sum(), counted.sum())}
     rows = torch.ones_like(unscored) if padding_rows is None else ~padding_rows
     return {
         "gap/nats_per_byte": (-gap.sum(), num_bytes),

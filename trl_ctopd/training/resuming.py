@@ -31,6 +31,8 @@ class ResumableTrainer(EndedRun, GKDTrainer):
     Overrides:
     - `_get_train_sampler`, `get_train_dataloader`: every process and every resume reads the rows in the same order; with
       `rollout_reuse`, the prompts of a step are repeated;
+    - `_init_training_state`, `_run_epoch`: a stream is resumed in the pass in which it was. `Trainer` does not know how long a pass
+      is, and takes all steps for the first one's;
     - `_run_epoch`: tells where an epoch's rows come from, for prompts that are read before they are due;
     - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_from_checkpoint`: a
       run resumes from a complete checkpoint of its own, with the rollouts that were not yet used.
@@ -44,6 +46,7 @@ class ResumableTrainer(EndedRun, GKDTrainer):
         self._windows = Windows(self._marked)
         self._lineage = checkpoints.Lineage([("", None)])  # replaced when a run begins
         self._given_datasets = train_dataset, eval_dataset
+        self._epoch_began = 0, 0  # its number, and the steps before it
         self._write_day(*broadcast_object_list([date.today()]))  # processes may start around midnight
 
     # The order of rows
@@ -68,7 +71,18 @@ class ResumableTrainer(EndedRun, GKDTrainer):
             loader.set_sampler(self._get_train_sampler())  # a resumed run sets the epoch there
         return loader
 
+    def _init_training_state(self, max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial):
+        found = super()._init_training_state(max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial)
+        place = checkpoints.place_of(resume_from_checkpoint)
+        if place is None or isinstance(self.train_dataset, Dataset):
+            return found
+        return place[0], 0 if self.args.ignore_data_skip else place[1] * self.args.gradient_accumulation_steps
+
     def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
+        taken = 0
+        if kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]:
+            taken = kwargs["steps_trained_in_current_epoch"] // self.args.gradient_accumulation_steps
+        self._epoch_began = epoch, self.state.global_step - taken
         self._windows.begin_epoch(train_dataloader, epoch)
         return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
@@ -133,7 +147,9 @@ class ResumableTrainer(EndedRun, GKDTrainer):
         if self.args.should_save:
             checkpoints.clear(folder)
         self.accelerator.wait_for_everyone()
-        with checkpoints.whole(self.state, folder, self._lineage, self._identity):
+        epoch, before = self._epoch_began
+        place = epoch, self.state.global_step - before
+        with checkpoints.whole(self.state, folder, self._lineage, self._identity, place):
             super()._save_checkpoint(model, trial)
 
     @cached_property
