@@ -297,6 +297,19 @@ def test_a_thought_can_be_scored_as_text():
     assert found.student_widths.sum() == len("Two.Four.")
 
 
+@pytest.mark.parametrize("teacher", ["qwen3", "llama3_2"])
+def test_what_a_turn_is_cut_off_amid_is_markup_and_no_text(teacher):
+    ids = side("gptoss").tokenizer.encode(OSS, add_special_tokens=False)
+    texts = set()
+    for size in range(1, len(ids)):
+        found = rollout("gptoss", teacher, ids[:size])
+        chunks = spelled(found, "gptoss", found.student_chunks, found.student_ids)
+        heard = read(found, teacher)
+        assert not any(word in heard for word in ("analysis", "final", "assistantfinal")), (size, heard)
+        texts.add(b"".join(chunk for chunk in chunks if b"<|" not in chunk and b"final" not in chunk))
+    assert b"Four." in {text[-5:] for text in texts}
+
+
 def test_a_control_token_typed_as_text_is_text():
     """The student spells `<|im_end|>` byte by byte, amid its answer."""
     tokenizer = side("qwen3").tokenizer

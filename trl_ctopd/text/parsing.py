@@ -22,7 +22,7 @@ class Parsed:
 
     Attributes:
         sections: kind, start and end of each section, in symbols.
-        marks: start and end of the markup before each section and, if the turn has ended, after the last one.
+        marks: start and end of the markup before each section and, if the turn has ended or was cut off amid markup, after the last one.
     """
 
     sections: tuple[tuple[str, int, int], ...]
@@ -68,11 +68,13 @@ class Grammar:
         self._pattern = one_of(self._controls)
         self.tail = self.symbols(turn.tail)
         self._steps: dict[str, list[tuple[str, re.Pattern]]] = {}
+        self._literals: dict[str, list[str]] = {}
         loose = {(THOUGHT, form.literals[1]) for form in turn.forms.values() if form.loose}
         # gpt-oss writes what is said before a call as it writes a thought, which is the likelier of the two
         for here, there, literal in sorted(steps(turn), key=lambda step: (-len(step[2]), step[1] != THOUGHT)):
             pattern = self._loosely(literal, (here, literal) in loose)
             self._steps.setdefault(here, []).append((there, pattern))
+            self._literals.setdefault(here, []).append(self.symbols(literal).strip(SPACE))
 
     def symbols(self, literal: str) -> str:
         """A literal as symbols (see the function of this name)."""
@@ -108,14 +110,16 @@ class Grammar:
                 sections.append((here, at, begin))
             marks.append((begin, end))
             here, at = there, end
+        end = stop if ended else self._begun(text, here, at, stop)
         if here == START:
             here = ANSWER
             marks.append((0, 0))
         if ended and here == THOUGHT and not sections and at >= shift and self._begins_an_answer(text, at, stop):
             here = ANSWER  # a turn has none but a thought only where its writer was cut off
-        end = self._ends(text, here, at, stop) if ended else stop
-        sections.append((here, at, end))
         if ended:
+            end = self._ends(text, here, at, stop)
+        sections.append((here, at, end))
+        if ended or end < stop:
             marks.append((end, len(text)))
         move = lambda place: max(place - shift, 0)  # noqa: E731
         return Parsed(
@@ -135,6 +139,15 @@ class Grammar:
             return None
         match, there = min(found, key=lambda way: (way[0].start(), -way[0].end()))
         return there, match.start(), match.end()
+
+    def _begun(self, text: str, here: str, at: int, stop: int) -> int:
+        """Where the markup begins that a turn was cut off amid, if it has begun with a control token; else `stop`. What it spells would
+        be taken for text."""
+        for size in range(min(stop - at, max(map(len, self._literals.get(here, [""]))) - 1), 0, -1):
+            written = text[stop - size : stop]
+            if max(written) > "\xff" and any(own.startswith(written) for own in self._literals[here]):
+                return stop - size
+        return stop
 
     def _begins_an_answer(self, text: str, at: int, stop: int) -> bool:
         """Whether what stands before `at` opens an answer as well as a thought (Apriel)."""

@@ -99,6 +99,8 @@ def plan(
         bridged = eos_policy == "bridge" and form is not None and not last_lost
         literal = ((form.end or eos) if form else "") if bridged else ""
         units.append(Unit(begin, end, literal, False, last_lost if last_lost else None))
+    elif not ended and len(marks) > len(sections):  # cut off amid it
+        units.append(Unit(*marks[-1], "", False, "markup"))
     return Plan(on_tail, opening, tuple(unit for unit in units if unit.shared or unit.teacher or unit.end > unit.start))
 
 

@@ -110,7 +110,8 @@ class SectionAligner:
         is_plain = (
             len(parsed.sections) == 1 and parsed.sections[0][0] == ANSWER and parsed.marks[0][0] == parsed.marks[0][1]
         )
-        if is_plain and (not ended or parsed.marks[-1][1] - parsed.marks[-1][0] <= 1):
+        after = parsed.marks[-1][1] - parsed.marks[-1][0] if len(parsed.marks) > len(parsed.sections) else 0
+        if is_plain and after <= ended:
             return None
         return written, widths, parsed
 
