@@ -23,7 +23,7 @@ def run(build):
         trainer = fix_rollouts(
             build(
                 teacher=teacher, dataset=dataset, teacher_processing_class=tokenizer, train_sampling_strategy="sequential",
-                per_device_train_batch_size=len(dataset), **{**SGD, **settings},
+                per_device_train_batch_size=len(dataset), **{"distillation_loss": "dpca", **SGD, **settings},
             )
         )  # fmt: skip
         return trainer, step_of(trainer)

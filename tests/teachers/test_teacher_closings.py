@@ -80,7 +80,7 @@ def test_a_step_reads_it_for_closed_chunks_and_not_for_open_ones(build_in, tmp_p
 
 
 def test_it_changes_the_gaps_of_chunks_and_not_their_sum(build_in, tmp_path):
-    trainer, batch, _ = rolled_out(build_in(tmp_path))
+    trainer, batch, _ = rolled_out(build_in(tmp_path), distillation_loss="dpca")
     scored, _, _ = trainer._score(trainer.model, trainer._prepare_inputs(batch))
     loss = trainer.distillation_loss
     both, one = (loss._gaps(own) for own in (scored, replace(scored, teacher_close_log_probs=None)))

@@ -68,7 +68,7 @@ def chunk_metrics(
         counted = (m > 0) & ~left_out
         if closings_told is not None:
             counted &= closings_told.to(counted.device)[:, None]
-        closed = {"closing/teacher_nats_per_chunk": (-(after * counted).sum(), counted.sum())}
+        closed = {"closing/teacher_nats_per_chunk": (-after.masked_fill(~counted, 0).sum(), counted.sum())}
     rows = torch.ones_like(unscored) if padding_rows is None else ~padding_rows
     return {
         "gap/nats_per_byte": (-gap.sum(), num_bytes),
