@@ -140,13 +140,16 @@ def curves_by_rate(lines: Sequence[dict], dataset: str, pair: str = HOME) -> dic
 
 
 def processor(lines: Sequence[dict], dataset: str, pair: str = HOME) -> str | None:
-    """The `_machine` that made the most runs of a data set and a pair, whose CPU seconds are compared."""
-    made = Counter(
-        _machine(line)
+    """The `_machine` that made the most runs of a data set and a pair with the default, or else with any method. Its CPU seconds are
+    compared."""
+    of_pair = [
+        line
         for line in lines
         if line["run"]["dataset"] == dataset and line["run"]["pair"] == pair and line["run"]["updates"]
-    )
-    return max(made, key=made.get, default=None)
+    ]
+    made = Counter(map(_machine, of_pair))
+    own = Counter(_machine(line) for line in of_pair if line["run"]["method"] == DEFAULT)
+    return max(made, key=lambda machine: (own[machine], made[machine]), default=None)
 
 
 def _machine(line: dict) -> str:
@@ -284,7 +287,7 @@ def beside_the_default(found: dict[str, BySeed]) -> str:
     return "\n".join(rows)
 
 
-def early(title: str, found: dict[str, BySeed], start: Point, timed: str | None) -> str:
+def early(title: str, found: dict[str, BySeed], start: Point, timed: str | None, rate: float = EARLY_RATE) -> str:
     """The gap after each measured step of short runs, all at one rate, and that gap minus `DEFAULT`'s: after as many updates, and at the CPU
     seconds of its last."""
     steps = _steps(found)
@@ -294,7 +297,7 @@ def early(title: str, found: dict[str, BySeed], start: Point, timed: str | None)
     beside = " | ".join(f"minus `{DEFAULT}`'s, after {step}" for step in steps)
     nats = f"nats an answer, after {steps[-1]} | minus `{DEFAULT}`'s"
     rows = [
-        f"| {title}, rate {_written(EARLY_RATE)} | seeds | {gaps} | CPU seconds ({_short_name(timed)}) | {beside} | at {seconds:.0f} CPU seconds | {nats} |",
+        f"| {title}, rate {_written(rate)} | seeds | {gaps} | CPU seconds ({_short_name(timed)}) | {beside} | at {seconds:.0f} CPU seconds | {nats} |",
         "|---" * (6 + 2 * len(steps)) + "|",
     ]
     for method, by_seed in found.items():
@@ -357,6 +360,11 @@ def blocks(lines: Sequence[dict]) -> dict[str, str]:
     for pair in PAIRS:
         if pair != HOME and "start" in (found := curves(lines, "mbpp", pair)):
             made[f"mbpp {pair}"] = f"{PAIR_TITLES[pair]}\n\n{table(found, processor(lines, 'mbpp', pair))}"
+            start, timed = averaged(found["start"])[0], processor(short, "mbpp", pair)
+            by_rate = curves_by_rate(short, "mbpp", pair)
+            for rate in by_rate.get(DEFAULT, {}):
+                at_one = {method: own[rate] for method, own in by_rate.items() if rate in own}
+                made[f"mbpp {pair} {_written(rate)}"] = early(pair, at_one, start, timed, rate)
     for dataset in DATASETS:
         found = curves(lines, dataset)
         if "start" in found:

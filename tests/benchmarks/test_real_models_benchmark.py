@@ -161,6 +161,17 @@ def test_short_runs_have_a_table_of_their_own_beside_reverse_kl_and_none_in_the_
     ]
 
 
+def test_short_runs_of_another_pair_have_a_table_for_each_rate_of_the_default():
+    lines = [made_up("start", 0, 0.5, steps=(0,))]
+    lines += [made_up(method, 0, gap, steps=(3,), rate=1e-4) for method, gap in (("reverse_kl", 0.2), ("dpca", 0.3))]
+    for line in lines:
+        line["run"]["pair"] = "qwen<-smollm2"
+    made = report.blocks(lines)
+    assert made.keys() == {"refused", "mbpp qwen<-smollm2", "mbpp qwen<-smollm2 1e-4"}
+    [head, _, dpca, own] = made["mbpp qwen<-smollm2 1e-4"].splitlines()
+    assert "qwen<-smollm2, rate 1e-4" in head and "+0.100 ± 0.000" in dpca and "`reverse_kl` (the default)" in own
+
+
 def test_seconds_of_another_processor_are_not_compared():
     lines = [made_up("start", 0, 0.5, steps=(0,), cpu="other"), made_up("reverse_kl", 0, 0.2, cpu_seconds=100)]
     lines += [made_up("reverse_kl", 1, 0.4, cpu_seconds=900, cpu="other"), made_up("sft", 0, 0.3, cpu_seconds=200)]
@@ -196,6 +207,8 @@ def test_seconds_of_other_products_on_the_same_processor_are_not_compared():
     [row] = [row for row in report.blocks(lines)["mbpp"].splitlines() if "sft" in row]
     assert row.split(" | ")[6] == ""
     lines += [made_up("bpm", seed, 0.3) | {"machine": lines[-1]["machine"]} for seed in (0, 1)]
+    assert "CPU seconds (one), after 12" in report.blocks(lines)["mbpp"], "the default's, although others made more"
+    lines += [made_up("reverse_kl", seed, 0.2) | {"machine": lines[-1]["machine"]} for seed in (2, 3)]
     assert "CPU seconds (one with oneDNN), after 12" in report.blocks(lines)["mbpp"]
 
 

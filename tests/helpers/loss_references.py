@@ -55,6 +55,7 @@ class Vocabularies:
     teacher: Vocabulary
     encode: Callable[[str], list[int]]
     going_on: Callable[[int], set[int]] = lambda w: set()  # the student ids that continue a teacher token
+    puts_a_space: bool = False  # whether the student's tokenizer puts one before a text
     later_digits_undo: bool = False  # whether the teacher's boundaries within a number depend on later digits
 
     @functools.cached_property
@@ -468,6 +469,8 @@ def reverse_kl(row: Row, pair: Vocabularies, advantage_clip: float | None = 10.0
         ):  # written in several tokens: it begins there
             i, j = chunk.student[0], chunk.teacher[0]
             standing[i] = ByteRow(i, j, b"", dict(enumerate(row.log_q[j].exp().tolist())))
+    if pair.puts_a_space:  # at the first place of a turn
+        standing = {i: here for i, here in standing.items() if i and row.student_chunks[i - 1] >= 0}
     alone = set() if pair.bridged else {*pair.student.stops}
     for i in [i for chunk in chunks for i in chunk.student[1:]]:
         if pair.later_digits_undo and pair.student.rows[row.student_ids[i - 1]][-1:].isdigit():

@@ -57,6 +57,8 @@ def reference(batch, closed, known):
         own, theirs = (
             (chunks[row] == chunk).nonzero()[:, 0].tolist() for chunks in (batch.student_chunks, batch.teacher_chunks)
         )
+        if vocabulary.student_puts_a_space and (own[0] == 0 or batch.student_chunks[row, own[0] - 1] < 0):
+            continue
         spelled = b"".join(vocabulary.student_rows[batch.student_ids[row, i]] for i in own)
         read = b"".join(vocabulary.teacher_rows[batch.teacher_ids[row, j]] for j in theirs)
         end_of_turn = not spelled

@@ -117,7 +117,8 @@ class Pair:
             )
         )
         encode = functools.partial(self.teacher.encode, add_special_tokens=False, split_special_tokens=True)
-        return Vocabularies(student, teacher, encode, self._going_on, self.vocabulary.later_digits_undo)
+        known = self.vocabulary.student_puts_a_space, self.vocabulary.later_digits_undo
+        return Vocabularies(student, teacher, encode, self._going_on, *known)
 
     def _going_on(self, w: int) -> set[int]:
         return set() if self.vocabulary.is_one_tokenizer else {*self.vocabulary.continuations.of(w).tolist()}

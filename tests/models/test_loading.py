@@ -327,7 +327,9 @@ def test_tokens_added_to_a_student_whose_head_is_its_embedding_are_refused_with_
         model = student_model(tie_word_embeddings=True)
         return build(model=model, processing_class=base_tokenizer(), chat_template_path=path, peft_config=peft_config)
 
-    with pytest.raises(ValueError, match="its LM head is .*or is its embedding.*path of a .jinja file.*without `peft_config`"):
+    with pytest.raises(
+        ValueError, match="its LM head is .*or is its embedding.*path of a .jinja file.*without `peft_config`"
+    ):
         built(chat_folder, LoraConfig(target_modules="all-linear"))
     known = tmp_path / "known.jinja"
     known.write_text(STUDENT_TEMPLATE, encoding="utf-8")

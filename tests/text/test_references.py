@@ -131,3 +131,9 @@ def test_what_goes_on_from_text_is_read_with_the_space_that_it_has(real_tokenize
         assert whole.endswith("It is" + text)
         before, reference = ours.reference(Conversation(prompt, text if isinstance(prompt, str) else {"content": text}))
         assert before == opened.ids and spelled(ours, reference).startswith(text)
+
+
+@pytest.mark.parametrize("name", ["deepseek-ai-DeepSeek-V3.1", "Qwen-QwQ-32B"])
+def test_tags_of_thoughts_are_markup_whatever_settings_of_a_row_open_one(assets, name):
+    own = Speaker(census["tokenizer_for"]((assets / "templates" / f"{name}.jinja").read_text()))
+    assert own.tokenizer.convert_tokens_to_ids("</think>") in own.turn_markup

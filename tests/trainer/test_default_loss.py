@@ -32,6 +32,10 @@ def test_one_teacher_in_this_process_is_read_whole(build, caplog):
     assert "distillation_loss" in trainer.args.to_dict() and trainer.args.to_dict()["distillation_loss"] == "reverse_kl"
 
 
+def test_no_settings_of_a_loss_are_none(build):
+    assert isinstance(build(distillation_loss="auto", distillation_loss_kwargs={}).distillation_loss, ReverseKL)
+
+
 def test_the_settings_that_were_given_stay_as_they_are(build, monkeypatch):
     """One config may be given to two trainers."""
     from trl_ctopd import trainer as module

@@ -199,3 +199,39 @@ def test_markup_of_two_templates_is_learned_and_other_losses_on_distributions_wa
     assert (told["alignment/masked_fraction"] > 0.1) == masked == ("to write these less and less" in caplog.text)
     assert told["alignment/masked_fraction"] == 0 or masked
     assert math.isfinite(told["grad_norm"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"markup_policy": "mask"}, True),
+        ({"mask_strings": ["</think>"]}, True),
+        ({"markup_policy": "mask", "distillation_loss": "dpca"}, False),
+        ({"markup_policy": "mask", "distillation_loss": "dpca", "baseline": "kl"}, True),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_masked_markup_that_begins_with_text_is_warned_of(build, settings, warned, caplog):
+    """Qwen3's begins with a newline."""
+    census = runpy.run_module("benchmarks.templates.census")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    student, teacher = (census["tokenizer_for"]((folder / f"{name}.jinja").read_text()) for name in ("qwen3", "gptoss"))
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}]}] * 4)
+    models = student_model(vocab_size=len(student)), teacher_model(vocab_size=len(teacher))
+    trainer = build(*models, processing_class=student, teacher_processing_class=teacher, dataset=rows, **settings)
+    _ = trainer.panel.only.sections
+    assert ("which is masked and begins with text" in caplog.text) == warned
+
+
+def test_with_one_tokenizer_no_token_is_without_a_counterpart(build):
+    """The teacher reads the student's own markup, and tells how likely it is."""
+    census = runpy.run_module("benchmarks.templates.census")
+    source = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    tokenizers = [census["tokenizer_for"](source) for _ in range(2)]
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}]}] * 4)
+    size = len(tokenizers[0])
+    own = {"processing_class": tokenizers[0], "teacher_processing_class": tokenizers[1], "dataset": rows}
+    trainer = build(student_model(vocab_size=size), student_model(vocab_size=size, seed=1), **own)
+    assert trainer.vocabulary.is_one_tokenizer and not len(trainer.vocabulary.without_counterpart)
+    assert trainer.student_side.turn_markup

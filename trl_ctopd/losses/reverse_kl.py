@@ -22,6 +22,11 @@ Decisions.
   tokens), both begin at the same place, so that this decision has its guesses, and the rest of the chunk has none. The student's control
   tokens there, for which the teacher has none, have the guess 0 everywhere: with −`advantage_clip` the sample, if it is masked, would not
   correct them, and the student would write them ever less.
+- A chunk with both text and markup is of that kind as a whole. Where the teacher's token joins the two (`.\\n` before `</think>`) and the student's
+  markup begins with a control token, whether the text has guesses rests on what follows, and the expectation is another one, in exact
+  toys by 4 to 13 % of its largest element. A perfect student stays.
+- A student whose tokenizer puts a space before a text has no guesses at the first place of a turn, whatever is drawn there: what its
+  first token spells is not what the teacher's does.
 - At a chunk's end beside text that takes no part, and only there, nothing is known of the closing but its log-prob
   (`ScoredChunks.close_log_probs`): its guess is 0.
 - A token that goes on by the table, and yet the teacher's tokenizer cut before it, is counted, and nothing goes on there: DPCA leaves
@@ -107,6 +112,8 @@ def places(batch: ScoredChunks) -> Places:
     teacher_ids = torch.where(alike, teacher_ids, batch.teacher_ids.flatten()[begins])
     written = written.masked_fill(~alike, 0)
     told = torch.where(alike, told, first)
+    if vocabulary.student_puts_a_space:  # the first text token of a turn is not told, so that no other one may be
+        told &= (position > 0) & _is_scored_before(batch)[row, position]
     if vocabulary.later_digits_undo:
         after_digit = vocabulary.student_digits[batch.student_ids.flatten()[(student - 1).clamp(min=0)]]
         told &= first | ~after_digit
@@ -116,6 +123,11 @@ def places(batch: ScoredChunks) -> Places:
 
     head = _heads(batch, teacher_ids, written, told & ~first, before)
     return Places(student, teacher, teacher_ids, written, told, chunk, first, before, head)
+
+
+def _is_scored_before(batch: ScoredChunks) -> torch.Tensor:
+    """(B, S) whether the token before is scored."""
+    return torch.nn.functional.pad(batch.student_chunks >= 0, (1, 0))[:, :-1]
 
 
 def _heads(batch: ScoredChunks, teacher_ids, written, inside, before) -> torch.Tensor:

@@ -60,8 +60,8 @@ class Frame:
         plain: edit of the teacher's prompt to the one before the answer of a finished turn.
         stem: edit of the teacher's prompt to the one that all its turns begin with.
         reference: edit of the student's prompt to the one before its reference.
-        student, teacher: how each template writes the turn (`Turn.to_json`); "" where the student's turns are only answers, `teacher`
-            only if nobody has to read what the teacher writes.
+        student, teacher: how each template writes the turn (`Turn.to_json`); "" where the student's turns are only answers. `teacher` is
+            kept all the same where the teacher writes the references, and its turns are more than answers.
         from_stem: whether the student's turn begins at the stem and not after its generation prompt, as that of a reference may.
         is_text: whether the row is plain text, without a template.
         student_continues, teacher_continues: whether that side has the completion after text, and not after what opens a turn.

@@ -39,6 +39,7 @@ from .turns import (
     Turn,
     Unrenderable,
     find_turn,
+    one_of,
     probe_message,
 )
 
@@ -392,12 +393,30 @@ class Speaker(Template):
     def turn_markup(self) -> set[int]:
         """The control tokens and other added tokens with which the template writes what stands before, between and after the sections
         of a turn, its stop tokens included."""
+        literals = {literal for turn in self.known_turns for form in turn.forms.values() for literal in form.literals}
+        tags = {token for token, name in self._plain_added.items() if name in THINKING and name in self.template}
+        return {token for literal in literals for token in self._encode(literal)} & self._added | tags
+
+    @cached_property
+    def known_turns(self) -> tuple[Turn, Turn]:
+        """How the template writes a turn without tools, and with some; without forms where there is no template."""
         if not self.template:
-            return set()
-        turns = self._known_turn, self._turn_with_tools(Conversation([USER]))
-        literals = {literal for turn in turns if turn for form in turn.forms.values() for literal in form.literals}
-        added = {*token_table(self.tokenizer).special, *self._plain_added}
-        return {token for literal in literals for token in self._encode(literal)} & added
+            return Turn(), Turn()
+        return self._known_turn, self._turn_with_tools(Conversation([USER])) or self._known_turn
+
+    @cached_property
+    def _added(self) -> set[int]:
+        return {*token_table(self.tokenizer).special, *self._plain_added}
+
+    def begins_with(self, literal: str) -> int | None:
+        """The control or other added token that a literal begins with, "" standing for the end of a turn; None for other text."""
+        ids = self._encode(literal) if literal else self.turn_end
+        return ids[0] if ids[0] in self._added else None
+
+    def text_before_markup(self, literal: str) -> str:
+        """What stands before the first control or other added token of a literal."""
+        names = one_of(str(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self._added))
+        return names.split(literal, maxsplit=1)[0] if names else literal
 
     def _turn_after(self, conversation: Conversation) -> Turn:
         """How the template writes a turn after one short user turn, with the conversation's kwargs, and with tools if it has
@@ -583,6 +602,21 @@ def _with_thought_before_answer(turn: Turn, with_calls: Turn) -> Turn:
 def _with_forms(turn: Turn, forms: Mapping[tuple[str, ...], Form]) -> Turn:
     missing = {kind: reason for kind, reason in turn.missing.items() if kind not in forms}
     return replace(turn, forms={**turn.forms, **forms}, missing=missing)
+
+
+def beside(student: Speaker, teacher: Speaker) -> tuple[dict[int, str], dict[int, str]]:
+    """For each side, its added tokens that begin the markup after a section, with the text that the other side's markup there begins with:
+    a `<|end|>` beside `\n</think>` stands where the other model's newline does, which its tokenizer may join with the text before."""
+    found: tuple[dict[int, str], dict[int, str]] = {}, {}
+    for ours, theirs in zip(student.known_turns, teacher.known_turns, strict=True):
+        for kinds in ours.forms.keys() & theirs.forms.keys():
+            pairs = zip(ours.forms[kinds].literals[1:], theirs.forms[kinds].literals[1:], strict=True)
+            for literals in pairs:
+                for n, (one, other) in enumerate(((student, teacher), (teacher, student))):
+                    token = one.begins_with(literals[n])
+                    if token is not None and (text := other.text_before_markup(literals[1 - n])):
+                        found[n].setdefault(token, text)
+    return found
 
 
 def unshared_markup(student: Speaker, teacher: Speaker) -> list[str]:

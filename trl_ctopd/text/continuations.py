@@ -27,7 +27,7 @@ import json
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, product
@@ -105,6 +105,8 @@ class Continuations:
         student_tokenizer, teacher_tokenizer: of the two models.
         stops (collection of `int`): the student's ids that end its turn.
         merges (`Merges`, *optional*): an earlier result of `build_merges`.
+        beside (mapping of `int` to `str`): student ids that begin the markup of a template, or end a turn, with the text that the teacher's
+            markup at that place begins with. They continue what that text continues.
 
     Attributes:
         texts (U): the distinct texts of the student's tokens, sorted.
@@ -119,6 +121,7 @@ class Continuations:
         teacher_tokenizer: Any,
         stops: Collection[int] = (),
         merges: Merges | None = None,
+        beside: Mapping[int, str] | None = None,
     ):
         self.reverse: Continuations | None = None
         by_text: dict[bytes, list[int]] = {}
@@ -127,6 +130,12 @@ class Continuations:
                 by_text.setdefault(row, []).append(token)
         self.texts = sorted(by_text)
         self._ids = [by_text[text] for text in self.texts]
+        self._beside: dict[int, list[int]] = {}  # by the number of the longest text that theirs begins with
+        for token, text in (beside or {}).items():
+            data = text.encode()
+            begun = (data[:size] for size in range(len(data), 0, -1))
+            if (like := next((own for own in begun if own in by_text), None)) is not None:
+                self._beside.setdefault(self.texts.index(like), []).append(token)
         self._rows = token_table(teacher_tokenizer).rows
         self._tokenizer = teacher_tokenizer
         self._teacher = _Teacher(teacher_tokenizer)
@@ -142,7 +151,7 @@ class Continuations:
         """The student ids that continue this teacher token, sorted."""
         if teacher_id not in self._known:
             numbers = self._going_on(teacher_id)
-            ids = [token for number in numbers for token in self._ids[number]]
+            ids = [token for number in numbers for token in (*self._ids[number], *self._beside.get(number, ()))]
             self._known[teacher_id] = np.array(sorted(ids), dtype=np.int64)
         return self._known[teacher_id]
 

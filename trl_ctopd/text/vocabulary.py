@@ -17,7 +17,7 @@ import os
 import tempfile
 import zipfile
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
@@ -30,7 +30,7 @@ import torch
 from .aligner import encode_as_text
 from .continuations import Continuations, Merges, later_digits_undo
 from .one_tokenizer import is_one_tokenizer
-from .token_bytes import token_bytes
+from .token_bytes import token_bytes, token_table
 
 
 CACHE_DIR = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "trl_ctopd"
@@ -216,6 +216,7 @@ class VocabularyPair:
         student_stops, teacher_stops (collections of `int`): the ids that end each side's turn; empty where no single token
             does.
         student_markup (collection of `int`): ids with which the student's template writes what stands between the sections of a turn.
+        beside (pair of mappings): of the student's and of the teacher's ids, `beside` of [`Continuations`].
         device: where the structures are kept.
         cache_dir (`Path`, *optional*): folder of the disk cache; `None` for no cache.
 
@@ -233,6 +234,7 @@ class VocabularyPair:
         student_stops: Collection[int] = (),
         teacher_stops: Collection[int] = (),
         student_markup: Collection[int] = (),
+        beside: tuple[Mapping[int, str], Mapping[int, str]] = ({}, {}),
         device: torch.device | str = "cpu",
         cache_dir: Path | None = None,
     ):
@@ -242,7 +244,7 @@ class VocabularyPair:
         self._student = _Side.of(student_tokenizer, student_size, student_stops)
         self._teacher = _Side.of(teacher_tokenizer, teacher_size, teacher_stops)
         self.bridged = bool(self._student.stops and self._teacher.stops)
-        self._device, self._cache_dir = device, cache_dir
+        self._device, self._cache_dir, self._beside = device, cache_dir, beside
         self._student_markup = {*student_markup} - {*student_stops} | (set() if self.bridged else {*student_stops})
 
     @cached_property
@@ -268,16 +270,17 @@ class VocabularyPair:
         """The student tokens that continue each teacher token, and, as its `reverse`, the teacher tokens that continue each student
         token. Stays on the CPU."""
         student, teacher = self._tokenizers
-        found = self._continuations(student, teacher, self._student.stops, Merges.__name__)
-        found.reverse = self._continuations(teacher, student, self._teacher.stops, f"{Merges.__name__}-reverse")
+        ours, theirs = self._beside
+        found = self._continuations(student, teacher, self._student.stops, ours, Merges.__name__)
+        found.reverse = self._continuations(teacher, student, self._teacher.stops, theirs, f"{Merges.__name__}-reverse")
         return found
 
-    def _continuations(self, student, teacher, stops, name: str) -> Continuations:
+    def _continuations(self, student, teacher, stops, beside, name: str) -> Continuations:
         path = None if self._cache_dir is None else Path(self._cache_dir) / f"{self._hash}-{name}.npz"
         kept = None if path is None else _load(Merges, path)
         if kept is not None:
             kept = Merges(*(getattr(kept, field.name).numpy() for field in fields(Merges)))
-        found = Continuations(student, teacher, stops, kept)
+        found = Continuations(student, teacher, stops, kept, beside)
         if path is not None and kept is None and found.merges is not None:
             _save(found.merges, path)
         return found
@@ -345,6 +348,11 @@ class VocabularyPair:
         """(n,) the student's ids that no teacher token stands for by its bytes, and that a turn has all the same: markup, and the
         end of a turn that the teacher writes in several tokens."""
         return torch.tensor(sorted(self._student_markup), dtype=torch.long, device=self._device)
+
+    @cached_property
+    def student_puts_a_space(self) -> bool:
+        """Whether the student's tokenizer puts a space before a text, so that the first token of a turn is not compared."""
+        return not self.is_one_tokenizer and token_table(self._tokenizers[0]).prefix_space != "never"
 
     @cached_property
     def later_digits_undo(self) -> bool:

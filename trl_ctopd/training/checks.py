@@ -267,7 +267,7 @@ def with_loss(args: CrossTokenizerGKDConfig, teacher_model) -> CrossTokenizerGKD
     expected gradient, and more noise."""
     if getattr(args, "distillation_loss", None) != AUTO:
         return args
-    own = {name: getattr(args, name) for name in _OF_DPCA if getattr(args, name) is not None}
+    own = {name: getattr(args, name) for name in _OF_DPCA if getattr(args, name) not in (None, {})}
     for name in ("rollout_reuse", "clip_ratio_low", "clip_ratio_high"):
         value = getattr(args, name)
         own |= {} if value == type(args).__dataclass_fields__[name].default else {name: value}

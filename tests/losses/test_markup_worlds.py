@@ -1,0 +1,174 @@
+"""Texts of two chat templates, through the library's own parsing, pairing and closings, with the exact expectation over all of them: thoughts
+and answers between markup that the two sides spell otherwise, and tokens that join text and markup."""
+
+import functools
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from test_logit_losses import Completion, Pair
+from test_perfect_students import closings_before
+from test_reverse_kl import World, moved
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from trl_ctopd.losses import build_loss
+from trl_ctopd.rollouts.closing import ends, student_ends, without_undecided
+from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
+from trl_ctopd.text.chat import Conversation, Speaker, beside
+from trl_ctopd.text.sections import SectionAligner, aligner_of
+from trl_ctopd.text.turns import USER
+from trl_ctopd.text.vocabulary import VocabularyPair
+
+
+CONTROLS = ["<|a|>", "<|u|>", "<t>", "</t>", "<x>", "<y>"]
+STOP = ((".", "\n"),)
+Markup = tuple[str, str, str]  # before a thought, between it and the answer, and the end of the turn
+
+
+def template(before: str, between: str, end: str) -> str:
+    written = [f"{{{{ '{part}' }}}}".replace("\n", "\\n") for part in (before, between, end)]
+    return (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<|a|>{% if m.reasoning_content %}"
+        f"{written[0]}{{{{ m.reasoning_content }}}}{written[1]}{{% endif %}}{{{{ m['content'] }}}}{written[2]}"
+        "{% else %}<|u|>{{ m['content'] }}<|e|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
+    )
+
+
+def byte_level(merges, markup: Markup) -> PreTrainedTokenizerFast:
+    """BPE of single characters with these merges, without a pre-tokenizer of words."""
+    spelled = [tuple(part.replace("\n", "Ċ") for part in merge) for merge in merges]
+    tokens = [*(chr(code) for code in range(33, 127)), "Ċ", "Ġ", *map("".join, spelled)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, spelled))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    special = {"eos_token": "<|e|>", "pad_token": "<|e|>", "extra_special_tokens": CONTROLS}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = template(*markup)
+    return tokenizer
+
+
+def with_dummy_space(markup: Markup) -> PreTrainedTokenizerFast:
+    """As SentencePiece writes: a word's first token brings a space, also at the beginning of a text."""
+    tokens = [*(chr(code) for code in range(33, 127)), "▁", "▁a", "▁b", "\n"]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("▁", "a"), ("▁", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    special = {"eos_token": "<|e|>", "pad_token": "<|e|>", "extra_special_tokens": CONTROLS}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = template(*markup)
+    return tokenizer
+
+
+class Templates:
+    """All of `texts`, as the student writes them after its prompt, with random probabilities; both models have this law."""
+
+    def __init__(self, student, teacher, texts: list[str]):
+        ours, theirs = Speaker(student), Speaker(teacher)
+        aligner = aligner_of(ours, theirs)
+        opened, read = ours.opened(Conversation([USER])), theirs.opened(Conversation([USER]))
+        prompt = Prompt(opened.ids, read.ids, frame=Frame.of(opened, read, opened.ids).to_json())
+        stops, end = ours.stop_ids(), theirs.turn_end
+        own = Pair(student, teacher, stops, theirs.stop_ids() if len(end) == 1 else [], end, extra=(0, 0))
+        own.__dict__["vocabulary"] = VocabularyPair(
+            student,
+            teacher,
+            student_size=own.sizes[0],
+            teacher_size=own.sizes[1],
+            student_stops=stops,
+            teacher_stops=own.teacher_stops,
+            student_markup=ours.turn_markup,
+            beside=beside(ours, theirs),
+            cache_dir=None,
+        )
+        self.table = own.vocabulary.continuations
+        written = [student.encode(text, add_special_tokens=False) for text in texts]
+        found = pair(
+            [prompt] * len(texts),
+            written,
+            aligner,
+            turn_ends=dict.fromkeys(stops, end),
+            sections=SectionAligner(aligner, ours, theirs),
+        )
+        self.rollouts = [without_undecided(rollout, {"": self.table}) for rollout in found]
+        sides = ("student_ids", "teacher_ids", "student_chunks", "teacher_chunks", "student_widths")
+        rows = [Completion(*(list(getattr(rollout, side)) for side in sides)) for rollout in self.rollouts]
+        weights = torch.rand(len(texts), generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+        self.world = World(own, rows, weights / weights.sum())
+
+    def gradient(self, name: str, student_logits=None, **knobs) -> torch.Tensor:
+        own, loss = self.world, build_loss(name, **knobs)
+        ended = [ends(rollout) for rollout in self.rollouts], [student_ends(rollout) for rollout in self.rollouts]
+        teacher = [row.teacher_ids for row in own.rows], own.micro_batch.teacher_logits
+        told = closings_before(self.table.reverse, ended[1], *teacher)
+        markup = torch.zeros(own.micro_batch.student_ids.shape, dtype=torch.bool)
+        for n, rollout in enumerate(self.rollouts):
+            if rollout.markup is not None:
+                markup[n, : len(rollout.markup)] = torch.as_tensor(rollout.markup)
+
+        def closed(batch, num_items):
+            close = closings_before(self.table, ended[0], [row.student_ids for row in own.rows], batch.student.hidden)
+            return loss(replace(batch, close_log_probs=close, teacher_close_log_probs=told, markup=markup), num_items)
+
+        return own.expected_gradient(closed, student_logits)
+
+
+def thoughts(markup: Markup) -> list[str]:
+    words = ["".join(word) for size in (1, 2) for word in itertools.product("ab.", repeat=size)]
+    return [markup[0] + word + markup[1] + answer + markup[2] for word in words for answer in ("a", "b.")]
+
+
+PLAIN: Markup = ("<t>", "</t>", "<|e|>")
+LINES: Markup = ("<t>\n", "\n</t>\n\n", "<|e|>")
+WORLDS = {  # the student's markup and merges, and the teacher's
+    "control tokens": (PLAIN, (), ("<x>", "<y>", "<|e|>"), ()),
+    "several tokens on either side": (LINES, (), ("<x><x>", "<y>\n<x>", "<|e|>"), ()),
+    "chunks of several tokens": (LINES, (("a", "b"),), ("<x>", "\n<y>", "<|e|>"), (("b", "."),)),
+    "the teacher joins text and markup": (PLAIN, (), ("<x>\n", "\n<y>\n\n", "<|e|>"), STOP),
+    "the student joins text and markup": (LINES, STOP, ("<x>", "<y>", "<|e|>"), ()),
+    "both do": (LINES, STOP, ("<x>\n", "\n<y>\n\n", "<|e|>"), STOP),
+    "the teacher joins text and the end": (PLAIN, (), ("<x>", "<y>", "\n<|e|>"), STOP),
+}
+LOSSES = [("dpca", {}), ("dpca", {"baseline": "kl"}), ("reverse_kl", {}), ("reverse_kl", {"top_k": 8})]
+
+
+@functools.cache
+def world(name: str) -> Templates:
+    ours, merges, theirs, other_merges = WORLDS[name]
+    return Templates(byte_level(merges, ours), byte_level(other_merges, theirs), thoughts(ours))
+
+
+@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize(("loss", "knobs"), LOSSES)
+def test_a_perfect_student_stays_whatever_markup_the_two_templates_have(loss, knobs, name):
+    rollouts = world(name).rollouts
+    assert all((rollout.student_chunks >= 0).all() and rollout.markup.any() for rollout in rollouts)
+    assert world(name).gradient(loss, **knobs).abs().max() < 1e-10
+
+
+def test_without_what_stands_beside_a_newline_a_joined_token_moves_it(monkeypatch):
+    own = world("the teacher joins text and markup")
+    monkeypatch.setattr(own.table, "_beside", {})
+    monkeypatch.setattr(own.table, "_known", {})
+    assert own.gradient("dpca").abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_expectation_is_that_of_closed_chunks_but_where_the_teacher_alone_joins_text_and_markup(name):
+    own = world(name)
+    student = moved(own.world, by=0.5)
+    expected, found = (own.gradient(loss, student, advantage_clip=None) for loss in ("dpca", "reverse_kl"))
+    assert expected.abs().max() > 0.05
+    difference = (found - expected).abs().max() / expected.abs().max()
+    assert 0.01 < difference < 0.2 if name == "the teacher joins text and markup" else difference < 1e-10
+
+
+@pytest.mark.parametrize(("loss", "knobs"), LOSSES)
+def test_a_first_token_that_brings_a_space_is_compared_no_more_than_markup_in_its_place(loss, knobs):
+    """A student of SentencePiece's may begin with a thought's mark or with a word."""
+    teacher = byte_level((), ("<x>", "<y>", "<|e|>"))
+    words = ["".join(word) for word in itertools.product("ab", repeat=2)]
+    texts = [f"<t>{word}</t>{word}<|e|>" for word in words] + [f" {word}<|e|>" for word in words]
+    own = Templates(with_dummy_space(PLAIN), teacher, texts)
+    assert own.gradient(loss, **knobs).abs().max() < 1e-10
