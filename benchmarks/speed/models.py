@@ -207,7 +207,7 @@ class Timed(TrainerCallback):
 
 
 class Ours:
-    """Our trainer. `texts`: what the teacher read in the last step, prompts and completions."""
+    """Our trainer, with `dpca` unless `options` name another loss. `texts`: what the teacher read in the last step, prompts and completions."""
 
     def __init__(self, setting: Setting, rows: list[tuple[str, str]], folder: Path, **options: Any):
         self._clock = Clock(setting.device)
@@ -215,7 +215,14 @@ class Ours:
         self.trainer = CrossTokenizerGKDTrainer(
             setting.model(0),
             setting.model(1),
-            CrossTokenizerGKDConfig(**{**setting.common(folder), "max_new_tokens": setting.new_tokens, **options}),
+            CrossTokenizerGKDConfig(
+                **{
+                    "distillation_loss": "dpca",
+                    **setting.common(folder),
+                    "max_new_tokens": setting.new_tokens,
+                    **options,
+                }
+            ),
             train_dataset=Dataset.from_list([{"prompt": [turn("user", question)]} for question, _ in rows]),
             processing_class=setting.tokenizer(0),
             teacher_processing_class=setting.tokenizer(1),
