@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from toys import TEACHER_TEMPLATE, prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
-from trl_ctopd.rollouts.blending import Share, to_json
+from trl_ctopd.rollouts.frames import Share, to_json
 from trl_ctopd.rollouts.pairing import Prompt
 from trl_ctopd.rollouts.prompts import BLEND, COLUMNS, RENDERED_FOR, _without_overlong, check_room, render_row
 from trl_ctopd.text.chat import Speaker

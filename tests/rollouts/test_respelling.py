@@ -1,34 +1,22 @@
 """What the teacher writes for `seq_kd`, as the student would write it: with TRL's templates, and with published tokenizers."""
 
-import functools
 import itertools
-import runpy
 import warnings
-from pathlib import Path
 
 import pytest
-import trl
+from template_sides import KWARGS, PUBLISHED, published, side
+from template_sides import spelled as text_of
 
 from trl_ctopd import token_bytes
 from trl_ctopd.rollouts.frames import Frame, Prompt
 from trl_ctopd.rollouts.respelling import Respeller
 from trl_ctopd.text.chat import Conversation, Speaker
-from trl_ctopd.text.parsing import named
-from trl_ctopd.text.token_bytes import token_table
 from trl_ctopd.text.turns import ANSWER, CALL, THOUGHT, TOOLS, USER
 
 
-census = runpy.run_module("benchmarks.templates.census")
-FOLDER = Path(trl.__file__).parent / "chat_templates"
 THINKERS = ["qwen3", "qwen3_5_think", "gptoss", "glm4moe", "nemotron_3_nano", "lfm2_2_5", "gemma4_v5"]
 ANSWERERS = ["qwen2_5", "llama3_2", "phi3"]
-PUBLISHED = ["qwen2.5", "llama-3.2", "phi-3-mini", "deepseek-v3", "mistral-v3", "smollm2-instruct"]
 TEXTS = ["It is four.", "def f():\n    return '四'", "fünf\n\n\tsix", "<|im_end|> ends a turn.", ""]
-
-
-@functools.cache
-def side(name):
-    return Speaker(census["tokenizer_for"]((FOLDER / f"{name}.jinja").read_text()))
 
 
 def prompt_of(student, teacher, conversation):
@@ -53,8 +41,7 @@ def whole(speaker, own, tools=None):
 
 
 def spelled(speaker, ids):
-    """With control tokens by their names."""
-    return named(ids, token_table(speaker.tokenizer))[0].encode()
+    return text_of(speaker, ids).encode()
 
 
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(THINKERS + ANSWERERS, 2)))
@@ -97,13 +84,12 @@ def test_calls_become_calls():
         assert found.left_out == 0
 
 
-def test_calls_are_no_stray_markup_and_each_has_an_id_of_its_own(assets, caplog):
+def test_calls_are_no_stray_markup_and_each_has_an_id_of_its_own(caplog):
     ours, theirs = side("qwen3"), side("gptoss")
     called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     respelled(ours, theirs, whole(theirs, called, TOOLS)[1], Conversation([USER], tools=TOOLS))
     assert "control tokens" not in caplog.text
-    source = (assets / "templates" / "Mistral-Small-3.2-24B-Instruct-2506.jinja").read_text()
-    ours, theirs = Speaker(census["tokenizer_for"](source)), side("qwen3")
+    ours, theirs = published("Mistral-Small-3.2-24B-Instruct-2506"), side("qwen3")
     called = {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]}
     found = respelled(ours, theirs, whole(theirs, called, TOOLS)[1], Conversation([USER], tools=TOOLS))
     text = spelled(ours, found.ids).decode()
@@ -178,7 +164,7 @@ def test_control_tokens_within_a_section_are_left_out_and_told_of_once(caplog):
 
 @pytest.mark.parametrize(("student", "teacher"), list(itertools.permutations(PUBLISHED, 2)))
 def test_published_tokenizers_spell_it_as_they_spell_a_reference(real_tokenizer, student, teacher):
-    ours, theirs = (Speaker(real_tokenizer(name), {"date_string": "26 Jul 2024"}) for name in (student, teacher))
+    ours, theirs = (Speaker(real_tokenizer(name), KWARGS) for name in (student, teacher))
     for text in TEXTS:
         answer = message(None, text)
         with warnings.catch_warnings():

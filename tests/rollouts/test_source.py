@@ -10,8 +10,8 @@ from toys import student_tokenizer, teacher_tokenizer
 
 from trl_ctopd import CrossTokenizerGKDConfig, TextAligner
 from trl_ctopd.rollouts import source as module
-from trl_ctopd.rollouts.blending import Share, prompts_of, to_json
-from trl_ctopd.rollouts.frames import Frame, Reopened
+from trl_ctopd.rollouts.blending import prompts_of
+from trl_ctopd.rollouts.frames import Frame, Reopened, Share, to_json
 from trl_ctopd.rollouts.pairing import Prompt, pad_scores, pair
 from trl_ctopd.rollouts.source import RolloutSource
 from trl_ctopd.text.chat import Speaker

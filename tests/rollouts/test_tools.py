@@ -1,9 +1,7 @@
 """Conversations in which the student calls tools, for real templates: TRL's own, and a student whose text is given."""
 
-import functools
 import json
 import math
-import runpy
 import socket
 import subprocess
 import sys
@@ -15,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import trl
 from datasets import Dataset
+from template_sides import side
 from toys import SGD
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
@@ -28,13 +26,11 @@ from trl_ctopd.rollouts.prompts import COLUMNS, render_dataset, render_row
 from trl_ctopd.rollouts.source import RolloutSource
 from trl_ctopd.rollouts.tools import ToolLoop, schemas
 from trl_ctopd.text.calls import a_call
-from trl_ctopd.text.chat import Conversation, Speaker
+from trl_ctopd.text.chat import Conversation
 from trl_ctopd.text.one_tokenizer import OneTokenizer
 from trl_ctopd.text.sections import SectionAligner, aligner_of
 
 
-census = runpy.run_module("benchmarks.templates.census")
-FOLDER = Path(trl.__file__).parent / "chat_templates"
 # Templates whose finished turns are rendered in a longer conversation as they were alone.
 CALLERS = ["qwen2_5", "llama3_2", "gptoss", "lfm2_2_5", "qwen3_5_nothink", "gemma4_v5", "muse_glimmer"]
 ASKED = {"role": "user", "content": "What is 2 plus 3, and then 1?"}
@@ -62,11 +58,6 @@ def divide(a: int, b: int) -> float:
 
 
 TOOLS = [add, divide]
-
-
-@functools.cache
-def side(name):
-    return Speaker(census["tokenizer_for"]((FOLDER / f"{name}.jinja").read_text()))
 
 
 def called(name, *calls, **beside):

@@ -5,7 +5,8 @@ import random
 import warnings
 
 import pytest
-from test_sections import FOLDER, rendered_text, rollout, side, texts
+from template_sides import FOLDER, side
+from test_sections import rendered_text, rollout, texts
 
 from trl_ctopd.text.calls import Piece, a_call, beside, pieces
 from trl_ctopd.text.chat import Conversation

@@ -1,35 +1,13 @@
 """References of a dataset as the student would write them, and what is refused."""
 
-import functools
-import runpy
-from pathlib import Path
-
 import pytest
-import trl
+from template_sides import KWARGS, PUBLISHED, published, side, spelled
 
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
 from trl_ctopd.text.calls import a_call
 from trl_ctopd.text.chat import Conversation, Speaker
-from trl_ctopd.text.parsing import named
 from trl_ctopd.text.sections import aligner_of
-from trl_ctopd.text.token_bytes import token_table
 from trl_ctopd.text.turns import ANSWER, CALLS, THOUGHT, TOOLS
-
-
-census = runpy.run_module("benchmarks.templates.census")
-FOLDER = Path(trl.__file__).parent / "chat_templates"
-PUBLISHED = ["qwen2.5", "llama-3.2", "phi-3-mini", "deepseek-v3", "mistral-v3", "smollm2-instruct"]
-KWARGS = {"date_string": "26 Jul 2024"}  # Llama's template prints the day otherwise
-
-
-@functools.cache
-def side(name):
-    return Speaker(census["tokenizer_for"]((FOLDER / f"{name}.jinja").read_text()))
-
-
-def spelled(speaker, ids):
-    """What ids spell, control tokens by name."""
-    return named(ids, token_table(speaker.tokenizer))[0]
 
 
 BEGUN = [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": "It is"}]
@@ -86,9 +64,8 @@ def test_after_the_result_of_a_call_with_a_thought_a_turn_has_the_forms_that_it_
     assert turn.plain == own.turn(Conversation(BEGUN[:1], tools=TOOLS)).plain
 
 
-def test_messages_without_a_thought_are_read_beside_those_with_one_where_a_template_takes_blocks(assets):
-    source = (assets / "templates" / "Apertus-8B-Instruct.jinja").read_text()
-    own = Speaker(census["tokenizer_for"](source))
+def test_messages_without_a_thought_are_read_beside_those_with_one_where_a_template_takes_blocks():
+    own = published("Apertus-8B-Instruct")
     thought = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
     plain, user = {"role": "assistant", "content": "Five."}, BEGUN[0]
     for turns in ([user, plain, user, thought, user], [user, thought, user, plain, user]):
@@ -96,10 +73,9 @@ def test_messages_without_a_thought_are_read_beside_those_with_one_where_a_templ
         assert all(word in text for word in ("Four.", "Five.", "Two and two."))
 
 
-def test_a_call_whose_end_depends_on_what_follows_has_no_form(assets):
+def test_a_call_whose_end_depends_on_what_follows_has_no_form():
     """Apriel writes a call's id only where its result follows."""
-    source = (assets / "templates" / "Apriel-1.6-15b-Thinker-fixed.jinja").read_text()
-    own = Speaker(census["tokenizer_for"](source))
+    own = published("Apriel-1.6-15b-Thinker-fixed")
     turn = own.turn(Conversation(BEGUN[:1], tools=TOOLS))
     assert turn.plain and turn.missing[(CALLS,)] == "ends calls otherwise where their results follow"
     call = {"role": "assistant", "content": "", "tool_calls": [a_call("add", {"a": 2})]}
@@ -108,9 +84,8 @@ def test_a_call_whose_end_depends_on_what_follows_has_no_form(assets):
 
 
 @pytest.mark.parametrize("row", [{"thinking": True, "enable_thinking": True}, {}])
-def test_calls_are_written_whatever_settings_of_a_row_open_a_thought(assets, row):
-    source = (assets / "templates" / "deepseek-ai-DeepSeek-V3.1.jinja").read_text()
-    own = Speaker(census["tokenizer_for"](source), {} if row else {"thinking": True, "enable_thinking": True})
+def test_calls_are_written_whatever_settings_of_a_row_open_a_thought(row):
+    own = published("deepseek-ai-DeepSeek-V3.1", {} if row else {"thinking": True, "enable_thinking": True})
     turn = own.turn(Conversation(BEGUN[:1], tools=TOOLS, chat_template_kwargs=row))
     assert (THOUGHT, CALLS) in turn.forms
     assert '"a": 2' in own.write_calls((THOUGHT, CALLS), [a_call("add", {"a": 2})])
@@ -134,6 +109,6 @@ def test_what_goes_on_from_text_is_read_with_the_space_that_it_has(real_tokenize
 
 
 @pytest.mark.parametrize("name", ["deepseek-ai-DeepSeek-V3.1", "Qwen-QwQ-32B"])
-def test_tags_of_thoughts_are_markup_whatever_settings_of_a_row_open_one(assets, name):
-    own = Speaker(census["tokenizer_for"]((assets / "templates" / f"{name}.jinja").read_text()))
+def test_tags_of_thoughts_are_markup_whatever_settings_of_a_row_open_one(name):
+    own = published(name)
     assert own.tokenizer.convert_tokens_to_ids("</think>") in own.turn_markup

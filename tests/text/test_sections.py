@@ -3,17 +3,15 @@
 import functools
 import itertools
 import random
-import runpy
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
-import trl
+from template_sides import side
 
 from trl_ctopd import token_bytes
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
-from trl_ctopd.text.chat import Conversation, Speaker
+from trl_ctopd.text.chat import Conversation
 from trl_ctopd.text.one_tokenizer import OneTokenizer
 from trl_ctopd.text.parsing import Grammar, symbols
 from trl_ctopd.text.sections import SectionAligner, aligner_of
@@ -21,17 +19,10 @@ from trl_ctopd.text.token_bytes import token_table
 from trl_ctopd.text.turns import ANSWER, CALL, CALLS, THOUGHT, TOOLS, USER, Form, Turn
 
 
-census = runpy.run_module("benchmarks.templates.census")
-FOLDER = Path(trl.__file__).parent / "chat_templates"
 THINKERS = ["qwen3", "qwen3_5_think", "gptoss", "glm4moe", "nemotron_3_nano", "lfm2_2_5", "muse_glimmer", "gemma4_v5"]
 ANSWERERS = ["qwen2_5", "llama3_2", "phi3", "gemma3"]
 QWEN = "<think>\nTwo.\n</think>\n\nFour.<|im_end|>"
 OSS = "<|channel|>analysis<|message|>Two.<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>"
-
-
-@functools.cache
-def side(name):
-    return Speaker(census["tokenizer_for"]((FOLDER / f"{name}.jinja").read_text()))
 
 
 @functools.cache

@@ -4,24 +4,18 @@ import copy
 import functools
 import itertools
 import random
-import runpy
 import warnings
-from pathlib import Path
 
 import pytest
-import trl
+from template_sides import FOLDER, KWARGS, census, spelled
 
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
 from trl_ctopd.text.calls import a_call, with_ids
 from trl_ctopd.text.chat import Conversation, Speaker
-from trl_ctopd.text.parsing import named
 from trl_ctopd.text.sections import SectionAligner, aligner_of
-from trl_ctopd.text.token_bytes import token_table
 from trl_ctopd.text.turns import CALLS, THOUGHT
 
 
-census = runpy.run_module("benchmarks.templates.census")
-FOLDER = Path(trl.__file__).parent / "chat_templates"
 # A tokenizer with its own template, or with one of those that write thoughts; control strings that it lacks are added.
 SIDES = [
     ("qwen2.5", ""),
@@ -71,7 +65,6 @@ TOOLS = [
         },
     }
 ]
-KWARGS = {"date_string": "26 Jul 2024"}  # Llama's template prints the day otherwise
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +108,6 @@ def conversations(seed):
     yield Conversation([user], {**answer, "reasoning_content": text()})
     yield Conversation([user], call, TOOLS)
     yield Conversation([user, call, result], answer, TOOLS)
-
-
-def spelled(speaker, ids):
-    """What ids spell, control tokens by name."""
-    return named(ids, token_table(speaker.tokenizer))[0]
 
 
 def own_turn(speaker, conversation):

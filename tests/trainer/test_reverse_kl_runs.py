@@ -3,16 +3,14 @@ sampler's tokens; beside the plain step in this process."""
 
 import contextlib
 import math
-import runpy
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
 from peft import LoraConfig
 from protocol_server import ProtocolServer
+from template_sides import tokenizer
 from toys import SGD, fix_rollouts, prompts, step_of, student_model, teacher_model, teacher_tokenizer
 
 from trl_ctopd.teachers import servers as servers_module
@@ -183,9 +181,7 @@ def test_completions_of_a_student_that_was_updated_since_are_refused(build):
 @pytest.mark.parametrize(("loss", "masked"), [("dpca", False), ("reverse_kl", False), ("bpm", True)])
 def test_markup_of_two_templates_is_learned_and_other_losses_on_distributions_warn(build, loss, masked, caplog):
     """The student ends its thought with a tag, the teacher with a control token and a frame word."""
-    census = runpy.run_module("benchmarks.templates.census")
-    folder = Path(trl.__file__).parent / "chat_templates"
-    student, teacher = (census["tokenizer_for"]((folder / f"{name}.jinja").read_text()) for name in ("qwen3", "gptoss"))
+    student, teacher = tokenizer("qwen3"), tokenizer("gptoss")
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}]}] * 4)
     own = {"processing_class": student, "teacher_processing_class": teacher, "dataset": rows, "max_new_tokens": 40}
     room = {"max_position_embeddings": 4096}  # for a system message, a token a character
@@ -214,9 +210,7 @@ def test_markup_of_two_templates_is_learned_and_other_losses_on_distributions_wa
 )
 def test_masked_markup_that_begins_with_text_is_warned_of(build, settings, warned, caplog):
     """Qwen3's begins with a newline."""
-    census = runpy.run_module("benchmarks.templates.census")
-    folder = Path(trl.__file__).parent / "chat_templates"
-    student, teacher = (census["tokenizer_for"]((folder / f"{name}.jinja").read_text()) for name in ("qwen3", "gptoss"))
+    student, teacher = tokenizer("qwen3"), tokenizer("gptoss")
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}]}] * 4)
     models = student_model(vocab_size=len(student)), teacher_model(vocab_size=len(teacher))
     trainer = build(*models, processing_class=student, teacher_processing_class=teacher, dataset=rows, **settings)
@@ -226,9 +220,7 @@ def test_masked_markup_that_begins_with_text_is_warned_of(build, settings, warne
 
 def test_with_one_tokenizer_no_token_is_without_a_counterpart(build):
     """The teacher reads the student's own markup, and tells how likely it is."""
-    census = runpy.run_module("benchmarks.templates.census")
-    source = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
-    tokenizers = [census["tokenizer_for"](source) for _ in range(2)]
+    tokenizers = [tokenizer("qwen3") for _ in range(2)]
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}]}] * 4)
     size = len(tokenizers[0])
     own = {"processing_class": tokenizers[0], "teacher_processing_class": tokenizers[1], "dataset": rows}

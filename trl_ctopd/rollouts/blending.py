@@ -22,23 +22,14 @@ places and teachers disagree (docs/blending.md).
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from .frames import shares_of
 from .pairing import Part, Prompt, Rollout
-
-
-@dataclass(frozen=True)
-class Share:
-    """A teacher of a row: its name and weight, and the prompt in its own ids, with the frame of its template."""
-
-    teacher: str
-    weight: float
-    ids: list[int]
-    frame: str
 
 
 def weights_of(
@@ -83,15 +74,6 @@ def weights_of(
     if not total > 0:
         raise ValueError(f"{whose} is {dict(found)}: weights are numbers of at least 0, and one above 0")
     return {name: found[name] / total for name in sorted(found, key=lambda name: -found[name]) if found[name]}
-
-
-def to_json(shares: Sequence[Share]) -> str:
-    return json.dumps([[own.teacher, own.weight, own.ids, own.frame] for own in shares])
-
-
-def shares_of(text: str) -> list[Share]:
-    """The inverse of `to_json`; "" has none."""
-    return [Share(*own) for own in json.loads(text)] if text else []
 
 
 def prompts_of(prompt: Prompt) -> dict[str, tuple[float, Prompt]]:

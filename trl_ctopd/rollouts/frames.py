@@ -135,6 +135,25 @@ def _at_the_stem(text: str) -> str:
     return replace(frame, student=student, reference=Reopened(), from_stem=True).to_json()
 
 
+@dataclass(frozen=True)
+class Share:
+    """A teacher of a row: its name and weight, and the prompt in its own ids, with the frame of its template."""
+
+    teacher: str
+    weight: float
+    ids: list[int]
+    frame: str
+
+
+def to_json(shares: Sequence[Share]) -> str:
+    return json.dumps([[own.teacher, own.weight, own.ids, own.frame] for own in shares])
+
+
+def shares_of(text: str) -> list[Share]:
+    """The inverse of `to_json`; "" has none."""
+    return [Share(*own) for own in json.loads(text)] if text else []
+
+
 class TurnOf(NamedTuple):
     """One turn of a completion: the prompt that it follows, its student ids, and the executed calls at its end; None at the end of
     the last turn."""
@@ -154,7 +173,7 @@ class Prompt:
         reference_ids: the reference completion in student ids, if there is one.
         teacher: name of the teacher that reads it, where there are several.
         frame: a `Frame` as JSON.
-        blend: the teachers that read it together, where there are several of them: see `blending`; else "". `teacher`, `teacher_ids`
+        blend: the teachers that read it together, where there are several of them: `to_json` of their shares; else "". `teacher`, `teacher_ids`
             and `frame` are then those of the heaviest.
         row: the dataset's row as JSON, where functions of the user's are called with it; else "".
         is_padding: whether the row only fills up its batch. Another process or an earlier batch has it too, and nothing of it
@@ -179,10 +198,8 @@ class Prompt:
         ids = self.framed.reference(self.student_ids)
         if ids is self.student_ids:
             return self
-        shares = [[*own, _at_the_stem(frame)] for *own, frame in json.loads(self.blend or "[]")]
-        return replace(
-            self, student_ids=ids, frame=_at_the_stem(self.frame), blend=json.dumps(shares) if shares else ""
-        )
+        shares = [replace(own, frame=_at_the_stem(own.frame)) for own in shares_of(self.blend)]
+        return replace(self, student_ids=ids, frame=_at_the_stem(self.frame), blend=to_json(shares) if shares else "")
 
     def turns(self, completion: list[int]) -> list[TurnOf]:
         """The turns of `completion`, which tool results separate. The prompt of a later turn is the text between it and the turn

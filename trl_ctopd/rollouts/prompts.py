@@ -14,8 +14,8 @@ from torch.utils.data import Sampler
 from ..config import CrossTokenizerGKDConfig
 from ..text.chat import Speaker
 from ..text.conversation import read_example
-from .blending import Share, shares_of, to_json, weights_of
-from .frames import Frame, Prompt, conversation_to_json
+from .blending import weights_of
+from .frames import Frame, Prompt, Share, conversation_to_json, shares_of, to_json
 from .rewards import row_as_json
 from .tools import with_tools
 

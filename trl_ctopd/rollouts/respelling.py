@@ -68,13 +68,13 @@ class Respeller:
         self._table = token_table(teacher.tokenizer)
 
     @cached_property
-    def _sections(self) -> SectionAligner:
-        aligner = aligner_of(self._teacher, self._student)
-        return SectionAligner(aligner, self._teacher, self._student, thought_policy=self._thought_policy, said=_SAID)
+    def _aligner(self) -> TextAligner:
+        return aligner_of(self._teacher, self._student)
 
     @cached_property
-    def _reader(self) -> TextAligner:
-        return TextAligner(self._teacher.tokenizer, self._teacher.tokenizer)
+    def _sections(self) -> SectionAligner:
+        own = {"thought_policy": self._thought_policy, "said": _SAID}
+        return SectionAligner(self._aligner, self._teacher, self._student, **own)
 
     @cached_property
     def _one_tokenizer(self) -> bool:
@@ -105,7 +105,7 @@ class Respeller:
     def _answer(self, frame: Frame, ids: list[int], ended: bool) -> tuple[bool, list[int]]:
         """An answer without markup: whether it goes on from the student's prompt as it is, and its ids."""
         self._tell_of_controls(symbols(np.array(ids, dtype=np.int64), self._table)[0])
-        [read] = self._reader([ids], [frame.teacher_continues])
+        [read] = self._aligner([ids], [frame.teacher_continues])
         text = read.text
         if not frame.is_text and self._student.template:
             return self._student.answer(read_turn(frame.student or _SIMPLE), text, ended)

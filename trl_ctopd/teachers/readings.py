@@ -43,7 +43,7 @@ class Readings:
     def close_log_probs(self, rows: Sequence[int], length: int) -> "torch.Tensor | Awaited | None":
         """(len(rows), `length`) log-probs that the teacher leaves the student's token before it closed, 0 where it does not tell it;
         or an [`Awaited`], if they may be on their way. None where none of these rows was asked for it."""
-        if not any(row in self.closing for row in rows):
+        if not any(self.tells_closings(rows)):
             return None
         return AwaitedClosings(self, list(rows), length) if self._some_late else self.closings(rows, length)
 

@@ -376,9 +376,7 @@ class Speaker(Template):
         """The last token of each end. One that also closes a thought is left out, if another token ends a turn."""
         if not self.template:
             return []
-        turns = [self._known_turn]
-        if (with_tools := self._turn_with_tools(Conversation([USER]))) is not None:
-            turns.append(with_tools)
+        turns = self.known_turns
         if turns[0].plain is None:
             _ = self.turn_end  # says why
         forms = [form for turn in turns for form in turn.forms.values() if form.end]
@@ -415,8 +413,11 @@ class Speaker(Template):
 
     def text_before_markup(self, literal: str) -> str:
         """What stands before the first control or other added token of a literal."""
-        names = one_of(str(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self._added))
-        return names.split(literal, maxsplit=1)[0] if names else literal
+        return self._added_names.split(literal, maxsplit=1)[0] if self._added_names else literal
+
+    @cached_property
+    def _added_names(self) -> re.Pattern | None:
+        return one_of(map(str, self.tokenizer.convert_ids_to_tokens(sorted(self._added))))
 
     def _turn_after(self, conversation: Conversation) -> Turn:
         """How the template writes a turn after one short user turn, with the conversation's kwargs, and with tools if it has

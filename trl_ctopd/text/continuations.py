@@ -135,7 +135,7 @@ class Continuations:
             data = text.encode()
             begun = (data[:size] for size in range(len(data), 0, -1))
             if (like := next((own for own in begun if own in by_text), None)) is not None:
-                self._beside.setdefault(self.texts.index(like), []).append(token)
+                self._beside.setdefault(bisect_left(self.texts, like), []).append(token)
         self._rows = token_table(teacher_tokenizer).rows
         self._tokenizer = teacher_tokenizer
         self._teacher = _Teacher(teacher_tokenizer)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -44,7 +44,8 @@ from .identity import dataset_digest
 
 
 logger = get_logger(__name__)
-_OF_DPCA = ("event", "credit", "baseline", "baseline_top_k", "reference_teacher", "distillation_loss_kwargs")
+_RATIOS = ("clip_ratio_low", "clip_ratio_high")
+_KNOBS = ("event", "credit", "baseline", "baseline_top_k", "advantage_clip", *_RATIOS)  # of single losses
 
 
 def check_arguments(model, teacher_model, args, train_dataset, peft_config=None):
@@ -262,15 +263,21 @@ def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
         )
 
 
+def _changed(args: CrossTokenizerGKDConfig, names: Iterable[str]) -> dict:
+    """Those of the settings that are not at their defaults."""
+    given = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in given.items() if value != type(args).__dataclass_fields__[name].default}
+
+
 def with_loss(args: CrossTokenizerGKDConfig, teacher_model) -> CrossTokenizerGKDConfig:
     """`args` with a loss in the place of "auto": `reverse_kl` where the teacher tells whole distributions, else `dpca`, which has the same
     expected gradient, and more noise."""
     if getattr(args, "distillation_loss", None) != AUTO:
         return args
-    own = {name: getattr(args, name) for name in _OF_DPCA if getattr(args, name) not in (None, {})}
-    for name in ("rollout_reuse", "clip_ratio_low", "clip_ratio_high"):
-        value = getattr(args, name)
-        own |= {} if value == type(args).__dataclass_fields__[name].default else {name: value}
+    others = {field.name for field in fields(LOSSES["reverse_kl"])}
+    own = _changed(args, [knob for knob in _KNOBS if knob not in others] + ["reference_teacher", "rollout_reuse"])
+    if args.distillation_loss_kwargs:
+        own["distillation_loss_kwargs"] = args.distillation_loss_kwargs
     if isinstance(teacher_model, Mapping):
         name, why = "dpca", "there are several teachers"
     elif is_url(teacher_model) or isinstance(teacher_model, list | tuple):
@@ -292,23 +299,16 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
     """
     name, kwargs = args.distillation_loss, dict(args.distillation_loss_kwargs or {})
     knobs = set() if callable(name) else {field.name for field in fields(LOSSES[name])}
-    for knob in (
-        "event",
-        "credit",
-        "baseline",
-        "baseline_top_k",
-        "advantage_clip",
-        "clip_ratio_low",
-        "clip_ratio_high",
-    ):
-        value, default = getattr(args, knob), type(args).__dataclass_fields__[knob].default
-        if value != default and knob not in knobs:
+    changed = _changed(args, _KNOBS)
+    for knob in _KNOBS:
+        value = getattr(args, knob)
+        if knob in changed and knob not in knobs:
             able = [other for other, known in LOSSES.items() if knob in {field.name for field in fields(known)}]
             raise ValueError(
                 f"{knob}={value!r} has no effect on distillation_loss={loss_name(name)!r}: it is a setting of "
                 f"{' and '.join(able)}."
             )
-        if value != default and kwargs.get(knob, value) != value:
+        if knob in changed and kwargs.get(knob, value) != value:
             raise ValueError(
                 f"{knob} is {value!r} in the config and {kwargs[knob]!r} in distillation_loss_kwargs: say one."
             )
@@ -331,7 +331,7 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
                 f"{knob}={getattr(args, knob)} trains on completions of a student that has been updated since, which "
                 f"distillation_loss={loss_name(name)!r} does not account for: set it to {off}, or choose one of {', '.join(able)}."
             )
-    for knob in ("clip_ratio_low", "clip_ratio_high"):
+    for knob in _RATIOS:
         default = type(args).__dataclass_fields__[knob].default
         if (args.rollout_reuse == 1 or args.lmbda == 0) and getattr(loss, knob, default) != default:
             raise ValueError(
