@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from trl_ctopd.losses import build_loss
 from trl_ctopd.rollouts.closing import ends, student_ends, without_undecided
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
-from trl_ctopd.text.chat import Conversation, Speaker, beside
+from trl_ctopd.text.chat import Conversation, Speaker, beside_markup
 from trl_ctopd.text.sections import SectionAligner, aligner_of
 from trl_ctopd.text.turns import USER
 from trl_ctopd.text.vocabulary import VocabularyPair
@@ -79,7 +79,7 @@ class Templates:
             student_stops=stops,
             teacher_stops=own.teacher_stops,
             student_markup=ours.turn_markup,
-            beside=beside(ours, theirs),
+            beside=beside_markup(ours, theirs),
             cache_dir=None,
         )
         self.table = own.vocabulary.continuations

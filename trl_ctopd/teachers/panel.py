@@ -23,7 +23,7 @@ from ..rollouts.blending import blended, prompts_of
 from ..rollouts.closing import Tables, look_up, teacher_going_on, views
 from ..rollouts.pairing import Prompt, Rollout, pair
 from ..text.aligner import TextAligner
-from ..text.chat import Speaker, beside
+from ..text.chat import Speaker, beside_markup
 from ..text.continuations import Continuations
 from ..text.one_tokenizer import OneTokenizer, is_one_tokenizer
 from ..text.sections import SectionAligner, aligner_of
@@ -125,7 +125,7 @@ class Seat:
         """What the student's vocabulary (`student_size` rows of its LM head) and this teacher's have in common."""
         markup, places = (), ({}, {})
         if not isinstance(self.aligner, OneTokenizer):  # which reads the student's own markup
-            markup, places = self.student.turn_markup, beside(self.student, self.side)
+            markup, places = self.student.turn_markup, beside_markup(self.student, self.side)
         turn_end_is_one_token = all(len(ids) == 1 for ids in self.turn_ends.values())
         teacher_size = len(token_bytes(self.tokenizer)) if self.remote else head_rows(self.teacher.base_model)
         return VocabularyPair(

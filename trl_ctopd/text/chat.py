@@ -605,7 +605,7 @@ def _with_forms(turn: Turn, forms: Mapping[tuple[str, ...], Form]) -> Turn:
     return replace(turn, forms={**turn.forms, **forms}, missing=missing)
 
 
-def beside(student: Speaker, teacher: Speaker) -> tuple[dict[int, str], dict[int, str]]:
+def beside_markup(student: Speaker, teacher: Speaker) -> tuple[dict[int, str], dict[int, str]]:
     """For each side, its added tokens that begin the markup after a section, with the text that the other side's markup there begins with:
     a `<|end|>` beside `\n</think>` stands where the other model's newline does, which its tokenizer may join with the text before."""
     found: tuple[dict[int, str], dict[int, str]] = {}, {}
