@@ -161,8 +161,6 @@ def judged(side: Speaker, other: Speaker, kind: str) -> str:
     heard = read(other, side, asked)
     if heard is None:
         return "masked: calls are not written"
-    if form.loose:  # the whitespace around its closing tag is as the student writes it
-        heard, own = (re.sub(r"\s*(</\w+>)\s*", r"\1", text) for text in (heard, own))
     if heard != own:
         return f"wrong: as a teacher {heard[-60:]!r}, its own {own[-60:]!r}"
     return "right, put together" if form.inferred else "right"

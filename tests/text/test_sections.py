@@ -16,7 +16,7 @@ from trl_ctopd.text.one_tokenizer import OneTokenizer
 from trl_ctopd.text.parsing import Grammar, symbols
 from trl_ctopd.text.sections import SectionAligner, aligner_of
 from trl_ctopd.text.token_bytes import token_table
-from trl_ctopd.text.turns import ANSWER, CALL, CALLS, THOUGHT, TOOLS, USER, Form, Turn
+from trl_ctopd.text.turns import ANSWER, CALL, CALLS, THOUGHT, TOOLS, USER, Form, Turn, shared_space
 
 
 THINKERS = ["qwen3", "qwen3_5_think", "gptoss", "glm4moe", "nemotron_3_nano", "lfm2_2_5", "muse_glimmer", "gemma4_v5"]
@@ -333,23 +333,26 @@ def test_invalid_bytes_are_masked_and_the_rest_is_aligned():
 @pytest.mark.parametrize("seed", range(20))
 def test_random_completions_have_equal_bytes_in_every_chunk_of_text(seed):
     """Whatever a student writes: each chunk is the same text on both sides or markup on both; the sections' chunks are
-    those of each section alone."""
+    those of each section alone, and whitespace that the markup of both begins with is text too."""
     rng = random.Random(seed)
     student, teacher = rng.sample(THINKERS, 2)
     thought, answer = (
         "".join(rng.choice(["é", "two ", "\n", "🐔", "4", ". ", "ü"]) for _ in range(rng.randint(1, 12))) + "x"
         for _ in range(2)
     )
-    literals = side(student).turn(Conversation([USER])).forms[(THOUGHT, ANSWER)].literals
+    literals, others = (
+        side(name).turn(Conversation([USER])).forms[(THOUGHT, ANSWER)].literals for name in (student, teacher)
+    )
     tail = side(student).turn(Conversation([USER])).tail
     opening = literals[0].removeprefix(tail)
     completion = opening + "a" + thought + literals[1] + "b" + answer + literals[2]
     found = rollout(student, teacher, completion)
     ours = spelled(found, student, found.student_chunks, found.student_ids)
     theirs = spelled(found, teacher, found.teacher_chunks, found.teacher_ids)
-    markup = {part.encode() for part in (opening, *literals[1:])}
+    space = shared_space(literals[1], others[1])
+    markup = {part.encode() for part in (opening, literals[1].removeprefix(space), literals[2])}
     sections = [pair for pair in zip(ours, theirs, strict=True) if pair[0] not in markup]
     assert all(one == other and len(one) == 1 for one, other in sections)  # each byte is a token on both sides
-    assert b"".join(one for one, _ in sections) == ("a" + thought + "b" + answer).encode()
-    assert found.student_widths.sum() == len(("a" + thought + "b" + answer).encode())
+    assert b"".join(one for one, _ in sections) == ("a" + thought + space + "b" + answer).encode()
+    assert found.student_widths.sum() == len(("a" + thought + space + "b" + answer).encode())
     assert np.all(np.diff([chunk for chunk in found.student_chunks if chunk >= 0]) >= 0)

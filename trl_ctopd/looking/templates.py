@@ -39,7 +39,7 @@ def _form(form: Form) -> str:
     parts = [_quoted(form.literals[0])]
     for section, literal in zip(form.sections, form.literals[1:], strict=True):
         parts += [section.upper(), _quoted(literal)]
-    note = "  (whitespace around it as the student writes it)" if form.loose else ""
+    note = "  (any whitespace around its closing tag is taken)" if form.loose else ""
     return " ".join(part for part in parts if part != '""') + note
 
 

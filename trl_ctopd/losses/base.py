@@ -203,11 +203,18 @@ class ScoredChunks:
         """
         (B, C) bytes that the teacher's tokens of a chunk spell beyond those that the student's do: 1 or -1 where one
         side has put a dummy prefix space before the text and the other has not, else 0. A chunk with the end of a turn has
-        none, whatever the teacher writes before its control token.
+        none, whatever the teacher writes before its control token, nor has one with markup.
         """
         excess = self.teacher_sum(self.vocabulary.teacher_widths[self.teacher_ids]) - self.student_bytes
         ends = self.student_sum((self.vocabulary.student_widths[self.student_ids] == 0).long()) > 0
-        return excess.masked_fill(ends, 0)
+        return excess.masked_fill(ends | self.has_markup, 0)
+
+    @cached_property
+    def has_markup(self) -> torch.Tensor:
+        """(B, C) True for the chunks with markup, of which the two sides may spell other bytes."""
+        if self.markup is None:
+            return torch.zeros_like(self.scorable)
+        return self.student_sum(self.markup.long()) > 0
 
     @cached_property
     def student_bytes(self) -> torch.Tensor:

@@ -19,12 +19,11 @@ Decisions.
   and four spaces. Where there is none its guess is −`advantage_clip`, the sample corrects it, and as a baseline for later decisions it
   counts 0. So is that of a token with a probability below 1e-4.
 - Where the two sides spell other bytes (markup between thought, answer and calls; the end of a turn that the teacher writes in several
-  tokens), both begin at the same place, so that this decision has its guesses, and the rest of the chunk has none. The student's control
-  tokens there, for which the teacher has none, have the guess 0 everywhere: with −`advantage_clip` the sample, if it is masked, would not
-  correct them, and the student would write them ever less.
-- A chunk with both text and markup is of that kind as a whole. Where the teacher's token joins the two (`.\\n` before `</think>`) and the student's
-  markup begins with a control token, whether the text has guesses rests on what follows, and the expectation is another one, in exact
-  toys by 4 to 13 % of its largest element. A perfect student stays.
+  tokens), both begin at the same place, so that decisions have guesses up to the first token with markup, and the rest of the chunk has
+  none. The student's control tokens there, for which the teacher has none, have the guess 0 everywhere: with −`advantage_clip` the sample,
+  if it is masked, would not correct them, and the student would write them ever less.
+- After text of which a control token of the student's may tell that it was markup (the newline of `\\n</think>`), nothing is known of whether it
+  goes on: in one of the two cases the teacher has read another text.
 - A student whose tokenizer puts a space before a text has no guesses at the first place of a turn, whatever is drawn there: what its
   first token spells is not what the teacher's does.
 - At a chunk's end beside text that takes no part, and only there, nothing is known of the closing but its log-prob
@@ -103,15 +102,18 @@ def places(batch: ScoredChunks) -> Places:
         for column in (standing.teacher, standing.teacher_ids, standing.written)
     )
     vocabulary, where = batch.vocabulary, (chunks.row[chunk], chunks.chunk[chunk])
-    alike = batch.student_bytes[where] > 0
-    if batch.markup is not None:
-        alike &= batch.student_sum(batch.markup.long())[where] == 0
-    # where the two sides spell other bytes, both begin at the same place, and that is all
+    alike = (batch.student_bytes[where] > 0) & ~batch.has_markup[where]
+    # where the two sides spell other bytes, both begin at the same place, and are alike until the first token with markup
+    own_ids = batch.student_ids.flatten()[student]
+    is_text = (own_width := batch.student_widths.flatten()[student]) > 0
+    is_text &= own_width == vocabulary.student_widths[own_ids]
+    told &= alike | (batch.has_markup[where] & (_before_in_chunk((~is_text).long(), chunk, first) == 0))
     begins = chunks.teacher_first[chunk]
-    teacher = torch.where(alike, teacher, begins)
-    teacher_ids = torch.where(alike, teacher_ids, batch.teacher_ids.flatten()[begins])
-    written = written.masked_fill(~alike, 0)
-    told = torch.where(alike, told, first)
+    apart = ~alike & first
+    teacher = torch.where(apart, begins, teacher)
+    teacher_ids = torch.where(apart, batch.teacher_ids.flatten()[begins], teacher_ids)
+    written = written.masked_fill(apart, 0)
+    told |= apart
     if vocabulary.student_puts_a_space:  # the first text token of a turn is not told, so that no other one may be
         told &= (position > 0) & _is_scored_before(batch)[row, position]
     if vocabulary.later_digits_undo:
@@ -122,7 +124,15 @@ def places(batch: ScoredChunks) -> Places:
     before = torch.where(first & (position > 0), ends[(student - 1).clamp(min=0)], -1)
 
     head = _heads(batch, teacher_ids, written, told & ~first, before)
+    undone = ~first & (head >= 0) & vocabulary.undone_by_markup[head.clamp(min=0)]
+    told, head = told & ~undone, head.masked_fill(undone, -1)
     return Places(student, teacher, teacher_ids, written, told, chunk, first, before, head)
+
+
+def _before_in_chunk(values: torch.Tensor, chunk: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """(n,) the sum of `values` (n,) over the tokens before each one in its `chunk` (n,), of which `first` (n,) begins one."""
+    before = values.cumsum(0) - values
+    return before - before[first][torch.unique_consecutive(chunk, return_inverse=True)[1]]
 
 
 def _is_scored_before(batch: ScoredChunks) -> torch.Tensor:
@@ -250,6 +260,7 @@ class ReverseKL(Loss):
         known = at.told[previous] & (at.chunk[previous] == of) & (at.teacher[previous] == token)
         log_t = torch.where(closes, own_close[previous], close_told), torch.where(closes, own_open[previous], open_told)
         known &= torch.isfinite(opened) & ~torch.isnan(log_t[0])
+        known &= ~batch.vocabulary.undone_by_markup[at.head.clamp(min=0)]
         close_guess, close_sharp = self._guess(log_t[0], closed.detach(), known)
         open_guess, open_sharp = self._guess(log_t[1], opened.detach(), known)
         leaving = (closed.exp() * close_guess + opened.exp().masked_fill(~known, 0) * open_guess)[known]
@@ -264,9 +275,7 @@ class ReverseKL(Loss):
         # each chunk's decisions in the order of the text: to go on (inside), which token; at its end, to leave it
         open_sharp, open_guess = open_sharp * inside, open_guess * inside
         by_row = (open_sharp + sharp).double()
-        upto = by_row.cumsum(0)
-        begin = (upto - by_row)[at.first][torch.unique_consecutive(at.chunk, return_inverse=True)[1]]
-        past = (upto - begin).to(gap.dtype)
+        past = (_before_in_chunk(by_row, at.chunk, at.first) + by_row).to(gap.dtype)
         total = gap.new_zeros(len(gap)).index_add(0, at.chunk, by_row.to(gap.dtype))
         left = gap[at.chunk]
         ends = at.before[closes]

@@ -123,7 +123,7 @@ class Seat:
 
     def vocabulary(self, student_size: int, device: torch.device) -> VocabularyPair:
         """What the student's vocabulary (`student_size` rows of its LM head) and this teacher's have in common."""
-        markup, places = (), ({}, {})
+        markup, places = (), None
         if not isinstance(self.aligner, OneTokenizer):  # which reads the student's own markup
             markup, places = self.student.turn_markup, beside_markup(self.student, self.side)
         turn_end_is_one_token = all(len(ids) == 1 for ids in self.turn_ends.values())
@@ -188,7 +188,7 @@ class Seat:
         """Markup that begins with a control token has no guess; that which begins with text has that of the text."""
         strings, turns = self._args.mask_strings or (), self.student.known_turns
         literals = {literal for turn in turns for form in turn.forms.values() for literal in form.literals[1:-1]}
-        masked = [own for own in sorted(literals) if self.student.begins_with(own) is None]
+        masked = [own for own in sorted(literals) if self.student.before_markup(own)[0]]
         if self._args.markup_policy != "mask":
             masked = [own for own in masked if any(string in own for string in strings)]
         if masked:

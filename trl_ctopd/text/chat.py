@@ -36,11 +36,13 @@ from .turns import (
     TOOLS,
     USER,
     Form,
+    MarkupBeside,
     Turn,
     Unrenderable,
     find_turn,
     one_of,
     probe_message,
+    shared_space,
 )
 
 
@@ -406,14 +408,11 @@ class Speaker(Template):
     def _added(self) -> set[int]:
         return {*token_table(self.tokenizer).special, *self._plain_added}
 
-    def begins_with(self, literal: str) -> int | None:
-        """The control or other added token that a literal begins with, "" standing for the end of a turn; None for other text."""
-        ids = self._encode(literal) if literal else self.turn_end
-        return ids[0] if ids[0] in self._added else None
-
-    def text_before_markup(self, literal: str) -> str:
-        """What stands before the first control or other added token of a literal."""
-        return self._added_names.split(literal, maxsplit=1)[0] if self._added_names else literal
+    def before_markup(self, literal: str) -> tuple[str, int | None]:
+        """What stands before the first control or other added token of a literal, and this token; None for none. "" is the end of a turn."""
+        text = self._added_names.split(literal, maxsplit=1)[0] if self._added_names else literal
+        ids = self._encode(literal.removeprefix(text)) if literal else self.turn_end
+        return text, ids[0] if ids and ids[0] in self._added else None
 
     @cached_property
     def _added_names(self) -> re.Pattern | None:
@@ -456,19 +455,21 @@ class Speaker(Template):
     def _with_prefilled_thought(self, turn: Turn, prompt: str) -> Turn:
         """Adds forms for thoughts where the generation prompt opens one with a tag (`<think>`) and the template leaves thoughts
         out of finished turns. The thought ends at the closing tag, which the template or the vocabulary has to have; then an
-        answer or a call follows as without a thought. Finished turns that begin with the closing tag, right after the opening
-        one, are the same turns with an empty thought."""
-        tag = re.search(r"([<\[])(\w+)([>\]])\s*$", prompt)
+        answer or a call follows as without a thought. Where the opening tag has a line of its own the closing one has too, and an empty
+        line follows, as in the templates that write both. Finished turns that begin with the closing tag, right after the opening one, are
+        the same turns with an empty thought."""
+        tag = re.search(r"([<\[])(\w+)([>\]])(\s*)$", prompt)
         if turn.plain is None or tag is None or any(THOUGHT in kind for kind in turn.forms):
             return turn
         close = f"{tag[1]}/{tag[2]}{tag[3]}"
         if close not in self.template and close not in self._plain_added.values() and close not in self.controls:
             return turn
         if tag[0] in turn.tail:
-            between = {(ANSWER,): (turn.tail, close, turn.plain.end)}
+            closing = f"\n{close}\n\n" if "\n" in tag[4] else close
+            between = {(ANSWER,): (turn.tail, closing, turn.plain.end)}
             calls = turn.forms.get((CALLS,))
             if calls and turn.takes_back(calls):
-                between[(CALLS,)] = turn.tail, close + calls.opening, calls.end
+                between[(CALLS,)] = turn.tail, closing + calls.opening, calls.end
         else:
             closed = {kind: form for kind, form in turn.forms.items() if form.opening.startswith(close)}
             between = {kind: ("", *form.literals) for kind, form in closed.items()}
@@ -605,19 +606,28 @@ def _with_forms(turn: Turn, forms: Mapping[tuple[str, ...], Form]) -> Turn:
     return replace(turn, forms={**turn.forms, **forms}, missing=missing)
 
 
-def beside_markup(student: Speaker, teacher: Speaker) -> tuple[dict[int, str], dict[int, str]]:
-    """For each side, its added tokens that begin the markup after a section, with the text that the other side's markup there begins with:
-    a `<|end|>` beside `\n</think>` stands where the other model's newline does, which its tokenizer may join with the text before."""
-    found: tuple[dict[int, str], dict[int, str]] = {}, {}
+def beside_markup(student: Speaker, teacher: Speaker) -> tuple[MarkupBeside, MarkupBeside]:
+    """For each side, the added tokens at which sections and turns end, and what the two sides write before them: a `<|end|>` stands in the
+    place of the newline of `\n</think>`, which the other tokenizer may join with the text before, and `</think>` tells that this newline was
+    no text. Where several forms differ, the shortest decides."""
+    found = tuple(({}, {}) for _ in range(2))
     for ours, theirs in zip(student.known_turns, teacher.known_turns, strict=True):
-        for kinds in ours.forms.keys() & theirs.forms.keys():
+        for kinds in sorted(ours.forms.keys() & theirs.forms.keys(), key=len):
             pairs = zip(ours.forms[kinds].literals[1:], theirs.forms[kinds].literals[1:], strict=True)
             for literals in pairs:
-                for n, (one, other) in enumerate(((student, teacher), (teacher, student))):
-                    token = one.begins_with(literals[n])
-                    if token is not None and (text := other.text_before_markup(literals[1 - n])):
-                        found[n].setdefault(token, text)
-    return found
+                (own, token), (other, other_token) = (
+                    student.before_markup(literals[0]),
+                    teacher.before_markup(literals[1]),
+                )
+                shared = shared_space(own, other)
+                texts = own.removeprefix(shared), other.removeprefix(shared)
+                for (joins, after), one, text, beside in zip(
+                    found, (token, other_token), texts, texts[::-1], strict=True
+                ):
+                    if one is not None:
+                        joins.setdefault(one, "" if text else beside)
+                        after.setdefault(one, text)
+    return tuple(MarkupBeside(*({i: text for i, text in kind.items() if text} for kind in side)) for side in found)
 
 
 def unshared_markup(student: Speaker, teacher: Speaker) -> list[str]:

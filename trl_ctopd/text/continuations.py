@@ -17,7 +17,9 @@ Decisions.
   bytes are used: u continues t where u begins with the rest of a longer token.
 - u is judged as if the text ended with it. Later tokens could still join it or split it. On real text that happens where a
   tokenizer has merges over digits (GPT-2's): `517` may be `5` and `17` although `51` is a token. `undecided` tells where.
-- Tokens that stand for no text (turn ends, control tokens, padding rows) continue nothing, and nothing continues an added
+- An added token at which a template's markup ends a section stands in the place of text: of what the other template writes there, which
+  may join with t. Where its own template writes text before it, that text was no section's, and what t had read as one is undone.
+- Other tokens that stand for no text (turn ends, control tokens, padding rows) continue nothing, and nothing continues an added
   token. Where a character takes several tokens, its bytes are merged like any others, and no pre-tokenizer cuts inside it.
 
 Letters: V_T teacher ids, U distinct texts of student tokens, M merges.
@@ -27,7 +29,7 @@ import json
 import re
 import unicodedata
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, product
@@ -37,6 +39,7 @@ import numpy as np
 
 from .aligner import encode_as_text
 from .token_bytes import token_table
+from .turns import MarkupBeside
 
 
 _RANK_BITS = 22  # the low bits of a merge's time hold its rank
@@ -105,11 +108,11 @@ class Continuations:
         student_tokenizer, teacher_tokenizer: of the two models.
         stops (collection of `int`): the student's ids that end its turn.
         merges (`Merges`, *optional*): an earlier result of `build_merges`.
-        beside (mapping of `int` to `str`): student ids that begin the markup of a template, or end a turn, with the text that the teacher's
-            markup at that place begins with. They continue what that text continues.
+        beside (`MarkupBeside`): the student's added tokens with the text beside them. They continue what the teacher's text there
+            continues, and all that ends with the text that the student's template writes before them.
 
     Attributes:
-        texts (U): the distinct texts of the student's tokens, sorted.
+        texts (U): the distinct texts of the student's tokens and of markup beside a section, sorted.
         merges: None where the teacher's tokenizer is not BPE.
         reverse (`Continuations` or None): the same the other way round: for each student token, the teacher tokens that continue
             it. None where the teacher's distributions are not known.
@@ -121,21 +124,19 @@ class Continuations:
         teacher_tokenizer: Any,
         stops: Collection[int] = (),
         merges: Merges | None = None,
-        beside: Mapping[int, str] | None = None,
+        beside: MarkupBeside | None = None,
     ):
         self.reverse: Continuations | None = None
+        beside = beside or MarkupBeside()
         by_text: dict[bytes, list[int]] = {}
         for token, row in enumerate(token_table(student_tokenizer).rows):
             if row and token not in stops:
                 by_text.setdefault(row, []).append(token)
+        for token, text in beside.joins.items():
+            by_text.setdefault(text.encode(), []).append(token)
         self.texts = sorted(by_text)
         self._ids = [by_text[text] for text in self.texts]
-        self._beside: dict[int, list[int]] = {}  # by the number of the longest text that theirs begins with
-        for token, text in (beside or {}).items():
-            data = text.encode()
-            begun = (data[:size] for size in range(len(data), 0, -1))
-            if (like := next((own for own in begun if own in by_text), None)) is not None:
-                self._beside.setdefault(bisect_left(self.texts, like), []).append(token)
+        self._after = {token: text.encode() for token, text in beside.after.items()}
         self._rows = token_table(teacher_tokenizer).rows
         self._tokenizer = teacher_tokenizer
         self._teacher = _Teacher(teacher_tokenizer)
@@ -151,7 +152,9 @@ class Continuations:
         """The student ids that continue this teacher token, sorted."""
         if teacher_id not in self._known:
             numbers = self._going_on(teacher_id)
-            ids = [token for number in numbers for token in (*self._ids[number], *self._beside.get(number, ()))]
+            ids = {token for number in numbers for token in self._ids[number]}
+            row = self._rows[teacher_id] if teacher_id < len(self._rows) else b""
+            ids.update(token for token, text in self._after.items() if row.endswith(text))
             self._known[teacher_id] = np.array(sorted(ids), dtype=np.int64)
         return self._known[teacher_id]
 

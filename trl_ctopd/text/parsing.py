@@ -88,7 +88,9 @@ class Grammar:
         """A pattern that finds a literal with as much whitespace around its tags as it has, or less; with `loose`, with any."""
         text = self.symbols(literal)
         if loose:
-            return re.compile(rf"[{SPACE}]*{re.escape(text)}[{SPACE}]*")
+            any_space = rf"[{SPACE}]*"
+            tag_and_rest = re.split(rf"[{SPACE}]+", text.strip(SPACE), maxsplit=1)
+            return re.compile(any_space + any_space.join(map(re.escape, tag_and_rest)) + any_space)
         core = text.strip(SPACE)
         if not core:
             return re.compile(_optional(text))

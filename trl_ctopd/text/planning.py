@@ -1,10 +1,10 @@
 """What the teacher reads for a completion that was parsed into sections: the same turn in its own template's markup."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .parsing import SPACE, START, Parsed, steps
-from .turns import ANSWER, CALLS, THOUGHT, Form, Turn
+from .parsing import START, Parsed, steps
+from .turns import ANSWER, CALLS, THOUGHT, Form, Turn, shared_space
 
 
 _REASON = {THOUGHT: "thought", CALLS: "call"}
@@ -45,7 +45,6 @@ class Plan:
 
 def plan(
     parsed: Parsed,
-    written: str,
     ended: bool,
     teacher: Turn,
     eos: str,
@@ -59,7 +58,6 @@ def plan(
     Sets the sections that `Grammar.parse` found beside the teacher's form of the same turn.
 
     Args:
-        written: the completion's symbols.
         teacher: how its template writes this turn.
         eos: its EOS token, which ends a turn where the template writes no end.
         calls: units of the calls, from the first call's name to the end of the turn; None where the teacher cannot read them.
@@ -80,7 +78,7 @@ def plan(
         if reason is not None:
             units += [Unit(begin, end, "", False, reason), Unit(a, b, "", False, reason)]
             continue
-        literal = _spaced(literals[kept], written[begin:end]) if form and form.loose else literals[kept]
+        literal = literals[kept]
         if n and n - 1 in lost and thought_policy == "text":
             literal = literal or "\n\n"
         after_lost = n > 0 and n - 1 in lost
@@ -102,6 +100,21 @@ def plan(
     elif not ended and len(marks) > len(sections):  # cut off amid it
         units.append(Unit(*marks[-1], "", False, "markup"))
     return Plan(on_tail, opening, tuple(unit for unit in units if unit.shared or unit.teacher or unit.end > unit.start))
+
+
+def with_shared_space(units: Sequence[Unit], written: str) -> list[Unit]:
+    """The units, with the whitespace that the two sides' markup of one begins with alike as a shared unit of its own: a newline before both
+    `</think>` and `<|end|>` is the same text to both."""
+    found: list[Unit] = []
+    for unit in units:
+        size = 0 if unit.shared or unit.reason else len(shared_space(written[unit.start : unit.end], unit.teacher))
+        if (
+            size and unit.start + size < unit.end and size < len(unit.teacher)
+        ):  # something to stand beside the other's rest
+            found.append(Unit(unit.start, unit.start + size, "", True))
+            unit = replace(unit, start=unit.start + size, teacher=unit.teacher[size:])
+        found.append(unit)
+    return found
 
 
 def _literals(kinds: Sequence[str], lost: Mapping[int, str], teacher: Turn) -> tuple[Form | None, list[str]]:
@@ -126,12 +139,3 @@ def lost_kinds(kinds: tuple[str, ...], teacher: Turn, without_calls: bool) -> se
     if THOUGHT in kept and not (opens if len(kept) == 1 else kept in teacher.forms):  # one alone is unfinished
         lost = lost | {THOUGHT}
     return lost
-
-
-def _spaced(literal: str, mark: str) -> str:
-    """A literal of a loose form, with the whitespace that the student wrote around its own."""
-    core = mark.strip(SPACE)
-    if not core or not literal or literal != literal.strip(SPACE):
-        return literal
-    before, _, after = mark.partition(core)
-    return before + literal + after

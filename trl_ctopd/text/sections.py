@@ -29,7 +29,7 @@ from .chat import Speaker, unshared_markup
 from .chunks import synchronized_chunks
 from .grid import Grid, side_on
 from .parsing import Grammar, Parsed, name_of, runs, symbols
-from .planning import Unit, lost_kinds, plan
+from .planning import Unit, lost_kinds, plan, with_shared_space
 from .token_bytes import TokenTable
 from .turns import ANSWER, CALLS, Turn, Unrenderable, one_of, read_turn
 
@@ -138,8 +138,9 @@ class SectionAligner:
         calls = None
         if ended and CALLS in parsed.kinds:
             calls = self._calls(written, parsed, student, read_turn(teacher), executed, policies)
-        planned = plan(parsed, written, ended, read_turn(teacher), self._eos, calls=calls, **policies)
-        planned = replace(planned, units=tuple(self._masked(unit, written) for unit in planned.units))
+        planned = plan(parsed, ended, read_turn(teacher), self._eos, calls=calls, **policies)
+        units = [self._masked(unit, written) for unit in planned.units]
+        planned = replace(planned, units=tuple(with_shared_space(units, written)))
         self._say({unit.reason for unit in planned.units})
         grid = Grid(planned.units, written, self._aligner)
         # a tokenizer that puts a space before a text writes that of the opening itself

@@ -60,6 +60,26 @@ RESULT = {"role": "tool", "tool_call_id": CALL_ID, "name": NAME_PROBE, "content"
 REWRITES = "writes what comes before the turn otherwise than in the prompt"
 
 
+def shared_space(own: str, other: str) -> str:
+    """The whitespace that two sides' markup of one place begins with alike. It is text to both."""
+    text = commonprefix([own, other])
+    return text[: len(text) - len(text.lstrip())]
+
+
+@dataclass(frozen=True)
+class MarkupBeside:
+    """Of one side's added tokens at which a template's markup ends a section, or a turn: the text of either side before it.
+
+    Attributes:
+        joins: ids to the text that the other side writes in the token's place, which its tokenizer may join with the section.
+        after: ids to the text that the same template writes before the token and the other side does not. Once the token is there, this
+            text was not the section's.
+    """
+
+    joins: Mapping[int, str] = field(default_factory=dict)
+    after: Mapping[int, str] = field(default_factory=dict)
+
+
 class Unrenderable(ValueError):
     """A template cannot write what it was asked to; the message is its own reason."""
 
@@ -75,7 +95,8 @@ class Form:
             call's arguments, so the literals around it hold the markup of calls.
         rest: what a finished turn writes after its end; None where the end is part of the next turn's header.
         unwritten: the part of the end that stands in that header, and not in a finished turn.
-        loose: True where no rendering shows the whitespace around the literal between thought and answer; any is then accepted.
+        loose: True where no rendering shows the whitespace around the literal between thought and answer; any is then accepted from a
+            student.
         inferred: True where no rendering shows the whole form, since the template leaves the thought out of a finished turn. It is
             put together from the generation prompt or from two other forms.
     """

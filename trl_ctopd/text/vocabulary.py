@@ -17,7 +17,7 @@ import os
 import tempfile
 import zipfile
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
@@ -31,6 +31,7 @@ from .aligner import encode_as_text
 from .continuations import Continuations, Merges, later_digits_undo
 from .one_tokenizer import is_one_tokenizer
 from .token_bytes import token_bytes, token_table
+from .turns import MarkupBeside
 
 
 CACHE_DIR = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "trl_ctopd"
@@ -216,7 +217,7 @@ class VocabularyPair:
         student_stops, teacher_stops (collections of `int`): the ids that end each side's turn; empty where no single token
             does.
         student_markup (collection of `int`): ids with which the student's template writes what stands between the sections of a turn.
-        beside (pair of mappings): of the student's and of the teacher's ids, `beside` of [`Continuations`].
+        beside (pair of `MarkupBeside`, *optional*): of the student's and of the teacher's ids, `beside` of [`Continuations`].
         device: where the structures are kept.
         cache_dir (`Path`, *optional*): folder of the disk cache; `None` for no cache.
 
@@ -234,7 +235,7 @@ class VocabularyPair:
         student_stops: Collection[int] = (),
         teacher_stops: Collection[int] = (),
         student_markup: Collection[int] = (),
-        beside: tuple[Mapping[int, str], Mapping[int, str]] = ({}, {}),
+        beside: tuple[MarkupBeside, MarkupBeside] | None = None,
         device: torch.device | str = "cpu",
         cache_dir: Path | None = None,
     ):
@@ -244,7 +245,7 @@ class VocabularyPair:
         self._student = _Side.of(student_tokenizer, student_size, student_stops)
         self._teacher = _Side.of(teacher_tokenizer, teacher_size, teacher_stops)
         self.bridged = bool(self._student.stops and self._teacher.stops)
-        self._device, self._cache_dir, self._beside = device, cache_dir, beside
+        self._device, self._cache_dir, self._beside = device, cache_dir, beside or (MarkupBeside(), MarkupBeside())
         self._student_markup = {*student_markup} - {*student_stops} | (set() if self.bridged else {*student_stops})
 
     @cached_property
@@ -276,7 +277,9 @@ class VocabularyPair:
         return found
 
     def _continuations(self, student, teacher, stops, beside, name: str) -> Continuations:
-        path = None if self._cache_dir is None else Path(self._cache_dir) / f"{self._hash}-{name}.npz"
+        texts = repr(sorted({*beside.joins.values()})).encode()  # each is a text of its own
+        name = f"{self._hash}-{name}-{hashlib.sha256(texts).hexdigest()[:8]}.npz"
+        path = None if self._cache_dir is None else Path(self._cache_dir) / name
         kept = None if path is None else _load(Merges, path)
         if kept is not None:
             kept = Merges(*(getattr(kept, field.name).numpy() for field in fields(Merges)))
@@ -337,6 +340,12 @@ class VocabularyPair:
     def teacher_widths(self) -> torch.Tensor:
         """(V_T,) bytes of each teacher id."""
         return torch.tensor([len(row) for row in self._teacher.rows], device=self._device)
+
+    @cached_property
+    def undone_by_markup(self) -> torch.Tensor:
+        """(V_T,) True for teacher ids that end with text of which a later token of the student's markup tells that it was no text."""
+        ends = tuple({text.encode() for text in self._beside[0].after.values()})
+        return torch.tensor([row.endswith(ends) for row in self._teacher.rows], dtype=torch.bool, device=self._device)
 
     @cached_property
     def student_whitespace(self) -> torch.Tensor:
