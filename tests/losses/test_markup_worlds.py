@@ -25,14 +25,14 @@ from trl_ctopd.text.vocabulary import VocabularyPair
 
 CONTROLS = ["<|a|>", "<|u|>", "<t>", "</t>", "<x>", "<y>"]
 STOP = ((".", "\n"),)
-Markup = tuple[str, str, str]  # before a thought, between it and the answer, and the end of the turn
+Markup = tuple[str, ...]  # before a thought, between it and the answer, the end of the turn, and before an answer alone
 
 
-def template(before: str, between: str, end: str) -> str:
-    written = [f"{{{{ '{part}' }}}}".replace("\n", "\\n") for part in (before, between, end)]
+def template(before: str, between: str, end: str, alone: str = "") -> str:
+    written = [f"{{{{ '{part}' }}}}".replace("\n", "\\n") for part in (before, between, end, alone)]
     return (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}<|a|>{% if m.reasoning_content %}"
-        f"{written[0]}{{{{ m.reasoning_content }}}}{written[1]}{{% endif %}}{{{{ m['content'] }}}}{written[2]}"
+        f"{written[0]}{{{{ m.reasoning_content }}}}{written[1]}{{% else %}}{written[3]}{{% endif %}}{{{{ m['content'] }}}}{written[2]}"
         "{% else %}<|u|>{{ m['content'] }}<|e|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
     )
 
@@ -172,6 +172,37 @@ def test_without_what_stands_beside_a_newline_a_joined_token_moves_it(monkeypatc
     known, controls = own.table.of, {*own.student.added_tokens_decoder}
     monkeypatch.setattr(own.table, "of", lambda token: np.array([i for i in known(token) if i not in controls], int))
     assert own.gradient("dpca").abs().max() > 0.01
+
+
+BEGUN_ALIKE = {  # the markup before a thought begins as that before an answer alone
+    "the teacher's": (("<t>", "</t>", "<|e|>", "<x>"), (), ("<t>", "<y>", "<|e|>", "<t><y>"), OTHER),
+    "the student's": (("<t>\n", "</t>", "<|e|>", "<t>\n\n</t>"), (), ("<t>", "<y>", "<|e|>", "<x>"), OTHER),
+    "both": (("<t>", "</t>", "<|e|>", "<t></t>"), (), ("<x>", "<y>", "<|e|>", "<x><y>"), OTHER),
+}
+
+
+@functools.cache
+def with_and_without_thoughts(name: str) -> Templates:
+    ours, merges, theirs, other_merges = BEGUN_ALIKE[name]
+    alone = [ours[3] + answer + ours[2] for answer in ("a", "b", "ab", "ba")]
+    return Templates(byte_level(merges, ours), byte_level(other_merges, theirs), thoughts(ours, "ab") + alone)
+
+
+@pytest.mark.parametrize("name", BEGUN_ALIKE)
+@pytest.mark.parametrize(("loss", "knobs"), LOSSES)
+def test_a_perfect_student_stays_where_only_what_follows_tells_what_markup_was(loss, knobs, name):
+    own = with_and_without_thoughts(name)
+    assert all((rollout.student_chunks >= 0).all() for rollout in own.rollouts)
+    assert own.gradient(loss, **knobs).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", BEGUN_ALIKE)
+def test_the_expectation_is_that_of_closed_chunks_where_only_what_follows_tells_what_markup_was(name):
+    own = with_and_without_thoughts(name)
+    student = moved(own.world, by=0.5)
+    expected, found = (own.gradient(loss, student, advantage_clip=None) for loss in ("dpca", "reverse_kl"))
+    assert expected.abs().max() > 0.05
+    assert (found - expected).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("letters", LETTERS)

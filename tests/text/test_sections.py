@@ -3,7 +3,9 @@
 import functools
 import itertools
 import random
+import re
 import warnings
+from os.path import commonprefix
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from trl_ctopd import token_bytes
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
 from trl_ctopd.text.chat import Conversation
 from trl_ctopd.text.one_tokenizer import OneTokenizer
-from trl_ctopd.text.parsing import Grammar, symbols
+from trl_ctopd.text.parsing import START, Grammar, symbols
+from trl_ctopd.text.planning import undecided_steps
 from trl_ctopd.text.sections import SectionAligner, aligner_of
 from trl_ctopd.text.token_bytes import token_table
 from trl_ctopd.text.turns import ANSWER, CALL, CALLS, THOUGHT, TOOLS, USER, Form, Turn, shared_space
@@ -174,7 +177,7 @@ def test_the_teacher_reads_its_own_templates_writing_of_thought_and_answer(stude
     assert read(found, teacher) == rendered(teacher)
     assert not found.alignment.masked or {own.reason for own in found.alignment.masked} == {"markup"}
     chunks = texts(found, student, teacher)
-    same = "".join(ours for ours, theirs in chunks if ours == theirs)
+    same = "".join(commonprefix([ours[::-1], theirs[::-1]])[::-1] for ours, theirs in chunks)
     for section in ("Two and two.", "It is four."):
         assert section in same
     for ours, theirs in chunks:
@@ -241,8 +244,11 @@ def test_the_teacher_reads(student, teacher, completion, heard):
 def test_frame_words_are_markup_and_never_answer():
     found = rollout("gptoss", "qwen3", OSS)
     assert texts(found, "gptoss", "qwen3") == [
-        ("<|channel|>analysis<|message|>", "<think>\n"),
-        *((letter, letter) for letter in "Two."),
+        (
+            "<|channel|>analysis<|message|>T",
+            "<think>\nT",
+        ),  # this newline might have been the first of an empty thought's two
+        *((letter, letter) for letter in "wo."),
         ("<|end|><|start|>assistant<|channel|>final<|message|>", "\n</think>\n\n"),
         *((letter, letter) for letter in "Four."),
         ("<|return|>", "<|im_end|>"),
@@ -271,9 +277,24 @@ def test_tokens_of_chunks_with_markup_are_marked():
         chunks = spelled(found, student, found.student_chunks, found.student_ids)
         marked = {chunk for chunk, own in zip(found.student_chunks.tolist(), found.markup, strict=True) if own}
         plain = b"".join(chunk for n, chunk in enumerate(chunks) if n not in marked)
-        assert plain.replace(b".", b"") == b"TwoFour" and -1 not in marked
+        assert plain.replace(b".", b"") == b"woFour" and -1 not in marked
         assert {n for n, chunk in enumerate(chunks) if b"|" in chunk or b"<" in chunk or b"think" in chunk} <= marked
     assert rollout("qwen2_5", "llama3_2", "Four.<|im_end|>").markup is None
+
+
+def test_markup_is_undecided_where_that_before_another_section_begins_with_its_tokens():
+    turn = side("qwen3").turn(Conversation([USER], tools=TOOLS))
+    before_call = {(START, ANSWER), (THOUGHT, ANSWER)}  # </think> may be followed by an answer or a call
+    assert undecided_steps(turn, list) == {(START, THOUGHT)} | before_call
+    with_empty_lines = re.compile(r"\n\n|(?s:.)").findall  # a token for two newlines, as Qwen's vocabulary has
+    assert undecided_steps(turn, with_empty_lines) == before_call
+    assert undecided_steps(side("gptoss").turn(Conversation([USER])), list) == set()
+
+
+def test_a_text_cut_off_at_undecided_markup_has_it_masked():
+    found = rollout("gptoss", "qwen3", "<|channel|>analysis<|message|>")
+    assert (found.student_chunks == -1).all() and found.num_chunks == 0
+    assert {own.reason for own in found.alignment.masked} == {"markup"}
 
 
 def test_a_masked_end_is_not_read_by_the_teacher():
@@ -351,8 +372,12 @@ def test_random_completions_have_equal_bytes_in_every_chunk_of_text(seed):
     theirs = spelled(found, teacher, found.teacher_chunks, found.teacher_ids)
     space = shared_space(literals[1], others[1])
     markup = {part.encode() for part in (opening, literals[1].removeprefix(space), literals[2])}
-    sections = [pair for pair in zip(ours, theirs, strict=True) if pair[0] not in markup]
+    after = [next((one.removeprefix(own) for own in markup if own and one.startswith(own)), None) for one in ours]
+    sections = [(one, other) for own, one, other in zip(after, ours, theirs, strict=True) if own is None]
     assert all(one == other and len(one) == 1 for one, other in sections)  # each byte is a token on both sides
-    assert b"".join(one for one, _ in sections) == ("a" + thought + space + "b" + answer).encode()
+    # undecided markup brings the first letter after it
+    assert all(len(own) <= 1 and other.endswith(own) for own, other in zip(after, theirs, strict=True) if own)
+    spelled_text = b"".join(one if own is None else own for own, one in zip(after, ours, strict=True))
+    assert spelled_text == ("a" + thought + space + "b" + answer).encode()
     assert found.student_widths.sum() == len(("a" + thought + space + "b" + answer).encode())
     assert np.all(np.diff([chunk for chunk in found.student_chunks if chunk >= 0]) >= 0)

@@ -328,7 +328,7 @@ def test_after_a_thought_that_the_prompt_opens_a_call_follows_as_without_one():
     turn = side("deepseekv3").turn(Conversation([USER], tools=TOOLS))
     calls = turn.forms[(CALLS,)]
     assert turn.tail == "<think>\n" and turn.takes_back(calls)
-    assert turn.forms[(THOUGHT, CALLS)].literals == ("<think>\n", "</think>" + calls.opening, calls.end)
+    assert turn.forms[(THOUGHT, CALLS)].literals == ("<think>\n", "\n</think>\n\n" + calls.opening, calls.end)
 
 
 def test_a_template_that_fails_at_tools_serves_rows_without():

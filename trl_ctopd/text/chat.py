@@ -93,7 +93,7 @@ class Speaker(Template):
             self._refuse_what_is_left_out(conversation)
             text = self._render(conversation.prompt, conversation, open_ended=True)
             self._refuse_lost_instructions(conversation.prompt, text)
-            ids = self._encode(text)
+            ids = self.encode(text)
         else:
             _ = self._writes_plain_turns
             ids = self._encode_plain(plain_text(conversation.prompt, conversation.tools))
@@ -125,7 +125,7 @@ class Speaker(Template):
         plain = stem + (turn.plain.opening if turn.plain else turn.tail)
         if turn.plain and self._space_is_the_answers(turn.plain):
             plain = plain.removesuffix(" ")
-        return Opened(ids, turn, self._encode(stem), self._before_text(plain), is_simple)
+        return Opened(ids, turn, self.encode(stem), self._before_text(plain), is_simple)
 
     def turn(self, conversation: Conversation) -> Turn:
         """How the template writes a turn after the conversation's prompt. What was found after one short user turn is taken, if
@@ -178,7 +178,7 @@ class Speaker(Template):
         if self._space_is_the_answers(form):
             opening = opening.removesuffix(" ")
         end = self.end_ids(form) if form.end else self.turn_end
-        return on_tail, [*self._encode(opening), *self._answer_ids(form, text), *(end if ended else [])]
+        return on_tail, [*self.encode(opening), *self._answer_ids(form, text), *(end if ended else [])]
 
     def stop_ids(self, generation_config: GenerationConfig | None = None) -> list[int]:
         """All ids that end this model's turn: `eos_token_id` of tokenizer and generation config, and the last token of every
@@ -383,7 +383,7 @@ class Speaker(Template):
             _ = self.turn_end  # says why
         forms = [form for turn in turns for form in turn.forms.values() if form.end]
         closing = [form.literals[1] for form in forms if form.sections[0] == THOUGHT]
-        within = {token for literal in closing for token in self._encode(literal)}
+        within = {token for literal in closing for token in self.encode(literal)}
         stops = list(dict.fromkeys(self.end_ids(form)[-1] for form in forms))
         alone = [token for token in stops if token not in within]
         eos = self.tokenizer.eos_token_id
@@ -395,7 +395,7 @@ class Speaker(Template):
         of a turn, its stop tokens included."""
         literals = {literal for turn in self.known_turns for form in turn.forms.values() for literal in form.literals}
         tags = {token for token, name in self._plain_added.items() if name in THINKING and name in self.template}
-        return {token for literal in literals for token in self._encode(literal)} & self._added | tags
+        return {token for literal in literals for token in self.encode(literal)} & self._added | tags
 
     @cached_property
     def known_turns(self) -> tuple[Turn, Turn]:
@@ -411,7 +411,7 @@ class Speaker(Template):
     def before_markup(self, literal: str) -> tuple[str, int | None]:
         """What stands before the first control or other added token of a literal, and this token; None for none. "" is the end of a turn."""
         text = self._added_names.split(literal, maxsplit=1)[0] if self._added_names else literal
-        ids = self._encode(literal.removeprefix(text)) if literal else self.turn_end
+        ids = self.encode(literal.removeprefix(text)) if literal else self.turn_end
         return text, ids[0] if ids and ids[0] in self._added else None
 
     @cached_property

@@ -14,6 +14,7 @@ Decisions.
 Letters: B texts with N tokens and L bytes in all, M masked stretches, C chunks that take part.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +53,9 @@ class Chunks:
     end: np.ndarray
 
 
-def synchronized_chunks(student: Side, teacher: Side, lengths: np.ndarray, masked: np.ndarray) -> Chunks:
+def synchronized_chunks(
+    student: Side, teacher: Side, lengths: np.ndarray, masked: np.ndarray, joined: Sequence[int] = ()
+) -> Chunks:
     """The intervals between neighbouring shared boundaries.
 
     Args:
@@ -60,11 +63,13 @@ def synchronized_chunks(student: Side, teacher: Side, lengths: np.ndarray, maske
         lengths: (B,) bytes in each text.
         masked: (M, 2) start and end, in the batch's bytes, of each stretch that takes no part. In any order, start < end, none
             crosses from one text into another.
+        joined: positions in the batch's bytes, within a text, that are no boundary.
     """
     bases = bounds(lengths)
     shared = _boundaries(student, bases) & _boundaries(teacher, bases)
     stretch_start, stretch_end = masked.T
     shared[runs(stretch_start + 1, stretch_end - stretch_start - 1)] = False
+    shared[list(joined)] = False
     shared[bases] = True
     edges = np.flatnonzero(shared)  # interval i of the batch is edges[i]:edges[i + 1]
     begun = np.cumsum(shared)

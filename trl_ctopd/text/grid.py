@@ -28,11 +28,13 @@ class Grid:
         shown: (size + 1,) offset in `text` (the sections with the student's markup) of each place.
         content: (size + 1,) bytes of section text before each place.
         is_markup: (size,) True for places of markup.
+        undecided: places at which markup ends that may yet be other markup.
         masked: stretches of places that are masked; those with an empty reason are not counted.
     """
 
     def __init__(self, units: Sequence[Unit], written: str, aligner: TextAligner):
         self.units, self.masked = units, []
+        self.undecided: list[int] = []
         self._written, names = written, aligner.student_table.names
         length = len(written)
         left, right = np.full(length + 1, -1), np.full(length + 1, -1)
@@ -78,11 +80,15 @@ class Grid:
                 self.teacher_texts.append(unit.teacher)
                 if unit.reason or a == b or not theirs:
                     self.masked.append(MaskedStretch(size, size + width, unit.reason or ""))
+                elif unit.undecided:
+                    self.undecided.append(size + width)
                 shown += [shown[-1]] * (width - 1) + [shown[-1] + len(literal.encode())]
                 content += [content[-1]] * width
                 texts.append(literal)
             size += width
             is_markup += [not unit.shared] * width
+        if self.undecided[-1:] == [size]:  # cut off there
+            self.masked.append(MaskedStretch(size - _MARKUP, size, "markup"))
         self.is_markup = np.array(is_markup, dtype=bool)
         self.size, self.text = size, "".join(texts)
         self.student, self.teacher = (left, right), (np.array(teacher_left), np.array(teacher_right))

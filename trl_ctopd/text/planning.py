@@ -1,9 +1,9 @@
 """What the teacher reads for a completion that was parsed into sections: the same turn in its own template's markup."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .parsing import START, Parsed, steps
+from .parsing import END, START, Parsed, steps
 from .turns import ANSWER, CALLS, THOUGHT, Form, Turn, shared_space
 
 
@@ -19,6 +19,8 @@ class Unit:
         teacher: what the teacher reads in its place; "" where `shared`.
         shared: whether both sides have the same text there; False for markup.
         reason: why the stretch is masked; None where it is not.
+        undecided: whether one side writes markup that begins like this where another section follows, so that only what comes next tells
+            which of the two it is.
     """
 
     start: int
@@ -26,6 +28,7 @@ class Unit:
     teacher: str
     shared: bool
     reason: str | None = None
+    undecided: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def plan(
     thought_policy: str = "mask",
     eos_policy: str = "bridge",
     calls: Sequence[Unit] | None = None,
+    undecided: Collection[tuple[str, str]] = (),
 ) -> Plan:
     """
     Sets the sections that `Grammar.parse` found beside the teacher's form of the same turn.
@@ -61,6 +65,7 @@ def plan(
         teacher: how its template writes this turn.
         eos: its EOS token, which ends a turn where the template writes no end.
         calls: units of the calls, from the first call's name to the end of the turn; None where the teacher cannot read them.
+        undecided: from one section to the next, where the markup in between is (see [`Unit`]).
     """
     sections, marks, kinds = parsed.sections, parsed.marks, list(parsed.kinds)
     lost = {kinds.index(kind): _REASON[kind] for kind in lost_kinds(parsed.kinds, teacher, calls is None)}
@@ -86,7 +91,8 @@ def plan(
             opening = literal
         else:
             why = lost[n - 1] if after_lost else None if markup_policy == "bridge" and literal else "markup"
-            units.append(Unit(begin, end, literal, False, why))
+            step = kinds[n - 1] if n else START, kind
+            units.append(Unit(begin, end, literal, False, why, undecided=step in undecided))
         units += calls if kind == CALLS and calls is not None else [Unit(a, b, "", True)]
         kept += 1
     if not kept:
@@ -115,6 +121,18 @@ def with_shared_space(units: Sequence[Unit], written: str) -> list[Unit]:
             unit = replace(unit, start=unit.start + size, teacher=unit.teacher[size:])
         found.append(unit)
     return found
+
+
+def undecided_steps(turn: Turn, encode: Callable[[str], list[int]]) -> set[tuple[str, str]]:
+    """From one section to the next, where the markup in between is in tokens how that to another section begins: `</think>` before an answer,
+    and before a call."""
+    written = [(here, there, encode(literal)) for here, there, literal in steps(turn) if there != END and literal]
+    return {
+        (here, there)
+        for here, there, ids in written
+        for other_here, other, longer in written
+        if (here, there) != (other_here, other) and here == other_here and longer[: len(ids)] == ids
+    }
 
 
 def _literals(kinds: Sequence[str], lost: Mapping[int, str], teacher: Turn) -> tuple[Form | None, list[str]]:

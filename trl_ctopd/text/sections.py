@@ -29,7 +29,7 @@ from .chat import Speaker, unshared_markup
 from .chunks import synchronized_chunks
 from .grid import Grid, side_on
 from .parsing import Grammar, Parsed, name_of, runs, symbols
-from .planning import Unit, lost_kinds, plan, with_shared_space
+from .planning import Unit, lost_kinds, plan, undecided_steps, with_shared_space
 from .token_bytes import TokenTable
 from .turns import ANSWER, CALLS, Turn, Unrenderable, one_of, read_turn
 
@@ -99,6 +99,7 @@ class SectionAligner:
         self._eos = teacher.tokenizer.convert_ids_to_tokens(teacher.turn_end[-1])
         self._pattern = one_of(self._controls)
         self._grammars: dict[str, Grammar] = {}
+        self._undecided: dict[tuple[str, str], set[tuple[str, str]]] = {}
         self._said: set[str] = set()
 
     def parse(self, ids: Sequence[int], ended: bool, student: str) -> tuple[str, np.ndarray, Parsed] | None:
@@ -138,7 +139,8 @@ class SectionAligner:
         calls = None
         if ended and CALLS in parsed.kinds:
             calls = self._calls(written, parsed, student, read_turn(teacher), executed, policies)
-        planned = plan(parsed, ended, read_turn(teacher), self._eos, calls=calls, **policies)
+        undecided = self._undecided_steps(student, teacher)
+        planned = plan(parsed, ended, read_turn(teacher), self._eos, calls=calls, undecided=undecided, **policies)
         units = [self._masked(unit, written) for unit in planned.units]
         planned = replace(planned, units=tuple(with_shared_space(units, written)))
         self._say({unit.reason for unit in planned.units})
@@ -150,7 +152,7 @@ class SectionAligner:
         theirs = side_on(ends, sizes, *grid.teacher)
         stretches = sorted({*grid.masked, *masked}, key=lambda stretch: (stretch.start, stretch.end))
         places = np.array([(stretch.start, stretch.end) for stretch in stretches], dtype=np.int64).reshape(-1, 2)
-        chunks = synchronized_chunks(ours, theirs, np.array([grid.size]), places)
+        chunks = synchronized_chunks(ours, theirs, np.array([grid.size]), places, grid.undecided)
         chunks.student[grid.silent(np.cumsum(widths), widths)] = -1
         starts, stops = ours.ends - ours.widths, ours.ends
         shown = [
@@ -176,6 +178,14 @@ class SectionAligner:
         has_markup = np.append(upto[chunks.end] > upto[chunks.start], False)  # the last for tokens of chunk -1
         content = grid.content[stops] - grid.content[starts]
         return Sectioned(alignment, content, has_markup[chunks.student], planned.on_tail, opening)
+
+    def _undecided_steps(self, student: str, teacher: str) -> set[tuple[str, str]]:
+        if (student, teacher) not in self._undecided:
+            sides = zip(self._speakers, (student, teacher), strict=True)
+            self._undecided[student, teacher] = set().union(
+                *(undecided_steps(read_turn(turn), side.encode) for side, turn in sides)
+            )
+        return self._undecided[student, teacher]
 
     def _calls(
         self,

@@ -104,7 +104,7 @@ class Template:
                 messages = self._styled([{"role": role, "content": ANSWER_PROBE} for role in turns])
                 tools = TOOLS if self.needs_tools else None
                 if text := self._tried(messages, tools=tools, add_generation_prompt=True):
-                    ids |= set(self._encode(text)) & self._plain_added.keys()
+                    ids |= set(self.encode(text)) & self._plain_added.keys()
                     break
         return ids - {token for token, content in self._plain_added.items() if content in THINKING}
 
@@ -246,7 +246,7 @@ class Template:
 
     # Rendering and encoding
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _encode_text(self, text: str) -> list[int]:
@@ -255,17 +255,17 @@ class Template:
     def _before_text(self, head: str) -> list[int]:
         """The ids of `head` when a word follows it: some tokenizers split whitespace at the end of a text in another way."""
         [word] = continuations(self.tokenizer, [ANSWER_PROBE])
-        word = word or self._encode(ANSWER_PROBE)
-        ids = self._encode(head + ANSWER_PROBE)
-        return ids[: -len(word)] if ids[-len(word) :] == word else self._encode(head)
+        word = word or self.encode(ANSWER_PROBE)
+        ids = self.encode(head + ANSWER_PROBE)
+        return ids[: -len(word)] if ids[-len(word) :] == word else self.encode(head)
 
     def _encode_after(self, head: str, text: str) -> list[int]:
         """The ids of `text` where it follows `head`."""
-        before, ids = self._encode(head), self._encode(head + text)
-        return ids[len(before) :] if ids[: len(before)] == before else self._encode(text)
+        before, ids = self.encode(head), self.encode(head + text)
+        return ids[len(before) :] if ids[: len(before)] == before else self.encode(text)
 
     def _encode_plain(self, text: str) -> list[int]:
-        ids, opened = self._encode(text), self.tokenizer.encode(text)
+        ids, opened = self.encode(text), self.tokenizer.encode(text)
         if not ids:
             return [token for token in opened[:1] if token == self.tokenizer.bos_token_id]
         return opened[: opened.index(ids[0])] + ids  # adds nothing where the text itself starts with the BOS
