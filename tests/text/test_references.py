@@ -1,7 +1,7 @@
 """References of a dataset as the student would write them, and what is refused."""
 
 import pytest
-from template_sides import KWARGS, PUBLISHED, published, side, spelled
+from template_sides import KWARGS, PUBLISHED, census, published, side, spelled
 
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
 from trl_ctopd.text.calls import a_call
@@ -112,3 +112,18 @@ def test_what_goes_on_from_text_is_read_with_the_space_that_it_has(real_tokenize
 def test_tags_of_thoughts_are_markup_whatever_settings_of_a_row_open_one(name):
     own = published(name)
     assert own.tokenizer.convert_tokens_to_ids("</think>") in own.turn_markup
+
+
+SYSTEM = [{"role": "system", "content": "Be short."}, *BEGUN[:1]]
+NOT_AFTER_AN_ANSWER = (  # as Mistral Nemo's: the system message stands in the last message, if that is the user's
+    "{% for m in messages %}{% if m.role == 'user' %}<|u|>{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}"
+    "{{ m.content }}<|a|>{% elif m.role == 'assistant' %}{{ m.content }}<|e|>{% endif %}{% endfor %}"
+)
+
+
+def test_a_reference_goes_on_from_the_prompt_where_the_template_writes_that_otherwise_once_there_is_an_answer():
+    own = Speaker(census["tokenizer_for"](NOT_AFTER_AN_ANSWER))
+    conversation = Conversation(SYSTEM, {"role": "assistant", "content": "Four."})
+    before, ids = own.reference(conversation)
+    assert before == own.prompt_ids(conversation)
+    assert spelled(own, before + ids) == "<|u|>Be short.\nWhat is two and two?<|a|>Four.<|e|>"

@@ -508,6 +508,10 @@ class Speaker(Template):
                 f"the chat template of {self._name} leaves the thought out of a finished turn, and the reference has one: give "
                 "the reference as `content` alone, or take a template that writes all of it"
             )
+        if sections == [ANSWER] and not text.startswith(stem) and given.strip() in text:
+            # it writes what comes before otherwise, once there is an answer (Mistral Nemo's system message)
+            on_tail, ids = self.answer(opened.turn, given, True)
+            return opened.ids if on_tail else opened.stem, ids
         if not text.startswith(stem + form.opening) or not text.endswith(rest):
             raise ValueError(
                 f"the chat template of {self._name} writes a reference with {sorted(reference)} so that it does not go on from its "
