@@ -112,7 +112,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         metadata={
             "help": f"Method: one of {', '.join(LOSSES)}; in Python also a callable `loss(batch, num_items) -> (value, "
             "metrics)`. auto: reverse_kl with one teacher in this process; dpca, whose expected gradient is the same, with a server, "
-            "several teachers, or a setting that is dpca's alone (event, credit, baseline, reference_teacher, rollout_reuse, distillation_loss_kwargs)."
+            "several teachers, or a setting that is dpca's alone (event, credit, baseline, reference_teacher, rollout_reuse, or one in distillation_loss_kwargs)."
         },
     )
     event: str | None = field(

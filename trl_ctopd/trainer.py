@@ -19,7 +19,7 @@ from .config import CrossTokenizerGKDConfig
 from .gkd import BASE, GKDTrainer
 from .looking import card
 from .looking.compare import compare
-from .looking.history import evaluation_prefix
+from .looking.history import evaluation_prefix, is_evaluation
 from .looking.publish import publish, reports_of
 from .looking.report import DistillationReportCallback
 from .looking.run_card import RunCard
@@ -61,7 +61,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
     On-policy distillation from a teacher with another tokenizer and another chat template.
 
     Each optimizer step, the student writes a completion for every prompt of the step, the teacher scores their text in
-    its own tokens, and the loss maps the scores back onto the student's tokens (DPCA, arXiv 2606.09456, by default).
+    its own tokens, and the loss maps the scores back onto the student's tokens (`distillation_loss`).
 
     Overrides; all else is inherited from [`ResumableTrainer`], `GKDTrainer`, `SFTTrainer` and `Trainer`:
     - `__init__`, `_prepare_dataset`, `predict`: there are two vocabularies, and rows are rendered for both models;
@@ -362,8 +362,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # after the last step an evaluation may have come, which leaves the model as it was for it
-        mode = "train" if self.model.training or "train_runtime" in logs else "eval"
+        mode = "eval" if is_evaluation(logs) else "train"  # a callback may have left the model in either mode
         figures = self._meters[mode].read(self.accelerator)
         warn_of_much_masked(figures)
         if mode == "train":

@@ -40,31 +40,38 @@ QWEN_HALF_B = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers
 }
 
 
-def cases(assets: Path, gpu: bool) -> dict[str, tuple[Setting, bool]]:
-    """Settings, and whether gradient checkpointing is on."""
+def cases(assets: Path, gpu: bool) -> dict[str, tuple[Setting, bool, str]]:
+    """Settings, whether gradient checkpointing is on, and the loss."""
     if gpu:
         shared = {"device": "cuda", "dtype": torch.bfloat16}
         base = Setting(published(assets), ROWS_1B_7B, 256, 8, 1, (LLAMA_1B, QWEN_7B), **shared)
         small = replace(base, shapes=(LLAMA_1B, QWEN_HALF_B))
         return {
-            "1B <- 7B, LoRA, 8 prompts": (replace(base, lora=True), False),
-            "1B <- 7B, LoRA, 32 prompts, checkpointing": (replace(base, lora=True, batch=32), True),
-            "1B <- 0.5B, full, 8 prompts": (small, False),
-            "1B <- 0.5B, full, 2 x 16 prompts, checkpointing": (replace(small, batch=16, accumulation=2), True),
+            "1B <- 7B, LoRA, 8 prompts": (replace(base, lora=True), False, "dpca"),
+            "1B <- 7B, LoRA, 32 prompts, checkpointing": (replace(base, lora=True, batch=32), True, "dpca"),
+            "1B <- 7B, LoRA, 32 prompts, checkpointing, reverse_kl": (
+                replace(base, lora=True, batch=32),
+                True,
+                "reverse_kl",
+            ),
+            "1B <- 0.5B, full, 8 prompts": (small, False, "dpca"),
+            "1B <- 0.5B, full, 2 x 16 prompts, checkpointing": (replace(small, batch=16, accumulation=2), True, "dpca"),
         }
     base = Setting(published(assets), ROWS_1B_7B, 128, 2, 1, (SMALL, SMALL))
     return {
-        "full, 2 prompts": (base, False),
-        "LoRA, 4 prompts": (replace(base, lora=True, batch=4), False),
-        "full, 2 x 4 prompts, checkpointing": (replace(base, batch=4, accumulation=2), True),
+        "full, 2 prompts": (base, False, "dpca"),
+        "LoRA, 4 prompts": (replace(base, lora=True, batch=4), False, "dpca"),
+        "LoRA, 4 prompts, checkpointing, reverse_kl": (replace(base, lora=True, batch=4), True, "reverse_kl"),
+        "full, 2 x 4 prompts, checkpointing": (replace(base, batch=4, accumulation=2), True, "dpca"),
     }
 
 
-def measure(assets: Path, setting: Setting, checkpointing: bool) -> dict:
+def measure(assets: Path, setting: Setting, checkpointing: bool, loss: str) -> dict:
     """Bytes of one case, measured in this process; and the teacher's longest prompt, in tokens."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         options = {"gradient_checkpointing": checkpointing, "teacher_batch_size": setting.batch}
+        options["distillation_loss"] = loss
         side = Ours(setting, conversations(assets, setting.prompts), Path(folder), **options)
         side.run()
         gc.collect()
@@ -80,7 +87,7 @@ def held(trainer) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def predict(setting: Setting, checkpointing: bool, prompt_tokens: int) -> int:
+def predict(setting: Setting, checkpointing: bool, loss: str, prompt_tokens: int) -> int:
     configs = [setting.config(side) for side in (0, 1)]
     work = Work(
         prompt_tokens,
@@ -92,6 +99,7 @@ def predict(setting: Setting, checkpointing: bool, prompt_tokens: int) -> int:
         dtype=str(setting.dtype).removeprefix("torch."),
         autocast=False,
         cuda=setting.device == "cuda",
+        loss=loss,
     )
     own, read = passes(*configs, work)
     return plan(own, read, cache_bytes(configs[0], work), work, "ddp", 1).peak
@@ -100,13 +108,13 @@ def predict(setting: Setting, checkpointing: bool, prompt_tokens: int) -> int:
 def main(assets: Path, gpu: bool, output: Path) -> None:
     report, every = header(), cases(assets, gpu)
     report["cases"] = {}
-    for name, (setting, checkpointing) in tqdm(every.items()):
+    for name, (setting, checkpointing, loss) in tqdm(every.items()):
         command = [sys.executable, "-m", "benchmarks.scaling.peaks", "--case", name, *["--gpu"] * gpu]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
         found = json.loads(done.stdout.splitlines()[-1])
-        found["predicted"] = predict(setting, checkpointing, found["prompt_tokens"])
+        found["predicted"] = predict(setting, checkpointing, loss, found["prompt_tokens"])
         report["cases"][name] = {**found, "ratio": round(found["predicted"] / found["measured"], 3)}
     save(output, report)
     table = Table("case", "predicted GiB", "measured GiB", "ratio")

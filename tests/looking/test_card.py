@@ -147,6 +147,14 @@ def test_the_citation_is_balanced_bibtex_of_the_method_used(make, loss):
     assert entry.count("{") == entry.count("}")
 
 
+def test_a_run_on_the_datasets_text_alone_names_the_loss_that_it_learned_by(make):
+    text = make(
+        config={"distillation_loss": "dpca", "lmbda": 0.0, "off_policy_loss_kwargs": {"temperature": 10.0}}
+    ).content
+    assert "- Method: `alm`" in text and card.PAPERS["alm"].title in text and card.PAPERS["dpca"].title not in text
+    assert "advantage_clip" not in text and "`off_policy_loss_kwargs`" in text
+
+
 def test_the_figures_are_the_last_ones_logged_for_training_and_evaluation(make):
     table = rows(make().content)
     assert table["loss"][:2] == ["0.1235", "0.3"]

@@ -23,7 +23,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     tie_word_embeddings=True,
 )
-WORK = Work(prompt_tokens=8, new_tokens=24, batch=2, dtype="float32", autocast=False, cuda=False)
+WORK = Work(prompt_tokens=8, new_tokens=24, batch=2, dtype="float32", autocast=False, cuda=False, loss="dpca")
 
 
 def real_peak(checkpointing: bool) -> int:
@@ -63,6 +63,20 @@ def test_reading_holds_less_than_learning_and_checkpointing_less_than_keeping_al
     kept, read = plan.passes(CONFIG, CONFIG, replace(WORK, batch=8))
     checkpointed, _ = plan.passes(CONFIG, CONFIG, replace(WORK, batch=8, activation_checkpointing=True))
     assert read.peak < checkpointed.peak < kept.peak
+
+
+def test_a_loss_on_distributions_adds_its_tiles_and_the_teachers_hidden_states_to_the_activations():
+    [on_log_probs, on_distributions, in_small_tiles] = (
+        plan.passes(CONFIG, CONFIG, replace(WORK, **own))[0]
+        for own in ({}, {"loss": "auto"}, {"loss": "reverse_kl", "logit_tile_tokens": 8})
+    )
+    tokens, columns = WORK.batch * WORK.new_tokens, 2 * CONFIG.vocab_size
+    hidden = 4 * tokens * CONFIG.hidden_size
+    assert 0 < on_log_probs.held < on_log_probs.peak
+    assert on_distributions.peak == on_log_probs.held + 4 * min(1024, 8 * tokens) * columns + hidden
+    assert in_small_tiles.peak == max(on_log_probs.peak, on_log_probs.held + 4 * 8 * columns + hidden)
+    with pytest.raises(ValueError, match="there is no loss 'dpcaa': choose one of auto, dpca"):
+        plan.passes(CONFIG, CONFIG, replace(WORK, loss="dpcaa"))
 
 
 def test_sharding_divides_what_it_says_it_divides():

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from peft import LoraConfig
 from toys import SGD, fix_rollouts, prompts, student_model, teacher_model
+from transformers import TrainerCallback
 
 from trl_ctopd import CrossTokenizerGKDConfig, DistillationReportCallback
 from trl_ctopd.looking import report
@@ -192,10 +193,24 @@ def test_an_adapters_settings_are_named_and_tokens_are_not(run):
     assert "hf_secret" not in said and "hub_token" not in said
 
 
-@pytest.mark.parametrize("loss", ["gold", "alm"])
-def test_samples_are_coloured_whatever_the_loss_reads(run, loss):
-    said = texts(read(run(distillation_loss=loss)))
-    assert f"by {'alm' if loss == 'alm' else 'dpca, semantic credit'}" in said
+@pytest.mark.parametrize(
+    ("loss", "by"),
+    [("auto", "dpca, macro credit of open chunks"), ("gold", "dpca, macro credit of open chunks"), ("alm", "alm")],
+)
+def test_samples_are_coloured_whatever_the_loss_reads(run, loss, by):
+    assert f"by {by}" in texts(read(run(distillation_loss=loss)))
+
+
+def test_a_callback_that_leaves_the_student_in_eval_mode_takes_no_figures_away(run):
+    class Samples(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.eval()
+
+    trainer = run(callbacks=[Samples()], max_steps=2, logging_steps=1, log_completions=True)
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 2 and all("gap/nats_per_byte" in entry for entry in steps)
+    said = texts(read(trainer))
+    assert "of training" in said and "of the evaluation" not in said
 
 
 def test_what_the_teacher_cannot_read_is_shown_without_scores(run):

@@ -178,6 +178,17 @@ def test_completions_of_another_layout_are_left_and_said_so(build, tmp_path, cap
     assert "keeps completions that were made with other settings" in caplog.text
 
 
+def test_completions_that_were_kept_for_another_loss_are_left(build, tmp_path, caplog):
+    """They hold what that loss read."""
+    settings = {"max_steps": 2, "rollout_reuse": 2, "dataset": prompts(8)}
+    build(**settings, distillation_loss="strict_sampled", save_strategy="steps", save_steps=1).train()
+    resumed = build(**settings, credit="remaining")
+    written, _ = watched(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert len(written) == 1
+    assert "keeps completions that were made with other settings" in caplog.text
+
+
 def test_figures_of_the_students_own_text_come_from_the_first_use_alone(build):
     trainer = build(rollout_reuse=2, max_steps=4, log_completions=True)
     trainer.train()

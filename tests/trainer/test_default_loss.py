@@ -32,8 +32,10 @@ def test_one_teacher_in_this_process_is_read_whole(build, caplog):
     assert "distillation_loss" in trainer.args.to_dict() and trainer.args.to_dict()["distillation_loss"] == "reverse_kl"
 
 
-def test_no_settings_of_a_loss_are_none(build):
-    assert isinstance(build(distillation_loss="auto", distillation_loss_kwargs={}).distillation_loss, ReverseKL)
+@pytest.mark.parametrize("kwargs", [{}, {"advantage_clip": 5.0}, {"top_k": 4}, {"top_k": None}], ids=str)
+def test_settings_that_reverse_kl_has_choose_no_other_loss(build, kwargs):
+    loss = build(distillation_loss="auto", distillation_loss_kwargs=kwargs).distillation_loss
+    assert isinstance(loss, ReverseKL) and all(getattr(loss, name) == value for name, value in kwargs.items())
 
 
 def test_the_settings_that_were_given_stay_as_they_are(build, monkeypatch):

@@ -6,7 +6,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib.resources import files
 from importlib.util import find_spec
@@ -258,7 +258,7 @@ def _story(args: CrossTokenizerGKDConfig, one_tokenizer: list[bool]) -> str:
         written = f"The student wrote about {args.lmbda:.0%} of the completions itself, and the others were {given}"
     else:
         written = f"The completions were {given}"
-    if args.distillation_loss == "sft":
+    if learned_by(args)[0] == "sft":
         return f"{written}; the student learned them by cross-entropy."
     if all(one_tokenizer):
         teacher = "the teacher" if len(one_tokenizer) == 1 else "each one's teacher"
@@ -270,15 +270,25 @@ def _story(args: CrossTokenizerGKDConfig, one_tokenizer: list[bool]) -> str:
     )
 
 
+def learned_by(args: CrossTokenizerGKDConfig) -> tuple[str | Callable, dict]:
+    """The loss by which the run's text is learned, with its settings: a run on the dataset's text alone has no use for a loss on the student's
+    own."""
+    loss = args.distillation_loss
+    if args.lmbda == 0 and getattr(loss if callable(loss) else LOSSES[loss], "policy", "both") == "on":
+        return args.off_policy_loss, args.off_policy_loss_kwargs or {}
+    return loss, args.distillation_loss_kwargs or {}
+
+
 def _paper(args: CrossTokenizerGKDConfig) -> Paper:
     """The paper of the run's loss. A custom loss is used on the chunks of the default method."""
     if args.reference_teacher is not None:
         return PAPERS["compass"]
-    return PAPERS["dpca" if callable(args.distillation_loss) else args.distillation_loss]
+    loss, _ = learned_by(args)
+    return PAPERS["dpca" if callable(loss) else loss]
 
 
 def _method(args: CrossTokenizerGKDConfig) -> str:
-    loss, paper = args.distillation_loss, _paper(args)
+    (loss, _), paper = learned_by(args), _paper(args)
     link = f"[{paper.title}]({paper.link})"
     if callable(loss):
         return f"`{getattr(loss, '__name__', type(loss).__name__)}`, a loss of the author's own, on text aligned as in {link}"
@@ -287,7 +297,7 @@ def _method(args: CrossTokenizerGKDConfig) -> str:
 
 def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
     """The settings that shaped the result, by their names in the config. Settings of methods that did not run are left out."""
-    loss, kwargs = args.distillation_loss, args.distillation_loss_kwargs or {}
+    loss, kwargs = learned_by(args)
     settings = {}
     own = () if callable(loss) else [field.name for field in fields(LOSSES[loss])]
     settings |= {
@@ -298,10 +308,10 @@ def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
     if loss == "dpca":
         settings |= kwargs
     elif kwargs:
-        settings["distillation_loss_kwargs"] = kwargs
+        settings["distillation_loss_kwargs" if loss is args.distillation_loss else "off_policy_loss_kwargs"] = kwargs
     if "advantage_clip" in settings and settings["advantage_clip"] is None:
         settings["advantage_clip"] = "no bound"
-    if args.lmbda < 1 and getattr(loss if callable(loss) else LOSSES[loss], "policy", "both") == "on":
+    if 0 < args.lmbda < 1 and getattr(loss if callable(loss) else LOSSES[loss], "policy", "both") == "on":
         settings |= {"off_policy_loss": args.off_policy_loss, "off_policy_loss_kwargs": args.off_policy_loss_kwargs}
     settings |= {name: getattr(args, name) for name in SETTINGS}
     defaults = {field.name: field.default for field in fields(args)}

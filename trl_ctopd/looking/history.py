@@ -1,7 +1,7 @@
 """What a run has logged, by metric and by dataset."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 BOOKKEEPING = re.compile(
@@ -12,8 +12,15 @@ BOOKKEEPING = re.compile(
 
 def evaluation_prefix(entry: dict) -> str:
     """The prefix of an evaluation's metrics, found by its runtime: `eval_math_` for the dataset "math" of several."""
-    runtimes = (name for name in entry if name.endswith("_runtime") and name != "train_runtime")
-    return next(runtimes, "eval_runtime").removesuffix("runtime")
+    return next(_runtimes(entry), "eval_runtime").removesuffix("runtime")
+
+
+def is_evaluation(entry: dict) -> bool:
+    return next(_runtimes(entry), None) is not None
+
+
+def _runtimes(entry: dict) -> Iterator[str]:
+    return (name for name in entry if name.endswith("_runtime") and name != "train_runtime")
 
 
 def figures(log_history: Sequence[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:

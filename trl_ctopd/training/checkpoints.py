@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -30,6 +31,7 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TrainerStat
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..config import CrossTokenizerGKDConfig
+from ..losses import loss_name
 from ..teachers.readings import settled
 
 
@@ -343,17 +345,20 @@ class PendingRollouts:
         if not file.exists():
             return
         layout, batches, old_scores = torch.load(file, "cpu")
-        if layout == self._layout():
+        now = {
+            name: value for name, value in self._layout().items() if name in layout
+        }  # older ones say nothing of the loss
+        if layout == now:
             self.batches = [{_RENAMED.get(name, name): value for name, value in own.items()} for own in batches]
             # (B, S) in checkpoints from before chunks closed
             self.old_scores = {index: own if own.dim() == 3 else own[None] for index, own in old_scores.items()}
         else:
             logger.warning(
                 f"{checkpoint} keeps completions that were made with other settings (then {layout}, now "
-                f"{self._layout()}): they are dropped, and the student writes new ones."
+                f"{now}): they are dropped, and the student writes new ones."
             )
 
-    def _layout(self) -> dict[str, int]:
+    def _layout(self) -> dict[str, Any]:
         names = (
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
@@ -361,7 +366,11 @@ class PendingRollouts:
             "rollout_reuse",
             "world_size",
         )
-        return {name: getattr(self._args, name) for name in names}
+        layout = {name: getattr(self._args, name) for name in names}
+        for name in ("distillation_loss", "distillation_loss_kwargs", "off_policy_loss", "event", "credit", "baseline"):
+            value = getattr(self._args, name)  # what a loss reads is kept with the completions
+            layout[name] = loss_name(value) if callable(value) else value
+        return layout
 
     def _file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"rollouts_{self._args.process_index}.pt"

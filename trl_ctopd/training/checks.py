@@ -276,10 +276,10 @@ def with_loss(args: CrossTokenizerGKDConfig, teacher_model) -> CrossTokenizerGKD
         return args
     others = {field.name for field in fields(LOSSES["reverse_kl"])}
     own = _changed(args, [knob for knob in _KNOBS if knob not in others] + ["reference_teacher", "rollout_reuse"])
-    if args.distillation_loss_kwargs:
+    if args.distillation_loss_kwargs and not {*args.distillation_loss_kwargs} <= others:
         own["distillation_loss_kwargs"] = args.distillation_loss_kwargs
     if isinstance(teacher_model, Mapping):
-        name, why = "dpca", "there are several teachers"
+        name, why = "dpca", "teachers are given by name, as several are"
     elif is_url(teacher_model) or isinstance(teacher_model, list | tuple):
         name, why = "dpca", "a server tells log-probs of the text alone"
     elif own:

@@ -72,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for gradient checkpointing, which training has on by default",
     )
+    parser.add_argument(
+        "--loss",
+        default=Work.loss,
+        help="the run's `distillation_loss`: those on distributions need more memory than those on log-probs (default: auto, with the teacher in this process)",
+    )
+    number("--logit-tile-tokens", Work.logit_tile_tokens, "the setting of this name, which bounds that memory")
     parser.add_argument("--dtype", choices=DTYPES, default=Work.dtype, help=f"of weights (default: {Work.dtype})")
     parser.add_argument("--memory-gib", type=float, default=80, metavar="GIB", help="of one device (default: 80)")
     parser.add_argument("--json", action="store_true", help="bytes, for a program to read")

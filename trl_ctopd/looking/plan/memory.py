@@ -13,6 +13,7 @@ Decisions:
   Accelerate replaces them by float32 for FSDP2, where gradients are unsharded until the last of several micro-batches.
 - A quantized model's linear layers but the LM head have the bits that its config.json says, scales included, and one of them is
   unpacked at a time. It is whole on each device. What is unpacked as it is loaded, or at the first pass, counts as plain.
+- A loss on distributions is computed between the two passes, in tiles of bounded memory. All of the bound counts.
 - Only tensors count. CUDA itself takes some 0.5 GiB a process, and the allocator loses some memory to fragmentation.
 """
 
@@ -29,19 +30,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ...losses import LOSSES
 from ...models import heads
 from .work import Work
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes. `peak`: the largest memory of a pass besides weights and buffers, gradients included."""
+    """Bytes. `peak`: the largest memory of a pass besides weights and buffers, gradients included; `held`: that which is there between
+    forward and backward pass, where the loss is computed."""
 
     weights: int
     layer: int  # the largest module that sharding gathers at once
     trained: int  # weights with gradients
     trained_in_float32: int  # the same weights, if all were float32
     peak: int
+    held: int = 0
     # elements of the linear layers' weights that a quantization takes: all but the LM head's and an adapter's
     linear: int = 0
     largest_linear: int = 0
@@ -122,7 +126,7 @@ def run_pass(
     model.train(learns)
     tile = mock.patch.object(heads, "_SMALL_TILE_COLUMNS", heads._TILE_COLUMNS["cuda"])
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=work.autocast)
-    alive = Alive()
+    alive, held = Alive(), 0
     with FakeTensorMode(allow_non_fake_inputs=True), tile if work.cuda else contextlib.nullcontext():
         _materialize(model)
         alive.leave_out([*model.parameters(), *model.buffers()])
@@ -132,6 +136,7 @@ def run_pass(
                 inputs |= {"scored": torch.zeros(2, scored, dtype=torch.long), "targets": torch.zeros(scored).long()}
                 with autocast:
                     log_probs = model(**inputs).log_probs
+                held = max(held, alive.now)
                 if learns:
                     log_probs.sum().backward()
                 del log_probs
@@ -147,6 +152,7 @@ def run_pass(
         trained=_bytes(p for p in model.parameters() if p.requires_grad),
         trained_in_float32=4 * sum(p.numel() for p in model.parameters() if p.requires_grad),
         peak=alive.most,
+        held=held,
         linear=sum(linear),
         largest_linear=max(linear, default=0),
     )
@@ -211,9 +217,26 @@ def cache_bytes(config: PretrainedConfig, work: Work) -> int:
     return layers + 4 * rows * text.vocab_size * torch.float32.itemsize
 
 
+def loss_bytes(student: PretrainedConfig, teacher: PretrainedConfig, work: Work) -> int:
+    """What a loss on distributions adds to the activations of a micro-batch: its tiles (`logit_tile_tokens`), and the teacher's hidden states.
+    0 for a loss on log-probs. Raises `ValueError` for an unknown loss."""
+    name = "reverse_kl" if work.loss == "auto" else work.loss
+    if name not in LOSSES:
+        raise ValueError(f"there is no loss {name!r}: choose one of auto, {', '.join(LOSSES)}")
+    loss = LOSSES[name]
+    if loss.signal != "logits":
+        return 0
+    own, read = student.get_text_config(), teacher.get_text_config()
+    tokens = work.batch * work.new_tokens
+    rows = min(work.logit_tile_tokens, loss.copies * tokens)
+    tiles = rows * (own.vocab_size + read.vocab_size) * torch.float32.itemsize
+    return tiles + tokens * read.hidden_size * getattr(torch, work.dtype).itemsize
+
+
 def passes(student: PretrainedConfig, teacher: PretrainedConfig, work: Work) -> tuple[Pass, Pass]:
     rows = min(work.teacher_batch or work.batch, work.batch * work.accumulation)
     own = run_pass(student, work, work.batch, True, work.lora_rank, min(work.accumulation, 2))
+    own = replace(own, peak=max(own.peak, own.held + loss_bytes(student, teacher, work)))
     read = run_pass(teacher, work, rows, False)
     size = getattr(torch, work.dtype).itemsize
     own_bits = _bits_as_loaded(work.student_bits) or bits_of(_quantization(student), learns=True)

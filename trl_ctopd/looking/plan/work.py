@@ -24,3 +24,5 @@ class Work:
     dtype: str = "bfloat16"  # of both models' weights
     autocast: bool = True  # to bfloat16, as `bf16=True` does
     cuda: bool = True
+    loss: str = "auto"  # as in the config, with one teacher in this process
+    logit_tile_tokens: int = 1024

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
-from ...losses import Loss, loss_name
+from ...losses import DPCA, Loss, loss_name
 from ...models.heads import base_model
 from ...redact import redacted
 from ...text.altered_text import REASONS
@@ -248,7 +248,9 @@ def _samples(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]])
 def _views(trainer, samples: list[dict]) -> list[Markup]:
     loss = trainer.distillation_loss
     shown = isinstance(loss, Loss) and loss.signal == "logprobs" and not loss.reads_more
-    by = loss if shown else None  # None: dpca's credit is shown
+    by = (
+        loss if shown else DPCA(event="closed")
+    )  # which has the expected gradient of reverse_kl, and tells it token by token
     samples = [Sample(**sample) for sample in samples]
     shown = []
     rollouts = trainer.panel.align_completions(
@@ -283,7 +285,7 @@ def _facts(trainer) -> dict[str, str]:
     rows = f"{len(dataset):,} prompts" if hasattr(dataset, "__len__") else "streamed"
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
     facts = {
-        "method": loss_name(args.distillation_loss),
+        "method": loss_name(card.learned_by(args)[0]),
         "student's tokenizer": provenance.describe(trainer.processing_class),
         "teacher's tokenizer": ", ".join(provenance.describe(seat.tokenizer) for seat in trainer.panel.seats.values()),
         "dataset": f"{provenance.short_name(source)}, {rows}" if source else rows,
