@@ -202,23 +202,43 @@ def close(writer):
 
 @pytest.fixture(scope="module")
 def gguf_folder(tmp_path_factory):
-    """A folder with `toy.gguf` alone: a Qwen2 shape with the student's tokenizer."""
+    """A folder with a Qwen2 shape with the student's tokenizer: `toy.gguf`, and `yarn.gguf`, which scales its rotary embeddings."""
     gguf = pytest.importorskip("gguf", reason="needs the writer of GGUF files: pip install gguf")
     folder, tokenizer = tmp_path_factory.mktemp("gguf"), student_tokenizer()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen2Config(**{**SHAPE, "vocab_size": len(tokenizer)}))
     tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer = gguf_writer(folder / "toy.gguf", tokens, merges, "qwen2")
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, SHAPE["num_hidden_layers"])
-    for name, tensor in model.state_dict().items():
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
-    close(writer)
+    for file in ("toy.gguf", "yarn.gguf"):
+        writer = gguf_writer(folder / file, tokens, merges, "qwen2")
+        if file == "yarn.gguf":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(4.0)
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+        writer.add_eos_token_id(tokenizer.eos_token_id)
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+        writer.add_chat_template(tokenizer.chat_template)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, SHAPE["num_hidden_layers"])
+        for name, tensor in model.state_dict().items():
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+        close(writer)
     return folder
+
+
+def test_a_gguf_file_whose_positions_transformers_forgets_is_refused_and_read_with_the_models_own_config(
+    gguf_folder, tmp_path
+):
+    with pytest.raises(
+        ValueError, match=r"yarn.gguf of .* scales its rotary embeddings \(qwen2.rope.scaling.type\), and transformers"
+    ):
+        load_model(str(gguf_folder), {"gguf_file": "yarn.gguf"})
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    config = Qwen2Config(**{**SHAPE, "vocab_size": len(student_tokenizer())}, rope_parameters=rope)
+    config.save_pretrained(tmp_path)
+    read = load_model(str(gguf_folder), {"gguf_file": "yarn.gguf", "config": str(tmp_path), "dtype": "float32"})
+    assert read.config.rope_parameters["rope_type"] == "yarn"
+    plain = load_model(str(gguf_folder), {"gguf_file": "toy.gguf", "dtype": "float32"})
+    assert all(torch.equal(own, other) for own, other in zip(read.parameters(), plain.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
 from toys import SGD, step_of, student_model, weights
+from transformers import AutoModelForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_ctopd.losses import ScoredChunks
@@ -148,10 +149,18 @@ def test_given_text_is_not_the_engines(build_vllm, engine):
             {"peft_config": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")},
             "prompt-learning adapter cannot be merged|Install transformers<5.24",
         ),
+        (
+            {"model": "tied", "peft_config": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])},
+            "embed_tokens shares its weight",
+        ),
         ({"vllm_importance_sampling_clip_max": 0.0}, "clip_max must be positive"),
     ],
 )
-def test_what_vllm_cannot_write_under_is_refused(build_vllm, settings, message):
+def test_what_vllm_cannot_write_under_is_refused(build_vllm, tmp_path, settings, message):
+    if settings.get("model") == "tied":
+        tied = student_model(tie_word_embeddings=True)
+        tied.save_pretrained(tmp_path / "tied")
+        settings = {**settings, "model": AutoModelForCausalLM.from_pretrained(tmp_path / "tied")}
     with pytest.raises(ValueError, match=message):
         build_vllm(**settings)
 

@@ -4,6 +4,7 @@ trained can be saved."""
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -67,12 +69,16 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
 
 def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedModel | PeftModel:
     """A whole model, also one in a GGUF file, or an adapter on its base; `kwargs` go to `from_pretrained`. An adapter is frozen unless
-    `trainable`."""
+    `trainable`. Beside a GGUF file, `config` may be the name of the model that it was made of."""
     warn_of_two_checkpoints(name)
     kwargs = _placed(name, with_quantization_config(kwargs))
     if "gguf_file" in kwargs:
         if kwargs.get("dtype") == "auto":  # it is none that weights in GGUF's blocks have
             kwargs = {**kwargs, "dtype": "float32"}
+        if isinstance(kwargs.get("config"), str):
+            kwargs = {**kwargs, "config": AutoConfig.from_pretrained(kwargs["config"])}
+        if kwargs.get("config") is None:
+            _check_gguf_positions(name, kwargs["gguf_file"], kwargs.get("revision"))
         model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
         forget_gguf(model)
         return model
@@ -82,6 +88,29 @@ def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedMo
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trainable, **{**kwargs, "dtype": dtype})
+
+
+def _check_gguf_positions(name: str, gguf_file: str, revision: str | None):
+    """Raises `ValueError` where the file scales its rotary embeddings and transformers does not read how
+    (findings/gguf_forgets_the_rope_scaling.sh)."""
+    metadata, tensors = read_gguf_metadata(cached_file(name, gguf_file, revision=revision))
+    scaled = [tensor for tensor in tensors if re.search(r"rope_freqs|rope_factors", tensor)]
+    scaled += [key for key, value in metadata.items() if key.endswith(".rope.scaling.type") and value != "none"]
+    if not scaled:
+        return
+    try:
+        rope = (
+            AutoConfig.from_pretrained(name, gguf_file=gguf_file, revision=revision).get_text_config().rope_parameters
+        )
+    except (TypeError, KeyError):  # what transformers raises for gpt-oss
+        rope = {}
+    kinds = [own["rope_type"] for own in (rope, *rope.values()) if isinstance(own, dict) and "rope_type" in own]
+    if all(kind == "default" for kind in kinds):
+        raise ValueError(
+            f"{gguf_file} of {name} scales its rotary embeddings ({scaled[0]}), and transformers {transformers.__version__} reads it without: its "
+            'scores would drift from the model\'s own, the further the longer a text. Add `"config": "<name of the model that the file was made of>"` '
+            "to the model's init kwargs."
+        )
 
 
 def _placed(name: str, kwargs: dict) -> dict:

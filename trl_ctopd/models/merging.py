@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .products import OneDnnLinear, by_columns
@@ -24,12 +25,29 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def mergeable(model: nn.Module) -> list[LoraLayer]:
     """The LoRA layers of `model` that `merged` merges: unquantized, unshared, with plain LoRA that is switched on and not merged."""
-    uses = Counter(
+    uses = _uses(model)
+    return [module for module in model.modules() if type(module) in _PLAIN and _is_plain(module, uses)]
+
+
+def adapted_where_tied(model: nn.Module) -> list[str]:
+    """The names of layers with an adapter whose weight another layer has too. Merged, the adapter is in both; with PEFT's `ensure_weight_tying`
+    it is so twice (findings/adapters_of_tied_weights_are_merged_twice.sh)."""
+    uses = _uses(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and any(uses[id(weight)] > 1 for weight in module.get_base_layer()._parameters.values() if weight is not None)
+    ]
+
+
+def _uses(model: nn.Module) -> Counter:
+    """In how many modules each weight is, by its `id`."""
+    return Counter(
         id(weight)
         for _, module in model.named_modules(remove_duplicate=False)
         for weight in module._parameters.values()
     )
-    return [module for module in model.modules() if type(module) in _PLAIN and _is_plain(module, uses)]
 
 
 def _is_plain(layer: LoraLayer, uses: Counter) -> bool:

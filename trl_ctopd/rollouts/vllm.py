@@ -27,6 +27,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Metrics, ScoredChunks
+from ..models.merging import adapted_where_tied
 from .generation import Written, up_to_stop
 from .pairing import Prompt
 
@@ -54,6 +55,11 @@ def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
         raise ValueError(
             "use_vllm=True gives the engine the weights with the adapter merged, and a prompt-learning adapter cannot be "
             "merged: choose LoRA, or use_vllm=False."
+        )
+    if tied := adapted_where_tied(model):
+        raise ValueError(
+            f"use_vllm=True gives the engine the weights with the adapter merged, and {', '.join(tied)} shares its weight with another layer, "
+            "which would get the adapter too: leave it out of target_modules, untie the model (tie_word_embeddings=False), or set use_vllm=False."
         )
     if args.vllm_mode == "server" and args.vllm_enable_sleep_mode:
         raise ValueError("vllm_enable_sleep_mode is for an engine on the training GPU: set vllm_mode='colocate'.")
