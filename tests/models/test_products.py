@@ -17,13 +17,14 @@ from trl_ctopd.models.merging import mergeable, merged
 from trl_ctopd.models.products import (
     LEAST,
     OneDnnLinear,
-    by_columns,
     faster_products,
     onednn_is_faster,
+    packed,
     use_faster_products,
 )
 
 
+pack, product = OneDnnLinear.pack, products.product
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
 
 ALONE = SimpleNamespace(distributed_type=DistributedType.NO)
@@ -60,7 +61,7 @@ def layer(inputs: int = 24, outputs: int = 40, bias: bool = True) -> OneDnnLinea
 def test_values_and_gradients_are_those_of_float64(everywhere, calls, bias, shape, layout, outputs):
     own = layer(outputs=outputs, bias=bias)
     if layout == "by columns":
-        own.weight.data = by_columns(own.weight.data)
+        own.weight.data = own.weight.data.t().contiguous().t()
     exact = nn.Linear(24, outputs, bias=bias, dtype=torch.float64)
     exact.load_state_dict(own.state_dict())
     x = torch.randn(shape, requires_grad=True)
@@ -75,6 +76,49 @@ def test_values_and_gradients_are_those_of_float64(everywhere, calls, bias, shap
     for parameter, reference in zip(own.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, reference.grad, **close)
     assert calls[0] == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (3, 5, 24), (300, 1, 24), (0, 24)], ids=str)
+@pytest.mark.parametrize("outputs", [40, 9, 1])
+def test_packed_weights_give_what_float64_gives(bias, shape, outputs):
+    own = layer(outputs=outputs, bias=bias)
+    exact = nn.Linear(24, outputs, bias=bias, dtype=torch.float64)
+    exact.load_state_dict(own.state_dict())
+    x = torch.randn(shape)
+    own.pack()
+    own.weight.zero_()  # it is not read
+    torch.testing.assert_close(own(x), exact(x.double()), rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+@torch.no_grad()
+def test_a_packed_layer_gives_what_a_plain_one_gives_where_onednn_cannot_take_the_product():
+    own = layer()
+    x, plain = torch.randn(7, 24), nn.Linear(24, 40)
+    plain.load_state_dict(own.state_dict())
+    own.pack()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(own(x), plain(x))
+    own.bias.data, plain.bias.data = torch.ones(()), torch.ones(())
+    torch.testing.assert_close(own(x), plain(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_are_packed_for_a_while_and_small_ones_not_at_all(fails, monkeypatch):
+    monkeypatch.setattr(products, "_LEAST_PACKED", 24 * 40)
+    model = nn.Sequential(layer(), layer(40, 23), nn.Linear(23, 60))
+    x = torch.randn(7, 24)
+    expected = model(x)
+    with pytest.raises(RuntimeError, match="amid") if fails else nullcontext(), packed(model):
+        with packed(model):  # what is packed stays so
+            pass
+        assert [getattr(own, "packed", None) is not None for own in model] == [True, False, False]
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        if fails:
+            raise RuntimeError("amid")
+    assert model[0].packed is None and torch.equal(model(x), expected)
 
 
 def test_an_input_in_another_order_of_memory_is_read_as_what_it_is(everywhere):
@@ -211,7 +255,7 @@ def test_on_other_processors_all_stay(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_merged_adapter_is_laid_out_by_columns_and_taken_out_again_exactly(everywhere, calls):
+def test_a_merged_adapter_is_packed_and_taken_out_again_exactly(everywhere, calls):
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model, ids = get_peft_model(student_model(), config).eval(), torch.arange(40).view(2, 20) % 30
@@ -221,8 +265,9 @@ def test_a_merged_adapter_is_laid_out_by_columns_and_taken_out_again_exactly(eve
     torch.testing.assert_close(apart, expected, rtol=1e-4, atol=1e-5)
     weights = [weight.clone() for weight in model.parameters()]
     layers, before = mergeable(model), calls[0]
-    with merged(layers):
-        assert all(not own.get_base_layer().weight.is_contiguous() for own in layers)
+    with merged(layers, pack=True):
+        assert all(own.get_base_layer().packed is not None for own in layers)
+        assert all(torch.equal(weight, own) for weight, own in zip(weights, model.parameters(), strict=True))
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert calls[0] > before
     assert all(
@@ -230,6 +275,21 @@ def test_a_merged_adapter_is_laid_out_by_columns_and_taken_out_again_exactly(eve
         for weight, own in zip(weights, model.parameters(), strict=True)
     )
     assert torch.equal(model(input_ids=ids).logits, apart)
+    assert all(own.get_base_layer().packed is None for own in layers)
+
+
+@pytest.mark.parametrize(("settings", "packs"), [({}, True), ({"bf16": True}, False)], ids=["float32", "autocast"])
+def test_a_student_writes_with_packed_weights_in_float32_alone(everywhere, build, monkeypatch, settings, packs):
+    monkeypatch.setattr(products, "_LEAST_PACKED", 1)
+    trainer = build(peft_config=LoraConfig(r=4, target_modules="all-linear"), **settings)
+    layers, seen = [], []
+    monkeypatch.setattr(OneDnnLinear, "pack", lambda own: (layers.append(own), pack(own)))
+    monkeypatch.setattr(
+        products, "product", lambda x, weight, bias=None: seen.append(weight.layout) or product(x, weight, bias)
+    )
+    trainer.train()
+    assert bool(layers) == packs == (torch._mkldnn in seen)
+    assert all(own.packed is None for own in layers)
 
 
 def test_a_copy_multiplies_by_its_own_weights_and_peft_merges_for_good(everywhere):

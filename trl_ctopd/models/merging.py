@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, Lo
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .products import OneDnnLinear, by_columns
+from .products import OneDnnLinear
 
 
 _PLAIN = (Linear, Embedding, Conv1d, Conv2d, Conv3d)
@@ -67,20 +67,27 @@ def _is_plain(layer: LoraLayer, uses: Counter) -> bool:
 
 
 @contextmanager
-def merged(layers: Sequence[LoraLayer], in_place: bool = False) -> Iterator[None]:
-    """Within, these layers of `mergeable` are merged. `in_place`: no weight changes its address, which a CUDA graph has recorded."""
+def merged(layers: Sequence[LoraLayer], in_place: bool = False, pack: bool = False) -> Iterator[None]:
+    """Within, these layers of `mergeable` are merged. `in_place`: no weight changes its address, which a CUDA graph has recorded. `pack`: where
+    layers multiply by oneDNN, the merged weights are packed ([`OneDnnLinear`])."""
     bases = [layer.get_base_layer() for layer in layers]
+    packed = [base for base in bases if pack and isinstance(base, OneDnnLinear)]
     parameters = [p for base in bases for p in base.parameters(recurse=False)]
-    columns = {id(base.weight) for base in bases if isinstance(base, OneDnnLinear)}
     kept = [(p, p.data.clone() if in_place else p.data) for p in parameters]
     try:
-        if not in_place:
-            for parameter, data in kept:
-                parameter.data = by_columns(data) if id(parameter) in columns else data.clone()
-        for layer in layers:
+        for layer, base in zip(layers, bases, strict=True):
+            weight = base.weight.data
+            if not in_place:
+                for parameter in base.parameters(recurse=False):
+                    parameter.data = parameter.data.clone()
             layer.merge()
+            if base in packed:
+                base.pack()
+                base.weight.data = weight
         yield
     finally:
+        for base in packed:
+            base.packed = None
         for parameter, data in kept:
             if in_place:
                 parameter.data.copy_(data)

@@ -44,6 +44,7 @@ from trl.models.utils import unwrap_model_for_generation
 from ..config import CrossTokenizerGKDConfig
 from ..models.heads import base_model
 from ..models.merging import mergeable, merged
+from ..models.products import packed
 from ..models.sharding import gathered_under_fsdp, is_sharded
 from .cache import can_join, growing_cache, has_virtual_tokens, is_plain, joined
 from .pairing import Prompt, of_like_length, pad_rows
@@ -155,6 +156,7 @@ def write(
     if backend == "transformers_continuous":
         generate = partial(_generate_continuously, settings=args.transformers_continuous_batching_config or {})
     layers, recorded = [], False
+    pack = decode is None and _packs(accelerator)
     if merge and not sharded:
         layers, recorded = _merging(model, config, accelerator, args, backend)
     with (
@@ -168,7 +170,8 @@ def write(
         ) as unwrapped,
         gathered_under_fsdp(unwrapped) if sharded and not together else nullcontext(),
         _ready_to_generate(unwrapped, config),
-        merged(layers, in_place=decode is not None),
+        merged(layers, in_place=decode is not None, pack=pack),
+        packed(unwrapped) if pack else nullcontext(),
     ):
         return _by_length(generate, unwrapped, prompts, config, args, recorded or record, ended)
 
@@ -188,7 +191,8 @@ def write_with_copy(
         return []
     layers, _ = _merging(model, config, accelerator, args, "transformers")
     generate = partial(_generate, rows_leave=True, choose=choose)
-    with _ready_to_generate(model, config), merged(layers):
+    pack = _packs(accelerator)
+    with _ready_to_generate(model, config), merged(layers, pack=pack), packed(model) if pack else nullcontext():
         return _by_length(generate, model, prompts, config, args, recorded=True)
 
 
@@ -236,6 +240,11 @@ def _merging(model, config: GenerationConfig, accelerator, args: CrossTokenizerG
     plain = config.do_sample and not any((args.generation_kwargs, args.top_k, args.min_p)) and args.top_p == 1
     recorded = bool(layers) and plain and backend != "transformers_continuous"
     return layers if recorded or wanted else [], recorded
+
+
+def _packs(accelerator) -> bool:
+    """Whether float32 weights are multiplied by as they are."""
+    return accelerator.mixed_precision == "no" and not torch.is_autocast_enabled("cpu")
 
 
 def up_to_stop(ids: Sequence[int], stop_ids: Container[int]) -> list[int]:
