@@ -66,17 +66,35 @@ def test_reading_holds_less_than_learning_and_checkpointing_less_than_keeping_al
 
 
 def test_a_loss_on_distributions_adds_its_tiles_and_the_teachers_hidden_states_to_the_activations():
-    [on_log_probs, on_distributions, in_small_tiles] = (
-        plan.passes(CONFIG, CONFIG, replace(WORK, **own))[0]
-        for own in ({}, {"loss": "auto"}, {"loss": "reverse_kl", "logit_tile_tokens": 8})
+    config = copy.deepcopy(CONFIG)
+    config.vocab_size = 20_000
+    [on_log_probs, kept, in_tiles] = (
+        plan.passes(config, config, replace(WORK, lora_rank=4, **own))[0]
+        for own in ({}, {"loss": "auto"}, {"loss": "reverse_kl", "logit_tile_tokens": 64})
     )
-    tokens, columns = WORK.batch * WORK.new_tokens, 2 * CONFIG.vocab_size
-    hidden = 4 * tokens * CONFIG.hidden_size
-    assert 0 < on_log_probs.held < on_log_probs.peak
-    assert on_distributions.peak == on_log_probs.held + 4 * min(1024, 8 * tokens) * columns + hidden
-    assert in_small_tiles.peak == max(on_log_probs.peak, on_log_probs.held + 4 * 8 * columns + hidden)
+    tokens, columns = WORK.batch * WORK.new_tokens, 2 * config.vocab_size
+    hidden = 4 * tokens * config.hidden_size
+    assert 0 < on_log_probs.held < on_log_probs.peak < in_tiles.peak < kept.peak
+    all_rows = 2 * config.vocab_size * tokens + 8 * tokens * columns // 8
+    assert kept.peak == on_log_probs.held + 4 * all_rows + hidden
+    assert in_tiles.peak == on_log_probs.held + 4 * 64 * columns // 2 + hidden
     with pytest.raises(ValueError, match="there is no loss 'dpcaa': choose one of auto, dpca"):
         plan.passes(CONFIG, CONFIG, replace(WORK, loss="dpcaa"))
+
+
+def test_an_adapter_is_merged_into_copies_of_the_weights_while_the_student_writes(monkeypatch):
+    monkeypatch.setattr(plan, "onednn_is_faster", lambda: False)
+    adapted, read = plan.passes(CONFIG, CONFIG, replace(WORK, lora_rank=4))
+    whole, _ = plan.passes(CONFIG, CONFIG, WORK)
+    writing = [
+        plan.plan(own, read, 0, replace(WORK, lora_rank=rank), "ddp", 1).writing
+        for own, rank in ((adapted, 4), (whole, None))
+    ]
+    assert writing == [4 * adapted.linear, 0]
+    monkeypatch.setattr(plan, "onednn_is_faster", lambda: True)  # packs what it multiplies by
+    assert plan.plan(whole, read, 0, WORK, "ddp", 1).writing == 4 * (
+        whole.linear + CONFIG.vocab_size * CONFIG.hidden_size
+    )
 
 
 def test_sharding_divides_what_it_says_it_divides():

@@ -310,6 +310,11 @@ class Loss:
         will do; `None` where it has to be the whole distribution."""
         return None
 
+    @classmethod
+    def numbers_held(cls, tokens: int, tile_tokens: int, student_size: int, teacher_size: int) -> int:
+        """At most how many numbers a loss on distributions holds beside both models' hidden states of so many `tokens`."""
+        return min(tile_tokens, cls.copies * tokens) * (student_size + teacher_size)
+
     def tile(self, batch: ScoredChunks) -> int:
         """Rows of a tile."""
         return max(1, batch.tile_tokens // self.copies)

@@ -313,9 +313,20 @@ class ReverseKL(Loss):
         """Rows of a tile, and whether the `count` rows are kept for the backward pass: their log-probs and weights, where these take no
         more than half of the memory that there is. A tile then takes the other half."""
         vocabulary = batch.vocabulary
-        room = batch.tile_tokens * (vocabulary.student_size + vocabulary.teacher_size)
-        keep = 2 * (2 * vocabulary.student_size * count) <= room
+        keep = self._are_kept(count, batch.tile_tokens, vocabulary.student_size, vocabulary.teacher_size)
         return (max(1, self.tile(batch) // 2) if keep else self.tile(batch)), keep
+
+    @staticmethod
+    def _are_kept(count: int, tile_tokens: int, student_size: int, teacher_size: int) -> bool:
+        return 2 * (2 * student_size * count) <= tile_tokens * (student_size + teacher_size)
+
+    @classmethod
+    def numbers_held(cls, tokens: int, tile_tokens: int, student_size: int, teacher_size: int) -> int:
+        """What is kept, and of the room for tiles the part that was measured (`benchmarks/scaling/peaks.py`)."""
+        room = super().numbers_held(tokens, tile_tokens, student_size, teacher_size)
+        if cls._are_kept(tokens, tile_tokens, student_size, teacher_size):
+            return 2 * student_size * tokens + room // 8
+        return room // 2
 
     @staticmethod
     def _rewarded(batch: ScoredChunks) -> torch.Tensor:

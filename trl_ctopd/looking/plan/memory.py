@@ -13,7 +13,8 @@ Decisions:
   Accelerate replaces them by float32 for FSDP2, where gradients are unsharded until the last of several micro-batches.
 - A quantized model's linear layers but the LM head have the bits that its config.json says, scales included, and one of them is
   unpacked at a time. It is whole on each device. What is unpacked as it is loaded, or at the first pass, counts as plain.
-- A loss on distributions is computed between the two passes, in tiles of bounded memory. All of the bound counts.
+- A loss on distributions is computed between the two passes, in tiles of bounded memory.
+- An adapter is merged into copies of the weights while the student writes.
 - Only tensors count. CUDA itself takes some 0.5 GiB a process, and the allocator loses some memory to fragmentation.
 """
 
@@ -32,6 +33,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ...losses import LOSSES
 from ...models import heads
+from ...models.products import onednn_is_faster
 from .work import Work
 
 
@@ -46,8 +48,9 @@ class Pass:
     trained_in_float32: int  # the same weights, if all were float32
     peak: int
     held: int = 0
-    # elements of the linear layers' weights that a quantization takes: all but the LM head's and an adapter's
+    # elements of the linear layers' weights that a quantization takes: all but the LM head's, which are `head`, and an adapter's
     linear: int = 0
+    head: int = 0
     largest_linear: int = 0
     quantized: bool = False
 
@@ -154,6 +157,7 @@ def run_pass(
         peak=alive.most,
         held=held,
         linear=sum(linear),
+        head=head.weight.numel(),
         largest_linear=max(linear, default=0),
     )
 
@@ -228,9 +232,8 @@ def loss_bytes(student: PretrainedConfig, teacher: PretrainedConfig, work: Work)
         return 0
     own, read = student.get_text_config(), teacher.get_text_config()
     tokens = work.batch * work.new_tokens
-    rows = min(work.logit_tile_tokens, loss.copies * tokens)
-    tiles = rows * (own.vocab_size + read.vocab_size) * torch.float32.itemsize
-    return tiles + tokens * read.hidden_size * getattr(torch, work.dtype).itemsize
+    held = loss.numbers_held(tokens, work.logit_tile_tokens, own.vocab_size, read.vocab_size)
+    return held * torch.float32.itemsize + tokens * read.hidden_size * getattr(torch, work.dtype).itemsize
 
 
 def passes(student: PretrainedConfig, teacher: PretrainedConfig, work: Work) -> tuple[Pass, Pass]:
@@ -244,6 +247,15 @@ def passes(student: PretrainedConfig, teacher: PretrainedConfig, work: Work) -> 
     return tuple(
         one if given is None else one.in_bits(given, size) for one, given in zip((own, read), bits, strict=True)
     )
+
+
+def _copied_to_write(own: Pass, work: Work) -> int:
+    """Weights that lie there once more while the student writes, with an adapter merged, or packed."""
+    if own.quantized:
+        return 0
+    packs = not work.cuda and work.dtype == "float32" and onednn_is_faster()
+    adapted = own.linear if work.lora_rank is not None or packs else 0
+    return (adapted + packs * own.head) * getattr(torch, work.dtype).itemsize
 
 
 def _bits_as_loaded(bits: int | None) -> float | None:
@@ -281,7 +293,7 @@ def plan(own: Pass, read: Pass, cache: int, work: Work, strategy: str, devices: 
         teacher=read.weights if read.quantized else 0 if strategy == "zero3_offload" else read.weights // over,
         gradients=gradients,
         optimizer=optimizer,
-        writing=cache + (own.weights if whole else 0),  # besides its own shard
+        writing=cache + (own.weights if whole else _copied_to_write(own, work)),  # besides its own shard
         reading=read.peak + (2 * read.layer if whole and not read.quantized else 0),
         learning=learning,
     )
