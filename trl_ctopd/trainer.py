@@ -130,6 +130,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         self.panel = Panel(teacher_model, teacher_processing_class, args)
         self.args = args  # the dataset is rendered before Trainer sets it
         self._tools = tool_schemas(tools or [])
+        self._has_tools = bool(tools)  # or in the rows
         judges = None
         if reward_funcs or teacher_gate is not None:
             judges = Judges(reward_funcs, reward_processing_classes, teacher_gate, args, processing_class)
@@ -216,12 +217,13 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
     @cached_property
     def vocabulary(self) -> VocabularyPair:
         student_size = head_rows(base_model(self.model))
-        return self.panel.only.vocabulary(student_size, self.accelerator.device)
+        return self.panel.only.vocabulary(student_size, self.accelerator.device, self._has_tools)
 
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Renders and tokenizes every row for both models, once."""
+        self._has_tools |= "tools" in (dataset.column_names or ())
         contexts = self.student_context, self.panel.contexts_of_servers
         sides = self.student_side, self.panel.sides
         rendered = render_dataset(dataset, args, *sides, *contexts, dataset_name, self._tools, self._keeps_rows)

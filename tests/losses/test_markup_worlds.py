@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from trl_ctopd.losses import build_loss
 from trl_ctopd.rollouts.closing import ends, student_ends, without_undecided
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
-from trl_ctopd.text.chat import Conversation, Speaker, beside_markup
+from trl_ctopd.text.chat import Conversation, Speaker, beside_markup, masked_beginnings
 from trl_ctopd.text.sections import SectionAligner, aligner_of
 from trl_ctopd.text.turns import USER
 from trl_ctopd.text.vocabulary import VocabularyPair
@@ -65,7 +65,7 @@ def with_dummy_space(markup: Markup) -> PreTrainedTokenizerFast:
 class Templates:
     """All of `texts`, as the student writes them after its prompt, with random probabilities; both models have this law."""
 
-    def __init__(self, student, teacher, texts: list[str]):
+    def __init__(self, student, teacher, texts: list[str], **policies):
         self.student = student
         ours, theirs = Speaker(student), Speaker(teacher)
         aligner = aligner_of(ours, theirs)
@@ -80,7 +80,8 @@ class Templates:
             teacher_size=own.sizes[1],
             student_stops=stops,
             teacher_stops=own.teacher_stops,
-            student_markup=ours.turn_markup,
+            student_markup=ours.turn_markup
+            | masked_beginnings(ours, theirs, lambda _: policies.get("markup_policy") == "mask"),
             beside=beside_markup(ours, theirs),
             cache_dir=None,
         )
@@ -91,7 +92,7 @@ class Templates:
             written,
             aligner,
             turn_ends=dict.fromkeys(stops, end),
-            sections=SectionAligner(aligner, ours, theirs),
+            sections=SectionAligner(aligner, ours, theirs, **policies),
         )
         self.rollouts = [without_undecided(rollout, {"": self.table}) for rollout in found]
         sides = ("student_ids", "teacher_ids", "student_chunks", "teacher_chunks", "student_widths")
@@ -215,6 +216,19 @@ def test_the_expectation_is_that_of_closed_chunks_whatever_markup_the_two_templa
     for top_k in (None, 8):
         found = own.gradient("reverse_kl", student, advantage_clip=None, top_k=top_k)
         assert (found - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("letters", LETTERS)
+@pytest.mark.parametrize("name", [name for name, [markup, *_] in WORLDS.items() if markup[1].startswith("\n")])
+@pytest.mark.parametrize(("loss", "knobs"), LOSSES)
+def test_a_perfect_student_stays_where_masked_markup_begins_with_a_newline(loss, knobs, name, letters):
+    """Whether a newline is scored then depends on what follows: it has no guess. What is left is of masked text beside unlike tokens."""
+    ours, merges, theirs, other_merges = WORLDS[name]
+    sides = byte_level(merges, ours), byte_level(other_merges, theirs)
+    own = Templates(*sides, thoughts(ours, letters), markup_policy="mask")
+    assert all((rollout.student_chunks == -1).any() for rollout in own.rollouts)
+    unlike = name in ("chunks of several tokens", "the student joins text and markup")
+    assert own.gradient(loss, **knobs).abs().max() < (0.03 if unlike else 1e-10)
 
 
 @pytest.mark.parametrize("loss", ["dpca", "reverse_kl"])

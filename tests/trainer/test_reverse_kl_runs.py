@@ -15,6 +15,8 @@ from toys import SGD, fix_rollouts, prompts, step_of, student_model, teacher_mod
 
 from trl_ctopd.teachers import servers as servers_module
 from trl_ctopd.text.chat import Conversation
+from trl_ctopd.text.token_bytes import token_bytes
+from trl_ctopd.text.turns import TOOLS
 
 
 SHARP = {
@@ -198,24 +200,33 @@ def test_markup_of_two_templates_is_learned_and_other_losses_on_distributions_wa
 
 
 @pytest.mark.parametrize(
-    ("settings", "warned"),
+    ("teacher", "settings", "masked"),
     [
-        ({"markup_policy": "mask"}, True),
-        ({"mask_strings": ["</think>"]}, True),
-        ({"markup_policy": "mask", "distillation_loss": "dpca"}, False),
-        ({"markup_policy": "mask", "distillation_loss": "dpca", "baseline": "kl"}, True),
-        ({}, False),
+        ("gptoss", {"markup_policy": "mask"}, True),
+        ("gptoss", {"mask_strings": ["</think>"]}, True),
+        ("gptoss", {}, False),
+        ("gptoss", {"tools": TOOLS}, False),
+        ("phi3", {}, False),  # has no place for a thought, nor is anything scored before its end
+        ("phi3", {"thought_policy": "text"}, True),
+        ("phi3", {"tools": TOOLS}, True),  # nor for calls, before which an answer is
     ],
     ids=str,
 )
-def test_masked_markup_that_begins_with_text_is_warned_of(build, settings, warned, caplog):
-    """Qwen3's begins with a newline."""
-    student, teacher = tokenizer("qwen3"), tokenizer("gptoss")
-    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Hi"}]}] * 4)
-    models = student_model(vocab_size=len(student)), teacher_model(vocab_size=len(teacher))
+def test_a_newline_that_may_begin_masked_markup_has_no_guess(build, teacher, settings, masked):
+    """Qwen3's template writes one before `</think>`, and between an answer and a call."""
+    student, teacher = tokenizer("qwen3"), tokenizer(teacher)
+    row = {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        **{name: own for name, own in settings.items() if name == "tools"},
+    }
+    settings = {name: own for name, own in settings.items() if name != "tools"}
+    room = {"max_position_embeddings": 2048}
+    models = student_model(vocab_size=len(student), **room), teacher_model(vocab_size=len(teacher), **room)
+    settings["max_length"] = 2048
+    rows = Dataset.from_list([row] * 4)
     trainer = build(*models, processing_class=student, teacher_processing_class=teacher, dataset=rows, **settings)
-    _ = trainer.panel.only.sections
-    assert ("which is masked and begins with text" in caplog.text) == warned
+    newline = token_bytes(student).index(b"\n")
+    assert (newline in trainer.vocabulary.without_counterpart.tolist()) == masked
 
 
 def test_with_one_tokenizer_no_token_is_without_a_counterpart(build):

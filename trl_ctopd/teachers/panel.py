@@ -23,7 +23,7 @@ from ..rollouts.blending import blended, prompts_of
 from ..rollouts.closing import Tables, look_up, teacher_going_on, views
 from ..rollouts.pairing import Prompt, Rollout, pair
 from ..text.aligner import TextAligner
-from ..text.chat import Speaker, beside_markup
+from ..text.chat import Speaker, beside_markup, masked_beginnings
 from ..text.continuations import Continuations
 from ..text.one_tokenizer import OneTokenizer, is_one_tokenizer
 from ..text.sections import SectionAligner, aligner_of
@@ -121,11 +121,14 @@ class Seat:
             return OneTokenizer(student, self._args.mask_strings or ())
         return aligner_of(self.student, self.side, self._args.mask_strings or ())
 
-    def vocabulary(self, student_size: int, device: torch.device) -> VocabularyPair:
-        """What the student's vocabulary (`student_size` rows of its LM head) and this teacher's have in common."""
+    def vocabulary(self, student_size: int, device: torch.device, with_calls: bool = False) -> VocabularyPair:
+        """What the student's vocabulary (`student_size` rows of its LM head) and this teacher's have in common. `with_calls`: rows have tools."""
         markup, places = (), None
         if not isinstance(self.aligner, OneTokenizer):  # which reads the student's own markup
-            markup, places = self.student.turn_markup, beside_markup(self.student, self.side)
+            places = beside_markup(self.student, self.side)
+            markup = self.student.turn_markup | masked_beginnings(
+                self.student, self.side, self._masks, self._args.thought_policy == "text", with_calls
+            )
         turn_end_is_one_token = all(len(ids) == 1 for ids in self.turn_ends.values())
         teacher_size = len(token_bytes(self.tokenizer)) if self.remote else head_rows(self.teacher.base_model)
         return VocabularyPair(
@@ -146,6 +149,10 @@ class Seat:
         """Most losses on whole distributions compare the next bytes, and the two templates' markup has different bytes."""
         return all(getattr(loss, "bridges_markup", False) for loss in self._on_distributions)
 
+    def _masks(self, literal: str) -> bool:
+        """Whether the settings mask this markup of the student's."""
+        return self._args.markup_policy == "mask" or any(own in literal for own in self._args.mask_strings or ())
+
     @property
     def _on_distributions(self) -> list:
         """The losses of the run that compare distributions."""
@@ -161,8 +168,6 @@ class Seat:
         args = self._args
         if not self._markup_is_comparable:
             self._warn_of_markup()
-        elif self._on_distributions or args.baseline:
-            self._warn_of_masked_markup()
         return SectionAligner(
             self.aligner,
             self.student,
@@ -182,20 +187,6 @@ class Seat:
                 f"The student's template writes {', '.join(map(repr, lost))} between the sections of a turn, for which the teacher's vocabulary has "
                 "no token. A loss that compares distributions, other than reverse_kl, teaches the student to write these less and less: take "
                 "reverse_kl or dpca for completions with thoughts or calls."
-            )
-
-    def _warn_of_masked_markup(self):
-        """Markup that begins with a control token has no guess; that which begins with text has that of the text."""
-        strings, turns = self._args.mask_strings or (), self.student.known_turns
-        literals = {literal for turn in turns for form in turn.forms.values() for literal in form.literals[1:-1]}
-        masked = [own for own in sorted(literals) if self.student.before_markup(own)[0]]
-        if self._args.markup_policy != "mask":
-            masked = [own for own in masked if any(string in own for string in strings)]
-        if masked:
-            logger.warning(
-                f"The student's template writes {masked[0]!r} between the sections of a turn, which is masked and begins with text. A loss that compares "
-                "distributions teaches the student to write it less: let it be scored (markup_policy='bridge', no mask_strings in it), or take dpca "
-                "without a baseline."
             )
 
     def continuations(self, student_size: int) -> Continuations | None:

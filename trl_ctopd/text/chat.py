@@ -12,7 +12,7 @@ Left out: context lengths, truncation.
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from .aligner import continuations
 from .calls import CallReader, find_reader
 from .conversation import REASONING, Conversation, read_example
+from .planning import lost_kinds
 from .template import THINKING, Template
 from .token_bytes import token_table
 from .turns import (
@@ -632,6 +633,33 @@ def beside_markup(student: Speaker, teacher: Speaker) -> tuple[MarkupBeside, Mar
                         joins.setdefault(one, "" if text else beside)
                         after.setdefault(one, text)
     return tuple(MarkupBeside(*({i: text for i, text in kind.items() if text} for kind in side)) for side in found)
+
+
+def masked_beginnings(
+    student: Speaker,
+    teacher: Speaker,
+    masks: Callable[[str], bool],
+    thoughts_are_text: bool = False,
+    with_calls: bool = False,
+) -> set[int]:
+    """The student's tokens that may begin markup with text (the newline of `\n<tool_call>`) where it is masked: by `masks`, or before a
+    section that the teacher's template has no place for; with `thoughts_are_text`, also after a thought of that kind. Whether such a token
+    is scored depends on what follows it. `with_calls`: in rows with tools too."""
+    texts: set[str] = set()
+    for ours, theirs in zip(student.known_turns, teacher.known_turns, strict=True):
+        for kinds, form in ours.forms.items():
+            if CALLS in kinds and not with_calls:
+                continue
+            lost = lost_kinds(kinds, theirs, False)
+            if CALLS in kinds and tuple(kind for kind in kinds if kind not in lost) not in theirs.forms:
+                lost = lost_kinds(kinds, theirs, True)
+            literals = [form.literals[0].removeprefix(ours.tail), *form.literals[1:-1]]
+            for literal, before, kind in zip(literals, (None, *kinds[:-1]), kinds, strict=True):
+                after_text = before in lost and thoughts_are_text
+                if literal and (masks(literal) or after_text or (kind in lost and before not in lost)):
+                    texts.add(student.before_markup(literal)[0])
+    beginnings = tuple({text[:size].encode() for text in texts for size in range(1, len(text) + 1)})
+    return {token for token, row in enumerate(token_table(student.tokenizer).rows) if row.endswith(beginnings)}
 
 
 def unshared_markup(student: Speaker, teacher: Speaker) -> list[str]:
