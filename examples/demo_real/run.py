@@ -43,7 +43,6 @@ SOLVED, GAP_PROMPTS, ANSWER_TOKENS = (
     160,
 )  # of the held-out tasks, how many are answered and how many give the gap
 STEPS, PROMPTS_PER_STEP, TOKENS, LEARNING_RATE = 24, 8, 96, 3e-4
-SCHEDULE = "constant"
 MICRO_BATCHES = 2  # of a step: the same gradient as with one, and two gigabytes less at the peak
 LOSS = "reverse_kl"  # the teacher is in this process, so its distributions are at hand
 STEPS_BETWEEN_CHECKPOINTS = 4
@@ -78,13 +77,9 @@ class Notes:
         self.keep("seconds", {**spent, name: round(spent.get(name, 0) + seconds, 1)})
 
 
-def main(
-    student: str, teacher: str, data: str, output: Path, loss: str, steps: int, seed: int, schedule: str = SCHEDULE
-) -> None:
+def main(student: str, teacher: str, data: str, output: Path, loss: str, steps: int, seed: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     settings = {"student": student, "teacher": teacher, "data": data, "loss": loss, "steps": steps, "seed": seed}
-    if schedule != SCHEDULE:
-        settings["schedule"] = schedule
     notes = Notes(output / "measured.json", settings)
     tasks = problems.load_problems(data)
     held_out, training = tasks[:SOLVED], tasks[HELD_OUT:]
@@ -100,7 +95,7 @@ def main(
         per_device_eval_batch_size=PROMPTS_PER_STEP,
         max_steps=steps,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type=schedule,
+        lr_scheduler_type="constant",
         max_new_tokens=TOKENS,
         logging_steps=1,
         save_steps=STEPS_BETWEEN_CHECKPOINTS,
@@ -193,19 +188,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("demo_real_output"))
     parser.add_argument("--loss", default=LOSS, help="any `distillation_loss`")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument(
-        "--schedule", default=SCHEDULE, help="of the rate: any `lr_scheduler_type`, such as `linear` for a long run"
-    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     own_student, own_teacher = (named(name, options.models) for name in (options.student, options.teacher))
-    main(
-        own_student,
-        own_teacher,
-        options.data,
-        options.output,
-        options.loss,
-        options.steps,
-        options.seed,
-        options.schedule,
-    )
+    main(own_student, own_teacher, options.data, options.output, options.loss, options.steps, options.seed)
