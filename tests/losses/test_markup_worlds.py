@@ -186,7 +186,9 @@ BEGUN_ALIKE = {  # the markup before a thought begins as that before an answer a
 def with_and_without_thoughts(name: str) -> Templates:
     ours, merges, theirs, other_merges = BEGUN_ALIKE[name]
     alone = [ours[3] + answer + ours[2] for answer in ("a", "b", "ab", "ba")]
-    return Templates(byte_level(merges, ours), byte_level(other_merges, theirs), thoughts(ours, "ab") + alone)
+    later = [ours[0] + "\n" + word + ours[1] + "a" + ours[2] for word in ("a", "b", "\na")]
+    texts = [*thoughts(ours, "ab"), *later, *alone]
+    return Templates(byte_level(merges, ours), byte_level(other_merges, theirs), texts)
 
 
 @pytest.mark.parametrize("name", BEGUN_ALIKE)

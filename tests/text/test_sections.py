@@ -292,9 +292,12 @@ def test_markup_is_undecided_where_that_before_another_section_begins_with_its_t
 
 
 def test_a_text_cut_off_at_undecided_markup_has_it_masked():
-    found = rollout("gptoss", "qwen3", "<|channel|>analysis<|message|>")
-    assert (found.student_chunks == -1).all() and found.num_chunks == 0
-    assert {own.reason for own in found.alignment.masked} == {"markup"}
+    for space in ("", "\n", "\n\n"):
+        found = rollout("gptoss", "qwen3", "<|channel|>analysis<|message|>" + space)
+        assert (found.student_chunks == -1).all() and found.num_chunks == 0
+        assert {own.reason for own in found.alignment.masked} == {"markup"}
+    found = rollout("gptoss", "qwen3", "<|channel|>analysis<|message|>\nT")
+    assert texts(found, "gptoss", "qwen3") == [("<|channel|>analysis<|message|>\nT", "<think>\n\nT")]
 
 
 def test_a_masked_end_is_not_read_by_the_teacher():

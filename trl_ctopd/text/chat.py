@@ -617,7 +617,7 @@ def beside_markup(student: Speaker, teacher: Speaker) -> tuple[MarkupBeside, Mar
     no text. Where several forms differ, the shortest decides."""
     found = tuple(({}, {}) for _ in range(2))
     for ours, theirs in zip(student.known_turns, teacher.known_turns, strict=True):
-        for kinds in sorted(ours.forms.keys() & theirs.forms.keys(), key=len):
+        for kinds in sorted(ours.forms.keys() & theirs.forms.keys(), key=lambda kinds: (len(kinds), kinds)):
             pairs = zip(ours.forms[kinds].literals[1:], theirs.forms[kinds].literals[1:], strict=True)
             for literals in pairs:
                 (own, token), (other, other_token) = (

@@ -28,7 +28,7 @@ class Grid:
         shown: (size + 1,) offset in `text` (the sections with the student's markup) of each place.
         content: (size + 1,) bytes of section text before each place.
         is_markup: (size,) True for places of markup.
-        undecided: places at which markup ends that may yet be other markup.
+        undecided: places at which markup ends that may yet be other markup, and those in whitespace after it, with which that may go on.
         masked: stretches of places that are masked; those with an empty reason are not counted.
     """
 
@@ -42,7 +42,7 @@ class Grid:
         teacher_left, teacher_right, theirs = [0], [0], 0
         shown, content, texts, self.teacher_texts = [0], [0], [], []
         is_markup: list[bool] = []
-        size = 0
+        size, since = 0, None  # where markup begins that is undecided yet
         for unit in units:
             a, b = unit.start, unit.end
             if unit.shared:
@@ -62,8 +62,12 @@ class Grid:
                 shown += range(shown[-1] + 1, shown[-1] + width + 1)
                 content += range(content[-1] + 1, content[-1] + width + 1)
                 texts.append(text)
+                if since is not None:
+                    space = len(text[: len(text) - len(text.lstrip())].encode())
+                    self.undecided += range(size + 1, size + space + 1)
+                    since = since if space == width else None
             else:
-                width = _MARKUP
+                width, since = _MARKUP, None
                 literal = "".join(name_of(symbol, names) for symbol in runs(written[a:b]))
                 left[a + 1 : b], right[a + 1 : b] = size + 1, size + 1
                 left[a] = size if left[a] < 0 else left[a]
@@ -81,14 +85,15 @@ class Grid:
                 if unit.reason or a == b or not theirs:
                     self.masked.append(MaskedStretch(size, size + width, unit.reason or ""))
                 elif unit.undecided:
+                    since = size
                     self.undecided.append(size + width)
                 shown += [shown[-1]] * (width - 1) + [shown[-1] + len(literal.encode())]
                 content += [content[-1]] * width
                 texts.append(literal)
             size += width
             is_markup += [not unit.shared] * width
-        if self.undecided[-1:] == [size]:  # cut off there
-            self.masked.append(MaskedStretch(size - _MARKUP, size, "markup"))
+        if since is not None:  # cut off there
+            self.masked.append(MaskedStretch(since, size, "markup"))
         self.is_markup = np.array(is_markup, dtype=bool)
         self.size, self.text = size, "".join(texts)
         self.student, self.teacher = (left, right), (np.array(teacher_left), np.array(teacher_right))
