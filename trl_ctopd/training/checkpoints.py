@@ -345,9 +345,8 @@ class PendingRollouts:
         if not file.exists():
             return
         layout, batches, old_scores = torch.load(file, "cpu")
-        now = {
-            name: value for name, value in self._layout().items() if name in layout
-        }  # older ones say nothing of the loss
+        # checkpoints from before this was kept say nothing of the loss
+        now = {name: value for name, value in self._layout().items() if name in layout}
         if layout == now:
             self.batches = [{_RENAMED.get(name, name): value for name, value in own.items()} for own in batches]
             # (B, S) in checkpoints from before chunks closed

@@ -279,7 +279,7 @@ def with_loss(args: CrossTokenizerGKDConfig, teacher_model) -> CrossTokenizerGKD
     if args.distillation_loss_kwargs and not {*args.distillation_loss_kwargs} <= others:
         own["distillation_loss_kwargs"] = args.distillation_loss_kwargs
     if isinstance(teacher_model, Mapping):
-        name, why = "dpca", "teachers are given by name, as several are"
+        name, why = "dpca", "teachers are given by name"
     elif is_url(teacher_model) or isinstance(teacher_model, list | tuple):
         name, why = "dpca", "a server tells log-probs of the text alone"
     elif own:

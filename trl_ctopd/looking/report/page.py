@@ -248,9 +248,8 @@ def _samples(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]])
 def _views(trainer, samples: list[dict]) -> list[Markup]:
     loss = trainer.distillation_loss
     shown = isinstance(loss, Loss) and loss.signal == "logprobs" and not loss.reads_more
-    by = (
-        loss if shown else DPCA(event="closed")
-    )  # which has the expected gradient of reverse_kl, and tells it token by token
+    # dpca with closed chunks has the expected gradient of reverse_kl, and tells it token by token
+    by = loss if shown else DPCA(event="closed")
     samples = [Sample(**sample) for sample in samples]
     shown = []
     rollouts = trainer.panel.align_completions(
