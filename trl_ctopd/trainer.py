@@ -223,7 +223,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """Renders and tokenizes every row for both models, once."""
-        self._has_tools |= "tools" in (dataset.column_names or ())
+        self._has_tools |= "tools" in (getattr(dataset, "column_names", None) or ())
         contexts = self.student_context, self.panel.contexts_of_servers
         sides = self.student_side, self.panel.sides
         rendered = render_dataset(dataset, args, *sides, *contexts, dataset_name, self._tools, self._keeps_rows)
