@@ -31,7 +31,7 @@ def real_peak(checkpointing: bool) -> int:
     model = AutoModelForCausalLM.from_config(CONFIG)
     heads.add_token_scores(model)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.enable_input_require_grads()
     model.train()
     alive = plan.Alive()

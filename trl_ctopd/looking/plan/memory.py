@@ -124,7 +124,8 @@ def run_pass(
             lora = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
             model = get_peft_model(model, lora, low_cpu_mem_usage=True)
     if learns and work.activation_checkpointing:
-        model.activation_checkpointing_enable()
+        # transformers before 5.23 has the second alone
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.enable_input_require_grads()
     model.train(learns)
     tile = mock.patch.object(heads, "_SMALL_TILE_COLUMNS", heads._TILE_COLUMNS["cuda"])
