@@ -274,9 +274,13 @@ def learned_by(args: CrossTokenizerGKDConfig) -> tuple[str | Callable, dict]:
     """The loss by which the run's text is learned, with its settings: a run on the dataset's text alone has no use for a loss on the student's
     own."""
     loss = args.distillation_loss
-    if args.lmbda == 0 and getattr(loss if callable(loss) else LOSSES[loss], "policy", "both") == "on":
+    if args.lmbda == 0 and _needs_the_students_text(loss):
         return args.off_policy_loss, args.off_policy_loss_kwargs or {}
     return loss, args.distillation_loss_kwargs or {}
+
+
+def _needs_the_students_text(loss: str | Callable) -> bool:
+    return getattr(loss if callable(loss) else LOSSES[loss], "policy", "both") == "on"
 
 
 def _paper(args: CrossTokenizerGKDConfig) -> Paper:
@@ -311,7 +315,7 @@ def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
         settings["distillation_loss_kwargs" if loss is args.distillation_loss else "off_policy_loss_kwargs"] = kwargs
     if "advantage_clip" in settings and settings["advantage_clip"] is None:
         settings["advantage_clip"] = "no bound"
-    if 0 < args.lmbda < 1 and getattr(loss if callable(loss) else LOSSES[loss], "policy", "both") == "on":
+    if 0 < args.lmbda < 1 and _needs_the_students_text(loss):
         settings |= {"off_policy_loss": args.off_policy_loss, "off_policy_loss_kwargs": args.off_policy_loss_kwargs}
     settings |= {name: getattr(args, name) for name in SETTINGS}
     defaults = {field.name: field.default for field in fields(args)}

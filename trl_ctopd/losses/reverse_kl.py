@@ -104,9 +104,8 @@ def places(batch: ScoredChunks) -> Places:
     vocabulary, where = batch.vocabulary, (chunks.row[chunk], chunks.chunk[chunk])
     alike = (batch.student_bytes[where] > 0) & ~batch.has_markup[where]
     # where the two sides spell other bytes, both begin at the same place, and are alike until the first token with markup
-    own_ids = batch.student_ids.flatten()[student]
-    is_text = (own_width := batch.student_widths.flatten()[student]) > 0
-    is_text &= own_width == vocabulary.student_widths[own_ids]
+    width = batch.student_widths.flatten()[student]
+    is_text = (width > 0) & (width == vocabulary.student_widths[batch.student_ids.flatten()[student]])
     told &= alike | (batch.has_markup[where] & (_before_in_chunk((~is_text).long(), chunk, first) == 0))
     begins = chunks.teacher_first[chunk]
     apart = ~alike & first

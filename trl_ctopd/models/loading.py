@@ -99,9 +99,8 @@ def _check_gguf_positions(name: str, gguf_file: str, revision: str | None):
     if not scaled:
         return
     try:
-        rope = (
-            AutoConfig.from_pretrained(name, gguf_file=gguf_file, revision=revision).get_text_config().rope_parameters
-        )
+        config = AutoConfig.from_pretrained(name, gguf_file=gguf_file, revision=revision)
+        rope = config.get_text_config().rope_parameters
     except (TypeError, KeyError):  # what transformers raises for gpt-oss
         rope = {}
     kinds = [own["rope_type"] for own in (rope, *rope.values()) if isinstance(own, dict) and "rope_type" in own]

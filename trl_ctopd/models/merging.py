@@ -71,7 +71,7 @@ def merged(layers: Sequence[LoraLayer], in_place: bool = False, pack: bool = Fal
     """Within, these layers of `mergeable` are merged. `in_place`: no weight changes its address, which a CUDA graph has recorded. `pack`: where
     layers multiply by oneDNN, the merged weights are packed ([`OneDnnLinear`])."""
     bases = [layer.get_base_layer() for layer in layers]
-    packed = [base for base in bases if pack and isinstance(base, OneDnnLinear)]
+    packed = {base for base in bases if pack and isinstance(base, OneDnnLinear)}
     parameters = [p for base in bases for p in base.parameters(recurse=False)]
     kept = [(p, p.data.clone() if in_place else p.data) for p in parameters]
     try:

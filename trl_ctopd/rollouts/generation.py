@@ -156,7 +156,6 @@ def write(
     if backend == "transformers_continuous":
         generate = partial(_generate_continuously, settings=args.transformers_continuous_batching_config or {})
     layers, recorded = [], False
-    pack = decode is None and _packs(accelerator)
     if merge and not sharded:
         layers, recorded = _merging(model, config, accelerator, args, backend)
     with (
@@ -170,8 +169,7 @@ def write(
         ) as unwrapped,
         gathered_under_fsdp(unwrapped) if sharded and not together else nullcontext(),
         _ready_to_generate(unwrapped, config),
-        merged(layers, in_place=decode is not None, pack=pack),
-        packed(unwrapped) if pack else nullcontext(),
+        _weights_to_write_with(unwrapped, layers, accelerator, in_place=decode is not None),
     ):
         return _by_length(generate, unwrapped, prompts, config, args, recorded or record, ended)
 
@@ -191,8 +189,7 @@ def write_with_copy(
         return []
     layers, _ = _merging(model, config, accelerator, args, "transformers")
     generate = partial(_generate, rows_leave=True, choose=choose)
-    pack = _packs(accelerator)
-    with _ready_to_generate(model, config), merged(layers, pack=pack), packed(model) if pack else nullcontext():
+    with _ready_to_generate(model, config), _weights_to_write_with(model, layers, accelerator):
         return _by_length(generate, model, prompts, config, args, recorded=True)
 
 
@@ -242,9 +239,13 @@ def _merging(model, config: GenerationConfig, accelerator, args: CrossTokenizerG
     return layers if recorded or wanted else [], recorded
 
 
-def _packs(accelerator) -> bool:
-    """Whether float32 weights are multiplied by as they are."""
-    return accelerator.mixed_precision == "no" and not torch.is_autocast_enabled("cpu")
+@contextmanager
+def _weights_to_write_with(model: nn.Module, layers: Sequence[nn.Module], accelerator, in_place: bool = False):
+    """Within, the adapter of `layers` is merged, and weights are packed where they are multiplied by as they are; `in_place`: none
+    changes its address."""
+    pack = not in_place and accelerator.mixed_precision == "no" and not torch.is_autocast_enabled("cpu")
+    with merged(layers, in_place, pack), packed(model) if pack else nullcontext():
+        yield
 
 
 def up_to_stop(ids: Sequence[int], stop_ids: Container[int]) -> list[int]:

@@ -28,7 +28,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..text.calls import with_ids
 from ..text.chat import Conversation, Speaker
 from ..text.parsing import Grammar, symbols, text_of
-from ..text.planning import lost_kinds
+from ..text.planning import kept_kinds
 from ..text.sections import read_calls
 from ..text.token_bytes import token_table
 from ..text.turns import ANSWER, CALL, CALLS, RESULT, THOUGHT, USER, Unrenderable, read_turn
@@ -237,7 +237,7 @@ class ToolLoop:
         """The student's next turn, the ids it is given before that, and the same for the teacher."""
         student, teacher = self._student, self._teachers[row.prompt.teacher]
         before = teacher.turn(replace(row.conversation, reference=None).for_teacher)
-        kept = tuple(kind for kind in kinds if kind not in lost_kinds(kinds, before, False))
+        kept = kept_kinds(kinds, before)
         if kept not in before.forms:
             raise Unrenderable(f"the teacher's template {before.missing.get(kept, 'leaves out calls of tools')}")
         opened, theirs = student.opened(asked.for_student), teacher.opened(asked.for_teacher)

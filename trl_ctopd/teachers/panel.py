@@ -147,18 +147,15 @@ class Seat:
     @property
     def _markup_is_comparable(self) -> bool:
         """Most losses on whole distributions compare the next bytes, and the two templates' markup has different bytes."""
-        return all(getattr(loss, "bridges_markup", False) for loss in self._on_distributions)
+        chosen = [self._args.distillation_loss, *([self._args.off_policy_loss] if self._args.lmbda < 1 else [])]
+        losses = [LOSSES.get(loss, loss) if isinstance(loss, str) else loss for loss in chosen]
+        return all(
+            getattr(loss, "signal", "logprobs") != "logits" or getattr(loss, "bridges_markup", False) for loss in losses
+        )
 
     def _masks(self, literal: str) -> bool:
         """Whether the settings mask this markup of the student's."""
         return self._args.markup_policy == "mask" or any(own in literal for own in self._args.mask_strings or ())
-
-    @property
-    def _on_distributions(self) -> list:
-        """The losses of the run that compare distributions."""
-        chosen = [self._args.distillation_loss, *([self._args.off_policy_loss] if self._args.lmbda < 1 else [])]
-        losses = [LOSSES.get(loss, loss) if isinstance(loss, str) else loss for loss in chosen]
-        return [loss for loss in losses if getattr(loss, "signal", "logprobs") == "logits"]
 
     @cached_property
     def sections(self) -> SectionAligner | None:

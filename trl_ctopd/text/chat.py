@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from .aligner import continuations
 from .calls import CallReader, find_reader
 from .conversation import REASONING, Conversation, read_example
-from .planning import lost_kinds
+from .planning import kept_kinds, lost_kinds
 from .template import THINKING, Template
 from .token_bytes import token_table
 from .turns import (
@@ -618,20 +618,22 @@ def beside_markup(student: Speaker, teacher: Speaker) -> tuple[MarkupBeside, Mar
     found = tuple(({}, {}) for _ in range(2))
     for ours, theirs in zip(student.known_turns, teacher.known_turns, strict=True):
         for kinds in sorted(ours.forms.keys() & theirs.forms.keys(), key=lambda kinds: (len(kinds), kinds)):
-            pairs = zip(ours.forms[kinds].literals[1:], theirs.forms[kinds].literals[1:], strict=True)
-            for literals in pairs:
-                (own, token), (other, other_token) = (
-                    student.before_markup(literals[0]),
-                    teacher.before_markup(literals[1]),
+            for literal, their_literal in zip(
+                ours.forms[kinds].literals[1:], theirs.forms[kinds].literals[1:], strict=True
+            ):
+                (own, token), (other, their_token) = (
+                    student.before_markup(literal),
+                    teacher.before_markup(their_literal),
                 )
                 shared = shared_space(own, other)
-                texts = own.removeprefix(shared), other.removeprefix(shared)
-                for (joins, after), one, text, beside in zip(
-                    found, (token, other_token), texts, texts[::-1], strict=True
+                own, other = own.removeprefix(shared), other.removeprefix(shared)
+                for (joins, after), end, text, beside in (
+                    (found[0], token, own, other),
+                    (found[1], their_token, other, own),
                 ):
-                    if one is not None:
-                        joins.setdefault(one, "" if text else beside)
-                        after.setdefault(one, text)
+                    if end is not None:
+                        joins.setdefault(end, "" if text else beside)
+                        after.setdefault(end, text)
     return tuple(MarkupBeside(*({i: text for i, text in kind.items() if text} for kind in side)) for side in found)
 
 
@@ -650,9 +652,7 @@ def masked_beginnings(
         for kinds, form in ours.forms.items():
             if CALLS in kinds and not with_calls:
                 continue
-            lost = lost_kinds(kinds, theirs, False)
-            if CALLS in kinds and tuple(kind for kind in kinds if kind not in lost) not in theirs.forms:
-                lost = lost_kinds(kinds, theirs, True)
+            lost = lost_kinds(kinds, theirs, CALLS in kinds and kept_kinds(kinds, theirs) not in theirs.forms)
             literals = [form.literals[0].removeprefix(ours.tail), *form.literals[1:-1]]
             for literal, before, kind in zip(literals, (None, *kinds[:-1]), kinds, strict=True):
                 after_text = before in lost and thoughts_are_text

@@ -131,7 +131,7 @@ def undecided_steps(turn: Turn, encode: Callable[[str], list[int]]) -> set[tuple
         (here, there)
         for here, there, ids in written
         for other_here, other, longer in written
-        if (here, there) != (other_here, other) and here == other_here and longer[: len(ids)] == ids
+        if here == other_here and there != other and longer[: len(ids)] == ids
     }
 
 
@@ -157,3 +157,9 @@ def lost_kinds(kinds: tuple[str, ...], teacher: Turn, without_calls: bool) -> se
     if THOUGHT in kept and not (opens if len(kept) == 1 else kept in teacher.forms):  # one alone is unfinished
         lost = lost | {THOUGHT}
     return lost
+
+
+def kept_kinds(kinds: tuple[str, ...], teacher: Turn) -> tuple[str, ...]:
+    """Those of a student's sections that the teacher's template has a place for, where it can write the calls."""
+    lost = lost_kinds(kinds, teacher, False)
+    return tuple(kind for kind in kinds if kind not in lost)

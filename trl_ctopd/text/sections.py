@@ -29,7 +29,7 @@ from .chat import Speaker, unshared_markup
 from .chunks import synchronized_chunks
 from .grid import Grid, side_on
 from .parsing import Grammar, Parsed, name_of, runs, symbols
-from .planning import Unit, lost_kinds, plan, undecided_steps, with_shared_space
+from .planning import Unit, kept_kinds, plan, undecided_steps, with_shared_space
 from .token_bytes import TokenTable
 from .turns import ANSWER, CALLS, Turn, Unrenderable, one_of, read_turn
 
@@ -199,8 +199,7 @@ class SectionAligner:
         """Units from the first call's name to the end of the turn; None where the calls cannot be read, or where one of the
         templates cannot write them."""
         ours, theirs = self._speakers
-        lost = lost_kinds(parsed.kinds, turn, False)
-        kinds = tuple(kind for kind in parsed.kinds if kind not in lost)
+        kinds = kept_kinds(parsed.kinds, turn)
         start, grammar = parsed.sections[-1][1], self._grammars[student]
         calls = executed or with_ids(read_calls(parsed, written, ours, self._aligner.student_table) or ())
         if not calls or kinds not in turn.forms:
