@@ -198,7 +198,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=None,
         metadata={
             "help": "Strings that are not scored wherever the student writes them, such as </think>, with the tokens that hold them; "
-            "counted in masked_bytes/markup. Markup that only one of the two templates has is masked anyway."
+            "counted in masked_bytes/markup. Markup that only one of the two templates has is masked anyway, but for that at the beginning of a "
+            "turn that may be an answer, a thought or a call."
         },
     )
     thought_policy: str = field(

@@ -94,6 +94,9 @@ class Templates:
             turn_ends=dict.fromkeys(stops, end),
             sections=SectionAligner(aligner, ours, theirs, **policies),
         )
+        assert (
+            len({tuple(rollout.teacher_prompt_ids) for rollout in found}) == 1
+        )  # so that what is scored is the whole law
         self.rollouts = [without_undecided(rollout, {"": self.table}) for rollout in found]
         sides = ("student_ids", "teacher_ids", "student_chunks", "teacher_chunks", "student_widths")
         rows = [Completion(*(list(getattr(rollout, side)) for side in sides)) for rollout in self.rollouts]
@@ -105,14 +108,16 @@ class Templates:
         ended = [ends(rollout) for rollout in self.rollouts], [student_ends(rollout) for rollout in self.rollouts]
         teacher = [row.teacher_ids for row in own.rows], own.micro_batch.teacher_logits
         told = closings_before(self.table.reverse, ended[1], *teacher)
-        markup = torch.zeros(own.micro_batch.student_ids.shape, dtype=torch.bool)
-        for n, rollout in enumerate(self.rollouts):
-            if rollout.markup is not None:
-                markup[n, : len(rollout.markup)] = torch.as_tensor(rollout.markup)
+        marked = {}
+        for name in ("markup", "untold"):
+            marked[name] = torch.zeros(own.micro_batch.student_ids.shape, dtype=torch.bool)
+            for n, rollout in enumerate(self.rollouts):
+                if (found := getattr(rollout, name)) is not None:
+                    marked[name][n, : len(found)] = torch.as_tensor(found)
 
         def closed(batch, num_items):
             close = closings_before(self.table, ended[0], [row.student_ids for row in own.rows], batch.student.hidden)
-            return loss(replace(batch, close_log_probs=close, teacher_close_log_probs=told, markup=markup), num_items)
+            return loss(replace(batch, close_log_probs=close, teacher_close_log_probs=told, **marked), num_items)
 
         return own.expected_gradient(closed, student_logits)
 
@@ -206,6 +211,51 @@ def test_the_expectation_is_that_of_closed_chunks_where_only_what_follows_tells_
     expected, found = (own.gradient(loss, student, advantage_clip=None) for loss in ("dpca", "reverse_kl"))
     assert expected.abs().max() > 0.05
     assert (found - expected).abs().max() < 1e-10
+
+
+ONE_SIDED = {  # a turn is an answer, or a thought and one, and one side alone has markup before one of them
+    "the teacher's answer": (PLAIN, (), ("<x>", "<y>", "<|e|>", "<t>"), OTHER),
+    "the teacher's answer, begun as its thought": (PLAIN, (), ("<x>", "<y>", "<|e|>", "<x><y>"), OTHER),
+    "both of the teacher's, begun alike": (PLAIN, (), ("<x><x>", "<y>", "<|e|>", "<x><t>"), OTHER),
+    "the teacher's answer, with text": (PLAIN, (), ("<x>", "<y>", "<|e|>", "<x>\n<y>\n"), OTHER),
+    "the student's answer": (("<t>", "</t>", "<|e|>", "<x>"), (), ("<x>", "<y>", "<|e|>"), OTHER),
+    "the student's answer, with text": (("<t>", "</t>", "<|e|>", "<t>\n</t>\n"), (), ("<x>", "<y>", "<|e|>"), OTHER),
+    "chunks of several tokens": (PLAIN, (("a", "b"),), ("<x>", "<y>", "<|e|>", "<t>"), (("b", "."), ("b", "a"))),
+    "the student's, in chunks of several tokens": (
+        ("<t>", "</t>", "<|e|>", "<x>"),
+        (("a", "b"),),
+        ("<x>", "<y>", "<|e|>"),
+        (("b", "a"),),
+    ),
+}
+
+
+@functools.cache
+def with_one_sided_openings(name: str) -> Templates:
+    ours, merges, theirs, other_merges = ONE_SIDED[name]
+    alone = [(ours[3] if len(ours) > 3 else "") + answer + ours[2] for answer in ("a", "b", "ab", "ba", "b.")]
+    return Templates(byte_level(merges, ours), byte_level(other_merges, theirs), [*thoughts(ours, "ab"), *alone])
+
+
+@pytest.mark.parametrize("name", ONE_SIDED)
+@pytest.mark.parametrize(("loss", "knobs"), LOSSES)
+def test_a_perfect_student_thinks_as_often_as_its_teacher_where_one_side_alone_has_markup_before_an_answer(
+    loss, knobs, name
+):
+    own = with_one_sided_openings(name)
+    assert all((rollout.student_chunks >= 0).all() for rollout in own.rollouts)
+    assert own.gradient(loss, **knobs).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ONE_SIDED)
+def test_the_expectation_is_that_of_closed_chunks_where_one_side_alone_has_markup_before_an_answer(name):
+    own = with_one_sided_openings(name)
+    student = moved(own.world, by=0.5)
+    expected = own.gradient("dpca", student, advantage_clip=None)
+    assert expected.abs().max() > 0.05
+    for top_k in (None, 8):
+        found = own.gradient("reverse_kl", student, advantage_clip=None, top_k=top_k)
+        assert (found - expected).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("letters", LETTERS)

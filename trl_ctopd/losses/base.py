@@ -74,6 +74,8 @@ class ScoredChunks:
             server; -inf where nothing is known.
         markup (`torch.BoolTensor` of shape (B, S), *optional*): True for the tokens of chunks with the markup of a chat template, of
             which the two sides may spell other bytes.
+        untold (`torch.BoolTensor` of shape (B, S), *optional*): True for the tokens of a turn's first chunk where turns may begin in several ways,
+            so that the teacher's distribution there tells nothing of the student's tokens.
         other_spelling (`torch.BoolTensor` of shape (B, S), *optional*): True for tokens that the student's tokenizer would not
             have made of the text.
         rewards (`torch.Tensor` of shape (B,), *optional*): for a loss with `takes_rewards`, what is added to the advantages of each row's
@@ -110,6 +112,7 @@ class ScoredChunks:
     unclosed: torch.Tensor | None = None
     teacher_likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
     markup: torch.Tensor | None = None
+    untold: torch.Tensor | None = None
     other_spelling: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
     reference_log_probs: torch.Tensor | None = None

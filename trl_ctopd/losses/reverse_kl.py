@@ -24,6 +24,8 @@ Decisions.
   if it is masked, would not correct them, and the student would write them ever less.
 - After text of which a control token of the student's may tell that it was markup (the newline of `\\n</think>`), nothing is known of whether it
   goes on: in one of the two cases the teacher has read another text.
+- Where a turn may begin with an answer, a thought or a call, and one side alone has markup before one of them, or has it masked, the first chunk
+  has no guesses, whatever is drawn there (`ScoredChunks.untold`).
 - A student whose tokenizer puts a space before a text has no guesses at the first place of a turn, whatever is drawn there: what its
   first token spells is not what the teacher's does.
 - At a chunk's end beside text that takes no part, and only there, nothing is known of the closing but its log-prob
@@ -113,6 +115,8 @@ def places(batch: ScoredChunks) -> Places:
     teacher_ids = torch.where(apart, batch.teacher_ids.flatten()[begins], teacher_ids)
     written = written.masked_fill(apart, 0)
     told |= apart
+    if batch.untold is not None:
+        told &= ~batch.untold[row, position]
     if vocabulary.student_puts_a_space:  # the first text token of a turn is not told, so that no other one may be
         told &= (position > 0) & _is_scored_before(batch)[row, position]
     if vocabulary.later_digits_undo:

@@ -71,6 +71,8 @@ class Rollout:
         teacher_starts: places in `teacher_ids` where a turn after results begins.
         markup: (S,) True for the tokens of chunks with markup between sections, of which the two sides may spell other bytes; None for
             none.
+        untold: (S,) True for the tokens of a turn's first chunk where that may begin in several ways of which the teacher's distribution tells
+            nothing ([`SectionAligner.begins_untold`]); None for none.
         parts: of a mixture of teachers, what each adds. `teacher_ids` and `teacher_chunks` are then the mixture's own, and the ids
             mean nothing.
     """
@@ -90,6 +92,7 @@ class Rollout:
     given: tuple[tuple[int, int], ...] = ()
     teacher_starts: tuple[int, ...] = ()
     markup: np.ndarray | None = None
+    untold: np.ndarray | None = None
     parts: tuple[Part, ...] = ()
 
     @property
@@ -154,7 +157,9 @@ def _pair_turns(
     """Pairs each turn separately. If another turn follows, the teacher reads the end of the turn whatever `eos_policy` is."""
     ended = [bool(turn.student_ids) and turn.student_ids[-1] in turn_ends for turn in turns]
     found = [
-        sections.parse(ids, end, prompt.framed.student) if sections and prompt.framed.student else None
+        sections.parse(ids, end, prompt.framed.student, prompt.framed.teacher)
+        if sections and prompt.framed.student
+        else None
         for (prompt, ids, _), end in zip(turns, ended, strict=True)
     ]
     contents = [
@@ -195,6 +200,9 @@ def _pair_turns(
                 first, *others = text_ends[ids[-1]]
                 turn_end, rollout = [first], replace(rollout, other_ends=tuple(others))
             rollout = _with_turn_end(rollout, turn_end)
+        if sections and frame.student and ids and sections.begins_untold(frame.student, frame.teacher):
+            chunks = rollout.student_chunks
+            rollout.untold = (chunks >= 0) & (chunks == chunks[0])
         rollouts.append(rollout)
     return rollouts
 
@@ -223,7 +231,7 @@ def _joined(prompt: Prompt, ids: list[int], turns: Sequence[Rollout], eos_policy
         return turns[0]
     given = tuple((later.start, later.stop) for later in prompt.framed.later)
     student_chunks, teacher_chunks, num_chunks = np.full(len(ids), -1), [], 0
-    student_widths, markup = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
+    student_widths, (markup, untold) = np.zeros(len(ids), dtype=np.int64), np.zeros((2, len(ids)), dtype=bool)
     teacher_ids: list[int] = []
     starts: list[int] = []
     places = zip([0, *(stop for _, stop in given)], turns, strict=True)
@@ -241,6 +249,8 @@ def _joined(prompt: Prompt, ids: list[int], turns: Sequence[Rollout], eos_policy
         student_widths[place : place + len(own)] = turn.student_widths
         if turn.markup is not None:
             markup[place : place + len(own)] = turn.markup
+        if turn.untold is not None:
+            untold[place : place + len(own)] = turn.untold
         num_chunks += turn.num_chunks
     return Rollout(
         prompt=prompt,
@@ -257,6 +267,7 @@ def _joined(prompt: Prompt, ids: list[int], turns: Sequence[Rollout], eos_policy
         given=given,
         teacher_starts=tuple(starts),
         markup=markup,
+        untold=untold,
     )
 
 
@@ -367,7 +378,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
         `labels` (B, 1 + S): the ids that are scored, -100 elsewhere;
         `scored` (2, n): row of each scored token, and column of the token before it, counted from the end (-1 is the last);
         `padding_rows` (B,): True for padding rows;
-        `markup` (B, S), where a rollout has some: True for the tokens of chunks with markup;
+        `markup`, `untold` (B, S), each where a rollout has some: True for the tokens of chunks with markup, and for those of untold beginnings;
         `student_chunks`, `student_widths` (B, S): chunk (-1 = takes no part) and bytes of each student token;
         `teacher_chunks`, `teacher_ids` (B, T);
         `prompt_lengths` (B,): index of each row's first completion token;
@@ -383,8 +394,11 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
     input_ids = pad_rows(rows, length, pad_token_id)
     chunks = pad_rows([rollout.student_chunks for rollout in rollouts], length, -1, starts)
     widths = pad_rows([rollout.student_widths for rollout in rollouts], length, 0, starts)
-    markup = [() if rollout.markup is None else rollout.markup for rollout in rollouts]
-    own = {"markup": pad_rows(markup, length, False, starts)[:, 1:]} if any(map(any, markup)) else {}
+    own = {}
+    for name in ("markup", "untold"):
+        marked = [() if (found := getattr(rollout, name)) is None else found for rollout in rollouts]
+        if any(map(any, marked)):
+            own[name] = pad_rows(marked, length, False, starts)[:, 1:]
     row, column = (chunks[:, 1:] >= 0).nonzero(as_tuple=True)
     teacher_length = max(1, *(len(rollout.teacher_ids) for rollout in rollouts))
     return {

@@ -73,7 +73,7 @@ class Respeller:
 
     @cached_property
     def _sections(self) -> SectionAligner:
-        own = {"thought_policy": self._thought_policy, "said": _SAID}
+        own = {"thought_policy": self._thought_policy, "said": _SAID, "weighs_forms": False}
         return SectionAligner(self._aligner, self._teacher, self._student, **own)
 
     @cached_property

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from .aligner import continuations
 from .calls import CallReader, find_reader
 from .conversation import REASONING, Conversation, read_example
-from .planning import kept_kinds, lost_kinds
+from .planning import lost_of
 from .template import THINKING, Template
 from .token_bytes import token_table
 from .turns import (
@@ -415,6 +415,11 @@ class Speaker(Template):
         ids = self.encode(literal.removeprefix(text)) if literal else self.turn_end
         return text, ids[0] if ids and ids[0] in self._added else None
 
+    def cut(self, literal: str) -> list[str]:
+        """A literal cut at its control and other added tokens."""
+        names = self._added_names
+        return [part for part in re.split(f"({names.pattern})", literal) if part] if names else [literal]
+
     @cached_property
     def _added_names(self) -> re.Pattern | None:
         return one_of(map(str, self.tokenizer.convert_ids_to_tokens(sorted(self._added))))
@@ -652,7 +657,7 @@ def masked_beginnings(
         for kinds, form in ours.forms.items():
             if CALLS in kinds and not with_calls:
                 continue
-            lost = lost_kinds(kinds, theirs, CALLS in kinds and kept_kinds(kinds, theirs) not in theirs.forms)
+            lost = lost_of(kinds, theirs)
             literals = [form.literals[0].removeprefix(ours.tail), *form.literals[1:-1]]
             for literal, before, kind in zip(literals, (None, *kinds[:-1]), kinds, strict=True):
                 after_text = before in lost and thoughts_are_text

@@ -43,6 +43,7 @@ class Grid:
         shown, content, texts, self.teacher_texts = [0], [0], [], []
         is_markup: list[bool] = []
         size, since = 0, None  # where markup begins that is undecided yet
+        leads = bool(units) and units[0].leads and any(_is_read(unit) for unit in units)
         for unit in units:
             a, b = unit.start, unit.end
             if unit.shared:
@@ -82,7 +83,7 @@ class Grid:
                 else:
                     teacher_right[-1] = size + width
                 self.teacher_texts.append(unit.teacher)
-                if unit.reason or a == b or not theirs:
+                if unit.reason or ((a == b or not theirs) and not (leads and unit.leads)):
                     self.masked.append(MaskedStretch(size, size + width, unit.reason or ""))
                 elif unit.undecided:
                     since = size
@@ -92,6 +93,8 @@ class Grid:
                 texts.append(literal)
             size += width
             is_markup += [not unit.shared] * width
+        if leads:  # the first token of the side that writes no markup there stands for that of the other too
+            right[0] = teacher_right[0] = 0
         if since is not None:  # cut off there
             self.masked.append(MaskedStretch(since, size, "markup"))
         self.is_markup = np.array(is_markup, dtype=bool)
@@ -120,6 +123,11 @@ class Grid:
                 last = at + width if at < last < at + width else last
             at += width
         return MaskedStretch(first, last, reason)
+
+
+def _is_read(unit: Unit) -> bool:
+    """Whether the teacher reads something for it."""
+    return unit.end > unit.start if unit.shared else bool(unit.teacher)
 
 
 def side_on(ends: np.ndarray, widths: np.ndarray, left: np.ndarray, right: np.ndarray) -> Side:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 
 from .parsing import END, START, Parsed, steps
 from .turns import ANSWER, CALLS, THOUGHT, Form, Turn, shared_space
@@ -21,6 +22,7 @@ class Unit:
         reason: why the stretch is masked; None where it is not.
         undecided: whether one side writes markup that begins like this where another section follows, so that only what comes next tells
             which of the two it is.
+        leads: whether one side alone writes markup here, before all else, so that it is one event with what follows.
     """
 
     start: int
@@ -29,6 +31,24 @@ class Unit:
     shared: bool
     reason: str | None = None
     undecided: bool = False
+    leads: bool = False
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the teacher reads before a turn, where the student's own template leaves it a choice between several forms.
+
+    Attributes:
+        on_tail: whether all forms go on from the teacher's generation prompt; False: from its stem.
+        shared: what it writes before all of them; read, not scored.
+        parted: the forms before which one side alone writes markup after that. It is scored with what follows, since it is what the form costs.
+        loses: whether the teacher's template has no place for the first section of some form.
+    """
+
+    on_tail: bool
+    shared: str
+    parted: frozenset[tuple[str, ...]]
+    loses: bool
 
 
 @dataclass(frozen=True)
@@ -37,7 +57,7 @@ class Plan:
 
     Attributes:
         on_tail: whether it goes on from the teacher's generation prompt; False: from its stem.
-        opening: what stands before the first unit; read, not scored.
+        opening: what stands before the first unit; read, not scored. Of a turn that can take one form alone, that is all markup before it.
         units: in order; they cover the completion.
     """
 
@@ -57,6 +77,7 @@ def plan(
     eos_policy: str = "bridge",
     calls: Sequence[Unit] | None = None,
     undecided: Collection[tuple[str, str]] = (),
+    begun: Opening | None = None,
 ) -> Plan:
     """
     Sets the sections that `Grammar.parse` found beside the teacher's form of the same turn.
@@ -66,15 +87,18 @@ def plan(
         eos: its EOS token, which ends a turn where the template writes no end.
         calls: units of the calls, from the first call's name to the end of the turn; None where the teacher cannot read them.
         undecided: from one section to the next, where the markup in between is (see [`Unit`]).
+        begun: `opening_of` the two turns.
     """
     sections, marks, kinds = parsed.sections, parsed.marks, list(parsed.kinds)
     lost = {kinds.index(kind): _REASON[kind] for kind in lost_kinds(parsed.kinds, teacher, calls is None)}
     form, literals = _literals(kinds, lost, teacher)
-    on_tail = literals[0].startswith(teacher.tail)
-    literals[0] = literals[0].removeprefix(teacher.tail)
+    on_tail = begun.on_tail if begun else literals[0].startswith(teacher.tail)
+    opening = begun.shared if begun else ""
+    literals[0] = literals[0].removeprefix(teacher.tail if on_tail else "").removeprefix(opening)
+    bridges = markup_policy == "bridge"
 
     units: list[Unit] = []
-    opening, kept = "", 0
+    kept = 0
     for n, ((kind, a, b), (begin, end)) in enumerate(zip(sections, marks, strict=False)):
         reason = lost.get(n)
         if reason == "thought" and thought_policy == "text":
@@ -87,16 +111,19 @@ def plan(
         if n and n - 1 in lost and thought_policy == "text":
             literal = literal or "\n\n"
         after_lost = n > 0 and n - 1 in lost
-        if not kept and begin == end and not after_lost:
-            opening = literal
+        leads = n == 0 and begun is not None and bridges and (begin == end) != (literal == "")
+        if leads:
+            units.append(Unit(begin, end, literal, False, leads=True))
+        elif not kept and begin == end and not after_lost:
+            opening += literal
         else:
-            why = lost[n - 1] if after_lost else None if markup_policy == "bridge" and literal else "markup"
+            why = lost[n - 1] if after_lost else None if bridges and literal else "markup"
             step = kinds[n - 1] if n else START, kind
             units.append(Unit(begin, end, literal, False, why, undecided=step in undecided))
         units += calls if kind == CALLS and calls is not None else [Unit(a, b, "", True)]
         kept += 1
     if not kept:
-        opening = literals[0]
+        opening += literals[0]
     if ended and (calls is None or CALLS not in kinds):
         begin, end = marks[-1]
         last_lost = lost.get(len(sections) - 1)
@@ -135,6 +162,48 @@ def undecided_steps(turn: Turn, encode: Callable[[str], list[int]]) -> set[tuple
     }
 
 
+def opening_of(student: Turn, teacher: Turn, cut: Callable[[str], Sequence[str]]) -> Opening | None:
+    """
+    How the teacher's forms of what the student may write begin. None where the student's template has one form alone after its generation
+    prompt: what the teacher writes before that costs every text the same.
+
+    Args:
+        cut: cuts markup where the teacher's tokens never join it.
+    """
+    tail = student.tail
+    own = {
+        kinds: form.opening.removeprefix(tail) for kinds, form in student.forms.items() if form.opening.startswith(tail)
+    }
+    lost = {kinds: lost_of(kinds, teacher) for kinds in own}
+    kept = [kinds for kinds in own if len(lost[kinds]) < len(kinds)]
+    if len(own) < 2 or not kept:
+        return None
+    theirs = {}
+    for kinds in kept:
+        places = {n: "" for n, kind in enumerate(kinds) if kind in lost[kinds]}
+        theirs[kinds] = _literals(kinds, places, teacher)[1][0]
+    on_tail = all(literal.startswith(teacher.tail) for literal in theirs.values())
+    if on_tail:
+        theirs = {kinds: literal.removeprefix(teacher.tail) for kinds, literal in theirs.items()}
+    beside = [
+        kinds for kinds in kept if kinds[0] not in lost[kinds]
+    ]  # what stands before a thought that is lost takes no part
+
+    def parted(shared: str) -> frozenset[tuple[str, ...]]:
+        return frozenset(kinds for kinds in beside if (own[kinds] == "") != (theirs[kinds] == shared))
+
+    shared = _begin_alike([*theirs.values()], cut) if parted("") else ""
+    return Opening(on_tail, shared, parted(shared), loses=any(kinds[0] in lost[kinds] for kinds in own))
+
+
+def _begin_alike(literals: Sequence[str], cut: Callable[[str], Sequence[str]]) -> str:
+    """What all literals begin with, up to a cut, or to the end of one of them with whitespace, after which a section's text may follow."""
+    shortest = min(literals, key=len)
+    if shortest != shortest.rstrip() and all(literal.startswith(shortest) for literal in literals):
+        return shortest
+    return "".join(commonprefix([[*cut(literal)] for literal in literals]))
+
+
 def _literals(kinds: Sequence[str], lost: Mapping[int, str], teacher: Turn) -> tuple[Form | None, list[str]]:
     """The teacher's form of a turn of these sections without the lost ones, and what it writes before each that is left. Where
     it has no such form: None, and what it writes before a turn's first section, or before an answer if all are lost."""
@@ -157,6 +226,11 @@ def lost_kinds(kinds: tuple[str, ...], teacher: Turn, without_calls: bool) -> se
     if THOUGHT in kept and not (opens if len(kept) == 1 else kept in teacher.forms):  # one alone is unfinished
         lost = lost | {THOUGHT}
     return lost
+
+
+def lost_of(kinds: tuple[str, ...], teacher: Turn) -> set[str]:
+    """`lost_kinds`, of calls too where the teacher's template writes none in such a turn."""
+    return lost_kinds(kinds, teacher, CALLS in kinds and kept_kinds(kinds, teacher) not in teacher.forms)
 
 
 def kept_kinds(kinds: tuple[str, ...], teacher: Turn) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from .chat import Speaker, unshared_markup
 from .chunks import synchronized_chunks
 from .grid import Grid, side_on
 from .parsing import Grammar, Parsed, name_of, runs, symbols
-from .planning import Unit, kept_kinds, plan, undecided_steps, with_shared_space
+from .planning import Opening, Unit, kept_kinds, opening_of, plan, undecided_steps, with_shared_space
 from .token_bytes import TokenTable
 from .turns import ANSWER, CALLS, Turn, Unrenderable, one_of, read_turn
 
@@ -81,6 +81,8 @@ class SectionAligner:
         student, teacher: of the two conversations.
         masked_strings: markup with one of these is masked.
         said: for what is masked, by its reason, what a warning says of it once.
+        weighs_forms: whether all forms of a turn are read from one place on, so that what each of them costs is scored. False: each begins as
+            its template opens it.
         markup_policy, thought_policy, eos_policy: of `plan`.
     """
 
@@ -91,19 +93,24 @@ class SectionAligner:
         teacher: Speaker,
         masked_strings: Sequence[str] = (),
         said: Mapping[str, str] = _SAID,
+        weighs_forms: bool = True,
         **policies: str,
     ):
-        self._masked_strings, self._warnings = masked_strings, said
+        self._masked_strings, self._warnings, self._weighs_forms = masked_strings, said, weighs_forms
         self._aligner, self._speakers, self._policies = aligner, (student, teacher), policies
         self._controls = {name: teacher.tokenizer.convert_tokens_to_ids(name) for name in teacher.controls}
         self._eos = teacher.tokenizer.convert_ids_to_tokens(teacher.turn_end[-1])
         self._pattern = one_of(self._controls)
         self._grammars: dict[str, Grammar] = {}
         self._undecided: dict[tuple[str, str], set[tuple[str, str]]] = {}
+        self._openings: dict[tuple[str, str], Opening | None] = {}
         self._said: set[str] = set()
 
-    def parse(self, ids: Sequence[int], ended: bool, student: str) -> tuple[str, np.ndarray, Parsed] | None:
-        """Symbols, widths and sections of a completion; None where it is an answer without markup. `student`: its turn as JSON."""
+    def parse(
+        self, ids: Sequence[int], ended: bool, student: str, teacher: str = ""
+    ) -> tuple[str, np.ndarray, Parsed] | None:
+        """Symbols, widths and sections of a completion; None where it is an answer without markup. `student`, `teacher`: both turns as JSON;
+        with the teacher's, an answer before which it alone writes markup that is scored has sections too."""
         if student not in self._grammars:
             self._grammars[student] = Grammar(read_turn(student), self._aligner.student_table)
         written, widths = symbols(np.array(ids, dtype=np.int64), self._aligner.student_table)
@@ -113,7 +120,9 @@ class SectionAligner:
         )
         after = parsed.marks[-1][1] - parsed.marks[-1][0] if len(parsed.marks) > len(parsed.sections) else 0
         if is_plain and after <= ended:
-            return None
+            begun = self._opening(student, teacher) if teacher and self._bridges else None
+            if begun is None or (ANSWER,) not in begun.parted:
+                return None
         return written, widths, parsed
 
     def __call__(
@@ -140,7 +149,8 @@ class SectionAligner:
         if ended and CALLS in parsed.kinds:
             calls = self._calls(written, parsed, student, read_turn(teacher), executed, policies)
         undecided = self._undecided_steps(student, teacher)
-        planned = plan(parsed, ended, read_turn(teacher), self._eos, calls=calls, undecided=undecided, **policies)
+        own = {"calls": calls, "undecided": undecided, "begun": self._opening(student, teacher)}
+        planned = plan(parsed, ended, read_turn(teacher), self._eos, **own, **policies)
         units = [self._masked(unit, written) for unit in planned.units]
         planned = replace(planned, units=tuple(with_shared_space(units, written)))
         self._say({unit.reason for unit in planned.units})
@@ -178,6 +188,23 @@ class SectionAligner:
         has_markup = np.append(upto[chunks.end] > upto[chunks.start], False)  # the last for tokens of chunk -1
         content = grid.content[stops] - grid.content[starts]
         return Sectioned(alignment, content, has_markup[chunks.student], planned.on_tail, opening)
+
+    def begins_untold(self, student: str, teacher: str) -> bool:
+        """Whether the teacher's distribution at the beginning of a turn tells nothing of the student's first token: of what the turn's forms
+        write there, something is masked, or stands on one side alone. `student`, `teacher`: both turns as JSON."""
+        begun = self._opening(student, teacher)
+        return begun is not None and (bool(begun.parted) or begun.loses or not self._bridges)
+
+    @property
+    def _bridges(self) -> bool:
+        return self._policies.get("markup_policy", "bridge") == "bridge"
+
+    def _opening(self, student: str, teacher: str) -> Opening | None:
+        if (student, teacher) not in self._openings:
+            turns = read_turn(student), read_turn(teacher)
+            found = opening_of(*turns, self._speakers[1].cut) if self._weighs_forms else None
+            self._openings[student, teacher] = found
+        return self._openings[student, teacher]
 
     def _undecided_steps(self, student: str, teacher: str) -> set[tuple[str, str]]:
         if (student, teacher) not in self._undecided:

@@ -134,6 +134,7 @@ class Scorer:
             teacher_likeliest=likeliest,
             other_spelling=inputs.get("other_spelling"),
             markup=inputs.get("markup"),
+            untold=inputs.get("untold"),
         )
         if "reference_teacher_log_probs" in inputs:
             own = self._settled(inputs["reference_teacher_log_probs"], phase)
