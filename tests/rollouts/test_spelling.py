@@ -45,6 +45,16 @@ def test_a_text_in_its_own_tokens_has_none_and_its_end_is_no_spelling(text):
     assert not other_spellings([[*tokenizer.encode(text), tokenizer.eos_token_id]], tokenizer)[0].any()
 
 
+def test_text_on_both_sides_of_a_control_token_or_of_what_was_given_is_not_one_text():
+    tokenizer = student_tokenizer()
+    rows, eos = token_bytes(tokenizer), tokenizer.eos_token_id
+    pair = next(row for row in rows if len(row) == 2 and row.isalpha() and len(tokenizer.encode(row.decode())) == 1)
+    one, other = (rows.index(pair[i : i + 1]) for i in range(2))
+    assert other_spellings([[one, other]], tokenizer)[0].all()
+    assert not other_spellings([[one, eos, other]], tokenizer)[0].any()
+    assert not other_spellings([[one, other, one]], tokenizer, [[(1, 2)]])[0].any()
+
+
 def test_what_cannot_be_encoded_as_it_is_is_not_judged():
     tokenizer = byte_level(400, digits=1)
     rows = token_bytes(tokenizer)

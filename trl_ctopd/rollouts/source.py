@@ -270,7 +270,8 @@ class RolloutSource:
                 batch["reference_teacher_log_probs"] = readings.reference.log_probs(rows, teacher_length)
             if reads_distributions and (hidden := readings.hidden(rows, teacher_length)) is not None:
                 batch["teacher_hidden"] = hidden
-            other = other_spellings([rollout.student_ids for rollout in own], self._student.tokenizer)
+            texts, given = zip(*((rollout.student_ids, rollout.given) for rollout in own), strict=True)
+            other = other_spellings(texts, self._student.tokenizer, given)
             batch["other_spelling"] = on_columns(other, batch).bool() & (batch["student_chunks"] >= 0)
             if sampled[rows[0]] is not None:
                 batch["sampled_log_probs"] = on_columns([sampled[row] for row in rows], batch)
