@@ -36,7 +36,7 @@ class DPCA(PolicyGradient):
     and PPO's clipped ratio in place of the exponential where completions are used again. With closed chunks, in which
     p_close(c) is the student's probability to leave the teacher's last token of chunk c closed at its end,
 
-        loss = −Σ_c clip(G_c, ±advantage_clip) · [Σ_{i∈c} w_i log p_i − log p_close(c − 1) + log p_close(c)] / N,
+        loss = −Σ_c [Σ_{i∈c} clip(w_i G_c) log p_i + clip(G_c) (log p_close(c) − log p_close(c − 1))] / N,  clip at ±advantage_clip,
 
     G_c = L_T(c) − log q_close(c − 1) + log q_close(c) − [L_S(c) − log p_close(c − 1) + log p_close(c)]: the same gap for the whole
     text. q_close(c) is the teacher's probability to leave the student's last token closed (`ScoredChunks.teacher_close_log_probs`; 1
@@ -56,7 +56,7 @@ class DPCA(PolicyGradient):
             and less noise, `"prefix"` another expectation and the least noise near the teacher. With closed chunks a perfect
             student stays as it does with the others, but with `"prefix"` not where tokens of both sides overlap. With open ones it moves: on numbers, `"remaining"` has the drift of
             `"macro"`, and `"prefix"` .75 of it.
-        advantage_clip (`float` or `None`, defaults to `10.0`): bound on |A_i| or |G_c| in nats; `None` for no bound.
+        advantage_clip (`float` or `None`, defaults to `10.0`): bound on |A_i|, or |w_i G_c| and |G_c|, in nats; `None` for no bound.
         event (`str`, *optional*): `"closed"`, which reads `ScoredChunks.close_log_probs`, or `"open"`, the paper's. `None`:
             `"closed"`, but `"open"` with credit `"previous"`, and on a batch of log-probs alone, as a loop of one's own may
             have; the trainer's batches have what closed chunks read.
