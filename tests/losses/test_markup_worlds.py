@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from trl_ctopd.losses import build_loss
 from trl_ctopd.rollouts.closing import ends, student_ends, without_undecided
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
+from trl_ctopd.rollouts.stops import with_other_stops
 from trl_ctopd.text.chat import Conversation, Speaker, beside_markup, masked_beginnings
 from trl_ctopd.text.sections import SectionAligner, aligner_of
 from trl_ctopd.text.turns import USER
@@ -65,13 +66,13 @@ def with_dummy_space(markup: Markup) -> PreTrainedTokenizerFast:
 class Templates:
     """All of `texts`, as the student writes them after its prompt, with random probabilities; both models have this law."""
 
-    def __init__(self, student, teacher, texts: list[str], **policies):
+    def __init__(self, student, teacher, texts: list[str], more_stops: tuple[str, ...] = (), **policies):
         self.student = student
         ours, theirs = Speaker(student), Speaker(teacher)
         aligner = aligner_of(ours, theirs)
         opened, read = ours.opened(Conversation([USER])), theirs.opened(Conversation([USER]))
         prompt = Prompt(opened.ids, read.ids, frame=Frame.of(opened, read, opened.ids).to_json())
-        stops, end = ours.stop_ids(), theirs.turn_end
+        stops, end = [*ours.stop_ids(), *student.convert_tokens_to_ids([*more_stops])], theirs.turn_end
         own = Pair(student, teacher, stops, theirs.stop_ids() if len(end) == 1 else [], end, extra=(0, 0))
         own.__dict__["vocabulary"] = VocabularyPair(
             student,
@@ -85,7 +86,7 @@ class Templates:
             beside=beside_markup(ours, theirs),
             cache_dir=None,
         )
-        self.table = own.vocabulary.continuations
+        self.table, self.stops = own.vocabulary.continuations, stops
         written = [student.encode(text, add_special_tokens=False) for text in texts]
         found = pair(
             [prompt] * len(texts),
@@ -116,6 +117,15 @@ class Templates:
                     marked[name][n, : len(found)] = torch.as_tensor(found)
 
         def closed(batch, num_items):
+            others = torch.zeros_like(batch.student_log_probs)
+            for n, row in enumerate(own.rows):
+                place = len(row.student_ids) - 1
+                of_stops = batch.student.hidden[n, place].log_softmax(-1)[self.stops].exp()
+                others = others.index_put(
+                    (torch.tensor(n), torch.tensor(place)),
+                    of_stops.sum() - of_stops[self.stops.index(row.student_ids[-1])],
+                )
+            batch = replace(batch, student_log_probs=with_other_stops(batch.student_log_probs, others))
             close = closings_before(self.table, ended[0], [row.student_ids for row in own.rows], batch.student.hidden)
             return loss(replace(batch, close_log_probs=close, teacher_close_log_probs=told, **marked), num_items)
 
@@ -207,6 +217,41 @@ def test_a_perfect_student_stays_where_only_what_follows_tells_what_markup_was(l
 @pytest.mark.parametrize("name", BEGUN_ALIKE)
 def test_the_expectation_is_that_of_closed_chunks_where_only_what_follows_tells_what_markup_was(name):
     own = with_and_without_thoughts(name)
+    student = moved(own.world, by=0.5)
+    expected, found = (own.gradient(loss, student, advantage_clip=None) for loss in ("dpca", "reverse_kl"))
+    assert expected.abs().max() > 0.05
+    assert (found - expected).abs().max() < 1e-10
+
+
+SEVERAL_STOPS = {
+    "single letters": (PLAIN, (), ("<x>", "<y>", "<|e|>"), OTHER),
+    "chunks of several tokens": (PLAIN, (("a", "b"),), ("<x>", "<y>", "<|e|>"), (("b", "."), ("b", "a"))),
+}
+
+
+@functools.cache
+def with_several_stops(name: str) -> Templates:
+    ours, merges, theirs, other_merges = SEVERAL_STOPS[name]
+    texts = [text + stop for text in ("a", "b", "ab", "ba", "b.", "ab.") for stop in ("<|e|>", "<x>")]
+    return Templates(byte_level(merges, ours), byte_level(other_merges, theirs), texts, more_stops=("<x>",))
+
+
+@pytest.mark.parametrize("name", SEVERAL_STOPS)
+@pytest.mark.parametrize(("loss", "knobs"), LOSSES)
+def test_a_perfect_student_ends_its_texts_as_it_did_with_any_of_its_stop_tokens(loss, knobs, name):
+    assert with_several_stops(name).gradient(loss, **knobs).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", SEVERAL_STOPS)
+def test_held_alone_against_all_of_the_teachers_end_each_stop_token_moves_it(name, monkeypatch):
+    own = with_several_stops(name)
+    monkeypatch.setattr("test_markup_worlds.with_other_stops", lambda log_probs, others: log_probs)
+    assert own.gradient("dpca").abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", SEVERAL_STOPS)
+def test_the_expectation_is_that_of_closed_chunks_with_several_stop_tokens(name):
+    own = with_several_stops(name)
     student = moved(own.world, by=0.5)
     expected, found = (own.gradient(loss, student, advantage_clip=None) for loss in ("dpca", "reverse_kl"))
     assert expected.abs().max() > 0.05

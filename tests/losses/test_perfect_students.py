@@ -521,3 +521,19 @@ def test_a_baseline_triples_the_drift_of_open_chunks_on_numbers():
 def test_reverse_kl_stays_with_a_teacher_of_few_known_tokens_as_with_the_whole(top_k):
     for shape in SHAPES:
         assert drift("reverse_kl", shape, top_k=top_k) < 1e-10
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+@pytest.mark.parametrize("shape", ["1:1", "m:1", "1:n"])
+@pytest.mark.parametrize("name", ["dpca", "reverse_kl"])
+def test_at_another_temperature_than_one_it_moves_wherever_tokens_differ(name, shape, temperature):
+    """What the docs say is left: tempered token by token, one law becomes another in each tokenizer."""
+    own, loss = replace(world(shape)), build_loss(name)
+    start = own.micro_batch
+    own.__dict__["micro_batch"] = replace(start, teacher_logits=start.teacher_logits / temperature)
+
+    def closed(batch, num_items):
+        return loss(closing_batch(own, batch, name == "dpca", True), num_items)
+
+    found = own.expected_gradient(closed, (start.student_logits / temperature).log_softmax(-1)).abs().max()
+    assert found < 1e-10 if shape == "1:1" else 0.01 < found < 0.2

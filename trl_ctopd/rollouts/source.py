@@ -36,6 +36,7 @@ from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns
 from .respelling import Respeller
 from .rewards import Judges
 from .spelling import other_spellings
+from .stops import add_other_stops
 from .student_copy import StudentCopy
 from .tools import ToolLoop
 from .vllm import VLLMWriter
@@ -260,6 +261,7 @@ class RolloutSource:
                 add_going_on(batch, own, tables)
                 if reads_distributions:
                     batch["unclosed"] = torch.tensor(last)
+            add_other_stops(batch, own, self._teachers.alike_stops)
             batch["teacher_places"] = torch.tensor([names.index(rollout.prompt.teacher) for rollout in own])
             teacher_length = batch["teacher_chunks"].shape[1]
             batch["teacher_log_probs"] = readings.log_probs(rows, teacher_length)

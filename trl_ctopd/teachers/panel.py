@@ -106,6 +106,11 @@ class Seat:
             generation_config = self.teacher.generation_config
         del self._model
         self.student = student
+        if args.temperature != 1 and not isinstance(self.aligner, OneTokenizer):
+            logger.warning(
+                f"temperature={args.temperature} with two tokenizers: tempered token by token, student and teacher are not of one law of texts even "
+                "where they agree at temperature 1, so that a perfect student moves (docs/fixed-point.md). Leave temperature at 1.0, if you can."
+            )
         self.stop_ids = self.side.stop_ids(generation_config)
         turn_end = self.side.turn_end
         # a teacher with the same tokenizer reads the student's own stop token, if that ends the teacher's turn too
@@ -356,6 +361,19 @@ class Panel:
             else parts[row, prompt.teacher]
             for row, (prompt, together) in enumerate(zip(prompts, shares, strict=True))
         ]
+
+    def alike_stops(self, rollout: Rollout) -> dict[int, list[int]]:
+        """For each stop token of the student's the others for which all teachers of `rollout` read the same end; empty where each has one of its
+        own."""
+        names, is_text = [view.prompt.teacher for _, view in views(rollout)], rollout.prompt.framed.is_text
+        seats = [self.seats[name] for name in names]
+        ends = [seat.text_ends if is_text else seat.turn_ends for seat in seats]
+        stops = ends[0] if ends else ()
+        found = {
+            stop: [other for other in stops if other != stop and all(own[other] == own[stop] for own in ends)]
+            for stop in stops
+        }
+        return {stop: others for stop, others in found.items() if others}
 
     def align_completions(
         self,

@@ -14,6 +14,7 @@ from ..models.loading import check_vocabulary, disable_dropout, switch_router_lo
 from ..models.packing import packed_inputs, unpacked
 from ..models.reference import Reference
 from ..rollouts.pairing import on_grid
+from ..rollouts.stops import with_other_stops
 from ..rollouts.vllm import importance
 from ..teachers.panel import Panel
 from ..teachers.readings import Awaited, arrived
@@ -97,21 +98,29 @@ class Scorer:
             drawn and read.
         """
         student, scored = base_model(self._accelerator.unwrap_model(model)), inputs["scored"]
-        asked = torch.cat([scored, inputs["scored_again"]], 1) if "scored_again" in inputs else scored
+        asked = torch.cat([scored, *(inputs[name] for name in ("scored_again", "scored_ends") if name in inputs)], 1)
+        targets = inputs["input_ids"][asked[0], asked[1] + 1]
+        stops = inputs["other_stops"] if "other_stops" in inputs else targets[:0]
+        told = len(targets) - len(stops)
+        targets[told:] = stops
         with phase("student"), hidden_states(student) if on_distributions else nullcontext() as states:
             scores = model(
                 **_rows(inputs, asked),
-                targets=inputs["input_ids"][asked[0], asked[1] + 1],
+                targets=targets,
                 **self._routed(inputs),
                 **({"going_on": inputs["going_on"]} if "going_on" in inputs else {}),
             )
         count = scored.shape[1]
         log_probs, entropy = (on_grid(values[:count], scored, inputs["input_ids"]) for values in scores[:2])
+        drawn = log_probs
+        if len(stops):
+            others = on_grid(scores[0][told:].exp(), inputs["scored_ends"], inputs["input_ids"], add=True)
+            log_probs = with_other_stops(log_probs, others)
         close = scores[3]
         if close is not None:
-            mixes = "close_weights" in inputs
+            mixes, close = "close_weights" in inputs, close[:told]
             close = close * inputs["close_weights"].to(close.device) if mixes else close
-            close = on_grid(close, asked, inputs["input_ids"], add=mixes)
+            close = on_grid(close, asked[:, :told], inputs["input_ids"], add=mixes)
         old, old_close = (None, None) if old_scores is None else (*old_scores.to(log_probs.device), None)[:2]
         teacher_log_probs, likeliest, metrics = self._settled(inputs["teacher_log_probs"], phase)
         batch = ScoredChunks(
@@ -141,13 +150,13 @@ class Scorer:
             batch.reference_teacher_log_probs = own[0]
             metrics = {**metrics, **{f"reference_{name}": pair for name, pair in own[2].items()}}
         if "sampled_log_probs" in inputs:
-            sampled = inputs["sampled_log_probs"].to(log_probs.device)
+            sampled = inputs["sampled_log_probs"].to(log_probs.device) + (log_probs - drawn).detach()
             batch.importance, drawn = importance(batch, sampled, self._args.vllm_importance_sampling_clip_max)
             metrics = {**metrics, **drawn}
         if self._reference is not None and inputs["on_policy"]:
             targets = inputs["input_ids"][scored[0], scored[1] + 1]
             found = self._reference.log_probs(model, **_rows(inputs, scored), targets=targets)
-            batch.reference_log_probs = on_grid(found, scored, inputs["input_ids"])
+            batch.reference_log_probs = on_grid(found, scored, inputs["input_ids"]) + (log_probs - drawn).detach()
         if on_distributions:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
             hidden = unpacked(inputs["packed"], states[0]) if "packed" in inputs else states[0]
