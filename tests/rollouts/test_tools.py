@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from trl_ctopd.rollouts.closing import ends
 from trl_ctopd.rollouts.metrics import rollout_metrics
 from trl_ctopd.rollouts.pairing import Prompt, pair
 from trl_ctopd.rollouts.prompts import COLUMNS, render_dataset, render_row
+from trl_ctopd.rollouts.rewards import Judges
 from trl_ctopd.rollouts.source import RolloutSource
 from trl_ctopd.rollouts.tools import ToolLoop, schemas
 from trl_ctopd.text.calls import a_call
@@ -427,6 +429,25 @@ def test_no_chunk_is_asked_to_close_what_a_tool_said():
     found = paired("qwen2_5", "llama3_2", prompt, ids)
     [(start, stop)], places = found.given, np.flatnonzero(ends(found) >= 0)
     assert {*places} & {*range(start, stop + 1)} <= {start}  # where the end of the call closes
+
+
+@pytest.mark.parametrize("wrong", ['a": 5', "BAD"])
+def test_what_a_gate_calls_wrong_is_found_in_the_turns_that_it_was_asked_about(wrong):
+    """They are without the tools' results and the headers."""
+    first, second = a_call("add", {"a": 2, "b": 3}), a_call("add", {"a": 5, "b": 1})
+    turns = called("qwen2_5", first), called("qwen2_5", second), said("qwen2_5", "é, it is BAD.")
+    prompt, (ids, _), _ = conversed("qwen2_5", "llama3_2", *turns)
+    whole = paired("qwen2_5", "llama3_2", replace(prompt, row=json.dumps({"prompt": [ASKED]})), ids)
+
+    def gate(completions, **columns):
+        [text] = ["".join(turn["content"] for turn in completion) for completion in completions]
+        assert text.count(wrong) == 1 and SECRET not in text
+        return [[(text.index(wrong), text.index(wrong) + len(wrong))]]
+
+    judges = Judges(None, None, gate, SimpleNamespace(reward_weights=None), side("qwen2_5").tokenizer)
+    [kept] = judges.gated([whole], None, lambda figures: None)
+    taken = scored("qwen2_5", ids, np.where(kept.student_chunks < 0, whole.student_chunks, -1))
+    assert "".join(taken) == wrong
 
 
 def test_a_padding_row_calls_no_tool():

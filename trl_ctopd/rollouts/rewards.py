@@ -168,15 +168,23 @@ class Judges:
             ) from None
         if not ranges:
             return rollout
-        length = len(self._text(rollout.student_ids))
+        turns = [turn.student_ids for turn in rollout.prompt.turns(rollout.student_ids)]
+        lengths = [len(self._text(ids)) for ids in turns]
         for start, stop in ranges:
-            if not 0 <= start < stop <= length:
+            if not 0 <= start < stop <= sum(lengths):
                 raise ValueError(
-                    f"The gate {name!r} returned the range ({start}, {stop}) for a completion of {length} characters: ranges lie "
-                    "within the text, start before stop."
+                    f"The gate {name!r} returned the range ({start}, {stop}) for a completion of {sum(lengths)} characters: ranges "
+                    "lie within the text, start before stop."
                 )
-        wrong = self._touching(rollout.student_ids, ranges)
-        return without_chunks(rollout, set(rollout.student_chunks[wrong].tolist()) - {-1})
+        wrong, before = [], 0
+        for ids, length in zip(turns, lengths, strict=True):
+            wrong.append(self._touching(ids, (np.array(ranges) - before).clip(0, length)))
+            before += length
+        written = np.ones(len(rollout.student_ids), dtype=bool)
+        for start, stop in rollout.given:
+            written[start:stop] = False
+        chunks = rollout.student_chunks[written][np.concatenate(wrong)]
+        return without_chunks(rollout, set(chunks.tolist()) - {-1})
 
     @cached_property
     def _bytes(self) -> list[bytes] | None:
