@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -14,8 +15,9 @@ from toys import prompts, student_model, student_tokenizer, teacher_model, teach
 from transformers import AutoTokenizer
 
 from trl_ctopd import CrossTokenizerGKDConfig
+from trl_ctopd.cli import distillation
 from trl_ctopd.cli.distill import INHERITED, declared
-from trl_ctopd.cli.distillation import DistillArguments, load_splits, parser
+from trl_ctopd.cli.distillation import DistillArguments, load_splits, parser, splits_of
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -117,9 +119,51 @@ def test_a_compressed_file_is_read_and_one_of_another_kind_is_refused(tmp_path):
         load_splits(DistillArguments(dataset_name=str(tmp_path / "rows.xlsx")))
 
 
-def test_an_evaluation_can_be_capped(run):
-    arguments = DistillArguments(dataset_name=str(run / "data"), max_eval_samples=1)
-    assert load_splits(arguments).num_rows == {"train": 8, "test": 1}
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("nope.jsonl", None, "cannot be read: there is no such file or folder here"),
+        ("no/such/folder", None, "cannot be read: there is no such file or folder here"),
+        ("rows.jsonl", "", "cannot be read: it has no rows"),
+        ("rows.jsonl", '{"prompt":', "cannot be read: JSON parse error"),
+        ("rows.csv", "", "cannot be read: No columns to parse"),
+    ],
+)
+def test_a_dataset_that_is_not_there_or_cannot_be_read_is_named_with_the_reason(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"--dataset_name .*{name} {message}"):
+        splits_of(DistillArguments(dataset_name=str(tmp_path / name)))
+
+
+def test_a_split_that_is_not_there_is_told_with_those_that_are(run):
+    with pytest.raises(ValueError, match="no split 'tran' to train on, only train, test: .*--dataset_train_split"):
+        splits_of(DistillArguments(dataset_name=str(run / "data"), dataset_train_split="tran"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "split", "most", "evaluated"),
+    [
+        ("steps", "test", 1, 1),
+        ("steps", "train", 3, 3),
+        ("steps", "test", 500, 2),
+        ("no", "train", 3, None),
+    ],
+)
+def test_a_cap_on_the_evaluation_leaves_all_rows_to_train_on(run, monkeypatch, strategy, split, most, evaluated):
+    trainer = MagicMock()
+    monkeypatch.setattr(distillation, "CrossTokenizerGKDTrainer", trainer)
+    options = ["--eval_strategy", strategy, "--dataset_test_split", split, "--max_eval_samples", str(most)]
+    distillation.main(*parser().parse_args_and_config(["--config", str(run / "config.yaml"), *options]))
+    given = trainer.call_args.kwargs
+    assert len(given["train_dataset"]) == 8
+    assert (given["eval_dataset"] and len(given["eval_dataset"])) == evaluated
+
+
+def test_a_cap_that_leaves_nothing_to_evaluate_on_is_refused(run):
+    options = ["--config", str(run / "config.yaml"), "--max_eval_samples", "0"]
+    with pytest.raises(ValueError, match="max_eval_samples must be at least 1, got 0"):
+        distillation.main(*parser().parse_args_and_config(options))
 
 
 @pytest.fixture(scope="module")

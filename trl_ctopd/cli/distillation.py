@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import Trainer, TrainingArguments
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
@@ -50,7 +51,7 @@ class DistillArguments(ScriptArguments):
     max_eval_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Use only the first so many rows of the test split: at every evaluation the student answers all of them."
+            "help": "Evaluate on only the first so many rows of the test split: at every evaluation the student answers all of them."
         },
     )
 
@@ -61,25 +62,37 @@ def parser(**options) -> TrlParser:
 
 
 def splits_of(args: ScriptArguments):
-    """The dataset that `args` name, with its splits as they are."""
-    if args.dataset_name is None:
+    """The dataset that `args` name, with its splits as they are. Raises `ValueError` where it cannot be read, or has no split to
+    train on."""
+    name, wanted = args.dataset_name, args.dataset_train_split
+    if name is None:
         raise ValueError("No dataset: pass `--dataset_name`.")
-    path = Path(args.dataset_name)
+    path, given, files = Path(name), name, None
     if path.is_file():
         ending = next((own for own in reversed(path.suffixes) if own not in _COMPRESSED), "")
         if ending not in _READ_AS:
             raise ValueError(
-                f"--dataset_name {args.dataset_name}: a file must end in {', '.join(_READ_AS)}, or be a name on the hub."
+                f"--dataset_name {name}: a file must end in {', '.join(_READ_AS)}, or be a name on the hub."
             )
-        files = {args.dataset_train_split: str(path)}
-        return load_dataset(_READ_AS[ending], data_files=files, streaming=args.dataset_streaming)
-    return load_dataset(args.dataset_name, args.dataset_config, streaming=args.dataset_streaming)
+        given, files = _READ_AS[ending], {wanted: str(path)}
+    config = None if files else args.dataset_config
+    try:
+        splits = load_dataset(given, config, data_files=files, streaming=args.dataset_streaming)
+    except Exception as error:  # of many classes; of an empty file a StopIteration without text
+        said = error.__cause__ if type(error) is DatasetGenerationError else error
+        reason = str(said).rstrip(".") or "it has no rows"
+        found = path.exists() or not isinstance(error, OSError)
+        why = "" if found else ": there is no such file or folder here, and the hub does not give it"
+        raise ValueError(f"--dataset_name {name} cannot be read{why}: {reason}.") from error
+    if wanted not in splits:
+        raise ValueError(
+            f"The dataset has no split {wanted!r} to train on, only {', '.join(splits)}: name one with --dataset_train_split."
+        )
+    return splits
 
 
 def load_splits(args: DistillArguments):
     splits = splits_of(args)
-    if args.max_eval_samples is not None and args.dataset_test_split in splits:
-        splits[args.dataset_test_split] = splits[args.dataset_test_split].take(args.max_eval_samples)
     if args.prompt_column is None:
         return splits
     columns = splits[args.dataset_train_split].column_names
@@ -125,7 +138,7 @@ def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, 
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=splits[script_args.dataset_train_split],
-        eval_dataset=evaluated_split(script_args, training_args, splits),
+        eval_dataset=evaluated_split(script_args, training_args, splits, script_args.max_eval_samples),
         peft_config=get_peft_config(model_args),
         reward_funcs=[named_reward(name) for name in script_args.reward_funcs or []] or None,
         teacher_gate=named_function(script_args.teacher_gate) if script_args.teacher_gate else None,
@@ -148,8 +161,10 @@ def set_init_kwargs(training_args: TrainingArguments, model_args: ModelConfig):
     training_args.model_init_kwargs = {**init_kwargs, **(training_args.model_init_kwargs or {})}
 
 
-def evaluated_split(script_args: ScriptArguments, training_args: TrainingArguments, splits):
-    """The split to evaluate on, None where none is asked for. Raises `ValueError` where it is not there."""
+def evaluated_split(
+    script_args: ScriptArguments, training_args: TrainingArguments, splits, most: int | None = None
+):
+    """The split to evaluate on, at most `most` rows of it; None where none is asked for. Raises `ValueError` where it is not there."""
     if training_args.eval_strategy == "no":
         return None
     if script_args.dataset_test_split not in splits:
@@ -157,7 +172,12 @@ def evaluated_split(script_args: ScriptArguments, training_args: TrainingArgumen
             f"The dataset has no split {script_args.dataset_test_split!r} to evaluate on, only {', '.join(splits)}: pass "
             "--eval_strategy no, or name one with --dataset_test_split."
         )
-    return splits[script_args.dataset_test_split]
+    evaluated = splits[script_args.dataset_test_split]
+    if most is None:
+        return evaluated
+    if most < 1:
+        raise ValueError(f"max_eval_samples must be at least 1, got {most}: pass --eval_strategy no to evaluate nothing.")
+    return evaluated.take(most)
 
 
 def train_and_save(trainer: Trainer, script_args: ScriptArguments):
