@@ -101,6 +101,11 @@ def test_html_writes_the_page(folders, capsys, tmp_path):
     assert capsys.readouterr().out == f"written to {tmp_path / 'out.html'}\n"
 
 
+@pytest.mark.parametrize(("out", "reason"), [("no/dir/out.html", "No such file or directory"), (".", "Is a directory")])
+def test_a_page_that_cannot_be_written_is_refused_with_the_reason(folders, refusal, tmp_path, out, reason):
+    assert refusal(*folders, TEXT, "--html", tmp_path / out) == f"cannot write {tmp_path / out}: {reason}"
+
+
 def test_what_cannot_be_read_is_refused_in_one_line(folders, refusal, tmp_path):
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"text": "a"}\n{"text": 3}\n{"other": "a"}\nnone\n')

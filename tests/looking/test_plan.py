@@ -199,6 +199,9 @@ def test_planned_bits_are_those_that_bitsandbytes_holds(tmp_path, bits):
         (["--student-bits", "4"], "a quantized student is trained with an adapter: give --lora-rank"),
         (["--student", "nowhere/at/all"], "--student nowhere/at/all: no config.json can be read: "),
         (["--batch", "0"], "argument --batch: 0 is not positive"),
+        (["--memory-gib", "-3"], "argument --memory-gib: -3 is not a positive size"),
+        (["--memory-gib", "0"], "argument --memory-gib: 0 is not a positive size"),
+        (["--memory-gib", "nan"], "argument --memory-gib: nan is not a positive size"),
         (["--dtype", "int8"], "choose from"),
     ],
 )

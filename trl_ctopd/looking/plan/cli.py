@@ -9,6 +9,7 @@ Models are folders or names on the hub; only their config.json is read. No GPU i
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     number("--logit-tile-tokens", Work.logit_tile_tokens, "the setting of this name, which bounds that memory")
     parser.add_argument("--dtype", choices=DTYPES, default=Work.dtype, help=f"of weights (default: {Work.dtype})")
-    parser.add_argument("--memory-gib", type=float, default=80, metavar="GIB", help="of one device (default: 80)")
+    parser.add_argument("--memory-gib", type=_size, default=80, metavar="GIB", help="of one device (default: 80)")
     parser.add_argument("--json", action="store_true", help="bytes, for a program to read")
     return parser
 
@@ -88,6 +89,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _size(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive size")
     return number
 
 

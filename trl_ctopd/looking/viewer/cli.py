@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m trl_ctop
     if args.file:
         _show_file(args, figures(alignments))
     else:
-        _show_text(args, next(alignments))
+        _show_text(parser, args, next(alignments))
 
 
 def _parser(prog: str) -> _Parser:
@@ -154,9 +154,12 @@ def _aligned(texts: list[str], student: Any, aligner: TextAligner) -> Iterator[T
         yield from aligner([tokens.ids for tokens in encode_as_text(student, texts[start : start + _BATCH])])
 
 
-def _show_text(args: argparse.Namespace, alignment: TextAlignment) -> None:
+def _show_text(parser: _Parser, args: argparse.Namespace, alignment: TextAlignment) -> None:
     if args.html:
-        alignment.to_html(args.html)
+        try:
+            alignment.to_html(args.html)
+        except OSError as error:
+            parser.error(f"cannot write {args.html}: {error.strerror}")
     if args.json:
         found = {**_named(args), **figures([alignment]), "segments": _segments(alignment)}
         print(json.dumps(found, indent=2, ensure_ascii=False))
