@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -569,36 +570,34 @@ class CrossTokenizerGKDConfig(GKDConfig):
 
     def __post_init__(self):
         set_bf16(self)
-        self._check_numbers()
+        check_numbers(self, CrossTokenizerGKDConfig)
         super().__post_init__()
-        for name, known in (
-            ("credit", (*CREDITS, *PREFIX_CREDITS)),
-            ("event", EVENTS),
-            ("baseline", BASELINES),
-            ("eos_policy", EOS_POLICIES),
-            ("markup_policy", EOS_POLICIES),
-            ("overlong_prompts", ("error", "drop")),
-            ("thought_policy", THOUGHT_POLICIES),
-            ("generation_backend", GENERATION_BACKENDS),
-            ("scale_rewards", ("group", "none")),
-            ("reference_teacher_share", COMPASS_SHARES),
-            ("early_stop", EARLY_STOPS),
-        ):
-            optional = name in ("credit", "event", "baseline", "early_stop")
-            if getattr(self, name) not in known and not (optional and getattr(self, name) is None):
-                raise ValueError(f"Unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
-        optional = ("teacher_batch_size", "generation_batch_size", "max_tool_calling_iterations", "early_stop_tokens")
-        counts = (
+        check_choices(
+            self,
+            credit=(*CREDITS, *PREFIX_CREDITS),
+            event=EVENTS,
+            baseline=BASELINES,
+            eos_policy=EOS_POLICIES,
+            markup_policy=EOS_POLICIES,
+            overlong_prompts=("error", "drop"),
+            thought_policy=THOUGHT_POLICIES,
+            generation_backend=GENERATION_BACKENDS,
+            scale_rewards=("group", "none"),
+            reference_teacher_share=COMPASS_SHARES,
+            early_stop=EARLY_STOPS,
+        )
+        check_counts(
+            self,
             "max_new_tokens",
             "num_generations",
             "logit_tile_tokens",
             "rollout_reuse",
             "teacher_server_concurrency",
+            "teacher_batch_size",
+            "generation_batch_size",
+            "max_tool_calling_iterations",
+            "early_stop_tokens",
         )
-        for name in (*counts, *optional):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
         if not 0 <= self.reward_weight < float("inf"):
             raise ValueError(f"reward_weight must be finite and not negative, got {self.reward_weight}.")
         if isinstance(self.mask_strings, str) or not all(
@@ -629,10 +628,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
                 "teacher_server_timeout must be positive, teacher_server_retries not negative and teacher_server_patience "
                 f"positive, got {self.teacher_server_timeout}, {self.teacher_server_retries} and {self.teacher_server_patience}."
             )
-        for name in self._VALID_DICT_FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, str) and name in CrossTokenizerGKDConfig.__annotations__:
-                raise ValueError(f"{name} must be a dict, or the JSON text of one, got {value!r}.")
+        check_dicts(self, CrossTokenizerGKDConfig)
         if self.transformers_continuous_batching_config and self.generation_backend != "transformers_continuous":
             raise ValueError(
                 "transformers_continuous_batching_config has no effect with "
@@ -675,19 +671,6 @@ class CrossTokenizerGKDConfig(GKDConfig):
             known = isinstance(self.off_policy_loss, str) and self.off_policy_loss in LOSSES
             problem = "cannot learn from text the student did not write" if known else "is not the name of a loss"
             raise ValueError(f"off_policy_loss {self.off_policy_loss!r} {problem}: choose one of {', '.join(allowed)}.")
-
-    def _check_numbers(self):
-        """Text and NaN, before anything compares them: NaN is neither too small nor too large."""
-        for name, kind in CrossTokenizerGKDConfig.__annotations__.items():
-            value = getattr(self, name)
-            if value is None and kind in (int | None, float | None):
-                continue
-            if kind in (int, int | None) and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ValueError(f"{name} must be a whole number, an int, got {value!r} ({type(value).__name__}).")
-            if kind in (float, float | None) and (
-                not isinstance(value, Real) or isinstance(value, bool) or value != value
-            ):
-                raise ValueError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
 
     def _check_generation_kwargs(self):
         asked = {name for name, value in (self.generation_kwargs or {}).items() if value is not None}
@@ -744,6 +727,42 @@ class CrossTokenizerGKDConfig(GKDConfig):
         other = type(self).__new__(type(self))
         other.__dict__.update(values)
         return other
+
+
+def check_numbers(args: TrainingArguments, own: type):
+    """Refuses text and NaN among the numbers that the class `own` declares, before anything compares them: NaN is neither too small
+    nor too large."""
+    for name, kind in own.__annotations__.items():
+        value = getattr(args, name)
+        if value is None and kind in (int | None, float | None):
+            continue
+        if kind in (int, int | None) and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{name} must be a whole number, an int, got {value!r} ({type(value).__name__}).")
+        if kind in (float, float | None) and (not isinstance(value, Real) or isinstance(value, bool) or value != value):
+            raise ValueError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
+
+
+def check_choices(args: TrainingArguments, **choices: Iterable[str]):
+    """Refuses a setting that is none of its choices. None is one where it is the default."""
+    for name, known in choices.items():
+        value, default = getattr(args, name), type(args).__dataclass_fields__[name].default
+        if value not in known and not (value is None and default is None):
+            raise ValueError(f"Unknown {name} {value!r}: choose one of {', '.join(known)}.")
+
+
+def check_counts(args: TrainingArguments, *names: str):
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_dicts(args: TrainingArguments, own: type):
+    """Refuses text among the dicts that the class `own` declares. JSON text has become a dict before."""
+    for name in args._VALID_DICT_FIELDS:
+        value = getattr(args, name)
+        if isinstance(value, str) and name in own.__annotations__:
+            raise ValueError(f"{name} must be a dict, or the JSON text of one, got {value!r}.")
 
 
 def set_bf16(args: TrainingArguments):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -25,15 +26,24 @@ from trl.data_utils import extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id
 
-from .config import CrossTokenizerGKDConfig, set_bf16, with_kwargs_as_json
+from .config import (
+    EOS_POLICIES,
+    CrossTokenizerGKDConfig,
+    check_choices,
+    check_counts,
+    check_dicts,
+    check_numbers,
+    set_bf16,
+    with_kwargs_as_json,
+)
 from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
-from .models.heads import base_model
+from .models.heads import base_model, context_of
 from .models.loading import by_name, check_vocabulary, load_tokenizer
 from .models.products import faster_products
 from .models.quantized import prepare_quantized
 from .rollouts.pairing import Prompt, Rollout
-from .rollouts.prompts import COLUMNS, render_row
+from .rollouts.prompts import COLUMNS, check_dataset, render_row
 from .teachers.local import LocalTeacher, load_teacher
 from .teachers.panel import Panel
 from .teachers.readings import arrived
@@ -70,8 +80,8 @@ class CrossTokenizerDPOConfig(DPOConfig):
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Longest prompt plus completion in student tokens. A longer row is an error: a completion that is cut has no "
-            "reference."
+            "help": "Longest prompt plus completion in student tokens; never beyond the student's own context. A longer row is an error: "
+            "a completion that is cut has no reference."
         },
     )
 
@@ -104,7 +114,11 @@ class CrossTokenizerDPOConfig(DPOConfig):
 
     def __post_init__(self):
         set_bf16(self)
+        check_numbers(self, CrossTokenizerDPOConfig)
         super().__post_init__()
+        check_choices(self, eos_policy=EOS_POLICIES)
+        check_counts(self, "max_length", "teacher_batch_size")
+        check_dicts(self, CrossTokenizerDPOConfig)
         if not self.precompute_ref_log_probs:
             raise ValueError(
                 "precompute_ref_log_probs=False: the reference is the teacher, whose columns are computed once. Leave it True."
@@ -188,9 +202,12 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
         if kwargs.get("ref_model") is not None:
             raise ValueError("`ref_model` cannot be set, since the teacher is the reference: leave it out.")
         evaluated = kwargs.get("eval_dataset")
-        evaluated = [*evaluated.values()] if isinstance(evaluated, Mapping) else [evaluated]
-        if any(isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated)):
-            raise ValueError("The teacher's columns are computed once: pass a map-style Dataset, not a stream.")
+        evaluated = evaluated if isinstance(evaluated, Mapping) else {"eval": evaluated}
+        for name, dataset in {"train": train_dataset, **evaluated}.items():
+            if isinstance(dataset, IterableDataset):
+                raise ValueError("The teacher's columns are computed once: pass a map-style Dataset, not a stream.")
+            if dataset is not None:
+                check_dataset(dataset, name)
         self._student_name = model_id
         revision = (args.model_init_kwargs or {}).get("revision")
         processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code)
@@ -239,24 +256,20 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
         """Renders and tokenizes every pair for both models, once."""
         if "teacher_prompt_ids" in dataset.column_names:
             return dataset
-        rows = dataset if "prompt" in dataset.column_names else dataset.map(extract_prompt)
-        rendered = rows.map(
+        if missing := [side for side in _SIDES if side not in dataset.column_names]:
+            raise ValueError(
+                f"The {dataset_name} dataset has no column {' and no column '.join(map(repr, missing))}, only "
+                f"{', '.join(map(repr, dataset.column_names))}: a pair has a chosen and a rejected answer. Rename columns "
+                "(`dataset.rename_column`), or train on prompts with CrossTokenizerGKDTrainer (`ctopd distill`)."
+            )
+        return dataset.map(
             _render_pair,
             with_indices=True,
             fn_kwargs={"student": self._side, "teachers": self._panel.sides, "dataset_name": dataset_name},
-            remove_columns=rows.column_names,
+            remove_columns=dataset.column_names,
             num_proc=args.dataset_num_proc,
             desc=f"Rendering {dataset_name} pairs for both models",
         )
-        if args.max_length is not None:
-            for index, row in enumerate(rendered):
-                length = len(row["prompt_ids"]) + max(len(row[f"{side}_ids"]) for side in _SIDES)
-                if length > args.max_length:
-                    raise ValueError(
-                        f"Row {index} of the {dataset_name} dataset has {length} student tokens, and max_length is "
-                        f"{args.max_length}. Filter such rows out, or raise max_length."
-                    )
-        return rendered
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -294,6 +307,7 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
         cache if it has them. Each process computes a share of the rows."""
         if set(dataset.column_names) >= {"ref_chosen_logps", "chosen_weights"}:
             return dataset
+        self._check_student_reads_whole(dataset, name)
         self._seat_teachers()
         fingerprint = [Hasher.hash((dataset._fingerprint, self._fingerprint()))]
         broadcast_object_list(fingerprint, from_process=0)
@@ -304,10 +318,11 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
             process, processes = self.accelerator.process_index, self.accelerator.num_processes
             share = -(-len(dataset) // processes)  # the same on all processes, since sharded teachers run together
             rows = [(start * processes + process) % len(dataset) for start in range(share)]
+            batches = [rows[start : start + batch_size] for start in range(0, share, batch_size)]
+            self._check_teachers_read_whole(dataset, name, batches)
             found = []
-            for start in range(0, share, batch_size):
-                chosen = rows[start : start + batch_size]
-                found += zip(chosen, self._columns([dataset[row] for row in chosen]), strict=True)
+            for batch in batches:
+                found += zip(batch, self._columns([dataset[row] for row in batch]), strict=True)
             found = dict(gather_object(found))
             own = Dataset.from_list([found[row] for row in range(len(dataset))])
             if self.accelerator.is_main_process:
@@ -317,6 +332,35 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
             self.accelerator.wait_for_everyone()
         own = Dataset.from_file(file) if os.path.exists(file) else own
         return concatenate_datasets([dataset, own], axis=1)
+
+    def _check_student_reads_whole(self, dataset: Dataset, name: str) -> None:
+        limit, own = self.args.max_length, context_of(base_model(self.model).config)
+        room = min((tokens for tokens in (limit, own) if tokens is not None), default=math.inf)
+        for row, pair in enumerate(dataset):
+            length = len(pair["prompt_ids"]) + max(len(pair[f"{side}_ids"]) for side in _SIDES)
+            if length > room:
+                raise ValueError(
+                    f"Row {row} of the {name} dataset has {length} student tokens, max_length is {limit} and the student's own context "
+                    f"{own}. Filter such rows out, or raise max_length within the student's context."
+                )
+
+    def _check_teachers_read_whole(self, dataset: Dataset, name: str, batches: Sequence[Sequence[int]]) -> None:
+        """Raises `ValueError`, in all processes, where a row of any process's `batches` is beyond a teacher's context."""
+        contexts = [self._panel.only.context, *(context_of(teacher.config) for teacher in self._weighers)]
+        context = min((tokens for tokens in contexts if tokens is not None), default=math.inf)
+        found = set()
+        for batch in batches if context < math.inf else ():
+            for place, rollout in enumerate(self._paired([dataset[row] for row in batch])):
+                length = len(rollout.teacher_prompt_ids) + len(rollout.teacher_ids)
+                if length > context:
+                    found.add((batch[place // len(_SIDES)], _SIDES[place % len(_SIDES)], length))
+        if found := sorted(set(gather_object([*found]))):
+            row, side, length = found[0]
+            raise ValueError(
+                f"Row {row} of the {name} dataset: its prompt and {side} answer are {length} tokens for the teacher, whose context is "
+                f"{context} ({len({row for row, *_ in found})} such rows of {len(dataset)}). Filter them out, or take a teacher with a "
+                "longer context (of a server: start it with a larger `--max-model-len`)."
+            )
 
     def _seat_teachers(self) -> None:
         if self._teachers_sit:
@@ -344,9 +388,7 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
         return seat.name, shares, knobs, self.processing_class.get_vocab(), seat.tokenizer.get_vocab()
 
     def _columns(self, pairs: Sequence[dict]) -> list[dict]:
-        prompts = [_prompt(pair) for pair in pairs for _ in _SIDES]
-        completions = [pair[f"{side}_ids"] for pair in pairs for side in _SIDES]
-        rollouts = self._panel.pair(prompts, completions)
+        rollouts = self._paired(pairs)
         readings = self._panel.read(rollouts, with_hidden=False)
         scores = [readings.log_probs([row], len(rollout.teacher_ids)) for row, rollout in enumerate(rollouts)]
         scores = [arrived(own)[0].cpu() for own in scores]
@@ -364,6 +406,12 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
             }
             for chosen, rejected in zip(found[::2], found[1::2], strict=True)
         ]
+
+    def _paired(self, pairs: Sequence[dict]) -> list[Rollout]:
+        """Two rollouts for each pair, chosen and rejected, however long."""
+        prompts = [_prompt(pair) for pair in pairs for _ in _SIDES]
+        completions = [pair[f"{side}_ids"] for pair in pairs for side in _SIDES]
+        return self._panel.pair(prompts, completions, within_context=False)
 
     def _weights(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         """(C,) weights for each rollout. Rollouts alternate between chosen and rejected completions."""
@@ -465,6 +513,14 @@ def _digest(model: PreTrainedModel) -> str:
 
 def _render_pair(example: dict, index: int, student: Speaker, teachers: dict[str, Speaker], dataset_name: str) -> dict:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of the student, and the teacher's prompt for the pairing."""
+    for side in _SIDES:
+        if example[side] is None or not (example[side] or "prompt" in example):
+            raise ValueError(
+                f"Row {index} of the {dataset_name} dataset: its `{side}` is {example[side]!r}, and a pair has a chosen and a rejected "
+                "answer. Filter such rows out."
+            )
+    if "prompt" not in example:
+        example = {**example, **extract_prompt(example)}
     others = ("tools", "chat_template_kwargs", "teacher_prompt")
     beside = {name: example[name] for name in others if example.get(name) is not None}
     found = {}

@@ -2,12 +2,13 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from datetime import date
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from toys import student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from trl import DPOConfig, DPOTrainer
@@ -330,6 +331,11 @@ def test_pairs_of_a_run_that_is_resumed_on_another_day_go_on_with_the_day_it_beg
         ({"precompute_ref_log_probs": False}, "Leave it True"),
         ({"loss_type": ["sft"]}, "counts tokens"),
         ({"weight_low": 2.0}, "is above weight_high"),
+        ({"weight_mu": math.nan}, "weight_mu must be a number, got nan"),
+        ({"eos_policy": "drop"}, "Unknown eos_policy 'drop': choose one of bridge, mask"),
+        ({"teacher_batch_size": 0}, "teacher_batch_size must be at least 1, got 0"),
+        ({"max_length": -1}, "max_length must be at least 1, got -1"),
+        ({"chat_template_kwargs": "enable_thinking=False"}, "chat_template_kwargs must be a dict"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(tmp_path, settings, message):
@@ -342,8 +348,62 @@ def test_activations_are_not_offloaded_from_a_cpu(tmp_path):
         build(tmp_path / "run", activation_offloading=True)
 
 
-def test_one_weighing_teacher_alone_and_a_row_that_is_too_long_are_refused(tmp_path):
+def test_one_weighing_teacher_alone_is_refused(tmp_path):
     with pytest.raises(ValueError, match="both, or neither"):
         build(tmp_path, weighers=(teacher_model(), None))
-    with pytest.raises(ValueError, match="max_length is 10"):
-        build(tmp_path, max_length=10)
+
+
+def wordy(side="rejected"):
+    """Two pairs, of which the second has a long answer."""
+    first, second = pairs(2)
+    return Dataset.from_list([first, {**second, side: [{"role": "assistant", "content": "the sum of it " * 40}]}])
+
+
+@pytest.mark.parametrize(
+    ("short", "message"),
+    [
+        ("max_length", "has [0-9]+ student tokens, max_length is 100 and the student's own context 4096"),
+        ("student", "has [0-9]+ student tokens, max_length is None and the student's own context 100"),
+        ("teacher", "{} answer are [0-9]+ tokens for the teacher, whose context is 100 .1 such rows of 2"),
+        ("weighing teacher", "{} answer are [0-9]+ tokens for the teacher, whose context is 100 .1 such rows of 2"),
+        ("none", None),
+    ],
+)
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_an_answer_that_a_model_cannot_read_whole_is_refused(tmp_path, side, short, message):
+    def model(make, name):
+        return make(max_position_embeddings=100 if name == short else 4096)
+
+    refused = pytest.raises(ValueError, match=f"Row 1 of the train dataset.*{message}".format(side))
+    with refused if message else nullcontext():
+        columns = build(
+            tmp_path,
+            wordy(side),
+            model(student_model, "student"),
+            model(teacher_model, "teacher"),
+            weighers=(model(teacher_model, ""), model(teacher_model, "weighing teacher")),
+            max_length=100 if short == "max_length" else None,
+        ).train_dataset
+        assert all(map(any, columns[f"{side}_weights"])) and max(columns[f"ref_{side}_logps"]) < 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (pairs().remove_columns("rejected"), "train dataset has no column 'rejected', only 'prompt', 'chosen': .*`ctopd distill`"),
+        (pairs().remove_columns(["chosen", "rejected"]), "no column 'chosen' and no column 'rejected', only 'prompt'"),
+        (Dataset.from_list([pairs()[0], {**pairs()[1], "chosen": None}]), "Row 1 of the train dataset: its `chosen` is None"),
+        (Dataset.from_list([{"chosen": "two", "rejected": ""}]), "Row 0 of the train dataset: its `rejected` is ''"),
+        (pairs().select([]), "train dataset is empty"),
+    ],
+)  # fmt: skip
+def test_pairs_without_an_answer_are_refused(tmp_path, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, dataset)
+
+
+def test_an_empty_evaluation_set_of_pairs_and_splits_in_the_place_of_one_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="few dataset is empty"):
+        build(tmp_path, eval_dataset={"few": pairs().select([])})
+    with pytest.raises(TypeError, match="must be a `Dataset`.*got `DatasetDict`: choose one of its splits"):
+        build(tmp_path, DatasetDict(train=pairs()))

@@ -161,9 +161,7 @@ def set_init_kwargs(training_args: TrainingArguments, model_args: ModelConfig):
     training_args.model_init_kwargs = {**init_kwargs, **(training_args.model_init_kwargs or {})}
 
 
-def evaluated_split(
-    script_args: ScriptArguments, training_args: TrainingArguments, splits, most: int | None = None
-):
+def evaluated_split(script_args: ScriptArguments, training_args: TrainingArguments, splits, most: int | None = None):
     """The split to evaluate on, at most `most` rows of it; None where none is asked for. Raises `ValueError` where it is not there."""
     if training_args.eval_strategy == "no":
         return None
@@ -176,7 +174,9 @@ def evaluated_split(
     if most is None:
         return evaluated
     if most < 1:
-        raise ValueError(f"max_eval_samples must be at least 1, got {most}: pass --eval_strategy no to evaluate nothing.")
+        raise ValueError(
+            f"max_eval_samples must be at least 1, got {most}: pass --eval_strategy no to evaluate nothing."
+        )
     return evaluated.take(most)
 
 

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -50,6 +50,11 @@ class TokenScores(NamedTuple):
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside an adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model of this config can read, None for no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 @contextmanager

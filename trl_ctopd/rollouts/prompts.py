@@ -55,20 +55,10 @@ def render_dataset(
 
     Prompts that leave no room for a completion are an error, or dropped (`args.overlong_prompts`), which is logged.
 
-    Raises `TypeError` for what is no dataset, and `ValueError` for a dataset without rows, one that was rendered for other models, one of which no row is left, and what
+    Raises `ValueError` for a dataset that was rendered for other models, one of which no row is left, and what `check_dataset`,
     `render_row` and `check_room` raise.
     """
-    if not isinstance(dataset, Dataset | IterableDataset):
-        way = (
-            "choose one of its splits"
-            if isinstance(dataset, Mapping)
-            else "`Dataset.from_list(rows)` makes one of rows"
-        )
-        raise TypeError(
-            f"The {dataset_name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`: {way}."
-        )
-    if isinstance(dataset, Dataset) and not len(dataset):
-        raise ValueError(f"The {dataset_name} dataset is empty.")
+    check_dataset(dataset, dataset_name)
     if dataset.column_names is not None and set(COLUMNS) <= set(dataset.column_names):
         check_rendered_for(dataset, student, teachers, dataset_name)
         if keep_rows and ROW not in dataset.column_names:
@@ -109,6 +99,21 @@ def render_dataset(
     if isinstance(rendered, Dataset):
         check_room(rendered, server_contexts, args.max_new_tokens, dataset_name)
     return rendered
+
+
+def check_dataset(dataset, dataset_name: str):
+    """Raises `TypeError` for what is no dataset, and `ValueError` for a dataset without rows."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        way = (
+            "choose one of its splits"
+            if isinstance(dataset, Mapping)
+            else "`Dataset.from_list(rows)` makes one of rows"
+        )
+        raise TypeError(
+            f"The {dataset_name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`: {way}."
+        )
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError(f"The {dataset_name} dataset is empty.")
 
 
 def _warn_of_whole_floats(dataset: Dataset, dataset_name: str):

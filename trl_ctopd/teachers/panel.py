@@ -17,7 +17,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES
-from ..models.heads import check_head, head_rows
+from ..models.heads import check_head, context_of, head_rows
 from ..models.loading import check_vocabulary, load_tokenizer
 from ..rollouts.blending import blended, prompts_of
 from ..rollouts.closing import Tables, look_up, teacher_going_on, views
@@ -102,7 +102,7 @@ class Seat:
                 model = load_teacher(model, args.teacher_model_init_kwargs, args.trust_remote_code, accelerator)
             check_vocabulary("teacher", model, self.tokenizer)
             self.teacher = _local_teacher(model, accelerator, args)
-            self.context = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None)
+            self.context = context_of(self.teacher.config)
             generation_config = self.teacher.generation_config
         del self._model
         self.student = student
@@ -232,7 +232,7 @@ class ReferenceSeat:
             args = self._args
             model = load_teacher(self._model, args.teacher_model_init_kwargs, args.trust_remote_code, accelerator)
             self.teacher = _local_teacher(model, accelerator, args)
-            self.context = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", None)
+            self.context = context_of(self.teacher.config)
 
 
 class Panel:
@@ -333,8 +333,11 @@ class Panel:
             if not seat.remote:
                 check_head("teacher", seat.teacher.base_model)
 
-    def pair(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[Rollout]:
-        """Pairs each completion with its own teacher's tokens of the same text, or with those of a mixture of teachers."""
+    def pair(
+        self, prompts: Sequence[Prompt], completions: Sequence[list[int]], within_context: bool = True
+    ) -> list[Rollout]:
+        """Pairs each completion with its own teacher's tokens of the same text, or with those of a mixture of teachers.
+        `within_context`: those beyond a teacher's context are left unread."""
         shares = [prompts_of(prompt) for prompt in prompts]
         parts: dict[tuple[int, str], Rollout] = {}
         for name, seat in self.seats.items():
@@ -351,7 +354,7 @@ class Panel:
                 turn_ends=seat.turn_ends,
                 text_ends=seat.text_ends,
                 eos_policy=self._eos_policy,
-                teacher_context=seat.context,
+                teacher_context=seat.context if within_context else None,
                 sections=seat.sections,
             )
             parts |= zip([(row, name) for row in rows], found, strict=True)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from ..config import CrossTokenizerGKDConfig
 from ..losses import AUTO, LOSSES, Metrics, build_loss, loss_name
 from ..losses.compass import Compass
-from ..models.heads import AUTOCAST, base_model, check_head, has_imbalance
+from ..models.heads import AUTOCAST, base_model, check_head, context_of, has_imbalance
 from ..models.loading import (
     adapter_base,
     check_saves,
@@ -580,7 +580,7 @@ def context_length(model, args: CrossTokenizerGKDConfig) -> int | None:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
     else:
         config = model.config
-    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    own = context_of(config)
     context = min((limit for limit in (args.max_length, own) if limit is not None), default=None)
     if context is not None and args.max_new_tokens >= context:
         raise ValueError(
