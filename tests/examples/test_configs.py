@@ -1,9 +1,13 @@
 """The example configurations are read as the command reads them."""
 
+import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from toys import student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
+from trl_ctopd.cli import main
 from trl_ctopd.cli.distillation import named_function, parser
 from trl_ctopd.cli.pairs import parser as pairs_parser
 
@@ -25,6 +29,36 @@ def test_every_configuration_names_settings_that_exist(config, tmp_path, monkeyp
     assert training.teacher_model_name_or_path or len(training.teacher_models) > 1
     for name in (*(script.reward_funcs or []), *filter(None, [script.teacher_gate])):
         assert callable(named_function(name))
+
+
+def test_the_configuration_with_rewards_trains_to_the_end_on_other_models_and_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = {"model_name_or_path": (student_model(), student_tokenizer())}
+    given["teacher_model_name_or_path"] = (teacher_model(), teacher_tokenizer())
+    options = []
+    for option, parts in given.items():
+        for part in parts:
+            part.save_pretrained(tmp_path / option)
+        options += [f"--{option}", str(tmp_path / option)]
+    rows = [{"question": f"What is {n} plus 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(8)]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    options += ["--dataset_name", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "output")]
+    options += [
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--max_new_tokens",
+        "8",
+        "--max_steps",
+        "1",
+        "--logging_steps",
+        "1",
+    ]
+    main(["distill", "--config", "examples/configs/rewards.yaml", *options, "--report_to", "none"])
+    state = json.loads((tmp_path / "output" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert {"rewards/right_number/mean", "reward_std"} <= {*state["log_history"][0]}
+    assert (tmp_path / "output" / "model.safetensors").exists()
 
 
 def test_the_example_reward_knows_a_right_number(monkeypatch):

@@ -79,8 +79,8 @@ def splits_of(args: ScriptArguments):
     try:
         splits = load_dataset(given, config, data_files=files, streaming=args.dataset_streaming)
     except Exception as error:  # of many classes; of an empty file a StopIteration without text
-        said = error.__cause__ if type(error) is DatasetGenerationError else error
-        reason = str(said).rstrip(".") or "it has no rows"
+        cause = error.__cause__ if type(error) is DatasetGenerationError else None
+        reason = str(cause or error).rstrip(".") or "it has no rows"
         found = path.exists() or not isinstance(error, OSError)
         why = "" if found else ": there is no such file or folder here, and the hub does not give it"
         raise ValueError(f"--dataset_name {name} cannot be read{why}: {reason}.") from error
