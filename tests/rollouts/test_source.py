@@ -40,6 +40,9 @@ class ToyTeachers:
         aligner = TextAligner(student.tokenizer, self.side.tokenizer)
         return pair(prompts, completions, aligner, turn_ends=dict.fromkeys(student.stop_ids(), self.side.turn_end))
 
+    def alike_stops(self, rollout):
+        return {}
+
     def read(self, rollouts, with_hidden, tables=None, foreseeing=None, wanted=None):
         places = [list(self.seats).index(rollout.prompt.teacher) for rollout in rollouts]
         scores = [
