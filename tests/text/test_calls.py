@@ -1,5 +1,6 @@
 """Calls of tools in one template's writing beside another's, for real templates: TRL's own."""
 
+import functools
 import itertools
 import random
 import warnings
@@ -71,6 +72,27 @@ def test_the_teacher_reads_its_own_templates_writing_of_a_call(student, teacher)
     shared = "".join(ours for ours, theirs in texts(found, student, teacher) if ours == theirs)
     for atom in ("get_room", "floor", "third floor", "count", "2"):
         assert atom in shared
+
+
+NESTED = [
+    {"options": {"k": 1}},
+    {"words": ["a", "b"]},
+    {"text": "so", "many": [{"a": "x"}], "flag": True},
+    {"options": {"k": 1}, "many": [1]},
+]
+
+
+@pytest.mark.parametrize("arguments", NESTED, ids=str)
+def test_the_teacher_reads_its_own_templates_writing_of_lists_and_dicts(arguments):
+    """Gemma 4's template writes them in a way of its own."""
+    call = a_call("search", arguments)
+    write = functools.partial(side("gemma4_v5").write_calls, (CALLS,))
+    cut = pieces([call], write)
+    assert cut is None or "".join(piece.text for piece in cut) == write([call])
+    found = rollout("qwen2_5", "gemma4_v5", reply("qwen2_5", called(call)), tools=TOOLS)
+    assert heard(found, "gemma4_v5") == rendered_text("gemma4_v5", called(call), (CALLS,), TOOLS)
+    assert "call" in {own.reason for own in found.alignment.masked}
+    assert found.student_chunks[-1] >= 0  # the turn's end is scored
 
 
 @pytest.mark.parametrize("teacher", ["qwen3", "glm4moe", "lfm2_2_5"])

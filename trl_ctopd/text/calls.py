@@ -87,9 +87,9 @@ def pieces(calls: Sequence[dict], write: Write) -> list[Piece] | None:
             before, _, literal = literal.rpartition(value)
             found += [Piece(before), Piece(value, place)]
         found.append(Piece(literal))
-    if at != len(written) or {*kept, *(label for label, _ in atoms.values())} - {piece.label for piece in found}:
-        return None
-    return found
+    whole = "".join(piece.text for piece in found) == written  # not where a list or dict is written in a way of its own
+    labels = {piece.label for piece in found}
+    return found if whole and labels.issuperset([*kept, *(label for label, _ in atoms.values())]) else None
 
 
 def _spellings(value: Any) -> list[str]:

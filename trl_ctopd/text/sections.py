@@ -240,9 +240,13 @@ class SectionAligner:
             sides = [None, None]
         alike = None not in sides and grammar.symbols("".join(piece.text for piece in sides[0][1:])) == written[start:]
         if not alike:
-            if executed is None:
+            try:
+                if executed is None and grammar.symbols(ours.calls_text(calls)) != written[start:]:
+                    return None
+                whole = Unit(start, len(written), theirs.calls_text(calls), False, "call")
+            except Unrenderable:
                 return None
-            return self._ended(Unit(start, len(written), theirs.calls_text(executed), False, "call"), policies)
+            return self._ended(whole, policies)
         units = []
         for mine, other, kind in beside(*(side[1:] for side in sides)):
             size, plain = len(grammar.symbols(mine)), not self._pattern or not self._pattern.search(other)
