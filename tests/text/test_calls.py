@@ -6,10 +6,10 @@ import random
 import warnings
 
 import pytest
-from template_sides import FOLDER, side
+from template_sides import FOLDER, published, side
 from test_sections import rendered_text, rollout, texts
 
-from trl_ctopd.text.calls import Piece, a_call, beside, pieces
+from trl_ctopd.text.calls import DEEPEST, Piece, a_call, beside, pieces
 from trl_ctopd.text.chat import Conversation
 from trl_ctopd.text.turns import CALLS, TOOLS, USER
 
@@ -133,6 +133,121 @@ def test_a_call_that_is_not_as_the_students_template_writes_it_is_masked(written
         found = rollout("qwen2_5", "gptoss", written, tools=TOOLS)
     assert "call" in {own.reason for own in found.alignment.masked}
     assert found.num_chunks == 0
+
+
+def read(name, text, tools=None):
+    """Name and arguments of each call."""
+    found = side(name).call_reader.read(text, tools)
+    return found and [(call["function"]["name"], call["function"]["arguments"]) for call in found]
+
+
+SPACED = {
+    "qwen2_5": [
+        'add","arguments":{"a":1}}</tool_call><tool_call>{"name":"now","arguments":{}}</tool_call><|im_end|>',
+        'add" ,\n"arguments" : { "a" : 1 }\n}\n</tool_call>\n\n \n<tool_call>\n{\n  "name": "now", "arguments": {}}<|im_end|>',
+    ],
+    "qwen3_5_nothink": [
+        "add><parameter=a>\n1\n</parameter></function></tool_call><tool_call><function=now></function></tool_call><|im_end|>",
+        "add>\n\n<parameter=a>\n1\n</parameter>\n\n</function>\n</tool_call>\n\n<tool_call>\n<function=now>\n</function>\n</tool_call><|im_end|>",
+    ],
+    "deepseekv3": [
+        'add\n```json\n{"a":1}\n```<｜tool▁call▁end｜>\n\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜>'
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in SPACED.items() for text in texts])
+def test_whitespace_around_tags_and_punctuation_hides_no_call(name, text):
+    assert read(name, text) == [("add", {"a": 1}), ("now", {})]
+
+
+FIRST, AGAIN = (
+    'add", "arguments": {"a": 1}}\n</tool_call>',
+    '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>',
+)
+KEYED = "add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+
+
+def nested(levels, opening="[", closing="]"):
+    return opening * levels + "1" + closing * levels
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("qwen2_5", f"{FIRST}\nand then\n{AGAIN}"),
+        ("qwen2_5", FIRST + '\n<tool_call>\n{"arguments": {"a": 2}, "name": "add"}\n</tool_call>'),
+        ("qwen2_5", FIRST + '\n<tool_call>\n{"name": "add", "arguments": {"a": 2\n</tool_call>'),
+        ("llama3_1", 'add", "parameters": {"a": 1}}; {"name": "add", "parameters": {"a": 2}}'),
+        ("qwen3_5_nothink", f"{KEYED} and <tool_call>\n<function={KEYED}<|im_end|>"),
+        (
+            "qwen3_5_nothink",
+            f"add><parameter=a>1</parameter></function></tool_call><tool_call><function={KEYED}<|im_end|>",
+        ),
+        ("qwen2_5", r'add", "arguments": {"a": "\ud83d"}}'),
+        ("qwen2_5", r'add", "arguments": {"\ud83d": "a"}}'),
+        ("qwen2_5", f'add", "arguments": {{"a": {nested(DEEPEST)}}}}}'),
+        ("qwen2_5", f'add", "arguments": {nested(DEEPEST + 1, """{"a": """, "}")}}}'),
+        ("gemma4_v5", "add{options:{k:1}}<tool_call|><|tool_response>"),
+    ],
+)
+def test_of_calls_of_which_one_cannot_be_read_none_is(name, text):
+    assert read(name, text) is None
+
+
+def test_a_call_as_deep_as_may_be_is_read():
+    [(name, _)] = read("qwen2_5", f'add", "arguments": {{"a": {nested(DEEPEST - 1)}}}}}')
+    assert name == "add"
+
+
+@pytest.mark.parametrize("value", [r'["\ud83d"]', nested(DEEPEST + 1), "[" * (DEEPEST + 1)])
+def test_key_by_key_a_value_that_cannot_be_read_is_text(value):
+    text = f"add>\n<parameter=a>\n{value}\n</parameter>\n</function>\n</tool_call><|im_end|>"
+    assert read("qwen3_5_nothink", text) == [("add", {"a": value})]
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        (None, "2024", 2024),
+        ({}, "2024", 2024),
+        ({"type": "string"}, "2024", "2024"),
+        ({"type": "string"}, "null", "null"),
+        ({"type": "string"}, "True", "True"),
+        ({"type": "string"}, '"so"', '"so"'),
+        ({"type": "string"}, "[1]", "[1]"),
+        ({"type": "integer"}, "2024", 2024),
+        ({"type": "string", "nullable": True}, "null", None),
+        ({"type": ["string", "null"]}, "5", "5"),
+        ({"type": ["integer", "string"]}, "5", 5),
+        ({"anyOf": [{"type": "string"}, {"type": "number"}]}, "5", 5),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "5", "5"),
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen3_5_nothink", "glm4moe"])
+def test_what_a_schema_calls_text_is_no_number(name, schema, text, value):
+    """These templates write texts as they write numbers."""
+    properties = {} if schema is None else {"a": schema}
+    tools = [
+        {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": properties}}}
+    ]
+    written = side(name).calls_text([a_call("add", {"a": text})])
+    assert text in written
+    assert read(name, written, tools) == [("add", {"a": value})]
+    assert read(name, written, [{"type": "function", "function": {"name": "other"}}]) == read(name, written)
+
+
+def test_ids_after_the_arguments_are_the_calls_own():
+    """Mistral Nemo's template writes them there."""
+    reader = published("mistralai-Mistral-Nemo-Instruct-2407").call_reader
+    one, other = (
+        '{"name": "add", "arguments": {"a": 1}, "id": "a1B2c3D4e"}',
+        '{"name":"add","arguments":{"a":2},"id":"zzzzzzzz1"}',
+    )
+    for text, ids in ((f"[{one}]</s>", ["a1B2c3D4e"]), (f"[{one}, {other}]", ["a1B2c3D4e", "zzzzzzzz1"])):
+        found = reader.read(text.partition('"name": "')[2])
+        assert [call["id"] for call in found] == ids
+    assert reader.read(f"[{one}] [{other}]".partition('"name": "')[2]) is None
 
 
 def test_a_call_whose_teacher_knows_none_is_masked():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 _MESSAGES = ("prompt", "completion", "messages", "conversations", "teacher_prompt")  # columns that may hold messages
 _SPEAKERS = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 REASONING = ("reasoning_content", "reasoning", "thinking")  # all three name a thought
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def _refuse_lone_surrogates(value, column: str):
     elif isinstance(value, list):
         for item in value:
             _refuse_lone_surrogates(item, column)
-    elif isinstance(value, str) and (found := _SURROGATE.search(value)):
+    elif isinstance(value, str) and (found := SURROGATE.search(value)):
         raise ValueError(
             f"`{column}` holds a lone surrogate (U+{ord(found[0]):04X} at character {found.start()}), which is half a character "
             "and has no bytes: decode the text with errors='replace'"

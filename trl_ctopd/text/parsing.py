@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .aligner import decoded, in_text
+from .calls import ANY_SPACE, json_of, loosely
 from .chunks import bounds
 from .token_bytes import TokenTable
-from .turns import ANSWER, THOUGHT, Turn, one_of
+from .turns import ANSWER, CALLS, THOUGHT, Turn, one_of
 
 
 START, END = "start", "end"
@@ -72,7 +73,7 @@ class Grammar:
         loose = {(THOUGHT, form.literals[1]) for form in turn.forms.values() if form.loose}
         # gpt-oss writes what is said before a call as it writes a thought, which is the likelier of the two
         for here, there, literal in sorted(steps(turn), key=lambda step: (-len(step[2]), step[1] != THOUGHT)):
-            pattern = self._loosely(literal, (here, literal) in loose)
+            pattern = self._loosely(literal, (here, literal) in loose, there == CALLS)
             self._steps.setdefault(here, []).append((there, pattern))
             self._literals.setdefault(here, []).append(self.symbols(literal).strip(SPACE))
 
@@ -84,8 +85,9 @@ class Grammar:
             at = match.end()
         return "".join([*parts, literal[at:].encode().decode("latin-1")])
 
-    def _loosely(self, literal: str, loose: bool) -> re.Pattern:
-        """A pattern that finds a literal with as much whitespace around its tags as it has, or less; with `loose`, with any."""
+    def _loosely(self, literal: str, loose: bool, calls: bool) -> re.Pattern:
+        """A pattern that finds a literal with as much whitespace around its tags as it has, or less; with `loose`, with any. In the JSON
+        before a call's name, any."""
         text = self.symbols(literal)
         if loose:
             any_space = rf"[{SPACE}]*"
@@ -95,7 +97,11 @@ class Grammar:
         if not core:
             return re.compile(_optional(text))
         before, after = text[: text.index(core)], text[text.index(core) + len(core) :]
-        return re.compile(_optional(before) + re.escape(core) + _optional(after))
+        in_json = json_of(core) if calls else ""
+        head, rest = re.escape(core.removesuffix(in_json)), loosely(in_json)
+        return re.compile(
+            _optional(before) + head + (rest if head else rest.removeprefix(ANY_SPACE)) + _optional(after)
+        )
 
     def parse(self, written: str, ended: bool) -> Parsed:
         """The sections of a completion. `ended`: its last symbol is a stop token."""
@@ -210,6 +216,11 @@ def named(ids: Sequence[int], table: TokenTable) -> tuple[str, np.ndarray]:
 def runs(written: str) -> list[str]:
     """Symbols as control tokens and runs of bytes."""
     return re.findall(r"[\x00-\xff]+|[^\x00-\xff]", written)
+
+
+def spelled(written: str, table: TokenTable) -> str:
+    """The text of symbols, control tokens by their names."""
+    return "".join(name_of(run, table.names) for run in runs(written))
 
 
 def name_of(run: str, names: Mapping[int, str]) -> str:

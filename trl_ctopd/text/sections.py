@@ -28,7 +28,7 @@ from .calls import MARKUP, beside, pieces, with_ids
 from .chat import Speaker, unshared_markup
 from .chunks import synchronized_chunks
 from .grid import Grid, side_on
-from .parsing import Grammar, Parsed, name_of, runs, symbols
+from .parsing import Grammar, Parsed, spelled, symbols
 from .planning import Opening, Unit, kept_kinds, opening_of, plan, undecided_steps, with_shared_space
 from .token_bytes import TokenTable
 from .turns import ANSWER, CALLS, Turn, Unrenderable, one_of, read_turn
@@ -274,7 +274,7 @@ class SectionAligner:
         """The unit; masked if it is markup with one of the masked strings."""
         if unit.shared or unit.reason is not None:
             return unit
-        text = "".join(name_of(run, self._aligner.student_table.names) for run in runs(written[unit.start : unit.end]))
+        text = spelled(written[unit.start : unit.end], self._aligner.student_table)
         return replace(unit, reason="markup") if any(own in text for own in self._masked_strings) else unit
 
     def _say(self, reasons: set[str | None]) -> None:
@@ -328,7 +328,9 @@ class SectionAligner:
         return ids, np.concatenate([empty, *ends]), np.concatenate([empty, *sizes]), masked
 
 
-def read_calls(parsed: Parsed, written: str, student: Speaker, table: TokenTable) -> list[dict] | None:
+def read_calls(
+    parsed: Parsed, written: str, student: Speaker, table: TokenTable, tools: Sequence[Mapping] | None = None
+) -> list[dict] | None:
     """The calls at the end of a completion of these symbols, whose last section they are; None where they cannot be read."""
-    text = "".join(name_of(run, table.names) for run in runs(written[parsed.sections[-1][1] :]))
-    return student.call_reader.read(text) if student.call_reader else None
+    text = spelled(written[parsed.sections[-1][1] :], table)
+    return student.call_reader.read(text, tools) if student.call_reader else None
