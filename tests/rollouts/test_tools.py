@@ -27,7 +27,7 @@ from trl_ctopd.rollouts.prompts import COLUMNS, render_dataset, render_row
 from trl_ctopd.rollouts.rewards import Judges
 from trl_ctopd.rollouts.source import RolloutSource
 from trl_ctopd.rollouts.tools import ToolLoop, schemas
-from trl_ctopd.text.calls import a_call
+from trl_ctopd.text.calls import DEEPEST, a_call
 from trl_ctopd.text.chat import Conversation
 from trl_ctopd.text.one_tokenizer import OneTokenizer
 from trl_ctopd.text.sections import SectionAligner, aligner_of
@@ -316,6 +316,58 @@ def test_an_error_is_given_back_as_the_result_and_counted(call, error):
     assert "error" not in "".join(scored("qwen2_5", ids, found.student_chunks))
 
 
+def grow(values: list[int]) -> list:
+    """Adds one to the list.
+
+    Args:
+        values: Numbers.
+    """
+    values.append(77)
+    return values
+
+
+def leave(values: list[int]) -> list:
+    """Ends.
+
+    Args:
+        values: Numbers.
+    """
+    sys.exit("no more")
+
+
+def halve(values: list[int]) -> str:
+    """Half a character.
+
+    Args:
+        values: Numbers.
+    """
+    return "half \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("tool", "result", "failed"),
+    [
+        (grow, "[3, 77]", 0),
+        (leave, "{'error': 'no more'}", 1),
+        (halve, r"half \ud83d", 0),
+    ],
+)
+def test_no_tool_ends_the_run_or_changes_its_call(tool, result, failed):
+    call = called("qwen2_5", a_call(tool.__name__, {"values": [3]}))
+    prompt, (ids, _), figures = conversed("qwen2_5", "qwen3", call, said("qwen2_5", "Hm."), tools=[tool])
+    assert figures["tools/failure_frequency"] == (failed, 1) and figures["tools/unanswered_fraction"] == (0, 1)
+    found = paired("qwen2_5", "qwen3", prompt, ids)
+    for name, own in (("qwen2_5", ids), ("qwen3", found.teacher_ids)):
+        assert f"<tool_response>\n{result}\n</tool_response>" in side(name).tokenizer.decode(own)
+        assert '"arguments": {"values": [3]}' in side(name).tokenizer.decode(own)
+
+
+def test_no_tool_is_run_for_a_result_that_the_teacher_cannot_read():
+    calls = called("qwen2_5", a_call("add", {"a": 2, "b": 3}), content="Let me see.")
+    _, _, figures = conversed("qwen2_5", "llama3_1", calls)  # whose template writes no text beside a call
+    assert figures["tools/call_frequency"] == (0, 1) and figures["tools/unanswered_fraction"] == (1, 1)
+
+
 def test_calls_are_executed_no_more_often_than_asked_and_the_completion_then_ends_with_one():
     again = called("qwen2_5", a_call("add", {"a": 2, "b": 3}))
     prompt, (ids, _), figures = conversed("qwen2_5", "gptoss", again, again, again, max_tool_calling_iterations=2)
@@ -365,17 +417,77 @@ def test_rows_beyond_the_context_wait_until_those_with_more_room_have_written():
     assert len(most) == 2
 
 
-def test_a_call_that_is_spelled_otherwise_is_executed_and_masked_and_the_teacher_reads_its_own_spelling():
-    tokenizer = side("qwen2_5").tokenizer
-    tight = '<tool_call>\n{"name": "add", "arguments": {"a":2,"b":3}}\n</tool_call><|im_end|>'
-    ids = tokenizer.encode(tight, add_special_tokens=False)
-    prompt, (ids, _), figures = conversed("qwen2_5", "gptoss", ids, said("qwen2_5", "Five."))
-    assert figures["tools/call_frequency"] == (1, 1)
-    found = paired("qwen2_5", "gptoss", prompt, ids)
-    read = side("gptoss").tokenizer.decode(found.teacher_prompt_ids + found.teacher_ids)
-    assert whole("gptoss", a_call("add", {"a": 2, "b": 3}), "Five.").startswith(read)
+QWEN_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+TIGHT = '<tool_call>\n{"name":"add","arguments":{"a":500,"b":1}}\n</tool_call>'
+
+
+def qwen(text):
+    return side("qwen2_5").tokenizer.encode(f"{text}<|im_end|>", add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("written", "calls"),
+    [
+        (QWEN_CALL.replace('"a": 2, "b": 3', '"a":2,"b":3'), TWO_CALLS[:1]),
+        (TIGHT, TWO_CALLS[1:]),
+        (f"Let me see. {TIGHT}", TWO_CALLS[1:]),
+        (f"{QWEN_CALL}\n{TIGHT}", TWO_CALLS),
+        (f"{QWEN_CALL}\n\n{TIGHT}", TWO_CALLS),
+        (f"{TIGHT}{QWEN_CALL}".replace("\n", ""), TWO_CALLS[::-1]),
+    ],
+)
+def test_calls_that_are_spelled_otherwise_are_executed_and_masked_and_the_teacher_reads_its_own_spelling(
+    written, calls
+):
+    teacher = "qwen3_5_nothink" if len(calls) > 1 else "gptoss"
+    prompt, (ids, _), figures = conversed("qwen2_5", teacher, qwen(written), said("qwen2_5", "Five."))
+    assert figures["tools/call_frequency"] == (len(calls), 1) and figures["tools/unanswered_fraction"] == (0, 1)
+    found = paired("qwen2_5", teacher, prompt, ids)
+    read = side(teacher).tokenizer.decode(found.teacher_prompt_ids + found.teacher_ids)
+    assert side(teacher).calls_text(calls) in read and "Five." in read
     assert "call" in {stretch.reason for stretch in found.alignment.masked}
-    assert "2" not in "".join(scored("qwen2_5", ids, found.student_chunks))
+    arguments = {str(value) for call in calls for value in call["function"]["arguments"].values()}
+    assert not arguments & {token.strip() for token in scored("qwen2_5", ids, found.student_chunks)}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        '<tool_call>\n{"arguments": {"a": 2, "b": 3}, "name": "add"}\n</tool_call>',
+        '<tool_call>\n{"arguments": {"a": 2, "b": 3}, "name": "add"}\n</tool_call>\n' + QWEN_CALL,
+        f"{QWEN_CALL}\nand then\n{QWEN_CALL}",
+        QWEN_CALL.replace("3", r'"\ud83d"'),
+        QWEN_CALL.replace('"b"', r'"\ud83d"'),
+        QWEN_CALL.replace("3", "[" * DEEPEST + "]" * DEEPEST),
+        QWEN_CALL.replace("3", "[" * DEEPEST),
+    ],
+)
+@pytest.mark.parametrize("teacher", ["llama3_2", "gemma4_v5"])
+def test_a_turn_with_a_call_that_cannot_be_read_is_counted_and_none_of_its_calls_is_executed(teacher, written):
+    prompt, (ids, _), figures = conversed("qwen2_5", teacher, qwen(written))
+    assert figures["tools/call_frequency"] == (0, 1) and figures["tools/unanswered_fraction"] == (1, 1)
+    assert ids == qwen(written) and not prompt.framed.later
+    paired("qwen2_5", teacher, prompt, ids)
+
+
+def kind(text: str) -> str:
+    """Tells what it is given.
+
+    Args:
+        text: A text.
+    """
+    return f"{type(text).__name__} {text}"
+
+
+@pytest.mark.parametrize("student", ["qwen3_5_nothink", "glm4moe"])
+def test_a_text_that_looks_like_a_number_stays_text(student):
+    ids = called(student, a_call("kind", {"text": "2024"}))
+    tools = [*TOOLS, kind]
+    prompt = asked(student, "qwen2_5", tools=schemas(tools))
+    prompt, (ids, _), _ = conversed(student, "qwen2_5", ids, said(student, "So."), tools=tools, prompt=prompt)
+    assert "str 2024" in side(student).tokenizer.decode(ids)
+    found = paired(student, "qwen2_5", prompt, ids)
+    assert '{"text": "2024"}' in side("qwen2_5").tokenizer.decode(found.teacher_ids)
 
 
 def test_what_is_no_call_of_the_students_template_is_text():

@@ -3,7 +3,8 @@
 Decisions
 - As in TRL's `DistillationTrainer`: tools are functions with type hints and a docstring, a result is returned as `str(result)`,
   an error as `{"error": message}`, and `max_new_tokens` limits everything after the prompt, results included.
-- Calls are parsed by the student's own template (`text.calls`). Text that cannot be parsed as a call ends the conversation.
+- Calls are parsed by the student's own template (`text.calls`). Text that cannot be parsed as a call ends the conversation. Of a
+  turn's calls all are executed or none.
 - Each model reads the results in its own template, after its own form of the call.
 - One conversation is one completion. Its frame says where its turns begin. Only what the student wrote is scored.
 - If a call cannot be answered (too many rounds, no room, a template that cannot write it), the completion ends with it.
@@ -16,6 +17,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -27,11 +29,11 @@ from transformers.utils import get_json_schema
 from ..config import CrossTokenizerGKDConfig
 from ..text.calls import with_ids
 from ..text.chat import Conversation, Speaker
-from ..text.parsing import Grammar, symbols, text_of
+from ..text.parsing import Grammar, spelled, symbols, text_of
 from ..text.planning import kept_kinds
 from ..text.sections import read_calls
 from ..text.token_bytes import token_table
-from ..text.turns import ANSWER, CALL, CALLS, RESULT, THOUGHT, USER, Unrenderable, read_turn
+from ..text.turns import ANSWER, CALL, CALLS, RESULT, RESULT_PROBE, THOUGHT, USER, Unrenderable, read_turn
 from .frames import Frame, Later, Prompt, conversation_from_json
 from .generation import Writer, Written
 
@@ -199,9 +201,13 @@ class ToolLoop:
             return False
         written, _ = symbols(np.array(ids), self._table)
         parsed = self._grammar(row.turn).parse(written, ended=True)
-        if parsed.kinds[-1] != CALLS:
+        tag = self._student.call_reader.tag
+        said = [written[start:end] for kind, start, end in parsed.sections if kind == ANSWER]
+        is_garbled = bool(tag) and any(tag in spelled(own, self._table) for own in said)
+        if parsed.kinds[-1] != CALLS and not is_garbled:
             return False
-        calls = read_calls(parsed, written, self._student, self._table)
+        tools = row.conversation.tools
+        calls = None if is_garbled else read_calls(parsed, written, self._student, self._table, tools)
         if calls is None or row.rounds == self._rounds or not self._room > len(row.ids):
             counts["unanswered"] += 1
             return False
@@ -211,10 +217,13 @@ class ToolLoop:
         for kind, start, end in parsed.sections:
             if kind != CALLS:
                 message[{ANSWER: "content", THOUGHT: "reasoning_content"}[kind]] = text_of(written[start:end])
-        results = [self._execute(call, counts) for call in calls]
-        asked = _extended(row.conversation, [message, *results])
+        kinds = parsed.without_empty_thought(written).kinds
+        expected = _extended(row.conversation, [message, *(_result(call, RESULT_PROBE) for call in calls)])
         try:
-            student, between, later = self._after(row, parsed.without_empty_thought(written).kinds, asked, calls)
+            self._after(row, kinds, expected, calls)  # raises before a tool is run for a result that nobody reads
+            results = [_result(call, self._execute(call, counts)) for call in calls]
+            asked = _extended(row.conversation, [message, *results])
+            student, between, later = self._after(row, kinds, asked, calls)
         except ValueError as refusal:
             if str(refusal) not in self._said:
                 self._said.add(str(refusal))
@@ -249,18 +258,23 @@ class ToolLoop:
         later = Later(json.dumps(calls), start, start + len(between), tuple(given), frame.to_json())
         return frame.student, between, later
 
-    def _execute(self, call: Mapping, counts: dict[str, int]) -> dict:
-        """The message with a call's result or error."""
+    def _execute(self, call: Mapping, counts: dict[str, int]) -> str:
+        """A call's result or error."""
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         counts["executed"] += 1
         try:
             if name not in self._tools:
                 raise ValueError(f"Tool {name} not found.")
-            content = str(self._tools[name](**arguments))
-        except Exception as error:  # any error goes back to the student
+            content = str(self._tools[name](**deepcopy(arguments)))  # both models read the call as it was written
+        except (Exception, SystemExit) as error:  # any error goes back to the student
             counts["failed"] += 1
             content = str({"error": str(error)})
-        return {"role": "tool", "tool_call_id": call["id"], "name": name, "content": content}
+        return content.encode(errors="backslashreplace").decode()  # half a character has no bytes
+
+
+def _result(call: Mapping, content: str) -> dict:
+    """The message with a call's result."""
+    return {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": content}
 
 
 def _extended(conversation: Conversation, messages: list[dict]) -> Conversation:

@@ -99,9 +99,8 @@ class Grammar:
         before, after = text[: text.index(core)], text[text.index(core) + len(core) :]
         in_json = json_of(core) if calls else ""
         head, rest = re.escape(core.removesuffix(in_json)), loosely(in_json)
-        return re.compile(
-            _optional(before) + head + (rest if head else rest.removeprefix(ANY_SPACE)) + _optional(after)
-        )
+        rest = rest if head else rest.removeprefix(ANY_SPACE)
+        return re.compile(_optional(before) + head + rest + _optional(after))
 
     def parse(self, written: str, ended: bool) -> Parsed:
         """The sections of a completion. `ended`: its last symbol is a stop token."""
