@@ -80,7 +80,7 @@ def test_values_and_gradients_are_those_of_float64(everywhere, calls, bias, shap
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (3, 5, 24), (300, 1, 24), (0, 24)], ids=str)
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (7, 24), (3, 5, 24), (300, 1, 24), (0, 24), (2, 0, 24)], ids=str)
 @pytest.mark.parametrize("outputs", [40, 9, 1])
 def test_packed_weights_give_what_float64_gives(bias, shape, outputs):
     own = layer(outputs=outputs, bias=bias)
@@ -156,6 +156,35 @@ def test_a_switched_layer_is_transformed_and_derived_twice_as_a_plain_one(everyw
     torch.testing.assert_close(torch.func.vmap(layer)(input[:, None]), torch.func.vmap(plain)(input[:, None]))
     found = (torch.func.jvp(own, (input,), (input,)) for own in (layer, plain))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("shape", [(24,), (7, 24), (3, 5, 24), (2, 3, 5, 24)], ids=str)
+def test_what_a_switched_layer_gives_can_be_changed_in_place_as_a_plain_ones(everywhere, shape):
+    layer, plain, input = OneDnnLinear(24, 40), nn.Linear(24, 40), torch.randn(shape)
+    plain.load_state_dict(layer.state_dict())
+    by = torch.ones(1, requires_grad=True)
+
+    def derived(own):
+        given = input.clone().requires_grad_()
+        found = own(given)
+        found += given.sum() * by  # as adapters do
+        found = found.clamp_(-6, 6).pow(3)  # as OLMo does
+        [first] = torch.autograd.grad(found.sum(), given, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), [given, own.weight, own.bias, by])
+
+    torch.testing.assert_close(derived(layer), derived(plain), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_what_is_made_without_gradients_can_be_changed_in_place_with_them(everywhere, packs):
+    own, by = layer(), torch.ones(1, requires_grad=True)
+    if packs:
+        own.pack()
+    with torch.no_grad():
+        found = own(torch.randn(3, 5, 24))
+    found *= by
+    found.sum().backward()
+    torch.testing.assert_close(by.grad, found.detach().sum()[None])
 
 
 def test_nothing_is_computed_or_kept_for_a_gradient_that_is_not_asked_for(everywhere, calls):

@@ -110,8 +110,10 @@ def _outer(left: torch.Tensor, right: torch.Tensor, by: Callable) -> torch.Tenso
 
 
 def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """(..., K) and (N, K) to (..., N), as `torch.nn.functional.linear`, by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    """(..., K) and (N, K) to (..., N), as `torch.nn.functional.linear`, by oneDNN. The result is no view, so that it can be changed in place."""
+    rows = input.reshape(-1, input.shape[-1])
+    made = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return torch.ops.aten._unsafe_view(made, (*input.shape[:-1], made.shape[-1]))
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
