@@ -34,7 +34,7 @@ from .models.reference import Reference
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
-from .rollouts.prompts import BLEND, COLUMNS, ROW, collate_prompts, render_dataset
+from .rollouts.prompts import BLEND, COLUMNS, PADDING, ROW, collate_prompts, render_dataset
 from .rollouts.rewards import Judges
 from .rollouts.source import RolloutSource, ahead_of, student_writer
 from .rollouts.tools import ToolLoop
@@ -230,7 +230,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         return rendered.shuffle(seed=args.seed) if args.shuffle_dataset else rendered
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = [*COLUMNS, ROW, BLEND]
+        self._signature_columns = [*COLUMNS, ROW, BLEND, PADDING]
 
     # Rollouts
 

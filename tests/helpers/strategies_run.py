@@ -39,6 +39,7 @@ FIXED = {
     "reverse-kl-nothing": {"batch": 8, "blank": True, "distillation_loss": "reverse_kl", **SGD},
     "reused": {"batch": 8, "accumulation": 2, "rollout_reuse": 2, **SGD},
     "uneven": {"rows": 21, "batch": 8, **SGD},
+    "streamed": {"rows": 21, "batch": 8, "streamed": True, **SGD},
     "few": {"rows": 3, "batch": 4, **SGD},
     "nothing": {"batch": 8, "blank": True, **SGD},
     "remote": {"batch": 8, "served": True, **SGD},
@@ -78,10 +79,14 @@ def build(
     blank=False,
     fixed=False,
     served=False,
+    streamed=False,
     **settings,
 ):
     torch.manual_seed(0)
     adapter = LoraConfig(r=4, target_modules="all-linear") if lora else None
+    train, evaluated = prompts(rows), prompts(3)
+    if streamed:
+        train, evaluated = (own.to_iterable_dataset(num_shards=2) for own in (train, evaluated))
     trainer = CrossTokenizerGKDTrainer(
         str(folder.parent / ("tied-student" if lora else "student")),
         (folder.parent / "url").read_text() if served else str(folder.parent / "teacher"),
@@ -104,8 +109,8 @@ def build(
                 **settings,
             },
         ),
-        prompts(rows),
-        eval_dataset=prompts(3),
+        train,
+        eval_dataset=evaluated,
         processing_class=student_tokenizer(),
         teacher_processing_class=teacher_tokenizer(),
         peft_config=adapter,

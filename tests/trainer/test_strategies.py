@@ -30,7 +30,7 @@ KINDS = {
 }
 SHARDED = ("zero3", "fsdp2")
 QUICK = {
-    "ddp": ["distributions", "nothing", "remote", "shuffled", "written"],
+    "ddp": ["distributions", "nothing", "remote", "shuffled", "streamed", "written"],
     "zero2": ["full", "written-in-half"],
     "zero3": ["full-accumulated", "uneven", "reverse-kl-lora"],
     "fsdp2": ["lora-accumulated", "distributions", "reverse-kl", "written"],

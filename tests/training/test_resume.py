@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from toys import SGD, fix_rollouts, prompts, student_model, student_tokenizer, teacher_model
 from transformers import TrainerCallback
 
-from trl_ctopd.models.sharding import own_rows
 from trl_ctopd.training import resuming
 from trl_ctopd.training.checkpoints import MANIFEST, RUN, is_whole, to_resume_from
 
@@ -218,14 +217,35 @@ def test_killed_again_and_again_at_random_times_it_ends_with_the_same_weights(
     same(tmp_path, uninterrupted(processes, **settings), processes)
 
 
-@pytest.mark.parametrize(("processes", "expected"), [(1, [5, 5, 3]), (2, [5, 3])])
-def test_rows_that_fill_a_batch_up_are_known_amid_a_resumed_epoch_too(build, monkeypatch, processes, expected):
-    trainer = build(dataset=prompts(13), per_device_train_batch_size=5)
+@pytest.mark.parametrize("shards", [None, 1, 2], ids=["dataset", "stream", "stream in two shards"])
+@pytest.mark.parametrize(
+    ("processes", "process", "expected"), [(1, 0, [5, 5, 3]), (2, 0, [5, 3]), (2, 1, [5, 0]), (4, 2, [3])]
+)
+def test_rows_that_fill_a_batch_up_are_known_amid_a_resumed_epoch_too(
+    build, monkeypatch, shards, processes, process, expected
+):
+    rows = prompts(13) if shards is None else prompts(13).to_iterable_dataset(num_shards=shards)
+    trainer = build(dataset=rows, eval_dataset=rows, per_device_train_batch_size=5, per_device_eval_batch_size=5)
     monkeypatch.setattr(Accelerator, "num_processes", processes)
+    monkeypatch.setattr(Accelerator, "process_index", process)
     loader = trainer.get_train_dataloader()
-    for skipped, rest in ((0, loader), (1, skip_first_batches(loader, 1))):
-        own = [own_rows(trainer.accelerator, len(batch["prompts"])) for batch in rest]
-        assert own == expected[skipped:]
+    for skipped, rest in ((0, loader), (1, skip_first_batches(loader, 1)), (0, trainer.get_eval_dataloader())):
+        marked = [trainer.rollouts.mark_padding_rows(batch["prompts"]) for batch in rest]
+        assert [sum(not row.is_padding for row in rows) for rows in marked] == expected[skipped:]
+
+
+def test_rows_that_fill_up_a_stream_are_known_where_processes_of_their_own_read_its_shards(build, monkeypatch):
+    stream = prompts(7).to_iterable_dataset(num_shards=2)  # of four rows and three
+    trainer = build(dataset=stream, per_device_train_batch_size=1, dataloader_num_workers=2)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    found = []
+    for process in (0, 1):
+        monkeypatch.setattr(Accelerator, "process_index", process)
+        found += [row for batch in trainer.get_train_dataloader() for row in batch["prompts"]]
+    assert sorted(row.student_ids for row in found if not row.is_padding) == sorted(
+        row["prompt_ids"] for row in trainer.train_dataset
+    )
+    assert sum(row.is_padding for row in found) == 1
 
 
 # --- which checkpoint

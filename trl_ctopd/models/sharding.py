@@ -24,7 +24,7 @@ from trl.models.utils import prepare_deepspeed
 def own_rows(accelerator, rows: int) -> int:
     """
     How many of the `rows` that this process has just read count, from the first on. Where a dataset ends in the middle of a
-    global batch, Accelerate fills it up with rows from the start of the dataset.
+    global batch, Accelerate fills it up with rows from the start of the dataset. A stream's are marked where they are read.
     """
     state = accelerator.gradient_state
     if not state.end_of_dataloader:

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, LargeList, List, Value
+from torch.utils.data import IterableDataset as TorchStream
 from torch.utils.data import Sampler
 
 from ..config import CrossTokenizerGKDConfig
@@ -26,6 +27,7 @@ _stream_logger = logging.getLogger(__name__)
 COLUMNS = ["prompt_ids", "teacher_prompt_ids", "reference_ids", "teacher", "frame"]
 BLEND = "blend"  # beside them, where there are several teachers: those that read the row together, see `blending`
 ROW = "row"  # beside them, where functions of the user's are called with it: the row as JSON
+PADDING = "is_padding"  # beside them, in rows of a stream that only fill up its last batch
 RENDERED_FOR = "rendered_for"  # beside them: the fingerprint of the row's two sides
 _NAMED = 5  # rows that are dropped are named up to this many
 _LOOKED_AT = 1000  # rows, for what Arrow has made of integers
@@ -354,7 +356,33 @@ def collate_prompts(rows: list[dict]) -> dict:
 
 
 def _prompt(row: Mapping) -> Prompt:
-    return Prompt(*(row[column] for column in COLUMNS), row=row.get(ROW, ""), blend=row.get(BLEND, ""))
+    beside = {"row": row.get(ROW, ""), "blend": row.get(BLEND, ""), "is_padding": row.get(PADDING, False)}
+    return Prompt(*(row[column] for column in COLUMNS), **beside)
+
+
+class WholeBatches(TorchStream):
+    """
+    The rows of a stream, then rows from its beginning, which are marked, until the last batch has `size` rows.
+
+    Several processes take turns in what this yields. Accelerate would fill up itself, with rows that nobody can tell from others; and it
+    would give each process shards of its own, which end at different times.
+    """
+
+    def __init__(self, rows: IterableDataset, size: int):
+        self._rows, self._size = rows, size
+
+    def set_epoch(self, epoch: int):
+        self._rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict]:
+        first, count = [], 0
+        for row in self._rows:
+            if count < self._size:
+                first.append(row)
+            count += 1
+            yield row
+        for index in range(-count % self._size):
+            yield {**first[index % len(first)], PADDING: True}
 
 
 class RepeatedWindows(Sampler[int]):

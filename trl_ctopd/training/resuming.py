@@ -8,14 +8,14 @@ from functools import cached_property
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import CrossTokenizerGKDConfig
 from ..gkd import GKDTrainer
 from ..rollouts.ahead import Windows
 from ..rollouts.pairing import Prompt
-from ..rollouts.prompts import RepeatedWindows
+from ..rollouts.prompts import RepeatedWindows, WholeBatches
 from . import checkpoints
 from .ended import EndedRun
 from .identity import identity
@@ -31,6 +31,7 @@ class ResumableTrainer(EndedRun, GKDTrainer):
     Overrides:
     - `_get_train_sampler`, `get_train_dataloader`: every process and every resume reads the rows in the same order; with
       `rollout_reuse`, the prompts of a step are repeated;
+    - `_get_dataloader`: several processes read a stream together, and its rows that only fill up a batch are marked;
     - `_init_training_state`, `_run_epoch`: a stream is resumed in the pass in which it was. `Trainer` does not know how long a pass
       is, and takes all steps for the first one's;
     - `_run_epoch`: tells where an epoch's rows come from, for prompts that are read before they are due;
@@ -70,6 +71,12 @@ class ResumableTrainer(EndedRun, GKDTrainer):
         if self.args.rollout_reuse > 1:
             loader.set_sampler(self._get_train_sampler())  # a resumed run sets the epoch there
         return loader
+
+    def _get_dataloader(self, dataset, description: str, batch_size: int, *args, **kwargs):
+        if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
+            sharers = 1 if self.args.accelerator_config.split_batches else self.accelerator.num_processes
+            dataset = WholeBatches(dataset, batch_size * sharers)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
     def _init_training_state(self, max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial):
         found = super()._init_training_state(max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial)
