@@ -241,7 +241,7 @@ def test_code_that_refuses_the_mask_fails_the_trial(caplog):
     assert "does not take packed rows (KeyError: 'a mask of two dimensions')" in reason(model, caplog)
 
 
-def test_sharded_models_and_virtual_tokens_read_padded_rows(caplog):
+def test_sharded_models_virtual_tokens_and_activated_adapters_read_padded_rows(caplog):
     class Sharded:
         distributed_type = DistributedType.FSDP
 
@@ -249,6 +249,11 @@ def test_sharded_models_and_virtual_tokens_read_padded_rows(caplog):
     caplog.clear()
     prompt = get_peft_model(model_of("Llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     assert "virtual tokens" in reason(prompt, caplog)
+    caplog.clear()
+    activated = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[1, 2])
+    activated = get_peft_model(model_of("Llama"), activated)
+    activated.add_adapter("other", LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    assert "begins after the last invocation of a row" in reason(activated, caplog)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -58,6 +58,23 @@ def test_a_student_whose_logits_overflow_while_it_writes_is_told_so(build):
         trainer.train()
 
 
+@pytest.mark.parametrize("wrapped", [False, True], ids=["an adapter to be made", "a PeftModel"])
+def test_an_activated_adapter_that_peft_never_activates_is_refused_and_trained_where_it_does(build, wrapped):
+    invocation = student_tokenizer().encode("<|start|>assistant", add_special_tokens=False)
+    activated = {"target_modules": "all-linear", "alora_invocation_tokens": invocation}
+
+    def built(config):
+        given = {"model": get_peft_model(student_model(), config)} if wrapped else {"peft_config": config}
+        return build(learning_rate=1e-2, **given)
+
+    with pytest.raises(ValueError, match=r"begins at \[.*which PeftModel is not. Set task_type='CAUSAL_LM'"):
+        built(LoraConfig(**activated))
+    trainer = built(LoraConfig(**activated, task_type="CAUSAL_LM"))
+    before = weights(trainer).clone()
+    trainer.train()
+    assert (weights(trainer) != before).any()
+
+
 def test_a_student_with_nothing_to_train_is_refused(build, tmp_path):
     frozen = student_model().requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train: all .* of its LlamaForCausalLM are frozen.*requires_grad_"):

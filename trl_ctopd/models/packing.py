@@ -162,10 +162,13 @@ def packer_for(side: str, model: nn.Module, accelerator) -> Packer | None:
     """A packer for `model`, not yet wrapped and with an adapter or without; `None` where it has to read padded rows, with the reason
     logged."""
     inner, reason = base_model(model), None
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
     if accelerator.distributed_type in SHARDING:
         reason = "it may be sharded"
-    elif isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
+    elif any(config.is_prompt_learning for config in adapters):
         reason = "its adapter has virtual tokens"
+    elif any(getattr(config, "alora_invocation_tokens", None) for config in adapters):
+        reason = "its adapter begins after the last invocation of a row"
     else:
         reason = _unlike(inner)
     if reason is not None:

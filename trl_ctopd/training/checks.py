@@ -10,7 +10,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 
@@ -398,6 +398,12 @@ def check_trainable(model: nn.Module):
         raise ValueError(
             f"The student has nothing to train: all {sum(1 for _ in model.parameters())} parameters of its {type(model).__name__} "
             f"are frozen. Before the trainer is built, {way}."
+        )
+    invoked = getattr(getattr(model, "active_peft_config", None), "alora_invocation_tokens", None)
+    if invoked and not isinstance(model, PeftModelForCausalLM):
+        raise ValueError(
+            f"The student has nothing to train: its adapter begins at {invoked} (alora_invocation_tokens), and PEFT looks for these only "
+            f"in a PeftModelForCausalLM, which {type(model).__name__} is not. Set task_type='CAUSAL_LM' in the adapter's configuration."
         )
     if isinstance(model, PeftModel) and (beside := trained_beside(model)):
         logger.warning(
