@@ -17,12 +17,13 @@ import torch
 import toys
 import transformers
 from accelerate import Accelerator, skip_first_batches
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
 from resume_run import MOMENTS, Death, train
 from safetensors.torch import load_file
 from toys import SGD, fix_rollouts, prompts, student_model, student_tokenizer, teacher_model
 from transformers import TrainerCallback
 
+from trl_ctopd.rollouts.generation import CACHE
 from trl_ctopd.training import resuming
 from trl_ctopd.training.checkpoints import MANIFEST, RUN, is_whole, to_resume_from
 
@@ -533,6 +534,42 @@ def test_with_data_loaders_that_keep_their_processes_a_resumed_run_ends_with_the
     late = resume_run.build(tmp_path / "late", **settings)
     late.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     torch.testing.assert_close(toys.weights(late), toys.weights(whole), rtol=0, atol=0)
+
+
+ENCODED = {
+    "P-tuning": lambda: PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=8),
+    "P-tuning by an LSTM": lambda: PromptEncoderConfig(
+        num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=8, encoder_reparameterization_type="LSTM"
+    ),
+    "a projected prefix": lambda: PrefixTuningConfig(
+        num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=8, prefix_projection=True
+    ),
+}
+
+
+@pytest.mark.skipif(CACHE == "cache", reason="with this transformers, virtual tokens are refused")
+@pytest.mark.parametrize("kind", ENCODED)
+def test_what_makes_virtual_tokens_is_resumed_and_is_that_of_the_best_checkpoint(build, tmp_path, kind):
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.1}
+    whole = build(**settings, peft_config=ENCODED[kind]())
+    whole.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    resumed = build(**{**settings, "save_strategy": "no"}, peft_config=ENCODED[kind]())
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    torch.testing.assert_close(toys.weights(resumed), toys.weights(whole), rtol=0, atol=0)
+    whole.state.best_model_checkpoint = str(checkpoint)
+    whole._load_best_model()
+    tokens = load_file(checkpoint / "adapter_model.safetensors")["prompt_embeddings"]
+    torch.testing.assert_close(whole.model.get_prompt_embedding_to_save("default"), tokens, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(CACHE == "cache", reason="with this transformers, virtual tokens are refused")
+def test_a_checkpoint_without_what_makes_its_virtual_tokens_is_refused(build, tmp_path):
+    trainer = build(peft_config=ENCODED["P-tuning"]())
+    checkpoint = saved(tmp_path, 1)
+    trainer.save_model(checkpoint)
+    with pytest.raises(ValueError, match="checkpoint-1 has no prompt_encoder.pt.*PromptEncoder that makes them"):
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 class Calendar(date):

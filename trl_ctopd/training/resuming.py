@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..config import CrossTokenizerGKDConfig
 from ..gkd import GKDTrainer
+from ..models.sharding import SHARDING
 from ..rollouts.ahead import Windows
 from ..rollouts.pairing import Prompt
 from ..rollouts.prompts import RepeatedWindows, WholeBatches
@@ -36,7 +37,8 @@ class ResumableTrainer(EndedRun, GKDTrainer):
       is, and takes all steps for the first one's;
     - `_run_epoch`: tells where an epoch's rows come from, for prompts that are read before they are due;
     - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_from_checkpoint`: a
-      run resumes from a complete checkpoint of its own, with the rollouts that were not yet used.
+      run resumes from a complete checkpoint of its own, with the rollouts that were not yet used;
+    - `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`: what makes an adapter's virtual tokens is saved and loaded too.
 
     A subclass calls `_prepare_to_resume` before it renders its datasets, and has `panel`, `student_side`, `rollouts` and
     `_prepare_dataset`.
@@ -153,6 +155,8 @@ class ResumableTrainer(EndedRun, GKDTrainer):
         folder = checkpoints.folder_of(self._get_output_dir(trial), self.state.global_step)
         if self.args.should_save:
             checkpoints.clear(folder)
+            if self._encoder is not None:
+                checkpoints.save_encoder(self._encoder, folder)
         self.accelerator.wait_for_everyone()
         epoch, before = self._epoch_began
         place = epoch, self.state.global_step - before
@@ -200,4 +204,17 @@ class ResumableTrainer(EndedRun, GKDTrainer):
 
     def _load_from_checkpoint(self, checkpoint: str, *args, **kwargs):
         with checkpoints.read_whole(checkpoint):
-            super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+            if self._encoder is not None:
+                checkpoints.load_encoder(self._encoder, checkpoint)
+            else:
+                super()._load_from_checkpoint(checkpoint, *args, **kwargs)
+
+    def _load_best_model(self):
+        if self._encoder is not None:
+            checkpoints.load_encoder(self._encoder, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    @property
+    def _encoder(self) -> torch.nn.Module | None:
+        return None if self.accelerator.distributed_type in SHARDING else checkpoints.encoder_of(self.model)
