@@ -486,6 +486,55 @@ def test_a_run_that_is_resumed_for_more_steps_has_the_rates_of_a_longer_run_from
     assert rates_of(whole)[4] > 0
 
 
+LINEAR = {"lr_scheduler_type": "linear"}
+PLATEAU = {
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+    "eval_dataset": prompts(2),
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "said", "steps"),
+    [
+        (LINEAR, PLATEAU, "schedule (then torch.optim.lr_scheduler.LambdaLR, now ", 4),
+        (PLATEAU, LINEAR, "schedule (then torch.optim.lr_scheduler.ReduceLROnPlateau, now ", 4),
+        ({"optim": "sgd"}, {"optim": "adamw_torch"}, "optimizer (then torch.optim.sgd.SGD, now ", 2),
+        ({"optim": "adamw_torch"}, {"optim": "sgd"}, "optimizer (then torch.optim.adamw.AdamW, now ", None),
+        (
+            {"optim": "adafactor"},
+            {"optim": "adamw_torch"},
+            "optimizer (then transformers.optimization.Adafactor, now ",
+            2,
+        ),
+        ({"optim": "adamw_torch"}, {"optim": "adafactor"}, "optimizer (then torch.optim.adamw.AdamW, now ", 2),
+        (
+            PLATEAU,
+            {"optim": "sgd"},
+            "optimizer (then torch.optim.adamw.AdamW, now torch.optim.sgd.SGD) and schedule (",
+            None,
+        ),
+        ({"optim": "adamw_torch"}, {"optim": "adamw_torch_fused"}, "", 4),
+    ],
+)
+def test_with_another_optimizer_or_kind_of_schedule_a_resumed_run_has_the_rates_of_its_own_settings(
+    build, tmp_path, caplog, first, then, said, steps
+):
+    settings = {"max_steps": 4, "save_strategy": "no", "learning_rate": 1e-3}
+    build(**{**settings, **first, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}).train()
+    whole, resumed = build(**settings, **then), build(**{**settings, "weight_decay": 0.5}, **then)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert [rates_of(resumed)[step] for step in (3, 4)] == [rates_of(whole)[step] for step in (3, 4)]
+    taken = {int(own["step"]) for own in resumed.optimizer.state.values() if "step" in own}
+    assert taken == ({steps} if steps else set())
+    assert said in caplog.text
+    anew = "optimizer" in said
+    assert ("weight_decay: the checkpoint's stays in force" in caplog.text) == (not anew)
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == (0.5 if anew else 0)
+
+
 def test_a_resume_under_the_same_circumstances_says_nothing(build, trained, caplog):
     build(**SAVED, output_dir=str(trained), logging_steps=3).train(resume_from_checkpoint=True)
     assert "saved with" not in caplog.text

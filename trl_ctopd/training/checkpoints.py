@@ -129,12 +129,6 @@ def begin(checkpoint: str | None, args: CrossTokenizerGKDConfig, identity: Mappi
             f"Going on from {checkpoint} with other settings than it was saved with: {'; '.join(changed.values())}. It will not be the "
             "run that was begun."
         )
-        stay = sorted(_OF_OPTIMIZER & set(changed))
-        if stay and (Path(checkpoint) / OPTIMIZER_NAME).exists():
-            logger.warning(
-                f"{', '.join(stay)}: the checkpoint's stays in force, since Trainer takes the optimizer's settings from its {OPTIMIZER_NAME}. "
-                f"To train on with another, begin a new run with model={checkpoint!r}."
-            )
     lineage = Lineage.begun(checkpoint)
     if args.should_save and args.save_strategy != SaveStrategy.NO:
         lineage.write(Path(args.output_dir))
@@ -143,16 +137,22 @@ def begin(checkpoint: str | None, args: CrossTokenizerGKDConfig, identity: Mappi
 
 @contextmanager
 def whole(
-    state: TrainerState, folder: Path, lineage: Lineage, settings: Mapping, place: tuple[int, int] | None = None
+    state: TrainerState,
+    folder: Path,
+    lineage: Lineage,
+    settings: Mapping,
+    place: tuple[int, int] | None = None,
+    classes: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
     """In the block, `state.save_to_json` marks `folder` as a complete checkpoint, after everything else in it is on the disk. `place`: as
-    `place_of` returns it."""
+    `place_of` returns it. `classes`: of the optimizer and the schedule."""
     save = state.save_to_json
 
     def save_and_mark(path: str):
         files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix not in _ORNAMENTS]
         made_of = {str(file.relative_to(folder)): file.stat().st_size for file in files}
         manifest = {"lineage": lineage.parts, "settings": settings, "files": made_of, "place": place}
+        manifest["classes"] = classes or {}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path_of_part in (*files, folder / MANIFEST, *{file.parent for file in files}):
             _sync(path_of_part)
@@ -196,6 +196,35 @@ def changes(checkpoint: str, settings: Mapping) -> dict[str, str]:
         for name in now
         if name in before and before[name] != now[name]
     }
+
+
+def other_classes(checkpoint: str, classes: Mapping[str, str]) -> dict[str, str]:
+    """Which of `classes` those of `checkpoint` are not: by name, a text with both."""
+    before = (_read(Path(checkpoint) / MANIFEST) or {}).get("classes", {})
+    return {
+        name: f"{name} (then {before[name]}, now {own})"
+        for name, own in classes.items()
+        if before.get(name, own) != own
+    }
+
+
+def warn_of_what_stays(checkpoint: str, settings: Mapping, others: Mapping[str, str]):
+    """Warns of the settings of the optimizer that have changed and come back with its state, and of what is left out since it is of `others`."""
+    if others:
+        rate = "the learning rate is that of this run's settings"
+        anew = f"the optimizer begins anew, and {rate}" if "optimizer" in others else rate
+        logger.warning(
+            f"{checkpoint} has the state of another {' and '.join(others.values())}, which is left out: {anew}."
+        )
+    if "optimizer" in others or not (Path(checkpoint) / OPTIMIZER_NAME).exists():
+        return
+    if stay := sorted(
+        (_OF_OPTIMIZER - {"learning_rate"} if others else _OF_OPTIMIZER) & set(changes(checkpoint, settings))
+    ):
+        logger.warning(
+            f"{', '.join(stay)}: the checkpoint's stays in force, since Trainer takes the optimizer's settings from its {OPTIMIZER_NAME}. "
+            f"To train on with another, begin a new run with model={checkpoint!r}."
+        )
 
 
 def day_of(checkpoint: str | None) -> date | None:

@@ -4,12 +4,16 @@ date that chat templates write in its prompts."""
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property
+from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer import SCHEDULER_NAME
 
 from ..config import CrossTokenizerGKDConfig
 from ..gkd import GKDTrainer
@@ -160,7 +164,7 @@ class ResumableTrainer(EndedRun, GKDTrainer):
         self.accelerator.wait_for_everyone()
         epoch, before = self._epoch_began
         place = epoch, self.state.global_step - before
-        with checkpoints.whole(self.state, folder, self._lineage, self._identity, place):
+        with checkpoints.whole(self.state, folder, self._lineage, self._identity, place, self._classes):
             super()._save_checkpoint(model, trial)
 
     @cached_property
@@ -178,13 +182,39 @@ class ResumableTrainer(EndedRun, GKDTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         with checkpoints.read_whole(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None:
-                self._take_up_schedule()
-                self._pending.load(checkpoint)
-                for keeper in (self.rollouts.early_stop, self.rollouts.ahead):
-                    if keeper is not None:
-                        keeper.load(checkpoint)
+            if checkpoint is None:
+                return super()._load_optimizer_and_scheduler(checkpoint)
+            if (Path(checkpoint) / SCHEDULER_NAME).exists():
+                others = checkpoints.other_classes(checkpoint, self._classes)
+                checkpoints.warn_of_what_stays(checkpoint, self._identity, others)
+                self._load_what_fits(checkpoint, others)
+            self._take_up_schedule()
+            self._pending.load(checkpoint)
+            for keeper in (self.rollouts.early_stop, self.rollouts.ahead):
+                if keeper is not None:
+                    keeper.load(checkpoint)
+
+    @property
+    def _classes(self) -> dict[str, str]:
+        """Of the optimizer and of the schedule, neither of which can read another's state. DeepSpeed keeps both itself."""
+        if self.is_deepspeed_enabled:
+            return {}
+        optimizer = self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        parts = {"optimizer": optimizer, "schedule": self.lr_scheduler}
+        return {name: f"{type(own).__module__}.{type(own).__qualname__}" for name, own in parts.items()}
+
+    def _load_what_fits(self, checkpoint: str, others: Mapping[str, str]):
+        """The state of the optimizer and of the schedule; of a schedule neither where one of the two is of another class."""
+        if not others:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler, groups = self.lr_scheduler, [{**group} for group in self.optimizer.param_groups]
+        if "optimizer" not in others:
+            with mock.patch.object(scheduler, "load_state_dict"):
+                super()._load_optimizer_and_scheduler(checkpoint)
+            for group, own in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update({name: value for name, value in own.items() if "lr" in name or name not in group})
+        if isinstance(scheduler, LambdaLR):
+            scheduler.last_epoch = self.state.global_step
 
     def _take_up_schedule(self):
         """The next step's learning rate is this run's. The checkpoint has that of its own schedule, which is 0 where it was at its end."""
