@@ -288,6 +288,23 @@ def test_a_token_that_goes_on_where_the_teacher_cut_after_all_closes_nothing_and
     assert value_and_gradient(ReverseKL(), replace(micro_batch, pair=pair))[1].isfinite().all()
 
 
+@pytest.mark.parametrize("name", TOYS)
+def test_a_token_with_several_decisions_beyond_the_clip_counts_once_in_any_micro_batches(name):
+    scene = toy_scene(name)
+
+    def clipped(clip, rows=slice(None)) -> tuple[int, int]:
+        batch = batch_of(scene[rows])
+        left = torch.where(batch.student_chunks < 0, -0.5, 0.0).double()  # to leave a chunk beside what takes no part
+        count, tokens = ReverseKL(clip)(replace(batch, close_log_probs=left), 1)[1]["advantage/clipped_fraction"]
+        return int(count), int(tokens)
+
+    assert clipped(None)[0] == 0
+    every, tokens = clipped(1e-9)
+    assert 0 < every <= tokens
+    apart = [clipped(1e-9, slice(row, row + 1)) for row in range(len(scene.student_ids))]
+    assert (every, tokens) == tuple(map(sum, zip(*apart, strict=True)))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_reward_adds_the_score_function_of_the_scored_tokens_times_itself(seed):
     micro_batch = toy_scene(DIGITS, seed=seed)

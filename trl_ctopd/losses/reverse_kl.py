@@ -291,11 +291,12 @@ class ReverseKL(Loss):
             (gap[begun.chunk], nothing[begun.chunk], -begun.score),
         )
         value = tokens.sum() + leaving.sum()
-        cut, size = 0, 0
+        cut, size = torch.zeros_like(batch.student_chunks, dtype=torch.bool).flatten(), 0
         weights = (at.student, at.student[inside], at.student[closes], ended.position, begun.position)
-        for (advantage, guessed, score), positions in zip(corrections, weights, strict=True):
+        decided = (*weights[:3], batch.chunks.student_last[ended.chunk], begun.position)  # the token of each
+        for (advantage, guessed, score), positions, token in zip(corrections, weights, decided, strict=True):
             bounded = self._bounded(advantage.detach())
-            cut += (bounded != advantage).sum()
+            cut[token[bounded != advantage]] = True
             bounded = bounded - guessed
             size += bounded.abs().sum()
             if batch.importance is not None:
@@ -304,7 +305,7 @@ class ReverseKL(Loss):
         if batch.rewards is not None:
             value = value + self._rewarded(batch)
         metrics = {
-            "advantage/clipped_fraction": (cut, batch.scored_tokens),
+            "advantage/clipped_fraction": (cut.sum(), batch.scored_tokens),
             "loss/compared_fraction": (at.told.sum(), batch.scored_tokens),
             "reverse_kl/sampled_nats_per_token": (size, batch.scored_tokens),
             "closing/nats_per_chunk": (-closed.detach()[closes].sum(), torch.tensor(len(gap))),
