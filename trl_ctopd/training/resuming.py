@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
 
 import torch
 from accelerate.logging import get_logger
@@ -209,8 +209,11 @@ class ResumableTrainer(EndedRun, GKDTrainer):
             return super()._load_optimizer_and_scheduler(checkpoint)
         scheduler, groups = self.lr_scheduler, [{**group} for group in self.optimizer.param_groups]
         if "optimizer" not in others:
-            with mock.patch.object(scheduler, "load_state_dict"):
+            self.lr_scheduler = SimpleNamespace(load_state_dict=lambda state: None)
+            try:
                 super()._load_optimizer_and_scheduler(checkpoint)
+            finally:
+                self.lr_scheduler = scheduler
             for group, own in zip(self.optimizer.param_groups, groups, strict=True):
                 group.update({name: value for name, value in own.items() if "lr" in name or name not in group})
         if isinstance(scheduler, LambdaLR):
