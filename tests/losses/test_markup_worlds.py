@@ -263,6 +263,18 @@ ONE_SIDED = {  # a turn is an answer, or a thought and one, and one side alone h
     "the teacher's answer, begun as its thought": (PLAIN, (), ("<x>", "<y>", "<|e|>", "<x><y>"), OTHER),
     "both of the teacher's, begun alike": (PLAIN, (), ("<x><x>", "<y>", "<|e|>", "<x><t>"), OTHER),
     "the teacher's answer, with text": (PLAIN, (), ("<x>", "<y>", "<|e|>", "<x>\n<y>\n"), OTHER),
+    "the teacher's, an empty thought of a newline more": (
+        PLAIN,
+        (),
+        ("<x>\n", "\n<y>\n\n", "<|e|>", "<x>\n\n<y>\n\n"),
+        (("\n", "\n"),),
+    ),
+    "the same, and the student has markup before both": (
+        ("<t>", "</t>", "<|e|>", "<x>"),
+        (),
+        ("<x>\n", "<y>", "<|e|>", "<x>\n\n<y>"),
+        (("\n", "\n"),),
+    ),
     "the student's answer": (("<t>", "</t>", "<|e|>", "<x>"), (), ("<x>", "<y>", "<|e|>"), OTHER),
     "the student's answer, with text": (("<t>", "</t>", "<|e|>", "<t>\n</t>\n"), (), ("<x>", "<y>", "<|e|>"), OTHER),
     "chunks of several tokens": (PLAIN, (("a", "b"),), ("<x>", "<y>", "<|e|>", "<t>"), (("b", "."), ("b", "a"))),
@@ -279,7 +291,9 @@ ONE_SIDED = {  # a turn is an answer, or a thought and one, and one side alone h
 def with_one_sided_openings(name: str) -> Templates:
     ours, merges, theirs, other_merges = ONE_SIDED[name]
     alone = [(ours[3] if len(ours) > 3 else "") + answer + ours[2] for answer in ("a", "b", "ab", "ba", "b.")]
-    return Templates(byte_level(merges, ours), byte_level(other_merges, theirs), [*thoughts(ours, "ab"), *alone])
+    later = [ours[0] + "\n" + word + ours[1] + "a" + ours[2] for word in ("a", "ba")]
+    texts = [*thoughts(ours, "ab"), *(later if "newline" in name else []), *alone]
+    return Templates(byte_level(merges, ours), byte_level(other_merges, theirs), texts)
 
 
 @pytest.mark.parametrize("name", ONE_SIDED)

@@ -1,10 +1,12 @@
 """A completion with thoughts beside another template's writing of it, for real templates: TRL's own."""
 
+import copy
 import functools
 import itertools
 import random
 import re
 import warnings
+from dataclasses import replace
 from os.path import commonprefix
 
 import numpy as np
@@ -13,7 +15,7 @@ from template_sides import side
 
 from trl_ctopd import token_bytes
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
-from trl_ctopd.text.chat import Conversation
+from trl_ctopd.text.chat import Conversation, Speaker
 from trl_ctopd.text.one_tokenizer import OneTokenizer
 from trl_ctopd.text.parsing import START, Grammar, symbols
 from trl_ctopd.text.planning import undecided_steps
@@ -246,7 +248,7 @@ def test_frame_words_are_markup_and_never_answer():
     assert texts(found, "gptoss", "qwen3") == [
         (
             "<|channel|>analysis<|message|>T",
-            "<think>\nT",
+            "\nT",
         ),  # this newline might have been the first of an empty thought's two
         *((letter, letter) for letter in "wo."),
         ("<|end|><|start|>assistant<|channel|>final<|message|>", "\n</think>\n\n"),
@@ -286,6 +288,39 @@ def test_whatever_form_a_turn_takes_the_teacher_reads_the_same_before_it(student
                 _, before, rollout = of_reference(student, teacher, message, tools=tools)
                 found.append((before, rollout.teacher_prompt_ids))
         assert all(read == other for before, read in found for prompt, other in found if before == prompt), tools
+
+
+def test_an_answer_without_the_markup_that_its_template_writes_is_read_from_the_same_place_on():
+    bare, own = (rollout("qwen3", "gptoss", text) for text in ("Four.<|im_end|>", QWEN))
+    assert bare.teacher_prompt_ids == own.teacher_prompt_ids
+    assert texts(bare, "qwen3", "gptoss")[0] == ("F", "final<|message|>F")
+
+
+def test_where_markup_foretells_a_call_the_teachers_distributions_tell_nothing_of_the_text_before_it():
+    """gpt-oss writes what is said before a call as a thought, and the student decides on the call after it."""
+    message = {"role": "assistant", "content": "Four."}
+    found = {tools is None: of_reference("qwen2_5", "gptoss", message, tools=tools)[2] for tools in (None, TOOLS)}
+    assert found[True].untold is None
+    assert np.array_equal(found[False].untold, found[False].student_chunks >= 0)
+
+
+def test_what_all_forms_begin_with_is_read_in_the_tokens_of_a_finished_turn(real_tokenizer):
+    """Its first newline is one token with the last one of the prompt, `<think>\\n`."""
+    tokenizer = copy.deepcopy(real_tokenizer("qwen2.5"))
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = side("qwen3_5_think").tokenizer.chat_template
+    ours, theirs = side("llama3_2"), Speaker(tokenizer)
+    aligner, asked = aligner_of(ours, theirs), Conversation([USER], tools=TOOLS)
+    opened, read = ours.opened(asked), theirs.opened(asked)
+    prompt = Prompt(opened.ids, read.ids, frame=Frame.of(opened, read, opened.ids).to_json())
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    messages = {"role": "assistant", "content": "Four."}, call
+    ids = [ours.reference(replace(asked, reference=message))[1] for message in messages]
+    ends = dict.fromkeys(ours.stop_ids(), theirs.turn_end)
+    found = pair([prompt] * 2, ids, aligner, turn_ends=ends, sections=SectionAligner(aligner, ours, theirs))
+    finished = tokenizer.apply_chat_template([USER, messages[0]], tools=TOOLS, tokenize=False)
+    assert [own.teacher_prompt_ids for own in found] == [read.plain] * 2
+    assert tokenizer.encode(finished)[: len(read.plain)] == read.plain != read.ids
 
 
 def test_markup_before_a_turn_of_one_form_is_read_and_not_scored():
@@ -329,7 +364,7 @@ def test_a_text_cut_off_at_undecided_markup_has_it_masked():
         assert (found.student_chunks == -1).all() and found.num_chunks == 0
         assert {own.reason for own in found.alignment.masked} == {"markup"}
     found = rollout("gptoss", "qwen3", "<|channel|>analysis<|message|>\nT")
-    assert texts(found, "gptoss", "qwen3") == [("<|channel|>analysis<|message|>\nT", "<think>\n\nT")]
+    assert texts(found, "gptoss", "qwen3") == [("<|channel|>analysis<|message|>\nT", "\n\nT")]
 
 
 def test_a_masked_end_is_not_read_by_the_teacher():

@@ -74,8 +74,8 @@ class ScoredChunks:
             server; -inf where nothing is known.
         markup (`torch.BoolTensor` of shape (B, S), *optional*): True for the tokens of chunks with the markup of a chat template, of
             which the two sides may spell other bytes.
-        untold (`torch.BoolTensor` of shape (B, S), *optional*): True for the tokens of a turn's first chunk where turns may begin in several ways,
-            so that the teacher's distribution there tells nothing of the student's tokens.
+        untold (`torch.BoolTensor` of shape (B, S), *optional*): True for tokens of which the teacher's distributions tell nothing, though its chunk is
+            scored: where a turn may begin in several ways, and where the teacher's markup foretells what the student decides later.
         other_spelling (`torch.BoolTensor` of shape (B, S), *optional*): True for tokens that the student's tokenizer would not
             have made of the text.
         rewards (`torch.Tensor` of shape (B,), *optional*): for a loss with `takes_rewards`, what is added to the advantages of each row's

@@ -25,7 +25,8 @@ Decisions.
 - After text of which a control token of the student's may tell that it was markup (the newline of `\\n</think>`), nothing is known of whether it
   goes on: in one of the two cases the teacher has read another text.
 - Where a turn may begin with an answer, a thought or a call, and one side alone has markup before one of them, or has it masked, the first chunk
-  has no guesses, whatever is drawn there (`ScoredChunks.untold`).
+  has no guesses, whatever is drawn there (`ScoredChunks.untold`). Nor has any chunk of a turn where the teacher's markup before a section foretells
+  what comes after it: what is read there rests on the future.
 - A student whose tokenizer puts a space before a text has no guesses at the first place of a turn, whatever is drawn there: what its
   first token spells is not what the teacher's does.
 - At a chunk's end beside text that takes no part, and only there, nothing is known of the closing but its log-prob

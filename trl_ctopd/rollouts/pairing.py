@@ -71,8 +71,7 @@ class Rollout:
         teacher_starts: places in `teacher_ids` where a turn after results begins.
         markup: (S,) True for the tokens of chunks with markup between sections, of which the two sides may spell other bytes; None for
             none.
-        untold: (S,) True for the tokens of a turn's first chunk where that may begin in several ways of which the teacher's distribution tells
-            nothing ([`SectionAligner.begins_untold`]); None for none.
+        untold: (S,) True for the tokens of chunks of which the teacher's distributions tell nothing ([`SectionAligner.untold`]); None for none.
         parts: of a mixture of teachers, what each adds. `teacher_ids` and `teacher_chunks` are then the mixture's own, and the ids
             mean nothing.
     """
@@ -175,7 +174,7 @@ def _pair_turns(
             whole = sections(ids, end, parsed, frame.student, frame.teacher, calls)
             alignment, widths, markup = whole.alignment, whole.widths, whole.markup
             before = prompt.teacher_ids if whole.on_tail else frame.stem(prompt.teacher_ids)
-            before = [*before, *whole.opening]
+            before = frame.plain(prompt.teacher_ids) if whole.on_plain else [*before, *whole.opening]
         else:
             widths, markup = alignment.student.widths, None
             before = frame.plain if sections else frame.stem if frame.from_stem else Reopened()
@@ -200,9 +199,9 @@ def _pair_turns(
                 first, *others = text_ends[ids[-1]]
                 turn_end, rollout = [first], replace(rollout, other_ends=tuple(others))
             rollout = _with_turn_end(rollout, turn_end)
-        if sections and frame.student and ids and sections.begins_untold(frame.student, frame.teacher):
+        if sections and frame.student and ids and (untold := sections.untold(frame.student, frame.teacher)):
             chunks = rollout.student_chunks
-            rollout.untold = (chunks >= 0) & (chunks == chunks[0])
+            rollout.untold = (chunks >= 0) & ((chunks == chunks[0]) | (untold == "all"))
         rollouts.append(rollout)
     return rollouts
 
@@ -378,7 +377,7 @@ def collate(rollouts: Sequence[Rollout], pad_token_id: int, pad_to_multiple_of: 
         `labels` (B, 1 + S): the ids that are scored, -100 elsewhere;
         `scored` (2, n): row of each scored token, and column of the token before it, counted from the end (-1 is the last);
         `padding_rows` (B,): True for padding rows;
-        `markup`, `untold` (B, S), each where a rollout has some: True for the tokens of chunks with markup, and for those of untold beginnings;
+        `markup`, `untold` (B, S), each where a rollout has some: True for the tokens of chunks with markup, and of chunks that are untold;
         `student_chunks`, `student_widths` (B, S): chunk (-1 = takes no part) and bytes of each student token;
         `teacher_chunks`, `teacher_ids` (B, T);
         `prompt_lengths` (B,): index of each row's first completion token;

@@ -43,12 +43,15 @@ class Opening:
         shared: what it writes before all of them; read, not scored.
         parted: the forms before which one side alone writes markup after that. It is scored with what follows, since it is what the form costs.
         loses: whether the teacher's template has no place for the first section of some form.
+        foretells: whether its markup before a section tells what comes after it, which the student decides there (gpt-oss writes what is said
+            before a call as a thought).
     """
 
     on_tail: bool
     shared: str
     parted: frozenset[tuple[str, ...]]
     loses: bool
+    foretells: bool
 
 
 @dataclass(frozen=True)
@@ -190,18 +193,21 @@ def opening_of(student: Turn, teacher: Turn, cut: Callable[[str], Sequence[str]]
     ]  # what stands before a thought that is lost takes no part
 
     def parted(shared: str) -> frozenset[tuple[str, ...]]:
-        return frozenset(kinds for kinds in beside if (own[kinds] == "") != (theirs[kinds] == shared))
+        one_sided = {kinds for kinds in beside if (own[kinds] == "") != (theirs[kinds] == shared)}
+        # a student may leave out the markup that its template writes before an answer
+        return frozenset(one_sided | {kinds for kinds in beside if kinds == (ANSWER,) and theirs[kinds] != shared})
 
-    shared = _begin_alike([*theirs.values()], cut) if parted("") else ""
-    return Opening(on_tail, shared, parted(shared), loses=any(kinds[0] in lost[kinds] for kinds in own))
-
-
-def _begin_alike(literals: Sequence[str], cut: Callable[[str], Sequence[str]]) -> str:
-    """What all literals begin with, up to a cut, or to the end of one of them with whitespace, after which a section's text may follow."""
-    shortest = min(literals, key=len)
-    if shortest != shortest.rstrip() and all(literal.startswith(shortest) for literal in literals):
-        return shortest
-    return "".join(commonprefix([[*cut(literal)] for literal in literals]))
+    shared = "".join(commonprefix([[*cut(literal)] for literal in theirs.values()])) if parted("") else ""
+    begun_alike: dict[tuple[str, str], set[str]] = {}
+    for kinds in beside:
+        begun_alike.setdefault((own[kinds], kinds[0]), set()).add(theirs[kinds])
+    return Opening(
+        on_tail,
+        shared,
+        parted(shared),
+        loses=any(kinds[0] in lost[kinds] for kinds in own),
+        foretells=any(len(literals) > 1 for literals in begun_alike.values()),
+    )
 
 
 def _literals(kinds: Sequence[str], lost: Mapping[int, str], teacher: Turn) -> tuple[Form | None, list[str]]:

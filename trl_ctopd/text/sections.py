@@ -52,6 +52,7 @@ class Sectioned:
         widths: (S,) bytes of section text in each student token; 0 in markup.
         markup: (S,) True for the tokens of chunks with markup.
         on_tail, opening: as in `Plan`; the opening as ids.
+        on_plain: whether that is what the teacher's template writes before an answer alone.
     """
 
     alignment: TextAlignment
@@ -59,6 +60,7 @@ class Sectioned:
     markup: np.ndarray
     on_tail: bool
     opening: list[int]
+    on_plain: bool
 
 
 def aligner_of(student: Speaker, teacher: Speaker, masked_strings: Sequence[str] = ()) -> TextAligner:
@@ -145,12 +147,12 @@ class SectionAligner:
         """
         written, widths, parsed = found
         policies = self._policies if executed is None else {**self._policies, "eos_policy": "bridge"}
-        calls = None
+        calls, turn = None, read_turn(teacher)
         if ended and CALLS in parsed.kinds:
-            calls = self._calls(written, parsed, student, read_turn(teacher), executed, policies)
+            calls = self._calls(written, parsed, student, turn, executed, policies)
         undecided = self._undecided_steps(student, teacher)
         own = {"calls": calls, "undecided": undecided, "begun": self._opening(student, teacher)}
-        planned = plan(parsed, ended, read_turn(teacher), self._eos, **own, **policies)
+        planned = plan(parsed, ended, turn, self._eos, **own, **policies)
         units = [self._masked(unit, written) for unit in planned.units]
         planned = replace(planned, units=tuple(with_shared_space(units, written)))
         self._say({unit.reason for unit in planned.units})
@@ -187,13 +189,17 @@ class SectionAligner:
         upto = np.append(0, np.cumsum(grid.is_markup))
         has_markup = np.append(upto[chunks.end] > upto[chunks.start], False)  # the last for tokens of chunk -1
         content = grid.content[stops] - grid.content[starts]
-        return Sectioned(alignment, content, has_markup[chunks.student], planned.on_tail, opening)
+        on_tail = planned.on_tail
+        on_plain = turn.plain is not None and (turn.tail if on_tail else "") + planned.opening == turn.plain.opening
+        return Sectioned(alignment, content, has_markup[chunks.student], on_tail, opening, on_plain)
 
-    def begins_untold(self, student: str, teacher: str) -> bool:
-        """Whether the teacher's distribution at the beginning of a turn tells nothing of the student's first token: of what the turn's forms
-        write there, something is masked, or stands on one side alone. `student`, `teacher`: both turns as JSON."""
+    def untold(self, student: str, teacher: str) -> str:
+        """Of which chunks of a turn the teacher's distributions tell nothing. "first": of what the turn's forms write there, something is masked, or
+        stands on one side alone. "all": what it reads there rests on what comes later. Else "". `student`, `teacher`: both turns as JSON."""
         begun = self._opening(student, teacher)
-        return begun is not None and (bool(begun.parted) or begun.loses or not self._bridges)
+        if begun is None:
+            return ""
+        return "all" if begun.foretells else "first" if begun.parted or begun.loses or not self._bridges else ""
 
     @property
     def _bridges(self) -> bool:
