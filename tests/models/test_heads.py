@@ -364,6 +364,35 @@ def test_a_model_that_does_more_to_its_logits_is_refused():
         check_head("student", model)
 
 
+def test_an_adapter_of_the_head_is_refused_by_name_and_passes_once_it_is_merged():
+    adapted = get_peft_model(
+        model_of("Llama, untied", torch.float32), LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    )
+    with pytest.raises(ValueError, match="teacher's LM head has an adapter.*merge_and_unload"):
+        check_head("teacher", base_model(adapted))
+    check_head("teacher", adapted.merge_and_unload())
+
+
+@pytest.mark.parametrize(
+    ("name", "cap"),
+    [
+        ("Gemma2Config", "final_logit_softcapping"),
+        ("RecurrentGemmaConfig", "logits_soft_cap"),
+        ("xLSTMConfig", "output_logit_soft_cap"),
+    ],
+)
+def test_a_soft_cap_is_known_by_each_familys_name_for_it(name, cap):
+    config = getattr(transformers, name)(**{cap: 1.5})
+    assert heads._softcap_and_scale(SimpleNamespace(config=config)) == (1.5, 1.0)
+
+
+def test_what_changes_logits_by_a_percent_is_refused_in_float32():
+    model = model_of("Llama, untied", torch.float32)
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 1.01)
+    with pytest.raises(ValueError, match="student's LlamaForCausalLM does more to its logits"):
+        check_head("student", model)
+
+
 def test_an_offloaded_head_is_refused_by_name():
     model = model_of("Llama, untied")
     model.lm_head.to("meta")

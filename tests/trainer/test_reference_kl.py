@@ -15,7 +15,7 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from toys import SGD, fix_rollouts, step_of, student_model, weights
+from toys import SGD, fix_rollouts, step_of, student_model, student_tokenizer, weights
 
 from trl_ctopd.losses import ScoredChunks
 from trl_ctopd.losses.reference_kl import reference_kl
@@ -57,6 +57,24 @@ def test_tokens_without_part_do_not_count_and_the_mean_distance_is_logged():
 
 
 ADAPTER = {"r": 4, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize("stops", [1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bf16": True},
+        {"async_rollouts": 1, "generation_device": "cpu"},
+        {"early_stop": "random", "early_stop_kwargs": {"window": 2, "patience": 1, "exempt": 1}},
+    ],
+)
+def test_it_goes_with_text_that_tells_what_it_was_sampled_with(build, settings, stops):
+    student = student_model()
+    student.generation_config.eos_token_id = [student_tokenizer().eos_token_id, 7][:stops]
+    trainer = build(model=student, reference_kl=0.1, peft_config=LoraConfig(**ADAPTER), max_steps=2, **settings)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "reference/nats_per_token" in entry]
+    assert len(logged) == 2 and all("sampling/importance_ratio" in entry for entry in logged)
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -207,7 +208,14 @@ def check_head(side: str, model: PreTrainedModel):
         "that its head cannot be used apart from its backbone: choose another model."
     )
     if model.base_model is model:
-        raise ValueError(unfit)
+        raise ValueError(
+            f"transformers knows no backbone of the {side}'s {type(model).__name__}, apart from which its head is read: choose another model."
+        )
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            f"The {side}'s LM head has an adapter, and the head is read apart from the model, without it: give the {side} with the adapter "
+            "merged (`merge_and_unload()`)."
+        )
     if model.get_output_embeddings().weight.device.type == "meta":
         raise ValueError(
             f"The {side}'s LM head is offloaded, and it is read apart from its model: give it a device in `device_map`."
@@ -225,13 +233,16 @@ def check_head(side: str, model: PreTrainedModel):
         )
     if states:
         found = lm_head(model, states[0].dtype, 1.0)(states[0]).to(logits)
-        if not (found - logits).abs().max() <= 0.02 * logits.abs().max():
+        tolerance = 0.001 if states[0].dtype == torch.float32 else 0.02
+        if not (found - logits).abs().max() <= tolerance * logits.abs().max():
             raise ValueError(unfit)
 
 
 def _softcap_and_scale(model: PreTrainedModel) -> tuple[float | None, float]:
     config = model.config.get_text_config()
-    return getattr(config, "final_logit_softcapping", None), _logit_scale(config)
+    names = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"  # of Gemma, RecurrentGemma and xLSTM
+    softcap = next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)
+    return softcap, _logit_scale(config)
 
 
 def _logit_scale(config) -> float:

@@ -151,8 +151,8 @@ class Scorer:
             metrics = {**metrics, **{f"reference_{name}": pair for name, pair in own[2].items()}}
         if "sampled_log_probs" in inputs:
             sampled = inputs["sampled_log_probs"].to(log_probs.device) + (log_probs - drawn).detach()
-            batch.importance, drawn = importance(batch, sampled, self._args.vllm_importance_sampling_clip_max)
-            metrics = {**metrics, **drawn}
+            batch.importance, of_sampling = importance(batch, sampled, self._args.vllm_importance_sampling_clip_max)
+            metrics = {**metrics, **of_sampling}
         if self._reference is not None and inputs["on_policy"]:
             targets = inputs["input_ids"][scored[0], scored[1] + 1]
             found = self._reference.log_probs(model, **_rows(inputs, scored), targets=targets)
