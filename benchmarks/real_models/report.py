@@ -23,6 +23,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from demo_real.measuring import ratio
 
 from benchmarks.quality.report import fill
 from benchmarks.quality.run import read
@@ -159,9 +160,17 @@ def _machine(line: dict) -> str:
 
 
 def _point(measured: dict, rate: float, comparable: bool) -> Point:
-    gap, *rest = (measured[name] for name in ("nats_per_byte", "entropy", "mean_length", "truncated_fraction"))
+    rest = (measured[name] for name in ("entropy", "mean_length", "truncated_fraction"))
     seconds = measured["cpu_seconds"] if comparable or not measured["cpu_seconds"] else math.nan
-    return Point(gap, parts(measured["rows"]), seconds, *rest, np.array(measured["rows"], float)[:, 0], 1, rate)
+    return Point(
+        ratio(measured["rows"])[0],
+        parts(measured["rows"]),
+        seconds,
+        *rest,
+        np.array(measured["rows"], float)[:, 0],
+        1,
+        rate,
+    )
 
 
 def mean(points: Sequence[Point]) -> Point:

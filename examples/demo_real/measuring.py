@@ -65,7 +65,7 @@ def measured_rows(trainer: CrossTokenizerGKDTrainer, dataset=None) -> tuple[Gap,
         found = trainer.evaluate(dataset)
     finally:
         trainer.distillation_loss = loss
-    value, error = ratio([row for row in recorded.rows if row[1]])
+    value, error = ratio([row for row in recorded.rows if any(row)])  # without rows that only fill up a batch
     gap = Gap(
         round(value, 5),
         round(error, 5),

@@ -110,6 +110,12 @@ def made_up(method, seed, gap, prompts=(0.0, 0.0), cpu_seconds=100.0, steps=(12,
     return {"run": settings, "curve": json.loads(json.dumps(times)), "machine": {"cpu": cpu}}
 
 
+def test_an_answer_without_text_adds_its_nats_to_the_gap():
+    line = made_up("dpca", 0, 0.3)
+    line["curve"]["12"]["rows"] = [[2.0, 10], [2.5, 0]]
+    assert report.curves([line], "mbpp")["dpca"][0][12].gap == pytest.approx(0.45)
+
+
 def test_what_a_prompt_adds_to_both_methods_is_no_error_of_their_difference():
     lines = [
         made_up("start", 0, 0.5, steps=(0,)),
