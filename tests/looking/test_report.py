@@ -219,6 +219,38 @@ def test_what_the_teacher_cannot_read_is_shown_without_scores(run):
     assert "100 % of texts are longer than the teacher's context of 8 tokens" in texts(page)
 
 
+@pytest.mark.parametrize("loss", ["dpca", "reverse_kl"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_the_run_left_out_is_shown_as_not_compared_and_the_gap_is_the_logged_one(build, loss, gated):
+    gate = {"teacher_gate": lambda completions, **_: [[(0, 3)]] * len(completions)} if gated else {}
+    trainer = build(report=True, distillation_loss=loss, per_device_train_batch_size=1, **gate)
+    ids = trainer.processing_class.encode("the sum of what is tw")  # cut off where a teacher's token may go on
+    trainer.rollouts.write = lambda model, prompts, step: [(ids, None) for _ in prompts]
+    trainer.train()
+    page, logged = read(trainer), trainer.state.log_history[0]
+    [sample] = reports_of(trainer)[0].last[""]
+    assert logged["closing/unclosed_fraction"] == 1
+    assert f"{logged['gap/nats_per_byte']:.3f} nats a byte of gap" in texts(page)
+    compared = sum(chunk >= 0 for chunk in sample["student_chunks"])
+    assert compared == len(ids) - 1 - gated * len(trainer.processing_class.encode("the"))
+    assert len(re.findall(r"<small>[^<]+</small></span>", page)) == compared
+    assert "left out" in texts(page)
+
+
+def test_a_completion_that_is_wrong_as_a_whole_is_shown_without_scores(run):
+    page = read(run(teacher_gate=lambda completions, **_: [False] * len(completions), num_completions_to_print=1))
+    assert 'class="ctopd"' in page and 'class="ctopd scored"' not in page
+    assert "0 chunks" in texts(page) and "left out" in texts(page)
+
+
+def test_samples_of_a_checkpoint_without_their_chunks_are_shown_as_aligned(run):
+    trainer = run(num_completions_to_print=1)
+    [sample] = reports_of(trainer)[0].last[""]
+    del sample["student_chunks"]
+    trainer.log({"loss": 1.0})
+    assert 'class="ctopd scored"' in read(trainer)
+
+
 def test_a_hostile_prompt_and_completion_stay_text(build):
     hostile = '</div><script>alert("x")</script><img src=x onerror=alert(1)>'
     dataset = prompts(4).map(lambda row: {"prompt": [{"role": "user", "content": hostile}]})

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toys import fix_rollouts, prompts, student_tokenizer, teacher_model
+from toys import fix_rollouts, prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from trl_ctopd.looking.samples import Sample, Samples, show
@@ -34,6 +34,58 @@ def test_a_steps_samples_have_its_logged_gap(taken):
     mean = sum(sample.gap * width for sample, width in zip(samples, widths, strict=True)) / sum(widths)
     [logged] = [entry["gap/nats_per_byte"] for entry in trainer.state.log_history if "gap/nats_per_byte" in entry]
     assert mean == pytest.approx(logged, rel=1e-5)
+
+
+def wrong_half(completions, **columns):
+    return [[(0, len(completion[0]["content"]) // 2)] for completion in completions]
+
+
+RANDOM_CUTS = {
+    "early_stop": "random",
+    "early_stop_kwargs": {"window": 3, "patience": 1, "exempt": 2},
+    "max_new_tokens": 40,
+}
+
+
+def blended() -> dict:
+    return {
+        "teacher": {"one": teacher_model(), "other": student_model(seed=5)},
+        "teacher_processing_class": {"one": teacher_tokenizer(), "other": student_tokenizer()},
+        "teacher_weights": {"one": 0.5, "other": 0.5},
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        ({"distillation_loss": "dpca"}, "closing/unclosed_fraction"),
+        ({"distillation_loss": "reverse_kl"}, "closing/unclosed_fraction"),
+        ({"distillation_loss": "dpca", "teacher_gate": wrong_half}, "gate/masked_fraction"),
+        ({"distillation_loss": "reverse_kl", "teacher_gate": wrong_half}, "gate/masked_fraction"),
+        ({"distillation_loss": "dpca", **RANDOM_CUTS}, "early_stop/masked_fraction"),
+        (blended, "closing/unclosed_fraction"),
+    ],
+    ids=["cut off", "cut off, reverse_kl", "gate", "gate, reverse_kl", "early stop", "cut off, blended"],
+)
+def test_a_samples_gap_is_the_logged_one_of_a_step_with_that_row_alone(
+    build, tmp_path, monkeypatch, settings, left_out
+):
+    shown = []
+    monkeypatch.setattr("trl_ctopd.looking.publish.show", lambda samples, *_: shown.append(samples))
+    monkeypatch.setattr("trl_ctopd.rollouts.early_stop._dealt_out", lambda _, lengths: dict.fromkeys(lengths, 3))
+    settings = settings() if callable(settings) else settings
+    trainer = build(log_completions=True, report=True, per_device_train_batch_size=1, max_steps=2, **settings)
+    ids = trainer.processing_class.encode("the sum of what is tw")  # a teacher's token may go on there
+    trainer.rollouts.write = lambda model, prompts, step: [(ids, [-5.0] * len(ids)) for _ in prompts]
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "gap/nats_per_byte" in entry]
+    assert len(shown) == len(logs) == 2
+    for [sample], logged in zip(shown, logs, strict=True):
+        assert logged[left_out] > 0
+        assert sample.gap == pytest.approx(logged["gap/nats_per_byte"], rel=1e-5)
+        compared = [chunk >= 0 for chunk in sample.student_chunks]
+        assert len(compared) == len(ids) and 0 < sum(compared) < len(ids)
+    assert "left out" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_log_probs_are_of_the_samples_own_tokens_on_both_sides(taken):
@@ -98,7 +150,8 @@ def test_rows_kept_are_no_views_of_a_whole_batch():
     }
     batch = type("Batch", (), {})()
     batch.student_log_probs = batch.teacher_log_probs = -torch.ones(5, 9)
-    batch.scorable = torch.ones(5, 3, dtype=torch.bool)
+    batch.scorable, batch.without_gap = torch.ones(2, 5, 3, dtype=torch.bool)
+    batch.student_chunks = batch.teacher_chunks = batch.student_widths = torch.zeros(5, 9, dtype=torch.long)
     samples = Samples()
     samples.keep(inputs, batch, 2)
     assert len(samples) == 2

@@ -16,13 +16,14 @@ from tokenizers_for_tests import ANY_TEXT, LOSSLESS, byte_level, metaspace_bpe, 
 from toys import student_tokenizer, teacher_tokenizer
 
 from trl_ctopd import TextAligner, align_text
-from trl_ctopd.looking.viewer import ScoredRollout, alignment_of, stylesheet, with_turn_end
+from trl_ctopd.looking.viewer import ScoredRollout, alignment_of, as_compared, stylesheet, with_turn_end
 from trl_ctopd.looking.viewer.segments import WHY, figures, lines, segments
 from trl_ctopd.looking.viewer.visible import pieces, plain
 from trl_ctopd.losses import LOSSES, ScoredChunks, build_loss
 from trl_ctopd.losses.credit import gaps, shares
 from trl_ctopd.rollouts.pairing import Prompt, collate, on_grid, pad_scores, pair
 from trl_ctopd.text.one_tokenizer import OneTokenizer
+from trl_ctopd.training.metrics import chunk_metrics
 
 
 HOSTILE = "a <script>alert('x')</script> & \"b\" \x1b[31m \u202eevil\u202c \x00 </div><img src=x onerror=alert(1)>"
@@ -118,6 +119,36 @@ def test_every_byte_and_every_token_stands_in_one_segment(student, teacher, data
         )
     )
     check_segments(align_text(ids, student, teacher))
+
+
+@pytest.mark.parametrize(("student", "teacher"), [*itertools.product(LOSSLESS, LOSSLESS)])
+@given(data=st.data())
+@settings(max_examples=4, deadline=None)
+def test_of_an_alignment_those_chunks_stay_that_a_run_compared(student, teacher, data):
+    whole = align_text(encode(LOSSLESS[student](), data.draw(ANY_TEXT)), LOSSLESS[student](), LOSSLESS[teacher]())
+    of_run = np.array([data.draw(st.sampled_from([chunk, -1])) for chunk in range(whole.num_chunks)] + [-1])
+    for chunk in range(1, whole.num_chunks):
+        if min(of_run[chunk - 1], of_run[chunk]) >= 0 and data.draw(
+            st.booleans()
+        ):  # joined, as after a token that decides nothing
+            of_run[chunk] = of_run[chunk - 1]
+    found = as_compared(whole, of_run[whole.student.chunks])
+    check_segments(found)
+    names = {chunk: place for place, chunk in enumerate(sorted({*of_run.tolist()} - {-1}))} | {-1: -1}
+    for side in ("student", "teacher"):
+        expected = [names[of_run[chunk]] for chunk in getattr(whole, f"{side}_chunks")]
+        assert getattr(found, f"{side}_chunks") == expected
+    left_out = b"".join(text for text, chunk in zip(whole.chunk_bytes, of_run, strict=False) if chunk < 0)
+    assert b"".join(found._spelled[m.start : m.end] for m in found.masked if m.reason == "left_out") == left_out
+
+
+def test_a_stretch_that_was_left_out_is_cut_where_both_sides_cut():
+    alignment = aligned("one two seventeen plus")
+    found = segments(as_compared(alignment, [-1] * len(alignment.student_ids)))
+    assert [(s.start, s.end, s.student, s.teacher) for s in found] == [
+        (s.start, s.end, s.student, s.teacher) for s in segments(alignment)
+    ]
+    assert len(found) > 1 and {s.reasons for s in found} == {("left_out",)}
 
 
 @given(text=ANY_TEXT)
@@ -422,6 +453,27 @@ def test_a_row_of_a_scored_batch_gives_the_rollout_that_was_scored(eos_policy):
         assert shown.advantages == pytest.approx(credit[row, first : first + len(rollout.student_ids)].numpy())
         assert shown.method == "dpca, byte_length credit"
         Page(shown.html_fragment())
+
+
+@pytest.mark.parametrize("by", ["chunks", "unclosed"])
+def test_a_chunk_that_the_batch_leaves_out_has_no_credit_and_no_part_in_the_gap(by):
+    student, teacher = student_tokenizer(), teacher_tokenizer()
+    aligner, ids = TextAligner(student, teacher), encode(student, "one two three")
+    [rollout] = pair([Prompt([5], [6])], [ids], aligner, turn_ends={student.eos_token_id: [4]})
+    tensors, last = collate([rollout], 0), rollout.num_chunks - 1
+    given = {name: tensors[name] for name in ("student_chunks", "teacher_chunks", "student_widths", "num_chunks")}
+    out = tensors["student_chunks"] == last
+    if by == "chunks":
+        chunks = {
+            name: given[name].masked_fill(given[name] == last, -1) for name in ("student_chunks", "teacher_chunks")
+        }
+    else:
+        chunks = {"unclosed": torch.tensor([last])}
+    batch = ScoredChunks(-torch.rand(out.shape), -torch.rand(1, len(rollout.teacher_ids)), **{**given, **chunks})
+    shown = ScoredRollout.from_batch(rollout, batch, 0)
+    assert shown.alignment.num_chunks == last and not shown.advantages[out[0].numpy()].any()
+    logged = chunk_metrics(batch, torch.zeros(out.shape))["gap/nats_per_byte"]
+    assert shown.nats_per_byte == pytest.approx((logged[0] / logged[1]).item(), rel=1e-5)
 
 
 def test_a_text_beyond_the_teachers_context_is_shown_token_by_token_with_that_reason():

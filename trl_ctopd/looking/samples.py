@@ -1,7 +1,8 @@
 """A few of a step's completions, kept for the table of completions and, token by token, for the report.
 
 Decisions: rows stay tensors on their device until something is logged, so that keeping them does not wait for the device.
-Chunks are not kept, since aligning the text again gives the same ones. No model is run again.
+So are the chunks that were scored: aligning the text again does not tell what a gate, an early stop or a cut-off end left out. No model
+is run again.
 """
 
 import importlib
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from ..losses import ScoredChunks
-from ..losses.credit import chunk_sum, gaps
+from ..losses.credit import chunk_sum, gaps, spread
 from ..rollouts.pairing import Rollout
 from .viewer.visible import legible
 
@@ -38,6 +39,7 @@ class Sample:
         gap: student minus teacher log-prob, in nats a byte of scored text; `None` if nothing is scored.
         teacher: index of its teacher, where there are several.
         frame: the frame of its prompt, a `Frame` as JSON.
+        student_chunks: chunk of each of `ids`, -1 for those that are not compared; `None`: as the text is aligned.
     """
 
     step: int
@@ -48,6 +50,7 @@ class Sample:
     gap: float | None
     teacher: int = 0
     frame: str = ""
+    student_chunks: list[int] | None = None
 
 
 class Samples:
@@ -69,6 +72,9 @@ class Samples:
             inputs["lengths"],
             batch.student_log_probs.detach(),
             batch.teacher_log_probs,
+            batch.student_chunks.masked_fill(spread(batch.without_gap, batch.student_chunks), -1),
+            batch.teacher_chunks.masked_fill(spread(batch.without_gap, batch.teacher_chunks), -1),
+            batch.student_widths,
             batch.scorable,
             inputs["teacher_places"],
         )
@@ -87,30 +93,45 @@ class Samples:
         read: Callable[[list[list[int]], list[int], list[str]], list[Rollout]],
     ) -> list[Sample]:
         """The samples. `read` pairs completions with their teachers' tokens, as in training."""
-        rows, frames = [[tensor.tolist() for tensor in row] for row in self._kept], list(self._frames)
+        rows, frames = [[tensor.cpu() for tensor in row] for row in self._kept], list(self._frames)
         self.clear()
         samples = []
-        completions, teachers = [ids[start:end] for ids, start, end, *_ in rows], [row[-1] for row in rows]
-        for row, frame, rollout in zip(rows, frames, read(completions, teachers, frames), strict=True):
-            ids, start, end, student, teacher, scorable, place = row
-            student, teacher = student[start - 1 : end - 1], teacher[: len(rollout.teacher_ids)]
-            teacher = teacher if any(scorable) else []
-            gap = _per_byte(rollout, student, teacher) if teacher else None
+        completions = [ids[start:end].tolist() for ids, start, end, *_ in rows]
+        teachers = [int(row[-1]) for row in rows]
+        found = read(completions, teachers, frames)
+        for row, own, place, frame, rollout in zip(rows, completions, teachers, frames, found, strict=True):
+            ids, start, end, student, teacher, chunks, teacher_chunks, widths, scorable, _ = row
+            gap = _per_byte(student, teacher, chunks, teacher_chunks, widths, len(scorable))
+            scores = teacher[: len(rollout.teacher_ids)].tolist() if scorable.any() else []
+            written = slice(start - 1, end - 1)
             samples.append(
-                Sample(step, tokenizer.decode(ids[:start]), ids[start:end], student, teacher, gap, place, frame)
+                Sample(
+                    step=step,
+                    prompt=tokenizer.decode(ids[:start].tolist()),
+                    ids=own,
+                    student_log_probs=student[written].tolist(),
+                    teacher_log_probs=scores,
+                    gap=gap,
+                    teacher=place,
+                    frame=frame,
+                    student_chunks=chunks[written].tolist(),
+                )
             )
         return samples
 
 
-def _per_byte(rollout: Rollout, student: list[float], teacher: list[float]) -> float | None:
-    """The gap of one completion in nats a byte, computed as in the log; `None` if the scored text has no bytes."""
-    student_chunks, teacher_chunks, widths = (
-        torch.from_numpy(values)[None]
-        for values in (rollout.student_chunks, rollout.teacher_chunks, rollout.student_widths)
-    )
-    log_probs = torch.tensor([student]), torch.tensor([teacher])
-    gap, neutral = gaps(*log_probs, student_chunks, teacher_chunks, rollout.num_chunks)
-    num_bytes = chunk_sum(widths, student_chunks, rollout.num_chunks).masked_fill(neutral, 0).sum().item()
+def _per_byte(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    student_chunks: torch.Tensor,
+    teacher_chunks: torch.Tensor,
+    widths: torch.Tensor,
+    num_chunks: int,
+) -> float | None:
+    """The gap of one row in nats a byte, computed as in the log; `None` if the scored text has no bytes."""
+    sides = student_chunks[None], teacher_chunks[None]
+    gap, neutral = gaps(student[None], teacher[None], *sides, num_chunks)
+    num_bytes = chunk_sum(widths[None], sides[0], num_chunks).masked_fill(neutral, 0).sum().item()
     return -gap.sum().item() / num_bytes if num_bytes else None
 
 

@@ -22,7 +22,7 @@ from ...text.altered_text import REASONS
 from .. import card, provenance
 from ..history import BOOKKEEPING, figures
 from ..samples import Sample
-from ..viewer import ScoredRollout, alignment_of, stylesheet
+from ..viewer import ScoredRollout, alignment_of, as_compared, stylesheet
 from .advice import GAP, advice
 from .charts import Series, curves
 
@@ -258,6 +258,8 @@ def _views(trainer, samples: list[dict]) -> list[Markup]:
     for sample, rollout in zip(samples, rollouts, strict=True):
         # a mixture of teachers has no tokens of its own that could be shown
         alignment = alignment_of(rollout.parts[0].rollout if rollout.parts else rollout)
+        if sample.student_chunks is not None:
+            alignment = as_compared(alignment, sample.student_chunks)
         if sample.teacher_log_probs and not rollout.parts and all(map(math.isfinite, sample.student_log_probs)):
             log_probs = sample.student_log_probs, sample.teacher_log_probs
             view = ScoredRollout.from_log_probs(alignment, *log_probs, prompt=sample.prompt, loss=by).html_fragment()

@@ -5,7 +5,7 @@
 Modules here are loaded on first use.
 """
 
-__all__ = ["ScoredRollout", "alignment_of", "stylesheet", "with_turn_end"]
+__all__ = ["ScoredRollout", "alignment_of", "as_compared", "stylesheet", "with_turn_end"]
 
 
 def __getattr__(name):

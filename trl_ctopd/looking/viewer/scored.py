@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...losses import DPCA, LOSSES, ScoredChunks, loss_name
-from ...losses.credit import gaps, shares
+from ...losses.credit import gaps, shares, spread
 from ...rollouts.pairing import Rollout
 from ...text.aligner import AlignedTokens, TextAlignment
 from ...text.altered_text import MaskedStretch
@@ -33,7 +33,6 @@ class ScoredRollout(Shown):
         shares (S,): its share w_i of the gap, for a loss that shares gaps (`dpca`); else None.
         nats_per_byte: student minus teacher log-prob of the text, a byte; None if no byte of the text is scored.
         method: name of the loss that gave the credit.
-        prompt: what the student answers, if it is to be shown.
         prompt: what the student answers, if it is to be shown.
     """
 
@@ -150,15 +149,16 @@ class ScoredRollout(Shown):
 
         Args:
             rollout: what `rollouts.pair` returned for that row; calling it again with the same ids gives the same.
-            batch: as the loss gets it. Student positions are those of prompt and completion without the first token.
+            batch: as the loss gets it. Chunks of `rollout` that it leaves out are shown as not compared. Student positions are those of prompt and completion without the first token.
             row: index of the row.
             loss, prompt: as in `from_log_probs`.
         """
         first = len(rollout.prompt.student_ids) - 1
         own, theirs = slice(first, first + len(rollout.student_ids)), slice(len(rollout.teacher_ids))
         close, teacher_close = batch.close_log_probs, batch.teacher_close_log_probs
+        chunks = batch.student_chunks.masked_fill(spread(batch.without_gap, batch.student_chunks), -1)
         return cls.from_log_probs(
-            alignment_of(rollout),
+            as_compared(alignment_of(rollout), chunks[row, own].tolist()),
             batch.student_log_probs[row, own].tolist(),
             batch.teacher_log_probs[row, theirs].tolist(),
             prompt=prompt,
@@ -186,6 +186,28 @@ def alignment_of(rollout: Rollout) -> TextAlignment:
         num_chunks=rollout.num_chunks,
         masked=masked,
         _spans=spans,
+    )
+
+
+def as_compared(alignment: TextAlignment, student_chunks: Sequence[int]) -> TextAlignment:
+    """`alignment` with the chunks that a run compared. `student_chunks` (S,): the run's, in which those of `alignment` are joined
+    or, with -1, left out."""
+    own, kept = alignment.student.chunks, np.asarray(student_chunks, dtype=np.int64)
+    inside = (own >= 0) & (kept >= 0)
+    names, numbers = np.unique(kept[inside], return_inverse=True)
+    number = np.full(alignment.num_chunks + 1, -1)  # of each of its chunks; the last is for tokens without one
+    number[own[inside]] = numbers
+    compared, spans = number[:-1] >= 0, alignment._spans
+    left_out = [MaskedStretch(start, end, "left_out") for start, end in spans[~compared].tolist() if start < end]
+    first = np.flatnonzero(np.diff(number[:-1][compared], prepend=-1))
+    starts, ends = spans[compared].T
+    return replace(
+        alignment,
+        student=replace(alignment.student, chunks=number[own]),
+        teacher=replace(alignment.teacher, chunks=number[alignment.teacher.chunks]),
+        num_chunks=len(names),
+        masked=sorted([*alignment.masked, *left_out], key=lambda stretch: stretch.start),
+        _spans=np.stack([np.minimum.reduceat(starts, first), np.maximum.reduceat(ends, first)], axis=1),
     )
 
 

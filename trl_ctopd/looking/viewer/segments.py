@@ -1,5 +1,6 @@
 """Cuts a text into segments for display, each with its tokens on both sides, in the order of the text."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,10 +22,14 @@ WHY = {  # a short label for below the stretch, and a sentence
     "call": ("call", "the teacher's template has no place for this call of a tool, or writes it otherwise"),
     "tool": ("tool", "what a tool returned, with the template's markup around it: the student did not write it"),
     "teacher_context": ("too long", "prompt and completion are longer than the teacher's context"),
+    "left_out": (
+        "left out",
+        "the run did not compare this: a gate or an early stop left it out, the text was cut off here, or it is too long for the teacher",
+    ),
     "no_text": ("no text", "these tokens stand for no text"),
     "no_part": ("no part", "these tokens have no counterpart"),
 }
-_ORDER = {reason: place for place, reason in enumerate((*REASONS, "tool", "teacher_context"))}
+_ORDER = {reason: place for place, reason in enumerate((*REASONS, "tool", "teacher_context", "left_out"))}
 
 
 @dataclass(frozen=True)
@@ -127,17 +132,32 @@ def segments(alignment: TextAlignment) -> list[Segment]:
 
 
 def _split(alignment: TextAlignment, segment: Segment) -> Iterator[Segment]:
-    """Splits a stretch that takes no part by reason. If the teacher reads none of it, each student token is a segment."""
+    """Splits a stretch that takes no part by reason, where both sides cut it. If the teacher reads none of it, each student token is a
+    segment."""
     if segment.chunk >= 0:
         yield segment
         return
-    widths = [alignment.student_widths[token] for token in segment.student]
-    parts = [(segment.start, segment.end, segment.student)]
-    if not segment.teacher and sum(widths) == segment.end - segment.start:
-        ends = [*accumulate(widths, initial=segment.start)]
-        parts = [(ends[n], ends[n + 1], [token]) for n, token in enumerate(segment.student)]
-    for start, end, student in parts:
-        yield Segment(start, end, -1, student, segment.teacher, _reasons(alignment, start, end))
+    ends, theirs = (
+        [*accumulate((int(side.widths[token]) for token in tokens), initial=segment.start)]
+        for side, tokens in ((alignment.student, segment.student), (alignment.teacher, segment.teacher))
+    )
+    parts = [(segment.start, segment.end, segment.student, segment.teacher)]
+    if ends[-1] == segment.end and not segment.teacher:
+        parts = [(ends[n], ends[n + 1], [token], []) for n, token in enumerate(segment.student)]
+    elif ends[-1] == theirs[-1] == segment.end > segment.start:
+        cuts = sorted({*ends} & {*theirs})
+        sides = (_dealt(segment.student, ends, cuts), _dealt(segment.teacher, theirs, cuts))
+        parts = [*zip(cuts, cuts[1:], *sides, strict=False)]
+    for start, end, student, teacher in parts:
+        yield Segment(start, end, -1, student, teacher, _reasons(alignment, start, end))
+
+
+def _dealt(tokens: list[int], starts: list[int], cuts: list[int]) -> list[list[int]]:
+    """The tokens that begin between each two of `cuts`; those that begin at the end belong to the last."""
+    dealt: list[list[int]] = [[] for _ in cuts[1:]]
+    for token, start in zip(tokens, starts, strict=False):
+        dealt[min(bisect_right(cuts, start), len(dealt)) - 1].append(token)
+    return dealt
 
 
 def _reasons(alignment: TextAlignment, start: int, end: int) -> tuple[str, ...]:
