@@ -16,7 +16,7 @@ from trl_ctopd.looking.history import figures
 from trl_ctopd.looking.publish import reports_of
 from trl_ctopd.looking.report.advice import advice
 from trl_ctopd.looking.report.charts import MOST_POINTS, Series, curves, thinned, ticks
-from trl_ctopd.looking.report.page import percent, plain
+from trl_ctopd.looking.report.page import PHASES, _phases, percent, plain
 
 
 @pytest.fixture(autouse=True)
@@ -276,6 +276,25 @@ def test_a_report_changes_nothing_of_the_run_and_runs_no_model_once_more(build, 
         losses[report_asked] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[True] == losses[False]
     assert calls[True] == calls[False]
+
+
+# --- where the time goes
+
+
+def test_every_phase_of_a_run_has_its_row(run):
+    trainer = run(teacher_gate=lambda completions, **_: [True] * len(completions))
+    phases = {name.removeprefix("seconds/") for name in trainer.state.log_history[0] if name.startswith("seconds/")}
+    assert phases - {"step"} <= set(PHASES) and "rewards" in phases
+    assert "rewards and gate" in texts(read(trainer))
+
+
+def test_a_phases_seconds_are_a_mean_over_steps_and_not_over_logs():
+    logs = [(2, 1.0, 0.5), (4, 1.0, 0.5), (5, 6.0, 5.5)]
+    history = [{"seconds/step": step, "seconds/teacher": teacher, "step": at} for at, step, teacher in logs]
+    history.insert(1, {"eval_runtime": 1.0, "eval_seconds/step": 9.0, "eval_seconds/teacher": 9.0, "step": 3})
+    rows = {row["name"]: row["seconds"] for row in _phases(figures(history))}
+    assert rows == {"the teacher reads": "1.5", "the rest": "0.5"}
+    assert _phases(figures([{"loss": 1.0, "step": 1}])) == []
 
 
 # --- warnings in words

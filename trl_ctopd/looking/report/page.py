@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 import jinja2
 import torch
@@ -117,6 +117,7 @@ PHASES = {
     "compilation": "torch compiles",
     "teacher": "the teacher reads",
     "teacher_wait": "waiting for the teacher's server",
+    "rewards": "rewards and gate",
     "student": "the student learns",
     "optimizer": "update",
     "alignment": "alignment",
@@ -214,10 +215,13 @@ def _charts(charts: Iterable[Chart], logged: dict) -> list[dict]:
 
 def _phases(logged: dict) -> list[dict]:
     """Mean seconds of each phase of a step, and of the time between phases."""
+    steps = sorted({step for step, _ in logged.get("seconds/step", {}).get("training", [])})
+    # a log is a mean over the steps since the one before
+    covered = {step: step - before for before, step in pairwise([0, *steps])}
     means = {
-        name: sum(value for _, value in sets["training"]) / len(sets["training"])
+        name: sum(value * covered.get(step, 0) for step, value in sets["training"]) / sum(covered.values())
         for name, sets in logged.items()
-        if name.startswith("seconds/") and "training" in sets
+        if name.startswith("seconds/") and "training" in sets and steps
     }
     if not means.get("seconds/step"):
         return []
