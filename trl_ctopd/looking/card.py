@@ -147,7 +147,7 @@ METRICS = {
     "student/nats_per_byte": "student's negative log-probability of the text",
     "teacher/nats_per_byte": "teacher's negative log-probability of the text",
     "alignment/one_to_one_fraction": "share of scored student tokens that match a single teacher token byte for byte",
-    "alignment/masked_fraction": "share of student tokens left out of the loss",
+    "alignment/masked_fraction": "share of student tokens masked when the text was aligned; without what gates, early stops and cut-off ends leave out",
     "completions/truncated_fraction": "share of completions cut off at `max_new_tokens`",
     "entropy": "of the student's next-token distribution, in nats",
 }
