@@ -259,3 +259,19 @@ def test_padding_rows_of_the_last_batch_are_marked_and_not_scored(make, process,
     [batch], metrics = source.roll_out(None, [prompts], 0, "train", untimed)
     assert (batch["labels"] == -100).all(1).tolist() == marked
     assert metrics["completions/truncated_fraction"][1] == marked.count(False)
+
+
+def test_padding_rows_count_neither_as_unclosed_nor_for_what_a_teacher_left_out(make, monkeypatch):
+    [prompts] = window([2, 3, 4])
+    prompts[1:] = [replace(prompt, is_padding=True) for prompt in prompts[1:]]
+    source = make()
+    source._continuations = lambda on: {"one": None, "two": None}
+    monkeypatch.setattr(module, "unclosed", lambda rollout, tables: rollout.num_chunks - 1)
+    monkeypatch.setattr(module, "add_going_on", lambda batch, rollouts, tables: None)
+    [_], metrics = source.roll_out(None, [prompts], 0, "train", untimed)
+    assert metrics["closing/unclosed_fraction"] == (1, 1)
+
+    source = make(seq_kd=True, lmbda=0.0, teachers=ToyTeachers([""]))
+    monkeypatch.setattr(module, "write", lambda model, ids, *own: [([], None) for _ in ids])
+    source._respell = lambda prompt, ids: SimpleNamespace(prompt=prompt, ids=ids, size=10, left_out=4)
+    assert source.references(prompts)[1] == {"seq_kd/left_out_fraction": (4, 10)}

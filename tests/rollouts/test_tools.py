@@ -273,6 +273,21 @@ def test_the_next_turn_is_written_after_the_results_and_their_header():
     )
 
 
+def test_figures_of_calls_are_a_mean_over_rows_that_do_not_only_pad_the_batch():
+    call, end = called("qwen2_5", a_call("add", {"a": 2, "b": 3})), said("qwen2_5", "Five.")
+    prompt, speaker = asked("qwen2_5", "gptoss"), side("qwen2_5")
+    args = SimpleNamespace(max_new_tokens=2000, max_tool_calling_iterations=1)
+    loop = ToolLoop(TOOLS, speaker, {"": side("gptoss")}, speaker.stop_ids(), args)
+    rows = [prompt, prompt, replace(prompt, is_padding=True), replace(prompt, is_padding=True)]
+    written = iter([[call] * 4, [call, end]])
+    _, figures = loop(lambda model, prompts, step: [(ids, None) for ids in next(written)], None, rows, 0)
+    assert figures == {
+        "tools/call_frequency": (2, 2),
+        "tools/failure_frequency": (0, 2),
+        "tools/unanswered_fraction": (1, 2),
+    }
+
+
 def test_several_calls_at_once_get_their_results_in_order():
     calls = called("qwen2_5", a_call("add", {"a": 2, "b": 3}), a_call("divide", {"a": 1, "b": 4}))
     prompt, (ids, _), figures = conversed("qwen2_5", "qwen3_5_nothink", calls, said("qwen2_5", "Done."))
@@ -567,7 +582,7 @@ def test_a_padding_row_calls_no_tool():
     prompt.is_padding = True
     call = called("qwen2_5", a_call("add", {"a": 2, "b": 3}))
     _, (ids, _), figures = conversed("qwen2_5", "gptoss", call, prompt=prompt)
-    assert ids == call and figures["tools/call_frequency"] == (0, 1)
+    assert ids == call and figures["tools/call_frequency"] == (0, 0)
 
 
 def test_privileged_context_stays_the_teachers_after_results():

@@ -253,7 +253,9 @@ class RolloutSource:
             if tables:
                 own = [without_undecided(rollout, tables) for rollout in own]
                 last = [unclosed(rollout, tables) for rollout in own]
-                count_unclosed += sum(chunk >= 0 for chunk in last)
+                count_unclosed += sum(
+                    chunk >= 0 for rollout, chunk in zip(own, last, strict=True) if not rollout.prompt.is_padding
+                )
                 if not reads_distributions:
                     own = [without(rollout, chunk) for rollout, chunk in zip(own, last, strict=True)]
             batch = collate(own, self._student.tokenizer.pad_token_id, args.pad_to_multiple_of)
@@ -288,7 +290,7 @@ class RolloutSource:
         return batches, {
             **figures,
             "off_policy_fraction": (on_policy.count(False), len(on_policy)),
-            "closing/unclosed_fraction": (count_unclosed, len(rollouts)),
+            "closing/unclosed_fraction": (count_unclosed, sum(not prompt.is_padding for prompt in prompts)),
         }
 
     def _judged(
@@ -404,7 +406,8 @@ class RolloutSource:
         ids = [prompt.teacher_ids for prompt in prompts]
         written = write(seat.teacher.model, ids, config, self._accelerator, self._args)
         found = [self._respell(prompt, own) for prompt, (own, _) in zip(prompts, written, strict=True)]
-        size, left_out = (sum(getattr(one, name) for one in found) for name in ("size", "left_out"))
+        real = [one for one in found if not one.prompt.is_padding]
+        size, left_out = (sum(getattr(one, name) for one in real) for name in ("size", "left_out"))
         return [(one.prompt, one.ids[:limit]) for one in found], {"seq_kd/left_out_fraction": (left_out, size)}
 
     @cached_property

@@ -181,10 +181,11 @@ class ToolLoop:
                     pending = [other for other in pending if other is not row]
             if not any(gather_object([bool(pending)])):
                 break
+        count = sum(not prompt.is_padding for prompt in prompts)
         return [row.done for row in rows], {
-            "tools/call_frequency": (counts["executed"], len(rows)),
+            "tools/call_frequency": (counts["executed"], count),
             "tools/failure_frequency": (counts["failed"], counts["executed"]),
-            "tools/unanswered_fraction": (counts["unanswered"], len(rows)),
+            "tools/unanswered_fraction": (counts["unanswered"], count),
         }
 
     def _that_fit(self, rows: Sequence[_Writing]) -> list[_Writing]:
