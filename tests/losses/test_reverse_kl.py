@@ -288,6 +288,22 @@ def test_a_token_that_goes_on_where_the_teacher_cut_after_all_closes_nothing_and
     assert value_and_gradient(ReverseKL(), replace(micro_batch, pair=pair))[1].isfinite().all()
 
 
+def test_what_closing_costs_is_logged_as_dpca_does_beside_text_that_takes_no_part_too():
+    world = numbers(DIGITS)
+    whole = replace(world.micro_batch, student_logits=moved(world))
+    inner = {name: getattr(whole, name) for name in ("student_chunks", "teacher_chunks")}
+    masked = replace(whole, **{name: chunks.masked_fill(chunks == 1, -1) for name, chunks in inner.items()})
+    closed = closings(whole)
+    beside = closed[:, 1:][(masked.student_chunks[:, 1:] < 0) & (masked.student_chunks[:, :-1] >= 0)]
+    assert beside.min() < -0.1
+    batch = replace(batch_of(masked), close_log_probs=closed)
+    found, wanted = (
+        [float(part) for part in loss(batch, 1)[1]["closing/nats_per_chunk"]]
+        for loss in (ReverseKL(), DPCA(event="closed"))
+    )
+    assert found == pytest.approx(wanted)
+
+
 @pytest.mark.parametrize("name", TOYS)
 def test_a_token_with_several_decisions_beyond_the_clip_counts_once_in_any_micro_batches(name):
     scene = toy_scene(name)

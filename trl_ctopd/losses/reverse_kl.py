@@ -309,7 +309,10 @@ class ReverseKL(Loss):
             "advantage/clipped_fraction": (cut.sum(), batch.scored_tokens),
             "loss/compared_fraction": (at.told.sum(), batch.scored_tokens),
             "reverse_kl/sampled_nats_per_token": (size, batch.scored_tokens),
-            "closing/nats_per_chunk": (-closed.detach()[closes].sum(), torch.tensor(len(gap))),
+            "closing/nats_per_chunk": (
+                -closed.detach()[closes].sum() - ended.score.detach().sum(),
+                torch.tensor(len(gap)),
+            ),
             "closing/contradicted_fraction": (contradicted.sum(), batch.scored_tokens),
         }
         return -value / num_items, metrics
