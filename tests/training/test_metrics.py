@@ -200,6 +200,13 @@ def test_a_meter_weighs_processes_by_their_counts_whatever_order_the_names_came_
     assert meter.read(TwoProcesses([[5.0, 2.0], [10.0, 1.0]])) == {"a": 2.0, "b": 10.0}
 
 
+def test_a_phase_that_one_process_alone_had_is_a_mean_over_the_steps_of_all():
+    meter = Meter()
+    meter.add({"seconds/compilation": (3.0, 1), "seconds/step": (10.0, 2)})
+    found = meter.read(TwoProcesses([[0.0, 0.0], [20.0, 4.0]]))
+    assert found == {"seconds/compilation": 0.5, "seconds/step": 5.0}
+
+
 def test_a_figure_without_weight_is_left_out():
     meter = Meter()
     meter.add({"empty": (0.0, 0), "full": (0.0, 1)})

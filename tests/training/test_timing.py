@@ -67,10 +67,11 @@ def test_a_phase_is_charged_without_the_phases_within_it_and_the_rest_is_overhea
     )
 
 
-def test_a_phase_that_is_not_in_every_step_is_a_mean_over_all_of_them(clock):
+@pytest.mark.parametrize("spent", [(6, 0), (0, 6), (0, 0, 9)])
+def test_a_phase_that_is_not_in_every_step_is_a_mean_over_all_of_them(clock, spent):
     meter = Meter()
     timer = PhaseTimer(meter)
-    for seconds in (6, 0):
+    for seconds in spent:
         timer.begin()
         if seconds:
             spend(clock, timer, "generation", before=seconds)

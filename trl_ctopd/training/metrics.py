@@ -117,7 +117,8 @@ class Meter:
 
     def read(self, accelerator) -> dict[str, float]:
         """All figures over all processes, in the order of their names; the meter starts anew. Every process must call
-        it; one that has nothing to say of a figure takes no part in it. A figure without weight is left out."""
+        it; one that has nothing to say of a figure takes no part in it. A figure without weight is left out. The time of a phase,
+        `seconds/*`, is a mean over the steps of `seconds/step`, whether these had the phase or not."""
         found = [pair for names, pairs in self._tensors.items() for pair in zip(names, pairs, strict=True)]
         found += [(name, torch.tensor(pair, dtype=torch.float32)) for name, pair in self._numbers.items()]
         sums: dict[str, torch.Tensor] = {}
@@ -129,5 +130,8 @@ class Meter:
             return {}
         nothing = torch.zeros(2, device=accelerator.device)
         own = torch.stack([sums.get(name, nothing) for name in names])
-        totals = accelerator.reduce(own, reduction="sum").tolist()
-        return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight > 0}
+        totals = dict(zip(names, accelerator.reduce(own, reduction="sum").tolist(), strict=True))
+        if "seconds/step" in totals:  # a phase may be in some steps and on some processes alone
+            steps = totals["seconds/step"][1]
+            totals.update({name: (total, steps) for name, (total, _) in totals.items() if name.startswith("seconds/")})
+        return {name: total / weight for name, (total, weight) in totals.items() if weight > 0}
