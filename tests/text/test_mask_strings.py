@@ -6,7 +6,10 @@ from test_sections import QWEN, aligner_of, rollout, side
 from tokenizers_for_tests import byte_level, gemma_like
 from toys import fix_rollouts
 
-from trl_ctopd.rollouts.pairing import pair
+from trl_ctopd import TextAligner
+from trl_ctopd.looking.viewer.segments import figures
+from trl_ctopd.rollouts.metrics import rollout_metrics
+from trl_ctopd.rollouts.pairing import Prompt, pair
 from trl_ctopd.text.one_tokenizer import OneTokenizer
 from trl_ctopd.text.sections import SectionAligner
 
@@ -78,3 +81,17 @@ def test_a_run_counts_what_is_masked_and_the_teacher_reads_it_all_the_same(build
 def test_what_is_no_list_of_strings_is_refused(build, strings):
     with pytest.raises(ValueError, match="mask_strings must be a list of strings"):
         build(mask_strings=strings)
+
+
+@pytest.mark.parametrize(
+    ("strings", "held"),
+    [(["is the", "the sum"], "is the sum"), (["is the sum", "the", "sum"], "is the sum"), (["the the"], "the the the")],
+    ids=["overlapping", "nested", "with itself"],
+)
+def test_bytes_that_several_strings_hold_count_once(strings, held):
+    student, teacher = byte_level(), gemma_like()
+    ids = student.encode(f"Dogs {held} of two", add_special_tokens=False)
+    aligner = TextAligner(student, teacher, masked_strings=strings)
+    [found] = pair([Prompt([1], [2])], [ids], aligner, turn_ends={})
+    assert rollout_metrics([found])["masked_bytes/markup"] == (len(held), sum(found.student_widths))
+    assert figures([found.alignment])["masked_bytes"] == {"markup": len(held)}

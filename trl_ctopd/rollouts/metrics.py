@@ -1,9 +1,18 @@
 """Metrics of completions before they are scored: (sum, weight) each, which add up over micro-batches and processes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from ..text.altered_text import REASONS
+from ..text.altered_text import REASONS, MaskedStretch
 from .pairing import Rollout
+
+
+def num_bytes_in(stretches: Iterable[MaskedStretch]) -> int:
+    """Bytes in at least one of `stretches`, which may overlap."""
+    count = end = 0
+    for stretch in sorted(stretches, key=lambda own: own.start):
+        count += max(0, stretch.end - max(stretch.start, end))
+        end = max(end, stretch.end)
+    return count
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
@@ -13,11 +22,12 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float
     rows = len(rollouts)
     tokens = sum(len(rollout.student_ids) - rollout.num_given for rollout in rollouts)
     num_bytes = sum(rollout.student_widths.sum() for rollout in rollouts)
-    masked = {reason: 0 for reason in REASONS}
-    for rollout in rollouts:
-        for stretch in rollout.alignment.masked:
-            if stretch.reason != "tool":
-                masked[stretch.reason] += stretch.end - stretch.start
+    masked = {
+        reason: sum(
+            num_bytes_in(own for own in rollout.alignment.masked if own.reason == reason) for rollout in rollouts
+        )
+        for reason in REASONS
+    }
     return {
         "alignment/masked_fraction": (
             sum((rollout.student_chunks < 0).sum() - rollout.num_given for rollout in rollouts),

@@ -23,6 +23,7 @@ from ..text.sections import SectionAligner, aligner_of
 from ..text.token_bytes import token_table
 from ..text.turns import ANSWER, CALLS, Form, Turn, read_turn
 from .frames import Frame, Prompt
+from .metrics import num_bytes_in
 
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Respeller:
         written, _, parsed = found
         self._tell_of_controls("".join(written[a:b] for kind, a, b in parsed.sections if kind != CALLS))
         whole = self._sections(ids, ended, found, theirs, ours)
-        left_out = sum(own.end - own.start for own in whole.alignment.masked if own.reason in self._left_out)
+        left_out = num_bytes_in(own for own in whole.alignment.masked if own.reason in self._left_out)
         prompt = prompt if whole.on_tail else prompt.before_reference()
         return Respelled(prompt, [*whole.opening, *whole.alignment.teacher.ids], size, left_out)
 

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from ...rollouts.metrics import num_bytes_in
 from ...text.aligner import TextAlignment
 from ...text.altered_text import REASONS
 from .visible import graphemes, is_rtl, num_bytes
@@ -195,8 +196,9 @@ def figures(alignments: Iterable[TextAlignment]) -> dict:
         counts["one_to_one_chunks"] += int(((sizes[0] == 1) & (sizes[1] == 1)).sum())
         covered += int((alignment._spans[:, 1] - alignment._spans[:, 0]).sum())
         inside = [count + len(chunks) for count, chunks in zip(inside, sides, strict=True)]
-        for stretch in alignment.masked:
-            masked[stretch.reason] = masked.get(stretch.reason, 0) + stretch.end - stretch.start
+        for reason in dict.fromkeys(stretch.reason for stretch in alignment.masked):
+            stretches = (stretch for stretch in alignment.masked if stretch.reason == reason)
+            masked[reason] = masked.get(reason, 0) + num_bytes_in(stretches)
     return {
         **counts,
         "coverage": _share(covered, counts["bytes"]),
