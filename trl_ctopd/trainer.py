@@ -301,10 +301,11 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
                     loss = loss + self.router_aux_loss_coef * batch.imbalance / self.current_gradient_accumulation_steps
             self._meters[mode].add(metrics)
             if batch.old_log_probs is None:  # the student has not been updated since it wrote
-                if inputs["on_policy"]:
+                on_policy, closings_told = inputs["on_policy"], inputs.get("tells_closings")
+                if on_policy:
                     self._meters[mode].add(sampling_metrics(batch, entropy))
-                closings_told = inputs.get("tells_closings")
-                self._meters[mode].add(chunk_metrics(batch, entropy, inputs["padding_rows"], closings_told))
+                metrics = chunk_metrics(batch, entropy, inputs["padding_rows"], closings_told, on_policy)
+                self._meters[mode].add(metrics)
                 if model.training and self.args.rollout_reuse > 1:
                     self._pending.old_scores[inputs["index"]] = batch.policy_scores
                 if self.args.log_completions or reports_of(self):

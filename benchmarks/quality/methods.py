@@ -65,6 +65,9 @@ LOGGED = (
     "alignment/masked_fraction",
     "completions/mean_length",
     "completions/truncated_fraction",
+    "given/gap/nats_per_byte",
+    "given/completions/mean_length",
+    "given/completions/truncated_fraction",
 )
 
 

@@ -261,6 +261,27 @@ def test_padding_rows_of_the_last_batch_are_marked_and_not_scored(make, process,
     assert metrics["completions/truncated_fraction"][1] == marked.count(False)
 
 
+@pytest.mark.parametrize("draws", [[0.1, 0.9], [0.9, 0.9], [0.1, 0.2]], ids=["both", "given", "own"])
+def test_lengths_of_given_text_are_figures_of_their_own(make, draws):
+    source = make(lmbda=0.5)
+    source.lmbda_draws = lambda step, count: draws
+    batches, figures = source.roll_out(None, window([2, 3], [4]), 0, "train", untimed)
+    for prefix, on in (("", True), ("given/", False)):
+        texts = [text for batch in batches if batch["on_policy"] == on for text in completions(batch)]
+        assert figures[f"{prefix}completions/mean_length"] == (sum(map(len, texts)), len(texts))
+        assert figures[f"{prefix}completions/truncated_fraction"] == (0 if on else len(texts), len(texts))
+
+
+def test_only_text_whose_loss_reads_how_chunks_close_can_be_unclosed(make, monkeypatch):
+    source = make(lmbda=0.5)
+    source.lmbda_draws = lambda step, count: [0.1, 0.9]
+    source._continuations = lambda on: {"one": None, "two": None} if on else {}
+    monkeypatch.setattr(module, "unclosed", lambda rollout, tables: rollout.num_chunks - 1)
+    monkeypatch.setattr(module, "add_going_on", lambda batch, rollouts, tables: None)
+    _, metrics = source.roll_out(None, window([2, 3], [4, 5, 6]), 0, "train", untimed)
+    assert metrics["closing/unclosed_fraction"] == (2, 2)
+
+
 def test_padding_rows_count_neither_as_unclosed_nor_for_what_a_teacher_left_out(make, monkeypatch):
     [prompts] = window([2, 3, 4])
     prompts[1:] = [replace(prompt, is_padding=True) for prompt in prompts[1:]]

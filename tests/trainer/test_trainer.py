@@ -197,6 +197,31 @@ def test_mixed_draws_depend_on_seed_and_step_alone(build):
     assert trainer.rollouts.lmbda_draws(1, 4) != first
 
 
+def test_figures_of_text_that_the_student_did_not_write_have_names_of_their_own(build):
+    names = {
+        "gap/nats_per_byte",
+        "student/nats_per_byte",
+        "teacher/nats_per_byte",
+        "entropy",
+        "completions/mean_length",
+    }
+
+    def logged(lmbda, *draws) -> dict[str, float]:
+        settings = {"gradient_accumulation_steps": len(draws), "train_sampling_strategy": "sequential"}
+        trainer = fix_rollouts(build(lmbda=lmbda, per_device_train_batch_size=2, **settings))
+        trainer.rollouts.lmbda_draws = lambda step, count: list(draws)
+        trainer.train()
+        log = trainer.state.log_history[0]
+        return {name: log[name] for name in log if name.removeprefix("given/") in names}
+
+    own, given = logged(1.0, 0.1), logged(0.0, 0.1)
+    assert set(own) == names and set(given) == {f"given/{name}" for name in names}
+    for alone, draws in ((own, (0.1, 0.9)), (given, (0.9, 0.1))):
+        both = logged(0.5, *draws)
+        assert set(both) == {*own, *given}
+        assert {name: both[name] for name in alone} == pytest.approx(alone, rel=1e-5)
+
+
 def test_evaluation_is_on_policy_repeatable_and_leaves_training_alone(build):
     trained = [
         weights(trainer)

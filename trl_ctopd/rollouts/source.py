@@ -228,16 +228,17 @@ class RolloutSource:
                     for prompt in prompts
                 ]
                 self.ahead.begin(model, own, step + 1, step)
+        kinds = [on for prompts, on in zip(window, on_policy, strict=True) for _ in prompts]
         prompts, (completions, sampled) = [prompt for prompt, _ in drawn], zip(*(own for _, own in drawn), strict=True)
         with phase("alignment"):
             rollouts = self._teachers.pair(prompts, completions)
-        figures = {**figures, **of_ahead, **rollout_metrics(rollouts)}
+        figures = {**figures, **of_ahead, **rollout_metrics(rollouts, kinds)}
         rewards = None
         if self._judges is not None and (mode == "train" or args.rewards_in_evaluation):
             with phase("rewards"):
-                rewards, rollouts = self._judged(rollouts, window, on_policy, repeats, mode, figures)
+                rewards, rollouts = self._judged(rollouts, kinds, repeats, mode, figures)
         with phase("teacher"):
-            by_row = [self._continuations(on) for prompts, on in zip(window, on_policy, strict=True) for _ in prompts]
+            by_row = [self._continuations(on) for on in kinds]
             with_hidden = any(map(self._reads_distributions, on_policy))
             by_batch = self._rows(rollouts, window, on_policy)
             wanted = [row for rows in by_batch for row in rows]
@@ -246,16 +247,15 @@ class RolloutSource:
                 rollouts, told = early_stop.masked(rollouts, sampled, readings, step)
                 figures.update(told)
 
-        batches, names, count_unclosed = [], list(self._teachers.seats), 0
+        batches, names, are_unclosed = [], list(self._teachers.seats), []
         for index, (rows, on) in enumerate(zip(by_batch, on_policy, strict=True)):
             own, tables = [rollouts[row] for row in rows], self._continuations(on)
             reads_distributions = self._reads_distributions(on)
             if tables:
                 own = [without_undecided(rollout, tables) for rollout in own]
                 last = [unclosed(rollout, tables) for rollout in own]
-                count_unclosed += sum(
-                    chunk >= 0 for rollout, chunk in zip(own, last, strict=True) if not rollout.prompt.is_padding
-                )
+                real = [not rollout.prompt.is_padding for rollout in own]
+                are_unclosed += [chunk >= 0 for chunk, is_real in zip(last, real, strict=True) if is_real]
                 if not reads_distributions:
                     own = [without(rollout, chunk) for rollout, chunk in zip(own, last, strict=True)]
             batch = collate(own, self._student.tokenizer.pad_token_id, args.pad_to_multiple_of)
@@ -290,23 +290,21 @@ class RolloutSource:
         return batches, {
             **figures,
             "off_policy_fraction": (on_policy.count(False), len(on_policy)),
-            "closing/unclosed_fraction": (count_unclosed, sum(not prompt.is_padding for prompt in prompts)),
+            "closing/unclosed_fraction": (sum(are_unclosed), len(are_unclosed)),
         }
 
     def _judged(
         self,
         rollouts: list[Rollout],
-        window: Sequence[Sequence[Prompt]],
-        on_policy: Sequence[bool],
+        kinds: Sequence[bool],
         size: int,
         mode: str,
         figures: dict[str, tuple[float, float]],
     ) -> tuple[torch.Tensor | None, list[Rollout]]:
         """(N,) the rewards' part of each completion's advantage, 0 for text that the student did not write, None in evaluation;
-        and the rollouts without what is wrong. Adds to `figures`."""
+        and the rollouts without what is wrong. `kinds`: whether the student wrote each. Adds to `figures`."""
         judges, rewards = self._judges, None
         if judges.reward:
-            kinds = [on for prompts, on in zip(window, on_policy, strict=True) for _ in prompts]
             rows, rewards = [row for row, on in enumerate(kinds) if on], torch.zeros(len(rollouts))
             if rows:
                 own = [rollouts[row] for row in rows]

@@ -30,6 +30,7 @@ def chunk_metrics(
     entropy: torch.Tensor,
     padding_rows: torch.Tensor | None = None,
     closings_told: torch.Tensor | None = None,
+    on_policy: bool = True,
 ) -> Metrics:
     """
     The figures every method shares. Log-probs of the turn's end count, its zero bytes do not; neutralised chunks, and those of
@@ -40,6 +41,8 @@ def chunk_metrics(
         entropy (`torch.Tensor` of shape (B, S)): of the student's next-token distribution, in nats.
         padding_rows (`torch.BoolTensor` of shape (B,), *optional*): True for padding rows, which count nowhere.
         closings_told (`torch.BoolTensor` of shape (B,), *optional*): True for rows whose `teacher_close_log_probs` are told; `None`: for all.
+        on_policy (`bool`, defaults to `True`): whether the student wrote the text. If not, the names of the gap, of the two models' nats
+            and of the entropy begin with `given/`.
 
     Returns:
         `gap/nats_per_byte`: student minus teacher log-prob of the text, the sampled reverse KL a byte; the two models'
@@ -70,10 +73,12 @@ def chunk_metrics(
             counted &= closings_told.to(counted.device)[:, None]
         closed = {"closing/teacher_nats_per_chunk": (-after.masked_fill(~counted, 0).sum(), counted.sum())}
     rows = torch.ones_like(unscored) if padding_rows is None else ~padding_rows
+    whose = "" if on_policy else "given/"
     return {
-        "gap/nats_per_byte": (-gap.sum(), num_bytes),
-        "student/nats_per_byte": (student_nats, num_bytes),
-        "teacher/nats_per_byte": (student_nats - gap.sum(), num_bytes),
+        f"{whose}gap/nats_per_byte": (-gap.sum(), num_bytes),
+        f"{whose}student/nats_per_byte": (student_nats, num_bytes),
+        f"{whose}teacher/nats_per_byte": (student_nats - gap.sum(), num_bytes),
+        f"{whose}entropy": ((entropy * scored).sum(), scored.sum()),
         "alignment/one_to_one_fraction": (((m == 1) & (k == 1)).sum(), scored.sum()),
         "alignment/student_tokens_per_chunk": (m.sum(), chunks),
         "alignment/teacher_tokens_per_chunk": (k.sum(), chunks),
@@ -82,7 +87,6 @@ def chunk_metrics(
         "teacher/impossible_fraction": (impossible.sum(), chunks),
         **spelled,
         **closed,
-        "entropy": ((entropy * scored).sum(), scored.sum()),
     }
 
 
