@@ -139,7 +139,7 @@ SETTINGS_IF_CHANGED = (
 )
 PICTURE = "learning_curve.png"
 OURS = re.compile(
-    r"(gap|student|teacher|alignment|masked_bytes|advantage|ratio|completions|loss|closing|reverse_kl|gold|escd|xtoken|cdm|early_stop)/.+|entropy|loss"
+    r"(given|gap|student|teacher|alignment|masked_bytes|advantage|ratio|completions|loss|closing|reverse_kl|gold|escd|xtoken|cdm|early_stop)/.+|entropy|loss"
 )
 METRICS = {
     "loss": "what was minimised",
