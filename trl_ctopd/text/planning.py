@@ -188,9 +188,8 @@ def opening_of(student: Turn, teacher: Turn, cut: Callable[[str], Sequence[str]]
     on_tail = all(literal.startswith(teacher.tail) for literal in theirs.values())
     if on_tail:
         theirs = {kinds: literal.removeprefix(teacher.tail) for kinds, literal in theirs.items()}
-    beside = [
-        kinds for kinds in kept if kinds[0] not in lost[kinds]
-    ]  # what stands before a thought that is lost takes no part
+    # what stands before a thought that is lost takes no part
+    beside = [kinds for kinds in kept if kinds[0] not in lost[kinds]]
 
     def parted(shared: str) -> frozenset[tuple[str, ...]]:
         one_sided = {kinds for kinds in beside if (own[kinds] == "") != (theirs[kinds] == shared)}
