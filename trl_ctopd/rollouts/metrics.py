@@ -1,18 +1,9 @@
 """Metrics of completions before they are scored: (sum, weight) each, which add up over micro-batches and processes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from ..text.altered_text import REASONS, MaskedStretch
+from ..text.altered_text import REASONS, num_bytes_in
 from .pairing import Rollout
-
-
-def num_bytes_in(stretches: Iterable[MaskedStretch]) -> int:
-    """Bytes in at least one of `stretches`, which may overlap."""
-    count = end = 0
-    for stretch in sorted(stretches, key=lambda own: own.start):
-        count += max(0, stretch.end - max(stretch.start, end))
-        end = max(end, stretch.end)
-    return count
 
 
 def rollout_metrics(

@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from ..text.aligner import TextAligner
+from ..text.altered_text import num_bytes_in
 from ..text.chat import Speaker
 from ..text.one_tokenizer import is_one_tokenizer
 from ..text.parsing import named, symbols
@@ -23,7 +24,6 @@ from ..text.sections import SectionAligner, aligner_of
 from ..text.token_bytes import token_table
 from ..text.turns import ANSWER, CALLS, Form, Turn, read_turn
 from .frames import Frame, Prompt
-from .metrics import num_bytes_in
 
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ Letters: K texts, which are parts of the bytes `data`. Their N tokens, one text 
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 
@@ -38,6 +38,15 @@ class MaskedStretch:
     start: int
     end: int
     reason: str
+
+
+def num_bytes_in(stretches: Iterable[MaskedStretch]) -> int:
+    """Bytes in at least one of `stretches`, which may overlap."""
+    count = end = 0
+    for stretch in sorted(stretches, key=lambda own: own.start):
+        count += max(0, stretch.end - max(stretch.start, end))
+        end = max(end, stretch.end)
+    return count
 
 
 def read_altered(

@@ -7,9 +7,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from ...rollouts.metrics import num_bytes_in
 from ...text.aligner import TextAlignment
-from ...text.altered_text import REASONS
+from ...text.altered_text import REASONS, num_bytes_in
 from .visible import graphemes, is_rtl, num_bytes
 
 
