@@ -97,8 +97,7 @@ class CrossTokenizerGKDConfig(GKDConfig):
         default=128,
         metadata={
             "help": "Longest completion in tokens. A longer one is cut off, has no turn end to learn from, and counts in "
-            "completions/truncated_fraction. References are cut off there too"
-            " (given/completions/truncated_fraction)."
+            "completions/truncated_fraction. References are cut off there too (given/completions/truncated_fraction)."
         },
     )
     beta: float = field(

@@ -9,6 +9,7 @@ from toys import fix_rollouts, prompts, student_model, student_tokenizer, teache
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from trl_ctopd.looking.samples import Sample, Samples, show
+from trl_ctopd.losses import ScoredChunks
 
 
 @pytest.fixture
@@ -148,10 +149,8 @@ def test_rows_kept_are_no_views_of_a_whole_batch():
         "teacher_places": torch.zeros(5, dtype=torch.long),
         "frames": [""] * 5,
     }
-    batch = type("Batch", (), {})()
-    batch.student_log_probs = batch.teacher_log_probs = -torch.ones(5, 9)
-    batch.scorable, batch.without_gap = torch.ones(2, 5, 3, dtype=torch.bool)
-    batch.student_chunks = batch.teacher_chunks = batch.student_widths = torch.zeros(5, 9, dtype=torch.long)
+    log_probs, chunks = -torch.ones(5, 9), torch.zeros(5, 9, dtype=torch.long)
+    batch = ScoredChunks(log_probs, log_probs, chunks, chunks, chunks, 3)
     samples = Samples()
     samples.keep(inputs, batch, 2)
     assert len(samples) == 2

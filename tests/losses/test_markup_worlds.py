@@ -132,6 +132,16 @@ class Templates:
         return own.expected_gradient(closed, student_logits)
 
 
+def check_expectation(own: Templates):
+    """The expected gradient of `reverse_kl` is that of closed chunks, away from the teacher."""
+    student = moved(own.world, by=0.5)
+    expected = own.gradient("dpca", student, advantage_clip=None)
+    assert expected.abs().max() > 0.05
+    for top_k in (None, 8):
+        found = own.gradient("reverse_kl", student, advantage_clip=None, top_k=top_k)
+        assert (found - expected).abs().max() < 1e-10
+
+
 def thoughts(markup: Markup, letters: str) -> list[str]:
     words = ["".join(word) for size in (1, 2) for word in itertools.product(letters, repeat=size)]
     words = [word for word in words if word.strip()]  # one of whitespace alone is none
@@ -216,11 +226,7 @@ def test_a_perfect_student_stays_where_only_what_follows_tells_what_markup_was(l
 
 @pytest.mark.parametrize("name", BEGUN_ALIKE)
 def test_the_expectation_is_that_of_closed_chunks_where_only_what_follows_tells_what_markup_was(name):
-    own = with_and_without_thoughts(name)
-    student = moved(own.world, by=0.5)
-    expected, found = (own.gradient(loss, student, advantage_clip=None) for loss in ("dpca", "reverse_kl"))
-    assert expected.abs().max() > 0.05
-    assert (found - expected).abs().max() < 1e-10
+    check_expectation(with_and_without_thoughts(name))
 
 
 SEVERAL_STOPS = {
@@ -251,11 +257,7 @@ def test_held_alone_against_all_of_the_teachers_end_each_stop_token_moves_it(nam
 
 @pytest.mark.parametrize("name", SEVERAL_STOPS)
 def test_the_expectation_is_that_of_closed_chunks_with_several_stop_tokens(name):
-    own = with_several_stops(name)
-    student = moved(own.world, by=0.5)
-    expected, found = (own.gradient(loss, student, advantage_clip=None) for loss in ("dpca", "reverse_kl"))
-    assert expected.abs().max() > 0.05
-    assert (found - expected).abs().max() < 1e-10
+    check_expectation(with_several_stops(name))
 
 
 ONE_SIDED = {  # a turn is an answer, or a thought and one, and one side alone has markup before one of them
@@ -308,25 +310,13 @@ def test_a_perfect_student_thinks_as_often_as_its_teacher_where_one_side_alone_h
 
 @pytest.mark.parametrize("name", ONE_SIDED)
 def test_the_expectation_is_that_of_closed_chunks_where_one_side_alone_has_markup_before_an_answer(name):
-    own = with_one_sided_openings(name)
-    student = moved(own.world, by=0.5)
-    expected = own.gradient("dpca", student, advantage_clip=None)
-    assert expected.abs().max() > 0.05
-    for top_k in (None, 8):
-        found = own.gradient("reverse_kl", student, advantage_clip=None, top_k=top_k)
-        assert (found - expected).abs().max() < 1e-10
+    check_expectation(with_one_sided_openings(name))
 
 
 @pytest.mark.parametrize("letters", LETTERS)
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_expectation_is_that_of_closed_chunks_whatever_markup_the_two_templates_have(name, letters):
-    own = world(name, letters)
-    student = moved(own.world, by=0.5)
-    expected = own.gradient("dpca", student, advantage_clip=None)
-    assert expected.abs().max() > 0.05
-    for top_k in (None, 8):
-        found = own.gradient("reverse_kl", student, advantage_clip=None, top_k=top_k)
-        assert (found - expected).abs().max() < 1e-10
+    check_expectation(world(name, letters))
 
 
 @pytest.mark.parametrize("letters", LETTERS)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from ..losses import ScoredChunks
-from ..losses.credit import chunk_sum, gaps, spread
+from ..losses.credit import chunk_sum, gaps
 from ..rollouts.pairing import Rollout
 from .viewer.visible import legible
 
@@ -72,8 +72,7 @@ class Samples:
             inputs["lengths"],
             batch.student_log_probs.detach(),
             batch.teacher_log_probs,
-            batch.student_chunks.masked_fill(spread(batch.without_gap, batch.student_chunks), -1),
-            batch.teacher_chunks.masked_fill(spread(batch.without_gap, batch.teacher_chunks), -1),
+            *batch.compared_chunks,
             batch.student_widths,
             batch.scorable,
             inputs["teacher_places"],

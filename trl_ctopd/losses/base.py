@@ -157,6 +157,12 @@ class ScoredChunks:
         last = number.new_full((len(self.student_chunks),), -1) if self.unclosed is None else self.unclosed
         return number == last.to(number.device)[:, None]
 
+    @property
+    def compared_chunks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`student_chunks` (B, S) and `teacher_chunks` (B, T), with -1 for those `without_gap` too."""
+        student, teacher = self.student_chunks, self.teacher_chunks
+        return tuple(own.masked_fill(spread(self.without_gap, own), -1) for own in (student, teacher))
+
     def teacher_sum(self, values: torch.Tensor) -> torch.Tensor:
         """(B, T) in, sums over each chunk (B, C) out."""
         return chunk_sum(values, self.teacher_chunks, self.num_chunks)

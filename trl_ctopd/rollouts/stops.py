@@ -20,15 +20,15 @@ def add_other_stops(batch: dict, rollouts: Sequence[Rollout], alike: Callable[[R
     Args:
         alike: of a rollout, for each stop token the others with which a text ends alike.
     """
-    length, ids = batch["input_ids"].shape[1], batch["input_ids"]
-    found = []
+    length, found = batch["input_ids"].shape[1], []
     for row, rollout in enumerate(rollouts):
-        others = alike(rollout)
-        for column in (batch["student_chunks"][row] >= 0).nonzero()[:, 0].tolist() if others else ():
-            found += [(row, column - length, other) for other in others.get(int(ids[row, column + 1]), ())]
+        others, begin = alike(rollout), len(rollout.prompt.student_ids) - 1 - length
+        for place, token in enumerate(rollout.student_ids if others else ()):
+            if token in others and rollout.student_chunks[place] >= 0:
+                found += [(row, begin + place, other) for other in others[token]]
     if found:
-        batch["scored_ends"], batch["other_stops"] = torch.tensor(found).T.split([2, 1])
-        batch["other_stops"] = batch["other_stops"][0]
+        *ends, batch["other_stops"] = torch.tensor(found).T
+        batch["scored_ends"] = torch.stack(ends)
 
 
 def with_other_stops(log_probs: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

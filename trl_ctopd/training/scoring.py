@@ -112,10 +112,11 @@ class Scorer:
             )
         count = scored.shape[1]
         log_probs, entropy = (on_grid(values[:count], scored, inputs["input_ids"]) for values in scores[:2])
-        drawn = log_probs
+        of_other_stops = torch.zeros_like(log_probs)  # what these add to the log-probs of the tokens that were drawn
         if len(stops):
             others = on_grid(scores[0][told:].exp(), inputs["scored_ends"], inputs["input_ids"], add=True)
-            log_probs = with_other_stops(log_probs, others)
+            drawn, log_probs = log_probs, with_other_stops(log_probs, others)
+            of_other_stops = (log_probs - drawn).detach()
         close = scores[3]
         if close is not None:
             mixes, close = "close_weights" in inputs, close[:told]
@@ -150,13 +151,12 @@ class Scorer:
             batch.reference_teacher_log_probs = own[0]
             metrics = {**metrics, **{f"reference_{name}": pair for name, pair in own[2].items()}}
         if "sampled_log_probs" in inputs:
-            sampled = inputs["sampled_log_probs"].to(log_probs.device) + (log_probs - drawn).detach()
+            sampled = inputs["sampled_log_probs"].to(log_probs.device) + of_other_stops
             batch.importance, of_sampling = importance(batch, sampled, self._args.vllm_importance_sampling_clip_max)
             metrics = {**metrics, **of_sampling}
         if self._reference is not None and inputs["on_policy"]:
-            targets = inputs["input_ids"][scored[0], scored[1] + 1]
-            found = self._reference.log_probs(model, **_rows(inputs, scored), targets=targets)
-            batch.reference_log_probs = on_grid(found, scored, inputs["input_ids"]) + (log_probs - drawn).detach()
+            found = self._reference.log_probs(model, **_rows(inputs, scored), targets=targets[:count])
+            batch.reference_log_probs = on_grid(found, scored, inputs["input_ids"]) + of_other_stops
         if on_distributions:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
             hidden = unpacked(inputs["packed"], states[0]) if "packed" in inputs else states[0]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...losses import DPCA, LOSSES, ScoredChunks, loss_name
-from ...losses.credit import gaps, shares, spread
+from ...losses.credit import gaps, shares
 from ...rollouts.pairing import Rollout
 from ...text.aligner import AlignedTokens, TextAlignment
 from ...text.altered_text import MaskedStretch
@@ -156,7 +156,7 @@ class ScoredRollout(Shown):
         first = len(rollout.prompt.student_ids) - 1
         own, theirs = slice(first, first + len(rollout.student_ids)), slice(len(rollout.teacher_ids))
         close, teacher_close = batch.close_log_probs, batch.teacher_close_log_probs
-        chunks = batch.student_chunks.masked_fill(spread(batch.without_gap, batch.student_chunks), -1)
+        chunks, _ = batch.compared_chunks
         return cls.from_log_probs(
             as_compared(alignment_of(rollout), chunks[row, own].tolist()),
             batch.student_log_probs[row, own].tolist(),
