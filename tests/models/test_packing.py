@@ -71,9 +71,13 @@ def model_of(name: str, dtype: torch.dtype = torch.float64, **settings) -> PreTr
 
 
 def texts(seed: int, prompts: int = 3, generations: int = 4, longest: int = 9) -> tuple[list, list]:
-    """Prompts, the first of one token, and completions of unlike length, some of them empty; not in the order of the prompts."""
+    """Prompts, the first of one token, each of the others like one before it for a while, or all of it and more; and completions of unlike
+    length, some of them empty; not in the order of the prompts."""
     draw = random.Random(seed)
-    ids = [[draw.randrange(VOCAB) for _ in range(1 if n == 0 else draw.randint(1, 12))] for n in range(prompts)]
+    ids = [[draw.randrange(VOCAB)]]
+    for _ in range(prompts - 1):
+        before = draw.choice(ids)
+        ids.append(before[: draw.randint(0, len(before))] + [draw.randrange(VOCAB) for _ in range(draw.randint(1, 8))])
     rows = [
         (own, [draw.randrange(VOCAB) for _ in range(draw.randint(0, longest))])
         for own in ids
@@ -113,7 +117,7 @@ def test_what_a_token_sees_is_its_own_text_up_to_itself(always, seed):
     packed = Packer(10**6)(prompts, completions, length + 30, multiple=3)
     assert packed is not None
     assert packed["input_ids"].shape[1] % 24 == 0
-    seen = attention_mask_of(packed["pieces"], torch.float64)[:, 0] == 0
+    seen = attention_mask_of(packed["ends"], torch.float64)[:, 0] == 0
     assert seen.any(-1).all(), "a softmax over nothing is NaN"
     width = packed["input_ids"].shape[1]
     assert packed["places"].shape == (len(rows), length + 30)
@@ -273,6 +277,13 @@ def packed_shape(prompts: list[list[int]], counts: list[int], hidden: int) -> tu
 def test_a_prompt_that_rows_share_is_read_once():
     one, two = list(range(40)), list(range(1, 41))
     assert packed_shape([one, two] * 4, [10] * 8, 512) == (2, 80)
+
+
+def test_what_prompts_begin_with_alike_is_read_once_a_row():
+    system = list(range(200))
+    assert packed_shape([[*system, n, n] for n in range(8)], [10] * 8, 512) == (1, 296)
+    kinds = [[kind, *system, n] for kind in (1, 2) for n in range(8)]
+    assert packed_shape(random.Random(0).sample(kinds, 16), [10] * 16, 512) == (2, 296)
 
 
 @pytest.mark.parametrize(

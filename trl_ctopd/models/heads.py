@@ -81,7 +81,7 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
 
     With `routed` (B, L), True for the tokens that count, a mixture of experts also returns its own auxiliary loss for load
     balancing (Switch Transformers, arXiv 2101.03961, equations 4 to 6). With `going_on=(rows, ids)` (2, K), the scores also
-    hold the log-prob that none of `ids` is drawn at its row among the n (see [`ClosingLogProbFunction`]). With `pieces` and
+    hold the log-prob that none of `ids` is drawn at its row among the n (see [`ClosingLogProbFunction`]). With `ends` and
     `position_ids` the rows are packed (see `packing.Packed`). All other calls work as before. Call this before the model is wrapped.
 
     Args:
@@ -93,17 +93,17 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
     outputs = ("entropy",) if entropy else ()
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
-    def forward(self, *args, scored=None, targets=None, routed=None, going_on=None, pieces=None, **kwargs):
+    def forward(self, *args, scored=None, targets=None, routed=None, going_on=None, ends=None, **kwargs):
         if scored is None:
             return original(*args, **kwargs)
         kwargs["use_cache"] = False
         if routed is not None:
             kwargs["output_router_logits"] = True
-        if pieces is not None:
-            autocast = torch.is_autocast_enabled(pieces.device.type)
+        if ends is not None:
+            autocast = torch.is_autocast_enabled(ends.device.type)
             own = self.get_input_embeddings().weight.dtype
-            dtype = torch.get_autocast_dtype(pieces.device.type) if autocast else own
-            kwargs["attention_mask"] = attention_mask_of(pieces, dtype)
+            dtype = torch.get_autocast_dtype(ends.device.type) if autocast else own
+            kwargs["attention_mask"] = attention_mask_of(ends, dtype)
         output = self.base_model(*args, **kwargs)
         states, imbalance = output.last_hidden_state, None
         if routed is not None:
@@ -139,14 +139,11 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
     model.forward = types.MethodType(forward, model)
 
 
-def attention_mask_of(pieces: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(P, 1, W, W) what to add to the attention scores of packed rows (see `packing.Packed`): 0 where a token is seen, else the
-    least number of `dtype`, in which all layers share it. A token sees those before it of its own piece and of the one that
-    this continues."""
-    own, before = (piece[:, :, None] for piece in pieces)
-    seen = pieces[0][:, None, :]
-    hidden = (own != seen).logical_and_(before != seen)
-    hidden |= torch.ones(hidden.shape[1:], dtype=torch.bool, device=hidden.device).triu_(1)
+def attention_mask_of(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(P, 1, W, W) what to add to the attention scores of packed rows, whose tokens are seen up to `ends` (P, W) (see `packing.Packed`): 0
+    where a token is seen, else the least number of `dtype`, in which all layers share it."""
+    places = torch.arange(ends.shape[1], device=ends.device)
+    hidden = (places[:, None] >= ends[:, None, :]).logical_or_(places[:, None] < places)
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)[
         :, None
     ]

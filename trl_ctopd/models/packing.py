@@ -1,7 +1,9 @@
-"""Rows packed for one forward pass: several completions of a prompt share it, and short rows share the space that padding took.
+"""Rows packed for one forward pass: completions share their prompt, prompts share what they begin with alike (a system message, tools,
+examples), and short rows share the space that padding took.
 
-A packed row is one or more prompts, each followed by completions of it. Every token keeps the position that it has in its own
-text, and sees its own prompt and its own completion alone, so that its hidden state and the gradients are those of padded rows.
+A packed row is a tree of texts, written depth first: a token comes after those before it in its text, and what continues it follows
+before anything else does. Every token keeps the position that it has in its own text, and sees that text alone, so that its hidden
+state and the gradients are those of padded rows.
 
 Decisions
 - What is packed, and how tightly, is decided by counts alone (`Packer`): the products of a forward pass, of which attention grows
@@ -9,11 +11,12 @@ Decisions
 - Only the forward pass is packed. Whatever reads its scores asks by row and column of the padded grid.
 - A model is packed for only if a trial at the start gives the hidden states of padded rows.
 
-Left out: kernels that read rows of unlike length without padding (flash attention's), and prompts that only begin alike.
+Left out: kernels that read rows of unlike length without padding (flash attention's), and completions that begin alike.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TypedDict
 
 import numpy as np
@@ -23,6 +26,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .beginnings import begin_alike
 from .heads import attention_mask_of, base_model
 from .sharding import SHARDING
 
@@ -32,6 +36,7 @@ logger = get_logger(__name__)
 # of products and of tokens, below which rows are padded: with a mask, a token takes up to a fifth more memory, for keys and values
 # that are repeated for every head, and counts say no more of a machine's time
 _LEAST_SAVED = 0.2
+_WIDER = 0.95  # of the products of narrower rows: what is less than that saved, counts cannot tell
 _TRIAL = 7  # tokens of the longest row of a trial
 _ALIGNED = 8  # CUDA's kernel would copy a mask of another width in every layer
 # of hidden states, relative: in bfloat16 two pretrained models differ by 0.04, and by 0.8 where tokens see another's completion
@@ -44,21 +49,20 @@ class Packed(TypedDict):
 
     Keys:
         input_ids, position_ids (P, W): each token, and its position in its own text; 0 where nothing is left to pack.
-        pieces (2, P, W): the number of the prompt or completion that a token belongs to, and of the one that this continues
-            (of a completion its prompt, otherwise itself). -1 where nothing is left to pack.
+        ends (P, W): the column after the last token that sees this one. What sees a token lies between the two.
         places (B, L): index of each token of the padded rows into the flattened packed ones; 0 for padding.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    pieces: torch.Tensor
+    ends: torch.Tensor
     places: torch.Tensor
 
 
 def packed_inputs(packed: Packed, scored: torch.Tensor) -> dict[str, torch.Tensor]:
     """What `add_token_scores` takes, for `scored` (2, n) of the padded rows: row, and column counted from the end."""
     width, places = packed["input_ids"].shape[1], packed["places"][tuple(scored)]
-    rows = {name: packed[name] for name in ("input_ids", "position_ids", "pieces")}
+    rows = {name: packed[name] for name in ("input_ids", "position_ids", "ends")}
     return {**rows, "scored": torch.stack([places // width, places % width - width])}
 
 
@@ -94,68 +98,110 @@ class Packer:
         if longest > self._reach:
             return None
         least = (1 - _LEAST_SAVED) * len(rows) * length * (linear + length)
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for row in sorted(range(len(rows)), key=lambda row: -rows[row][1]):
-            groups.setdefault(rows[row][0], []).append(row)
-        whole = max(len(prompt) + sum(rows[row][1] for row in own) for prompt, own in groups.items())
-        found, widths = None, range(longest, max(whole, 2 * longest) + 1, max(1, longest // 2))
-        for capacity in sorted({*widths, whole}):
-            bins = _bins(groups, [count for _, count in rows], capacity)
+        prompts = _Prompts([prompt for prompt, _ in rows], [count for _, count in rows])
+        found = None
+        for capacity in prompts.capacities(longest):
+            bins = prompts.bins(capacity)
             width = -(-max(size for size, _ in bins) // multiple) * multiple
             cells = len(bins) * width
             saved = len(rows) * length - cells
             products = cells * (linear + 2 * width)
             fits = saved >= _LEAST_SAVED * len(rows) * length and cells * width <= 8 * self._hidden_size * saved
             if products <= least and fits:
-                found, least = ([own for _, own in bins], width), products
+                found, least = ([own for _, own in bins], width), _WIDER * products
         return found
 
 
-def _bins(groups: dict, counts: Sequence[int], capacity: int) -> list[tuple[int, list[list[int]]]]:
-    """Rows of equal prompts, put into as few bins of `capacity` tokens as is easily found: the longest first, each into the first
-    bin that has room. A prompt whose completions do not fit into one bin is read again. Each bin with its size."""
-    parts = []
-    for prompt, rows in groups.items():
-        shares: list[list] = []
-        for row in rows:
-            share = next((own for own in shares if own[0] + counts[row] <= capacity), None)
-            if share is None:
-                shares.append(share := [len(prompt), []])
-            share[0] += counts[row]
-            share[1].append(row)
-        parts += shares
-    bins: list[list] = []
-    for size, rows in sorted(parts, key=lambda part: -part[0]):
-        own = next((own for own in bins if own[0] + size <= capacity), None)
-        if own is None:
-            bins.append(own := [0, []])
-        own[0] += size
-        own[1].append(rows)
-    return [tuple(own) for own in bins]
+class _Prompts:
+    """
+    The different prompts of rows, in alphabetical order.
+
+    Attributes:
+        rows: of each prompt, those that have it, the longest completion first.
+        shared (n, n): with how many tokens two of them begin alike.
+    """
+
+    def __init__(self, prompts: Sequence[tuple[int, ...]], counts: Sequence[int]):
+        own: dict[tuple[int, ...], list[int]] = {}
+        for row in sorted(range(len(prompts)), key=lambda row: -counts[row]):
+            own.setdefault(prompts[row], []).append(row)
+        order = sorted(own)
+        self.rows, self._lengths, self._counts = [own[prompt] for prompt in order], list(map(len, order)), counts
+        alike = [begin_alike(one, other) for one, other in pairwise(order)]
+        self.shared = np.diag(self._lengths)
+        for place in range(len(alike)):
+            self.shared[place, place + 1 :] = self.shared[place + 1 :, place] = np.minimum.accumulate(alike[place:])
+
+    def capacities(self, longest: int) -> list[int]:
+        """Widths to try: from the longest row's to that of all rows in one, with those in which a prompt has all its completions."""
+        all_of_one = max(
+            length + sum(self._counts[row] for row in rows)
+            for length, rows in zip(self._lengths, self.rows, strict=True)
+        )
+        together = sum(self._counts) + sum(self._lengths) - int(np.diag(self.shared, 1).sum())
+        widths, width = (
+            {*range(longest, max(all_of_one, 2 * longest) + 1, max(1, longest // 2)), all_of_one},
+            2 * longest,
+        )
+        while width < together:
+            widths, width = {*widths, width}, width * 3 // 2
+        return sorted({*widths, max(together, longest)})
+
+    def bins(self, capacity: int) -> list[tuple[int, list[list[int]]]]:
+        """
+        Rows of equal prompts, put into as few bins of `capacity` tokens as is easily found: the largest first, each where there is room,
+        beside the prompt with which it shares most. A prompt whose completions do not fit into one bin is read again. Each bin with its size.
+        """
+        parts = []
+        for prompt, rows in enumerate(self.rows):
+            shares: list[list] = []
+            for row in rows:
+                share = next((own for own in shares if own[0] + self._counts[row] <= capacity), None)
+                if share is None:
+                    shares.append(share := [self._lengths[prompt], [], prompt])
+                share[0] += self._counts[row]
+                share[1].append(row)
+            parts += shares
+        bins: list[list] = []
+        for size, rows, prompt in sorted(parts, key=lambda part: -part[0]):
+            shares = [int(self.shared[prompt, own[2]].max()) for own in bins]
+            room = [place for place, own in enumerate(bins) if own[0] + size - shares[place] <= capacity]
+            if room:
+                place = max(room, key=lambda place: shares[place])
+                bins[place][0] += size - shares[place]
+                bins[place][1].append(rows)
+                bins[place][2].append(prompt)
+            else:
+                bins.append([size, [rows], [prompt]])
+        return [(size, own) for size, own, _ in bins]
 
 
 def _filled(bins: list[list[list[int]]], width: int, prompts, completions, length: int) -> Packed:
     ids, positions = np.zeros((2, len(bins), width), dtype=np.int64)
-    pieces = np.full((2, len(bins), width), -1)
+    ends = np.tile(np.arange(1, width + 1), (len(bins), 1))
     places = np.zeros((len(prompts), length), dtype=np.int64)
-    piece = 0
     for number, groups in enumerate(bins):
-        end = 0
-        for rows in groups:
-            prompt, own, size = prompts[rows[0]], piece, len(prompts[rows[0]])
-            start = number * width + end
-            for text, before, row in [(prompt, 0, None), *((completions[row], size, row) for row in rows)]:
-                cells = slice(end, end + len(text))
-                ids[number, cells] = text
-                positions[number, cells] = np.arange(before, before + len(text))
-                pieces[0, number, cells], pieces[1, number, cells] = piece, own
-                if row is not None:
-                    places[row, :size] = np.arange(start, start + size)
-                    places[row, size : size + len(text)] = number * width + np.arange(end, end + len(text))
+        end, before, path = 0, (), np.zeros(0, dtype=np.int64)  # the prompt before, and the columns of its tokens
+        for rows in sorted(groups, key=lambda rows: tuple(prompts[rows[0]])):
+            prompt = tuple(prompts[rows[0]])
+            alike = begin_alike(before, prompt)
+            ends[number, path[alike:]] = end
+            for text, start, row in [
+                (prompt[alike:], alike, None),
+                *((completions[row], len(prompt), row) for row in rows),
+            ]:
+                columns = np.arange(end, end + len(text))
+                ids[number, columns] = text
+                positions[number, columns] = np.arange(start, start + len(text))
                 end += len(text)
-                piece += 1
-    ids, positions, pieces, places = map(torch.from_numpy, (ids, positions, pieces, places))
-    return Packed(input_ids=ids, position_ids=positions, pieces=pieces, places=places)
+                if row is None:
+                    before, path = prompt, np.concatenate([path[:alike], columns])
+                else:
+                    ends[number, columns] = end
+                    places[row, : start + len(text)] = number * width + np.concatenate([path, columns])
+        ends[number, path] = end
+    ids, positions, ends, places = map(torch.from_numpy, (ids, positions, ends, places))
+    return Packed(input_ids=ids, position_ids=positions, ends=ends, places=places)
 
 
 def packer_for(side: str, model: nn.Module, accelerator) -> Packer | None:
@@ -167,7 +213,7 @@ def packer_for(side: str, model: nn.Module, accelerator) -> Packer | None:
         reason = "it may be sharded"
     elif any(config.is_prompt_learning for config in adapters):
         reason = "its adapter has virtual tokens"
-    elif any(getattr(config, "alora_invocation_tokens", None) for config in adapters):
+    elif is_activated(model):
         reason = "its adapter begins after the last invocation of a row"
     else:
         reason = _unlike(inner)
@@ -175,6 +221,12 @@ def packer_for(side: str, model: nn.Module, accelerator) -> Packer | None:
         logger.info(f"The {side} reads padded rows, each with its own prompt: {reason}.")
         return None
     return Packer(inner.get_input_embeddings().weight.shape[1], _reach(inner.config.get_text_config()))
+
+
+def is_activated(model: nn.Module) -> bool:
+    """Whether it has an activated LoRA, which PEFT applies from a row's last invocation on (of the ids that a call is given)."""
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    return any(getattr(config, "alora_invocation_tokens", None) for config in adapters)
 
 
 def _unlike(model: PreTrainedModel) -> str | None:
@@ -213,14 +265,14 @@ def _reach(config: PreTrainedConfig) -> float:
 
 @torch.no_grad()
 def _trial(model: PreTrainedModel) -> str | None:
-    """Why the model fails a trial: two prompts, of which one has two completions, packed and each by itself."""
+    """Why the model fails a trial: two prompts that begin alike, of which one has two completions, packed and each by itself."""
     embeddings = model.get_input_embeddings().weight
     if embeddings.device.type == "meta":
         return "its weights are offloaded"
     ids = (torch.arange(1, 17) * 7919 % len(embeddings)).tolist()
-    prompts, completions = [ids[:3], ids[:3], ids[3:4]], [ids[4:8], ids[8:10], ids[10:16]]
+    prompts, completions = [ids[:3], ids[:3], [ids[0], ids[3]]], [ids[4:8], ids[8:10], ids[10:15]]
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    packed = _filled([[[0, 1], [2]]], 18, prompts, completions, _TRIAL)
+    packed = _filled([[[0, 1], [2]]], 16, prompts, completions, _TRIAL)
     training, kwargs = model.training, {"use_cache": False}
     model.eval()
     try:
@@ -229,7 +281,7 @@ def _trial(model: PreTrainedModel) -> str | None:
             for row in rows
         ]
         own = {name: packed[name].to(embeddings.device) for name in ("input_ids", "position_ids")}
-        mask = attention_mask_of(packed["pieces"].to(embeddings.device), embeddings.dtype)
+        mask = attention_mask_of(packed["ends"].to(embeddings.device), embeddings.dtype)
         together = model.base_model(**own, attention_mask=mask, **kwargs).last_hidden_state.flatten(0, 1)
     except Exception as error:  # of any kind: what code of others says of a mask of four dimensions
         return f"{type(model).__name__} does not take packed rows ({type(error).__name__}: {error})"

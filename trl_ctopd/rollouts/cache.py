@@ -1,6 +1,8 @@
 """The KV cache that a model writes with: transformers' own, grown in blocks, so that a token is not paid for with a copy of all
 keys and values before it."""
 
+from collections.abc import Sequence
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -57,6 +59,17 @@ def growing_cache(model: PreTrainedModel) -> Cache | None:
 def can_join(cache: Cache) -> bool:
     """Whether rows of `cache` can be padded."""
     return all(type(layer) is GrowingLayer for layer in cache.layers)
+
+
+def continued(cache: Cache, beginning: Cache, gaps: Sequence[int]) -> Cache:
+    """The empty `cache` with the first columns of rows that begin with the one row of `beginning`, each after a gap of padding. There are as many
+    columns as it has tokens."""
+    columns = torch.arange(beginning.get_seq_length())
+    tokens = (columns - torch.tensor(gaps)[:, None]).clamp(min=0)
+    for layer, begun in zip(cache.layers, beginning.layers, strict=True):
+        places = tokens.to(begun.keys.device)
+        layer.update(*(part[0][:, places].transpose(0, 1) for part in (begun.keys, begun.values)))
+    return cache
 
 
 def joined(caches: list[Cache]) -> Cache:

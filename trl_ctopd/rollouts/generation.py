@@ -5,7 +5,8 @@ Decisions
 - Only the run's own settings shape the distribution.
 - Rows that have ended leave the batch. Whenever half of the rows have ended, the call ends, and the others continue in a
   new call: from their KV cache or, where a model keeps more than plain keys and values, after reading their text again.
-- Equal prompts are read once, and their cache is copied to all their rows. On a CPU prompts of like length are read together.
+- Equal prompts, and what unlike ones begin with alike, are read once, and their cache is copied to all their rows. On a CPU prompts of
+  like length are read together.
 - A LoRA adapter is merged while the student writes (`merge_adapter_for_generation`). In half precision the merged weights are
   rounded otherwise than the two parts that are scored. The log-probs that tokens were sampled with are then recorded, so that the
   difference is logged and weighs the advantages, as with vLLM. This needs sampling that only a temperature shapes.
@@ -42,17 +43,21 @@ from transformers.generation import ContinuousBatchingConfig, GenerateDecoderOnl
 from trl.models.utils import unwrap_model_for_generation
 
 from ..config import CrossTokenizerGKDConfig
+from ..models.beginnings import families
 from ..models.heads import base_model
 from ..models.merging import mergeable, merged
+from ..models.packing import is_activated, turning_length
 from ..models.products import packed
 from ..models.sharding import gathered_under_fsdp, is_sharded
-from .cache import can_join, growing_cache, has_virtual_tokens, is_plain, joined
+from .cache import can_join, continued, growing_cache, has_virtual_tokens, is_plain, joined
 from .pairing import Prompt, of_like_length, pad_rows
 
 
 Written = tuple[list[int], list[float] | None]
 Choose = Callable[[torch.Tensor], torch.Tensor]
 Ended = Callable[[int, list[int]], None]
+# tokens of a prompt that are read in the time of a further call; on a GPU an estimate, which has not been measured
+_CALL, _CALL_ELSEWHERE = 32, 8192
 _STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
 # the name of the cache in what `generate` takes and returns: transformers 5.24 renamed it
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
@@ -362,7 +367,7 @@ def _generate(
     processors = [recorder] if recorder is not None else []
     processors += [_Chosen(choose)] if choose is not None else []
     if rows_leave:
-        cache = _begun(model, sequences, mask, config)
+        cache = _begun(model, prompts, config, device)
     while True:
         if rows_leave:
             criteria = StoppingCriteriaList([_HalfHaveEnded(stop_ids, len(rows))])
@@ -404,40 +409,54 @@ def _selected(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cach
 
 
 def _begun(
-    model: PreTrainedModel, sequences: torch.Tensor, mask: torch.Tensor, config: GenerationConfig
+    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, device: torch.device
 ) -> Cache | None:
     """
-    The cache to begin with. It holds all but the last token of each prompt where equal prompts are thus read once, or, on a CPU,
-    prompts of unlike length without most of their padding; otherwise it is empty. `None` where the model keeps other state.
-
-    Args:
-        sequences, mask: (B, L) prompts, padded on the left.
+    The cache to begin with. It holds all but the last token of each prompt, padded on the left, where what prompts have in common is thus
+    read once, or, on a CPU, prompts of unlike length without most of their padding; otherwise it is empty, and so it is for an adapter that
+    has to be shown the whole prompt. `None` where the model keeps other state.
     """
-    cache, width = growing_cache(model), mask.shape[1]
-    different, place = torch.cat([mask, sequences], 1).unique(dim=0, return_inverse=True)
-    lengths = different[:, :width].sum(1).tolist()
-    if cache is None or min(lengths) < 2:
+    cache, texts = growing_cache(model), sorted({tuple(prompt[:-1]) for prompt in prompts})
+    if cache is None or not texts[0] or is_activated(model):
         return cache
-    groups = [list(range(len(lengths)))]
-    if sequences.device.type == "cpu" and can_join(cache):  # elsewhere padding is cheaper than further calls
-        groups = of_like_length(lengths)
-    if len(groups) == 1 and len(different) == len(sequences):
+    worth, joins = _CALL if device.type == "cpu" else _CALL_ELSEWHERE, can_join(cache)
+    reach = turning_length(
+        base_model(model).config.get_text_config()
+    )  # in a longer text a beginning is encoded otherwise
+    alike = families(texts, worth) if joins and max(map(len, texts)) <= reach else []
+    others = sorted({*range(len(texts))}.difference(*(rows for rows, _ in alike)))
+
+    def together(rows: Sequence[int], begun: int) -> list[list[int]]:
+        if device.type != "cpu" or not joins:  # padding is cheaper than further calls
+            return [list(rows)]
+        return [
+            [rows[own] for own in group] for group in of_like_length([worth + len(texts[row]) - begun for row in rows])
+        ]
+
+    groups = [(together(rows, begun), begun) for rows, begun in [*alike, *([(others, 0)] if others else [])]]
+    if len(texts) == len(prompts) and len(groups) == len(groups[0][0]) == 1 and not alike:
         return cache
-    call, parts = _greedy(config), []  # which draws nothing
+    call, parts, order = _greedy(config), [], []  # which draws nothing
     call.update(max_new_tokens=1, return_dict_in_generate=True)
-    for group in groups:
-        own, ids = different[group, :-1].split([width, width - 1], dim=1)
-        own, begin = own[:, :-1], width - max(lengths[row] for row in group)
-        output = model.generate(
-            input_ids=ids[:, begin:],
-            attention_mask=own[:, begin:],
-            generation_config=call,
-            synced_gpus=False,  # by default true where weights are sharded, and processes have unlike numbers of groups
-            **{CACHE: growing_cache(model)},
-        )
-        parts.append(getattr(output, CACHE))
-    where = torch.tensor(sum(groups, [])).argsort()
-    return _selected(model, joined(parts), where.to(place.device)[place])
+
+    def read(rows: list[Sequence[int]], mask: list[list[int]], cache: Cache) -> Cache:
+        ids, mask = (torch.tensor(own, device=device) for own in (rows, mask))
+        # by default `synced_gpus` is true where weights are sharded, and processes have unlike numbers of groups
+        own = {"generation_config": call, "synced_gpus": False, CACHE: cache}
+        return getattr(model.generate(input_ids=ids, attention_mask=mask, **own), CACHE)
+
+    for family, begun in groups:
+        begin = texts[family[0][0]][:begun]
+        beginning = read([begin], [[1] * begun], growing_cache(model)) if begun else None
+        for group in family:
+            gaps = [max(len(texts[other]) for other in group) - len(texts[row]) for row in group]
+            rows = [[*[config.pad_token_id] * gap, *texts[row]] for row, gap in zip(group, gaps, strict=True)]
+            mask = [[0] * gap + [1] * len(texts[row]) for row, gap in zip(group, gaps, strict=True)]
+            own = growing_cache(model)
+            parts.append(read(rows, mask, own if beginning is None else continued(own, beginning, gaps)))
+            order += group
+    place = {texts[row]: number for number, row in enumerate(order)}
+    return _selected(model, joined(parts), torch.tensor([place[tuple(prompt[:-1])] for prompt in prompts]))
 
 
 def _greedy(config: GenerationConfig) -> GenerationConfig:
