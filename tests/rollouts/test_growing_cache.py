@@ -154,11 +154,10 @@ def test_an_activated_adapter_is_shown_prompts_whole(ends):
 @torch.no_grad()
 def test_what_a_long_text_encodes_otherwise_is_read_with_it(monkeypatch):
     """With longrope a beginning by itself would be encoded as a short text."""
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    limits = {"max_position_embeddings": 512, "original_max_position_embeddings": 64, "rope_parameters": rope}
-    config = transformers.Phi3Config(**{**SHAPE, "num_attention_heads": 4, **limits})
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope |= {"original_max_position_embeddings": 64, "factor": 2.0}
     torch.manual_seed(0)
-    model = transformers.Phi3ForCausalLM(config).double().eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, rope_parameters=rope)).double().eval()
     for parameter in model.parameters():
         parameter.normal_(0, 0.15)
     prompts = [[*BEGIN, *PROMPTS[own], *PROMPTS[own + 1], 12] for own in (0, 2)]
