@@ -114,7 +114,8 @@ def plan(
         if n and n - 1 in lost and thought_policy == "text":
             literal = literal or "\n\n"
         after_lost = n > 0 and n - 1 in lost
-        leads = n == 0 and begun is not None and bridges and (begin == end) != (literal == "")
+        # where the student writes none, its first token of text is what decides on the form, whatever is done with markup
+        leads = n == 0 and begun is not None and (begin == end) != (literal == "") and (bridges or begin == end)
         if leads:
             units.append(Unit(begin, end, literal, False, leads=True))
         elif not kept and begin == end and not after_lost:

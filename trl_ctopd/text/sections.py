@@ -122,7 +122,7 @@ class SectionAligner:
         )
         after = parsed.marks[-1][1] - parsed.marks[-1][0] if len(parsed.marks) > len(parsed.sections) else 0
         if is_plain and after <= ended:
-            begun = self._opening(student, teacher) if teacher and self._bridges else None
+            begun = self._opening(student, teacher) if teacher else None
             if begun is None or (ANSWER,) not in begun.parted:
                 return None
         return written, widths, parsed
