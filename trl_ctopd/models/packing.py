@@ -139,13 +139,16 @@ class _Prompts:
             for length, rows in zip(self._lengths, self.rows, strict=True)
         )
         together = sum(self._counts) + sum(self._lengths) - int(np.diag(self.shared, 1).sum())
-        widths, width = (
-            {*range(longest, max(all_of_one, 2 * longest) + 1, max(1, longest // 2)), all_of_one},
-            2 * longest,
-        )
+        widths = {
+            *range(longest, max(all_of_one, 2 * longest) + 1, max(1, longest // 2)),
+            all_of_one,
+            max(together, longest),
+        }
+        width = 2 * longest
         while width < together:
-            widths, width = {*widths, width}, width * 3 // 2
-        return sorted({*widths, max(together, longest)})
+            widths.add(width)
+            width = width * 3 // 2
+        return sorted(widths)
 
     def bins(self, capacity: int) -> list[tuple[int, list[list[int]]]]:
         """
@@ -164,15 +167,15 @@ class _Prompts:
             parts += shares
         bins: list[list] = []
         for size, rows, prompt in sorted(parts, key=lambda part: -part[0]):
-            shares = [int(self.shared[prompt, own[2]].max()) for own in bins]
-            room = [place for place, own in enumerate(bins) if own[0] + size - shares[place] <= capacity]
-            if room:
-                place = max(room, key=lambda place: shares[place])
-                bins[place][0] += size - shares[place]
-                bins[place][1].append(rows)
-                bins[place][2].append(prompt)
-            else:
+            alike = [int(self.shared[prompt, prompts].max()) for _, _, prompts in bins]
+            room = [place for place, own in enumerate(bins) if own[0] + size - alike[place] <= capacity]
+            if not room:
                 bins.append([size, [rows], [prompt]])
+                continue
+            place = max(room, key=lambda place: alike[place])
+            bins[place][0] += size - alike[place]
+            bins[place][1].append(rows)
+            bins[place][2].append(prompt)
         return [(size, own) for size, own, _ in bins]
 
 
