@@ -25,6 +25,11 @@ EOS_POLICIES = ("bridge", "mask")
 THOUGHT_POLICIES = ("mask", "text")
 EARLY_STOPS = ("kat", "random", "growing")
 GENERATION_BACKENDS = ("auto", "transformers", "transformers_compiled", "transformers_continuous")
+# how the names of evaluation figures end that are the better the lower they are
+LOWER_IS_BETTER = (
+    "nats_per_byte", "completions/truncated_fraction", "completions/empty_fraction", "tools/failure_frequency",
+    "tools/unanswered_fraction", "teacher/failed_fraction",
+)  # fmt: skip
 _OWNED_BY_TRAINER = {
     "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p", "do_sample", "num_beams", "use_cache",
     "eos_token_id", "pad_token_id", "num_return_sequences", "return_dict_in_generate",
@@ -82,6 +87,14 @@ class CrossTokenizerGKDConfig(GKDConfig):
         metadata={
             "help": "Longest prompt plus completion in student tokens. None: the student's context. A prompt that leaves "
             "no room for `max_new_tokens` is an error (or see `overlong_prompts`); prompts are never truncated."
+        },
+    )
+
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether `metric_for_best_model` is the better the higher it is. None: False for the gap, other figures in nats a "
+            "byte, and shares of what failed, was cut off or is empty; else as in transformers, False for names that end in 'loss'."
         },
     )
 
@@ -571,6 +584,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
     def __post_init__(self):
         set_bf16(self)
         check_numbers(self, CrossTokenizerGKDConfig)
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
+            self.greater_is_better = False  # transformers would say True
         super().__post_init__()
         check_choices(
             self,

@@ -1,6 +1,7 @@
 """The settings: copied, pickled and named alike, they stay the settings that they were."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import sys
@@ -192,3 +193,31 @@ def test_stop_strings_are_refused_with_what_ends_a_turn():
 
 def test_a_loss_of_a_built_in_kind_is_saved_whole(build):
     assert pickle.loads(pickle.dumps(config(distillation_loss=ALM()))).distillation_loss == ALM()
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("gap/nats_per_byte", False),
+        ("eval_gap/nats_per_byte", False),
+        ("eval_numbers_given/gap/nats_per_byte", False),
+        ("completions/truncated_fraction", False),
+        ("numbers_loss", False),
+        ("reward", True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["at the start", "a copy"])
+def test_the_best_checkpoint_is_by_default_the_one_with_the_better_figure(metric, greater, kind):
+    args = config(metric_for_best_model=metric)
+    args = args if kind == "at the start" else dataclasses.replace(args)
+    assert args.greater_is_better is greater
+    assert config(metric_for_best_model=metric, greater_is_better=not greater).greater_is_better is not greater
+
+
+def test_the_checkpoint_with_the_smallest_gap_is_kept(build):
+    kept = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": prompts(3), "max_steps": 3}
+    trainer = build(metric_for_best_model="gap/nats_per_byte", **kept, **evaluated)
+    trainer.train()
+    gaps = [own["eval_gap/nats_per_byte"] for own in trainer.state.log_history if "eval_gap/nats_per_byte" in own]
+    assert trainer.state.best_metric == min(gaps) < max(gaps)
