@@ -110,12 +110,13 @@ def test_an_answer_ends_where_the_models_context_does(build, monkeypatch):
         trainer.compare(["What is the sum of " * 30])
 
 
-def test_rows_of_a_dataset_are_prompts_too_and_one_text_alone_is_refused(build):
+def test_rows_of_a_dataset_are_prompts_too_and_none_have_no_answers_and_one_text_alone_is_refused(build):
     trainer = build()
     [row] = trainer.compare([{"prompt": CHAT[0], "completion": [{"role": "assistant", "content": "7"}]}])
     assert row["prompt"] == CHAT[0]
     with pytest.raises(TypeError, match="list of prompts, got the text 'What'"):
         trainer.compare("What")
+    assert trainer.compare([]) == []
 
 
 def test_long_words_and_chinese_are_folded_and_control_characters_are_named(capsys, monkeypatch):

@@ -34,6 +34,8 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
     """See `CrossTokenizerGKDTrainer.compare`."""
     if isinstance(prompts, str):
         raise TypeError(f"compare takes a list of prompts, got the text {prompts!r}: put it in a list.")
+    if not len(prompts):
+        return []
     rows = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
     conversations = [read_example(row) for row in rows]
     limit = trainer.args.max_new_tokens if max_new_tokens is None else max_new_tokens
