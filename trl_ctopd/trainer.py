@@ -266,6 +266,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
     # Loss
 
     def train(self, *args, **kwargs):
+        checks.check_callbacks(self.callback_handler.callbacks)
         self._meters["train"].clear()  # may hold metrics of an earlier run that was interrupted
         with faster_products(self.model, self.accelerator):
             return super().train(*args, **kwargs)

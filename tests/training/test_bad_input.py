@@ -10,6 +10,7 @@ from toys import prompts, student_model, student_tokenizer, teacher_model, teach
 from transformers import AutoModelForCausalLM, Phi3Config
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from trl import LogCompletionsCallback
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.config import GKDConfig
@@ -236,3 +237,13 @@ def test_what_cannot_work_in_several_processes_is_refused(tmp_path, kind, settin
     args = CrossTokenizerGKDConfig(str(tmp_path), use_cpu=True, **settings)
     with pytest.raises(ValueError, match=message):
         check_strategy(args, accelerator)
+
+
+def test_a_callback_that_reads_the_text_of_prompts_is_refused_before_training(build):
+    trainer = build(eval_dataset=prompts(2))
+    callback = LogCompletionsCallback(trainer)
+    trainer.add_callback(callback)
+    with pytest.raises(ValueError, match="LogCompletionsCallback reads .*remove_callback.*set log_completions=True"):
+        trainer.train()
+    trainer.remove_callback(callback)
+    trainer.train()

@@ -12,7 +12,8 @@ from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from trl import LogCompletionsCallback, WeaveCallback
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import AUTO, LOSSES, Metrics, build_loss, loss_name
@@ -410,6 +411,16 @@ def check_trainable(model: nn.Module):
             f"{len(beside)} weights of the base model are trained beside the adapter ({', '.join(beside[:3])}), and no file of the adapter "
             "holds them: `save_model()` leaves them out. Name their modules in the adapter's `modules_to_save`, or freeze them."
         )
+
+
+def check_callbacks(callbacks: Iterable[TrainerCallback]):
+    """Raises `ValueError` for callbacks of TRL that write for the prompts of an unrendered dataset."""
+    for callback in callbacks:
+        if isinstance(callback, LogCompletionsCallback | WeaveCallback):
+            raise ValueError(
+                f"{type(callback).__name__} reads the text of prompts from the evaluation dataset, of which this trainer keeps their ids: remove it "
+                "(`trainer.remove_callback`), and set log_completions=True, which logs what the student writes."
+            )
 
 
 def check_learns(loss: torch.Tensor):
