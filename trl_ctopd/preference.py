@@ -38,6 +38,7 @@ from .config import (
 )
 from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
+from .models.activated import without_backward
 from .models.heads import base_model, context_of
 from .models.loading import by_name, check_vocabulary, load_tokenizer
 from .models.products import faster_products
@@ -148,8 +149,8 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
     on the preference and one on its opposite, a chunk's weight depends on the difference between their log-probs.
 
     Overrides of `DPOTrainer`: `_prepare_dataset` (two conversations), `_precompute_ref_logps` (the teacher's columns),
-    `_compute_loss` (a weight for each token) and `train` (a resumed run keeps the day that its prompts write). All else is
-    inherited.
+    `_compute_loss` (a weight for each token), `prediction_step` (see `without_backward`) and `train` (a resumed run keeps the day that
+    its prompts write). All else is inherited.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
@@ -436,6 +437,10 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         weights = inputs.pop("completion_weights")
         return super()._compute_loss(_Weighted(model, weights[:, 1:]), inputs, return_outputs)
+
+    def prediction_step(self, *args, **kwargs):
+        with without_backward(self.model):
+            return super().prediction_step(*args, **kwargs)
 
 
 class _PromptDay(TrainerCallback, ExportableState):

@@ -26,6 +26,7 @@ from .looking.run_card import RunCard
 from .looking.samples import Samples
 from .losses import Metrics, ScoredChunks
 from .losses.reference_kl import reference_kl
+from .models.activated import without_backward
 from .models.heads import base_model, head_rows
 from .models.loading import by_name, ensure_pad_token, load_tokenizer
 from .models.packing import packer_for
@@ -159,7 +160,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        checks.check_run(args, self.accelerator, self.model, processing_class, self.train_dataset, self.eval_dataset)
+        data = self.train_dataset, self.eval_dataset, bool(tools)
+        checks.check_run(args, self.accelerator, self.model, processing_class, *data)
         finite.accelerator = self.accelerator
         keep_scores_in_float32(self.accelerator)
         # Trainer counts a step's tokens only for models that take loss kwargs. The loss here always needs the count.
@@ -341,7 +343,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         timer = self._timers["eval"]
         timer.begin()
         [batch] = self._roll_out(model, [self.rollouts.mark_padding_rows(inputs["prompts"])], "eval")
-        with timer("student"), torch.no_grad(), self.compute_loss_context_manager():
+        with timer("student"), torch.no_grad(), without_backward(self.model), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(batch))
         tokens = (batch["student_chunks"] >= 0).sum().item()
         self._meters["eval"].add({"loss": (loss * tokens, torch.tensor(tokens))})  # Trainer's own is a mean over rows

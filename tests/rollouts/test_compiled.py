@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._inductor.config
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from test_generation import PROMPTS, cut, model_of, settings
 from toys import student_model
 from transformers import CompileConfig, TrainerCallback
@@ -119,6 +119,19 @@ def test_a_window_much_shorter_than_the_text_is_kept_to_and_compiled_once(family
         assert max(map(len, expected)) == 24
         assert written(model, prompts, settings(), decode=decode) == expected
     assert len(graphs) == before + 1
+
+
+@torch.no_grad()
+def test_an_activated_adapter_writes_the_text_of_the_uncompiled_step(graphs):
+    prompts = [[*prompt, 5, 6, *prompt[:more]] for prompt, more in zip(PROMPTS[:3], (0, 1, 2), strict=True)]
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[5, 6])
+    model = get_peft_model(model_of("Llama"), config)
+    with_adapter_off = written(model, prompts, settings())
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data = torch.randn(parameter.shape).double() / 2
+    expected = written(model, prompts, settings())
+    assert written(model, prompts, settings(), decode=CompiledDecode(falls_back=False)) == expected != with_adapter_off
 
 
 @torch.no_grad()

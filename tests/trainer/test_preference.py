@@ -407,3 +407,12 @@ def test_an_empty_evaluation_set_of_pairs_and_splits_in_the_place_of_one_are_ref
         build(tmp_path, eval_dataset={"few": pairs().select([])})
     with pytest.raises(TypeError, match="must be a `Dataset`.*got `DatasetDict`: choose one of its splits"):
         build(tmp_path, DatasetDict(train=pairs()))
+
+
+def test_an_evaluation_leaves_nothing_beside_checkpointed_layers_of_an_activated_adapter(tmp_path):
+    invocation = student_tokenizer().encode("<|start|>assistant", add_special_tokens=False)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", alora_invocation_tokens=invocation)
+    evaluated = {"eval_dataset": pairs(2), "eval_strategy": "steps", "eval_steps": 1}
+    trainer = build(tmp_path, peft_config=config, gradient_checkpointing=True, **evaluated)
+    trainer.train()
+    assert trainer.state.global_step == 3

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 
+from .activated import without_backward
 from .sharding import SHARDING
 
 
@@ -113,7 +114,8 @@ class Reference:
             with self._accelerator.autocast():
                 return self._copy.to(inputs["input_ids"].device)(**inputs).log_probs
         student = self._accelerator.unwrap_model(model)
-        with adapter_off(student) if self._start is None else self._as_at_start(student):
+        start = adapter_off(student) if self._start is None else self._as_at_start(student)
+        with start, without_backward(student):
             return model(**inputs).log_probs
 
     @contextmanager

@@ -206,6 +206,8 @@ class CompiledDecode:
             cache = self._caches[size, length]
             _fill(cache, kwargs.pop(CACHE), fill)
             leave = None if size == FEWEST_ROWS else stopping_criteria  # there is no smaller batch to go on in
+            if (offsets := kwargs.get("alora_offsets")) is not None:
+                kwargs["alora_offsets"] = [*offsets, *offsets[-1:] * (size - rows)]
             output = model.generate(
                 input_ids=input_ids[fill],
                 attention_mask=attention_mask[fill],

@@ -43,6 +43,7 @@ from transformers.generation import ContinuousBatchingConfig, GenerateDecoderOnl
 from trl.models.utils import unwrap_model_for_generation
 
 from ..config import CrossTokenizerGKDConfig
+from ..models.activated import activation, invocation_of
 from ..models.beginnings import families
 from ..models.heads import base_model
 from ..models.merging import mergeable, merged
@@ -375,6 +376,7 @@ def _generate(
         call.update(max_new_tokens=width + limit - sequences.shape[1], return_dict_in_generate=True)
         if recorder is not None:
             recorder.begin(rows, sequences.shape[1] - width)
+        begun = [prompts[row] for row in rows.tolist()]
         output = generate(
             input_ids=sequences,
             attention_mask=mask,
@@ -382,6 +384,7 @@ def _generate(
             stopping_criteria=criteria,
             synced_gpus=together,
             logits_processor=LogitsProcessorList(processors) or None,
+            **activation(invocation_of(model), begun, [sequences.shape[1] - width] * len(begun)),
             **{CACHE: cache},
         )
         if recorder is not None:
@@ -487,11 +490,7 @@ def _generate_continuously(
 ) -> list[list[int]]:
     """By continuous batching, with a paged cache: when a row ends, the next prompt begins. `left` is not called: all are returned at
     once."""
-    if has_virtual_tokens(model):
-        raise ValueError(
-            "generation_backend='transformers_continuous' would leave out the virtual tokens of a prompt-learning "
-            "adapter: choose 'transformers'."
-        )
+    check_continuous(model)
     defaults = {
         "seed": int(torch.randint(2**31, ())),
         "max_memory_percent": 0.5,  # the rest is for training
@@ -510,6 +509,19 @@ def _generate_continuously(
             "paged cache."
         )
     return [output.generated_tokens for output in found.values()]
+
+
+def check_continuous(model: nn.Module):
+    """Raises `ValueError` for an adapter that is added in PEFT's own `generate`, which continuous batching does not call."""
+    left_out = None
+    if has_virtual_tokens(model):
+        left_out = "the virtual tokens of a prompt-learning adapter"
+    elif (invocation := invocation_of(model)) is not None:
+        left_out = f"an activated LoRA (alora_invocation_tokens={invocation})"
+    if left_out is not None:
+        raise ValueError(
+            f"generation_backend='transformers_continuous' would leave out {left_out}: choose 'transformers'."
+        )
 
 
 def check_prompt_learning(config: PeftConfig):

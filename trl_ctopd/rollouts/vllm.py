@@ -27,6 +27,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Metrics, ScoredChunks
+from ..models.activated import invocation_of
 from ..models.merging import adapted_where_tied
 from .generation import Written, up_to_stop
 from .pairing import Prompt
@@ -55,6 +56,11 @@ def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
         raise ValueError(
             "use_vllm=True gives the engine the weights with the adapter merged, and a prompt-learning adapter cannot be "
             "merged: choose LoRA, or use_vllm=False."
+        )
+    if (invocation := invocation_of(model)) is not None:
+        raise ValueError(
+            f"use_vllm=True gives the engine the weights with the adapter merged, and an activated LoRA (alora_invocation_tokens={invocation}) "
+            "cannot be merged: choose a plain LoRA, or use_vllm=False."
         )
     if tied := adapted_where_tied(model):
         raise ValueError(

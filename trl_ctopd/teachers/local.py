@@ -16,6 +16,7 @@ import torch
 from accelerate.logging import get_logger
 from transformers import PreTrainedModel
 
+from ..models.activated import activation, invocation_of
 from ..models.closing import in_tile_order
 from ..models.heads import add_token_scores, base_model, hidden_states
 from ..models.loading import load_model, slow_weights, switch_router_logits_off, widen_for_cpu
@@ -105,7 +106,7 @@ class LocalTeacher:
         self._accelerator = accelerator
         self.model = place_teacher(model, accelerator)
         use_faster_products(model, accelerator)
-        self._packer = packer_for("teacher", model, accelerator)
+        self._packer, self._invocation = packer_for("teacher", model, accelerator), invocation_of(model)
         self._turning_length = turning_length(model.config.get_text_config())
         if said := slow_weights("teacher", model):
             logger.warning(f"{said}. Load it with dtype='float32' (teacher_model_init_kwargs), if the memory is there.")
@@ -276,6 +277,7 @@ class LocalTeacher:
             inputs = packed_inputs(packed, asked)
         inputs["targets"] = torch.tensor([*targets, *(token for _, token in ends)], dtype=torch.long)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        inputs |= activation(self._invocation, prompts, [width - len(prompt) for prompt in prompts])
         capture = hidden_states(self.base_model) if with_hidden else nullcontext([])
         if going_on is not None:
             places, ids = zip(*going_on, strict=True)

@@ -18,6 +18,7 @@ from trl import LogCompletionsCallback, WeaveCallback
 from ..config import CrossTokenizerGKDConfig
 from ..losses import AUTO, LOSSES, Metrics, build_loss, loss_name
 from ..losses.compass import Compass
+from ..models.activated import active_tokens, invocation_of
 from ..models.heads import AUTOCAST, base_model, check_head, context_of, has_imbalance
 from ..models.loading import (
     adapter_base,
@@ -37,7 +38,7 @@ from ..redact import redact
 from ..rollouts.ahead import check_ahead
 from ..rollouts.compiled import check_compiled
 from ..rollouts.early_stop import check_early_stop, check_pieces
-from ..rollouts.generation import check_padding, check_prompt_learning
+from ..rollouts.generation import check_continuous, check_padding, check_prompt_learning
 from ..teachers.panel import Panel
 from ..teachers.servers import is_url, is_url_without_scheme
 from ..text.vocabulary import VocabularyPair
@@ -195,13 +196,18 @@ def check_run(
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset | IterableDataset,
     eval_dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None,
+    tools: bool = False,
 ):
-    """Raises `ValueError` for what is known to fail once the run's processes, its student and its data are there."""
+    """Raises `ValueError` for what is known to fail once the run's processes, its student and its data are there. `tools`: whether the
+    student's calls are executed."""
     check_strategy(args, accelerator)
     check_same_data(accelerator, train_dataset, eval_dataset)
     check_trainable(model)
+    check_activated(args, model, train_dataset, tools)
     prepare_quantized(base_model(model), accelerator.autocast)
     check_compiled(model, args, accelerator)
+    if args.generation_backend == "transformers_continuous":
+        check_continuous(model)
     check_padding(model, args)
     warn_of_experts(model)
     warn_of_slow_half(accelerator, model)
@@ -400,8 +406,8 @@ def check_trainable(model: nn.Module):
             f"The student has nothing to train: all {sum(1 for _ in model.parameters())} parameters of its {type(model).__name__} "
             f"are frozen. Before the trainer is built, {way}."
         )
-    invoked = getattr(getattr(model, "active_peft_config", None), "alora_invocation_tokens", None)
-    if invoked and not isinstance(model, PeftModelForCausalLM):
+    invoked = invocation_of(model)
+    if invoked is not None and not isinstance(model, PeftModelForCausalLM):
         raise ValueError(
             f"The student has nothing to train: its adapter begins at {invoked} (alora_invocation_tokens), and PEFT looks for these only "
             f"in a PeftModelForCausalLM, which {type(model).__name__} is not. Set task_type='CAUSAL_LM' in the adapter's configuration."
@@ -410,6 +416,36 @@ def check_trainable(model: nn.Module):
         logger.warning(
             f"{len(beside)} weights of the base model are trained beside the adapter ({', '.join(beside[:3])}), and no file of the adapter "
             "holds them: `save_model()` leaves them out. Name their modules in the adapter's `modules_to_save`, or freeze them."
+        )
+
+
+def check_activated(
+    args: CrossTokenizerGKDConfig, model: nn.Module, dataset: Dataset | IterableDataset, tools: bool = False
+):
+    """Raises `ValueError` where a student with an activated LoRA would write otherwise than it is scored, or where no prompt of the rendered
+    `dataset` activates it. Warns where some do not."""
+    invocation = invocation_of(model)
+    if invocation is None:
+        return
+    if tools or args.early_stop_tokens is not None:
+        asked = "tools" if tools else f"early_stop_tokens={args.early_stop_tokens}"
+        raise ValueError(
+            f"{asked} with an activated LoRA (alora_invocation_tokens={invocation}): the student goes on with its own text in a further call, in "
+            "which the adapter would begin elsewhere than where the whole is scored. Leave one of the two out, or train a plain LoRA."
+        )
+    if not isinstance(dataset, Dataset):
+        return
+    without = sum(not active_tokens(invocation, prompt) for prompt in dataset["prompt_ids"])
+    if without == len(dataset):
+        raise ValueError(
+            f"The student's adapter would never be on: it begins at {invocation} (alora_invocation_tokens), which none of the {without} prompts "
+            "has. Take ids that the chat template writes, such as those of what opens the assistant's turn, encoded with "
+            "add_special_tokens=False."
+        )
+    if without:
+        logger.warning(
+            f"{without} of {len(dataset)} prompts do not have the ids at which the student's adapter begins ({invocation}, "
+            "alora_invocation_tokens): nothing is learned from them."
         )
 
 

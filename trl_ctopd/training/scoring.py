@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Distributions, Metrics, ScoredChunks
+from ..models.activated import activation, invocation_of
 from ..models.heads import AUTOCAST, add_token_scores, base_model, hidden_states, lm_head
 from ..models.loading import check_vocabulary, disable_dropout, switch_router_logits_off
 from ..models.packing import packed_inputs, unpacked
@@ -46,10 +47,16 @@ def prepare_student(model: nn.Module, side: Speaker, args: CrossTokenizerGKDConf
     return stop_ids
 
 
-def _rows(inputs: dict, scored: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the student reads of a micro-batch for the scores at `scored`: packed rows where there are any."""
-    packed = inputs.get("packed")
-    return {"input_ids": inputs["input_ids"], "scored": scored} if packed is None else packed_inputs(packed, scored)
+def _rows(model: nn.Module, inputs: dict, scored: torch.Tensor) -> dict[str, torch.Tensor | list[int]]:
+    """What the student `model`, unwrapped, reads of a micro-batch for the scores at `scored`: packed rows where there are any."""
+    if "packed" in inputs:
+        return packed_inputs(inputs["packed"], scored)
+    ids, activated = inputs["input_ids"], {}
+    if (invocation := invocation_of(model)) is not None:
+        lengths = inputs["prompt_lengths"].tolist()
+        prompts = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
+        activated = activation(invocation, prompts, [ids.shape[1] - length for length in lengths])
+    return {"input_ids": ids, "scored": scored, **activated}
 
 
 class Scorer:
@@ -97,7 +104,8 @@ class Scorer:
             What the loss reads; the entropy (B, S) of the student's distributions, in nats; and figures of how the text was
             drawn and read.
         """
-        student, scored = base_model(self._accelerator.unwrap_model(model)), inputs["scored"]
+        unwrapped, scored = self._accelerator.unwrap_model(model), inputs["scored"]
+        student = base_model(unwrapped)
         asked = torch.cat([scored, *(inputs[name] for name in ("scored_again", "scored_ends") if name in inputs)], 1)
         targets = inputs["input_ids"][asked[0], asked[1] + 1]
         stops = inputs["other_stops"] if "other_stops" in inputs else targets[:0]
@@ -105,7 +113,7 @@ class Scorer:
         targets[told:] = stops
         with phase("student"), hidden_states(student) if on_distributions else nullcontext() as states:
             scores = model(
-                **_rows(inputs, asked),
+                **_rows(unwrapped, inputs, asked),
                 targets=targets,
                 **self._routed(inputs),
                 **({"going_on": inputs["going_on"]} if "going_on" in inputs else {}),
@@ -155,7 +163,7 @@ class Scorer:
             batch.importance, of_sampling = importance(batch, sampled, self._args.vllm_importance_sampling_clip_max)
             metrics = {**metrics, **of_sampling}
         if self._reference is not None and inputs["on_policy"]:
-            found = self._reference.log_probs(model, **_rows(inputs, scored), targets=targets[:count])
+            found = self._reference.log_probs(model, **_rows(unwrapped, inputs, scored), targets=targets[:count])
             batch.reference_log_probs = on_grid(found, scored, inputs["input_ids"]) + of_other_stops
         if on_distributions:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
