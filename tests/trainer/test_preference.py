@@ -296,6 +296,14 @@ def test_pairs_of_a_run_that_has_taken_its_steps_are_learned_no_further_when_it_
     assert "Nothing is left to train: the checkpoint has taken 1 steps" in caplog.text
 
 
+def assert_same_rows(mine, other):
+    """Prompts, and the teacher's log-probs of the answers to them, which round otherwise where other rows were read beside them."""
+    assert mine.column_names == other.column_names
+    for name in mine.column_names:
+        of_numbers = "log" in name
+        assert mine[:][name] == (pytest.approx(other[:][name], rel=1e-4, abs=1e-4) if of_numbers else other[:][name])
+
+
 @pytest.mark.parametrize("asked", ["by name", "the newest"])
 def test_pairs_of_a_run_that_is_resumed_on_another_day_go_on_with_the_day_it_began(
     tmp_path, caplog, monkeypatch, asked
@@ -317,12 +325,12 @@ def test_pairs_of_a_run_that_is_resumed_on_another_day_go_on_with_the_day_it_beg
         (late.train_dataset, whole.train_dataset),
         (late.eval_dataset["few"], whole.eval_dataset["few"]),
     ):
-        assert mine[:] == other[:], "prompts, and the teacher's log-probs of the answers to them"
+        assert_same_rows(mine, other)
     assert "began on 2024-02-29, so its prompts go on to say 2024-02-29 and not 2024-03-01" in caplog.text
     Calendar.now = date(2024, 3, 2)
     later = build(tmp_path / "run", max_steps=4, **settings)
     later.train(resume_from_checkpoint=True)
-    assert later.train_dataset[:] == whole.train_dataset[:], "the first day, however often a run is resumed"
+    assert_same_rows(later.train_dataset, whole.train_dataset)  # of the first day, however often a run is resumed
 
 
 @pytest.mark.parametrize(
