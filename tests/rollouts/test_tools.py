@@ -546,7 +546,9 @@ def test_figures_of_completions_count_no_token_of_a_tool():
     call = called("qwen2_5", a_call("add", {"a": 2, "b": 3}))
     prompt, (ids, _), _ = conversed("qwen2_5", "llama3_2", call, said("qwen2_5", "Five."))
     figures = rollout_metrics([paired("qwen2_5", "llama3_2", prompt, ids)])
-    assert figures["completions/mean_length"] == (len(call) + len(said("qwen2_5", "Five.")), 1)
+    written = [*call, *said("qwen2_5", "Five.")]
+    assert figures["completions/mean_length"] == (len(written), 1)
+    assert figures["masked_bytes/markup"][1] == len(side("qwen2_5").tokenizer.decode(written[:-1]).encode())
     assert figures["alignment/masked_fraction"][0] == 0
 
 

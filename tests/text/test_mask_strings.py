@@ -90,8 +90,24 @@ def test_what_is_no_list_of_strings_is_refused(build, strings):
 )
 def test_bytes_that_several_strings_hold_count_once(strings, held):
     student, teacher = byte_level(), gemma_like()
-    ids = student.encode(f"Dogs {held} of two", add_special_tokens=False)
+    text = f"Dogs {held} of two"
+    ids = student.encode(text, add_special_tokens=False)
     aligner = TextAligner(student, teacher, masked_strings=strings)
     [found] = pair([Prompt([1], [2])], [ids], aligner, turn_ends={})
-    assert rollout_metrics([found])["masked_bytes/markup"] == (len(held), sum(found.student_widths))
+    assert rollout_metrics([found])["masked_bytes/markup"] == (len(held), len(text))
     assert figures([found.alignment])["masked_bytes"] == {"markup": len(held)}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "policies", "reason", "count"),
+    [
+        ("gptoss", {"markup_policy": "mask"}, "markup", len(QWEN) - len("Two.Four.<|im_end|>")),
+        ("phi3", {}, "thought", len("<think>\nTwo.\n</think>")),
+    ],
+)
+def test_the_share_of_masked_bytes_is_one_of_all_that_the_student_wrote_its_markup_by_name(
+    teacher, policies, reason, count
+):
+    found = rollout("qwen3", teacher, QWEN, **policies)
+    assert rollout_metrics([found])[f"masked_bytes/{reason}"] == (pytest.approx(count, abs=2), len(QWEN))
+    assert sum(found.student_widths) < count

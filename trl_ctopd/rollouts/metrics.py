@@ -19,7 +19,7 @@ def rollout_metrics(
     rollouts = [rollout for rollout, _ in real]
     rows = len(rollouts)
     tokens = sum(len(rollout.student_ids) - rollout.num_given for rollout in rollouts)
-    num_bytes = sum(rollout.student_widths.sum() for rollout in rollouts)
+    num_bytes = sum(rollout.alignment.num_bytes for rollout in rollouts)
     masked = {
         reason: sum(
             num_bytes_in(own for own in rollout.alignment.masked if own.reason == reason) for rollout in rollouts

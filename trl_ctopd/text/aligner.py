@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .altered_text import MaskedStretch, read_altered
+from .altered_text import MaskedStretch, num_bytes_in, read_altered
 from .chunks import Side, bounds, synchronized_chunks
 from .token_bytes import TokenTable, token_table
 
@@ -95,6 +95,11 @@ class TextAlignment:
     def chunk_bytes(self) -> list[bytes]:
         """Bytes of each chunk, the same on both sides; index = chunk number."""
         return [self._spelled[start:end] for start, end in self._spans.tolist()]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text in which `masked` are places, without the results of tools."""
+        return len(self._spelled) - num_bytes_in(own for own in self.masked if own.reason == "tool")
 
 
 def align_text(student_ids: Sequence[int], student_tokenizer: Any, teacher_tokenizer: Any) -> TextAlignment:
