@@ -110,7 +110,7 @@ def test_the_entropy_difference_is_that_of_plain_sums():
     generator = torch.Generator().manual_seed(0)
     chunks = torch.tensor([[0, 1, -1], [0, -1, -1]])
     log_probs, entropy = -torch.rand(2, 3, generator=generator), torch.rand(2, 3, generator=generator)
-    batch = ScoredChunks(log_probs, log_probs, chunks, chunks, chunks, 2)
+    batch = ScoredChunks(log_probs / 2, log_probs, chunks, chunks, chunks, 2, drawn_log_probs=log_probs)
     total = sum(
         -log_probs[row, column].item() - entropy[row, column].item() for row, column in ((0, 0), (0, 1), (1, 0))
     )

@@ -48,13 +48,15 @@ class ScoredChunks:
     A micro-batch of completions, written down once and scored by both models.
 
     Args:
-        student_log_probs (`torch.Tensor` of shape (B, S)): log-prob of each student token in nats, with gradient.
+        student_log_probs (`torch.Tensor` of shape (B, S)): log-prob of each student token in nats, with gradient. That of a stop token
+            is of all stop tokens with which the text ends alike.
         teacher_log_probs (`torch.Tensor` of shape (B, T)): log-prob of each teacher token in nats, without.
         student_chunks (`torch.LongTensor` of shape (B, S)): chunk of each student token in its row, -1 for no part.
         teacher_chunks (`torch.LongTensor` of shape (B, T)): chunk of each teacher token in its row, -1 for no part.
         student_widths (`torch.LongTensor` of shape (B, S)): bytes of text each student token spells.
         num_chunks (`int`): C, at least 1 and more than any chunk number.
         student_ids (`torch.LongTensor` of shape (B, S)), teacher_ids (`torch.LongTensor` of shape (B, T)): the tokens.
+        drawn_log_probs (`torch.Tensor` of shape (B, S), *optional*): `student_log_probs` of the tokens that were drawn alone, without gradient.
         old_log_probs (`torch.Tensor` of shape (B, S), *optional*): `student_log_probs` as they were before the first update
             on these completions, where this is a later one.
         importance (`torch.Tensor` of shape (B, S), *optional*): how much likelier each token is under the policy than under
@@ -104,6 +106,7 @@ class ScoredChunks:
     num_chunks: int
     student_ids: torch.Tensor | None = None
     teacher_ids: torch.Tensor | None = None
+    drawn_log_probs: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
     importance: torch.Tensor | None = None
     close_log_probs: torch.Tensor | None = None

@@ -59,6 +59,17 @@ def _rows(model: nn.Module, inputs: dict, scored: torch.Tensor) -> dict[str, tor
     return {"input_ids": ids, "scored": scored, **activated}
 
 
+def _of_ends(found: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S) the log-probs of the tokens alone, and with the other stop tokens with which a text might have ended alike. `found` begins with
+    those of the scored tokens, and ends with those of `other_stops`."""
+    scored, stops = inputs["scored"], inputs.get("other_stops", ())
+    alone = on_grid(found[: scored.shape[1]], scored, inputs["input_ids"])
+    if not len(stops):
+        return alone, alone
+    others = on_grid(found[-len(stops) :].exp(), inputs["scored_ends"], inputs["input_ids"], add=True)
+    return alone, with_other_stops(alone, others)
+
+
 class Scorer:
     """
     Args:
@@ -119,12 +130,8 @@ class Scorer:
                 **({"going_on": inputs["going_on"]} if "going_on" in inputs else {}),
             )
         count = scored.shape[1]
-        log_probs, entropy = (on_grid(values[:count], scored, inputs["input_ids"]) for values in scores[:2])
-        of_other_stops = torch.zeros_like(log_probs)  # what these add to the log-probs of the tokens that were drawn
-        if len(stops):
-            others = on_grid(scores[0][told:].exp(), inputs["scored_ends"], inputs["input_ids"], add=True)
-            drawn, log_probs = log_probs, with_other_stops(log_probs, others)
-            of_other_stops = (log_probs - drawn).detach()
+        drawn, log_probs = _of_ends(scores[0], inputs)
+        entropy = on_grid(scores[1][:count], scored, inputs["input_ids"])
         close = scores[3]
         if close is not None:
             mixes, close = "close_weights" in inputs, close[:told]
@@ -134,6 +141,7 @@ class Scorer:
         teacher_log_probs, likeliest, metrics = self._settled(inputs["teacher_log_probs"], phase)
         batch = ScoredChunks(
             student_log_probs=log_probs,
+            drawn_log_probs=drawn.detach(),
             teacher_log_probs=teacher_log_probs,
             student_chunks=inputs["student_chunks"],
             teacher_chunks=inputs["teacher_chunks"],
@@ -159,12 +167,13 @@ class Scorer:
             batch.reference_teacher_log_probs = own[0]
             metrics = {**metrics, **{f"reference_{name}": pair for name, pair in own[2].items()}}
         if "sampled_log_probs" in inputs:
-            sampled = inputs["sampled_log_probs"].to(log_probs.device) + of_other_stops
+            sampled = inputs["sampled_log_probs"].to(log_probs.device) + (log_probs - drawn).detach()
             batch.importance, of_sampling = importance(batch, sampled, self._args.vllm_importance_sampling_clip_max)
             metrics = {**metrics, **of_sampling}
         if self._reference is not None and inputs["on_policy"]:
-            found = self._reference.log_probs(model, **_rows(unwrapped, inputs, scored), targets=targets[:count])
-            batch.reference_log_probs = on_grid(found, scored, inputs["input_ids"]) + of_other_stops
+            places, tokens = torch.cat([scored, asked[:, told:]], 1), torch.cat([targets[:count], targets[told:]])
+            found = self._reference.log_probs(model, **_rows(unwrapped, inputs, places), targets=tokens)
+            _, batch.reference_log_probs = _of_ends(found, inputs)
         if on_distributions:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
             hidden = unpacked(inputs["packed"], states[0]) if "packed" in inputs else states[0]

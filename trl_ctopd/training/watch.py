@@ -59,10 +59,11 @@ def are_finite(model: nn.Module) -> bool:
 def sampling_metrics(batch: ScoredChunks, entropy: torch.Tensor) -> Metrics:
     """
     Of text that the student has just drawn: −log p of its tokens minus the entropy (B, S) of the distributions they were drawn
-    from, in nats a token. Its expectation is 0, by the definition of entropy. Tokens that take no part are in neither.
+    from, in nats a token. Its expectation is 0, by the definition of entropy. Tokens that take no part are in neither. A stop token
+    counts for itself, as it does in the entropy.
     """
     scored = batch.student_chunks >= 0
-    return {DIFFERENCE: (((-batch.student_log_probs.detach() - entropy) * scored).sum(), scored.sum())}
+    return {DIFFERENCE: (((-batch.drawn_log_probs - entropy) * scored).sum(), scored.sum())}
 
 
 class SamplingWatch:
