@@ -346,6 +346,15 @@ def gold(
     return total
 
 
+def with_one_end(probs: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """(V,) probabilities, with those of all stop tokens at the first of them."""
+    probs, stops = probs.clone(), [*vocabulary.stops]
+    if stops:
+        probs[stops[0]] = probs[stops].sum()
+        probs[stops[1:]] = 0
+    return probs
+
+
 def uld(row: Row, pair: Vocabularies, uld_pairing: str = "position") -> Tensor:
     total = row.log_p.new_zeros(())
     chunks = row.scorable()
@@ -353,12 +362,13 @@ def uld(row: Row, pair: Vocabularies, uld_pairing: str = "position") -> Tensor:
         for chunk in chunks:
             a = merged(row.log_p, row.student_ids, chunk.student)
             b = merged(row.log_q, row.teacher_ids, chunk.teacher)
-            total = total + sorted_distance(a, b)
+            total = total + sorted_distance(with_one_end(a, pair.student), with_one_end(b, pair.teacher))
         return total
     students = sorted(i for chunk in chunks for i in chunk.student)
     teachers = sorted(j for chunk in chunks for j in chunk.teacher)
     for i, j in zip(students, teachers, strict=False):
-        total = total + sorted_distance(row.log_p[i].exp(), row.log_q[j].exp())
+        a, b = with_one_end(row.log_p[i].exp(), pair.student), with_one_end(row.log_q[j].exp(), pair.teacher)
+        total = total + sorted_distance(a, b)
     return total
 
 
@@ -622,9 +632,14 @@ def multi_level_ot(
     chunks = row.scorable()
     if not chunks:
         return row.log_p.new_zeros(())
-    p = row.log_p[sorted(i for chunk in chunks for i in chunk.student)].exp()
-    q = row.log_q[sorted(j for chunk in chunks for j in chunk.teacher)].exp()
-    size = min(top_k, p.shape[1], q.shape[1])
+    p, q = (
+        torch.stack([with_one_end(log_probs[i].exp(), vocabulary) for i in sorted(places)])
+        for log_probs, vocabulary, places in (
+            (row.log_p, pair.student, (i for chunk in chunks for i in chunk.student)),
+            (row.log_q, pair.teacher, (j for chunk in chunks for j in chunk.teacher)),
+        )
+    )
+    size = min(top_k, *(len(side.rows) - max(0, len(side.stops) - 1) for side in (pair.student, pair.teacher)))
     a, b = p[:, top(p.sum(0), size)], q[:, top(q.sum(0), size)]
     total = row.log_p.new_zeros(())
     for a_i, b_i in zip(a, b, strict=False):

@@ -127,7 +127,10 @@ class Templates:
                 )
             batch = replace(batch, student_log_probs=with_other_stops(batch.student_log_probs, others))
             close = closings_before(self.table, ended[0], [row.student_ids for row in own.rows], batch.student.hidden)
-            return loss(replace(batch, close_log_probs=close, teacher_close_log_probs=told, **marked), num_items)
+            closings = {"close_log_probs": close, "teacher_close_log_probs": told}
+            value, metrics = loss(replace(batch, **closings, **marked), num_items)
+            self.value = value.item()
+            return value, metrics
 
         return own.expected_gradient(closed, student_logits)
 
@@ -246,6 +249,29 @@ def with_several_stops(name: str) -> Templates:
 @pytest.mark.parametrize(("loss", "knobs"), LOSSES)
 def test_a_perfect_student_ends_its_texts_as_it_did_with_any_of_its_stop_tokens(loss, knobs, name):
     assert with_several_stops(name).gradient(loss, **knobs).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("loss", "knobs"),
+    [
+        *[(name, {}) for name in ("gold", "xtoken", "simct", "strict_sampled", "alm", "gvpo")],
+        ("bpm", {"mask_whitespace": False}),
+        ("escd", {"mask_whitespace": False}),
+        ("cdm", {"threshold": 0.0}),
+        ("strict_topk", {"top_k": None}),
+    ],
+)
+def test_nor_does_any_other_loss_move_one_of_several_stop_tokens_where_all_chunks_are_one_token(loss, knobs):
+    assert with_several_stops("single letters").gradient(loss, **knobs).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(("loss", "knobs"), [("uld", {}), ("uld", {"uld_pairing": "chunk"}), ("multi_level_ot", {})])
+def test_and_for_a_distance_of_ranks_that_has_a_kink_at_0_a_perfect_student_is_at_0(loss, knobs):
+    own = with_several_stops("single letters")
+    own.gradient(loss, **knobs)
+    perfect = own.value
+    own.gradient(loss, moved(own.world, by=0.1), **knobs)
+    assert abs(perfect) < 1e-10 and own.value > 1e-3
 
 
 @pytest.mark.parametrize("name", SEVERAL_STOPS)

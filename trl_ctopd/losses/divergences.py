@@ -1,5 +1,8 @@
 """Distances between distributions, one number a row. Zeros are allowed: 0 · log 0 = 0, with a gradient of 0."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch.nn.functional import pad
 
@@ -26,6 +29,15 @@ def generalized_jsd(p: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Tens
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     tiny = torch.finfo(p.dtype).tiny
     return (p * (p.clamp(min=tiny).log() - q.clamp(min=tiny).log())).sum(-1)
+
+
+def with_one_end(log_probs: torch.Tensor, stops: Sequence[int]) -> torch.Tensor:
+    """Log-probs (n, V) with a turn's end as one outcome: of several `stops`, which are in order, none has a column, and all together have
+    the last."""
+    if len(stops) < 2:
+        return log_probs
+    others = [log_probs[:, before + 1 : stop] for before, stop in pairwise([-1, *stops, log_probs.shape[1]])]
+    return torch.cat([*others, log_probs[:, stops].logsumexp(-1, keepdim=True)], 1)
 
 
 def sorted_l1(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

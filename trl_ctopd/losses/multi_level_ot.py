@@ -6,7 +6,7 @@ a Sinkhorn distance with the absolute difference as cost. Tokens are paired by p
 
 Decisions. The logarithmic cost is the KL of the kept tokens, renormalised: its gradient is that of the paper's cross-
 entropy, and it is 0 where both agree. The Sinkhorn distance is debiased for the same reason (Feydy et al., 1810.08278),
-its plan is taken as given, and it speaks for each student token of the text.
+its plan is taken as given, and it speaks for each student token of the text. The stop tokens of a side are one outcome.
 Where the published code differs: it ranks over the micro-batch, so that a text's loss depends on its neighbours; it
 calls the cross-entropy with its arguments swapped; it takes a softmax of what are probabilities already; it scales the
 logits by their standard deviation and the Sinkhorn term by .001. Its cross-entropy is a knob.
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .base import Loss, Metrics, ScoredChunks
 from .credit import spread
 from .distributions import Distributions, over_tiles
-from .divergences import kl
+from .divergences import kl, with_one_end
 
 
 _PLAN_COPIES = (
@@ -64,11 +64,14 @@ class MultiLevelOT(Loss):
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         vocabulary = batch.vocabulary
-        kept = min(self.top_k, vocabulary.student_size, vocabulary.teacher_size)
+        ours, theirs = vocabulary.student_stops, vocabulary.teacher_stops
+        sizes = (vocabulary.student_size, ours), (vocabulary.teacher_size, theirs)
+        kept = min(self.top_k, *(size - max(0, len(stops) - 1) for size, stops in sizes))
         tile = self.tile(batch)
-        student, student_mask = _ranked(batch.student, spread(batch.scorable, batch.student_chunks), kept, tile)
+        student, student_mask = _ranked(batch.student, ours, spread(batch.scorable, batch.student_chunks), kept, tile)
         with torch.no_grad():
-            teacher, teacher_mask = _ranked(batch.teacher, spread(batch.scorable, batch.teacher_chunks), kept, tile)
+            inside = spread(batch.scorable, batch.teacher_chunks)
+            teacher, teacher_mask = _ranked(batch.teacher, theirs, inside, kept, tile)
         length = min(student.shape[1], teacher.shape[1])
         paired = student_mask[:, :length] & teacher_mask[:, :length]
         log_p, log_q = student[:, :length][paired], teacher[:, :length][paired]
@@ -121,7 +124,9 @@ class MultiLevelOT(Loss):
         return torch.stack(costs).sum(0)
 
 
-def _ranked(side: Distributions, inside: torch.Tensor, kept: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _ranked(
+    side: Distributions, stops: list[int], inside: torch.Tensor, kept: int, tile: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Log-probs (B, n, `kept`) of each text's likeliest tokens at its n positions `inside`, left-justified, and where there
     are any (B, n).
@@ -132,6 +137,7 @@ def _ranked(side: Distributions, inside: torch.Tensor, kept: int, tile: int) -> 
     totals = []
 
     def add(log_probs, row):
+        log_probs = with_one_end(log_probs, stops)
         if not totals:
             totals.append(log_probs.new_zeros(len(inside), log_probs.shape[1]))
         totals[0].index_add_(0, row, log_probs.exp())
@@ -141,7 +147,11 @@ def _ranked(side: Distributions, inside: torch.Tensor, kept: int, tile: int) -> 
         over_tiles(add, tile, (side, positions), None, row)
     columns = totals[0].topk(kept).indices  # (B, kept), by falling probability
     (found,) = over_tiles(
-        lambda log_probs, row: (log_probs.gather(1, columns[row]),), tile, (side, positions), None, row
+        lambda log_probs, row: (with_one_end(log_probs, stops).gather(1, columns[row]),),
+        tile,
+        (side, positions),
+        None,
+        row,
     )
     mask = torch.arange(max(1, int(inside.sum(1).max())), device=inside.device) < inside.sum(1, keepdim=True)
     padded = found.new_zeros(*mask.shape, kept).index_put((row, rank), found)

@@ -2,7 +2,8 @@
 
 Decisions: it needs no correspondence between tokens, only between positions. `"position"` is the paper's: the n-th token
 of one side with the n-th of the other, whatever they spell. `"chunk"` compares each synchronized chunk as one token, by
-the chain rule (as TRL's GOLD does, `token_merge_strategy="bayesian"`). The paper's cross-entropy is a knob.
+the chain rule (as TRL's GOLD does, `token_merge_strategy="bayesian"`). The stop tokens of a side are one outcome. The paper's
+cross-entropy is a knob.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from .base import Loss, Metrics, ScoredChunks
 from .distributions import over_tiles
-from .divergences import sorted_l1
+from .divergences import sorted_l1, with_one_end
 
 
 PAIRINGS = ("position", "chunk")
@@ -52,7 +53,10 @@ class ULD(Loss):
             before = student.new_zeros(2, len(student), dtype=batch.student_log_probs.dtype)
             compared = {"loss/compared_fraction": (torch.tensor(len(student)), batch.scored_tokens)}
 
+        stops = batch.vocabulary.student_stops, batch.vocabulary.teacher_stops
+
         def distance(log_p, log_q, before_p, before_q):
+            log_p, log_q = (with_one_end(*side) for side in zip((log_p, log_q), stops, strict=True))
             return (sorted_l1((log_p + before_p[:, None]).exp(), (log_q + before_q[:, None]).exp()),)
 
         sides = (batch.student, student), (batch.teacher, teacher)

@@ -300,6 +300,16 @@ class VocabularyPair:
         return is_one_tokenizer(*self._tokenizers)
 
     @property
+    def student_stops(self) -> list[int]:
+        """The ids that end the student's turn, in order."""
+        return self._student.stops
+
+    @property
+    def teacher_stops(self) -> list[int]:
+        """The ids that end the teacher's turn, in order."""
+        return self._teacher.stops
+
+    @property
     def student_rows(self) -> list[bytes]:
         """The bytes of each of the V_S ids; none for a stop id."""
         return self._student.rows
