@@ -4,13 +4,14 @@ docs/losses.md and the docstrings say the same."""
 import functools
 import itertools
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_logit_losses import Completion, Pair, batch_of, value_and_gradient
+from test_logit_losses import Completion, Pair, batch_of, completion, value_and_gradient
 from test_reverse_kl import DIGITS, World, closings, moved, numbers, teacher_closings, written_by_both
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -116,7 +117,7 @@ def closing_batch(own: World, batch, closes: bool, told: bool):
 
 ONE_SIDED = {"1:1", "m:1", "m:1, digits"}  # no student token holds several of the teacher's
 STAYS = {  # in the words of the table and of the docstrings
-    "everywhere": {*SHAPES},
+    "where whole texts are scored": {*SHAPES},
     "where no later text parts what a token had joined": {*SHAPES},
     "only where all chunks are one token on each side": {"1:1"},
 }
@@ -170,6 +171,24 @@ def cut_off(own: World, size: int) -> Unread:
         chunk = row.student_chunks[: size + 1][-1] if len(row.student_ids) > size else len(row.student_ids)
         sizes.append((min(size, len(row.student_ids)), sum(own < chunk for own in row.teacher_chunks)))
     return _unread(own, sizes, ended=False)
+
+
+def cut_amid_chunks(own: World, size: int) -> Unread:
+    """Each text ends after `size` of the student's tokens, if its turn does not, and the teacher reads what is there."""
+    law: Counter = Counter()
+    for row, weight in zip(own.rows, own.weights.tolist(), strict=True):
+        law[tuple(row.student_ids[:-1][:size]), len(row.student_ids) <= size] += weight
+    rows = [completion(own.pair, [*ids], ended) for ids, ended in law]
+    cut = replace(own, rows=rows, weights=torch.tensor([*law.values()], dtype=torch.float64))
+    nothing = torch.full_like(cut.weights, 1e-300)
+    both = replace(
+        own, rows=[*own.rows, *rows], weights=torch.cat([own.weights, nothing])
+    )  # the law is that of whole texts
+    width = cut.micro_batch.teacher_ids.shape[1]
+    cut.micro_batch.teacher_logits[:] = both.micro_batch.teacher_logits[len(own.rows) :, :width]
+    tables = {"": own.pair.vocabulary.continuations}
+    last = [unclosed(rollout_of(row, ended), tables) for row, (_, ended) in zip(rows, law, strict=True)]
+    return Unread(cut, [(len(row.student_ids), len(row.teacher_ids)) for row in rows], last)
 
 
 def _unread(own: World, sizes: list[tuple[int, int]], ended: bool) -> Unread:
@@ -238,13 +257,13 @@ CLOSED = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("knobs", [{}, {"credit": "remaining"}])
-def test_where_the_ends_of_turns_are_masked_it_stays_with_closed_chunks(knobs, shape):
+@pytest.mark.parametrize(("name", "knobs"), [*CLOSED[:2], ("gvpo", {})])
+def test_where_the_ends_of_turns_are_masked_it_stays_with_closed_chunks(name, knobs, shape):
     unread = masked_ends(world(shape))
-    assert moves(unread, "dpca", **knobs) < 1e-10
+    assert moves(unread, name, **knobs) < 1e-10
     assert (max(unread.unclosed) < 0) == (shape in ONE_SIDED)
     if shape not in ONE_SIDED:
-        assert moves(unread, "dpca", told=False, **knobs) > 1e-3
+        assert moves(unread, name, told=False, **knobs) > 1e-3
 
 
 @pytest.mark.parametrize(("name", "knobs"), CLOSED[2:])
@@ -258,6 +277,16 @@ def test_where_texts_are_cut_off_it_stays_too(name, knobs, size):
     unread = cut_off(world("1:n"), size)
     assert moves(unread, name, **knobs) < 1e-10
     assert moves(unread, name, told=False, **knobs) > 1e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("name", "knobs"), [*CLOSED, ("gvpo", {})])
+def test_where_texts_are_cut_off_amid_a_chunk_it_stays_too(name, knobs, size, shape):
+    unread = cut_amid_chunks(world(shape), size)
+    assert moves(unread, name, **knobs) < 1e-10
+    if shape != "1:1":
+        assert moves(unread, name, told=False, **knobs) > 1e-3
 
 
 # --- chunks of which the two sides spell other bytes
@@ -368,8 +397,14 @@ def masked_drift(shape: str, name: str, **knobs) -> float:
 
 
 @pytest.mark.parametrize("shape", ["1:1", "m:1", "1:n", "m:n"])
-def test_beside_text_that_takes_no_part_it_stays_with_closed_chunks(shape):
-    assert masked_drift(shape, "dpca") < 1e-10
+@pytest.mark.parametrize("name", ["dpca", "gvpo"])
+def test_beside_text_that_takes_no_part_it_stays_with_closed_chunks(name, shape):
+    assert masked_drift(shape, name) < 1e-10
+
+
+def test_and_cross_entropy_moves_it_there_where_what_is_left_out_depends_on_what_was_drawn():
+    assert masked_drift("1:1", "sft") > 0.01 and moves(masked_ends(world("1:1")), "sft") > 0.01
+    assert moves(cut_amid_chunks(world("1:1"), 2), "sft") < 1e-10
 
 
 @pytest.mark.parametrize(("name", "knobs"), CLOSED[2:])

@@ -2,8 +2,9 @@
 
     D(y) = f(y) · (log p(y) − log q(y)),    f(y) = |y|^−length_power,    loss = variance of D within a prompt's completions
 
-Nothing but whole texts is compared, so no chunk is scored by another event than the teacher's, and neither the alignment within a text nor
-a share of credit matters. The optimum is that of the reverse KL for text of any writer, so it is valid as an `off_policy_loss` too; on the
+Whole texts are compared, so no chunk is scored by another event than the teacher's, and neither the alignment within a text nor
+a share of credit matters. Of a text that is cut off or masked in part, p and q are of the closed chunks that are left (docs/fixed-point.md): of a
+whole text their closings cancel, and the log-ratio is that of its tokens. The optimum is that of the reverse KL for text of any writer, so it is valid as an `off_policy_loss` too; on the
 student's own text and with f = 1, the expected gradient is that of the sequence-level reverse KL. The noise of a whole text's log-ratio
 goes to all of its tokens.
 
@@ -19,7 +20,7 @@ from typing import ClassVar
 import torch
 
 from .base import Loss, Metrics, ScoredChunks
-from .credit import floored
+from .credit import floored, gaps
 
 
 @dataclass
@@ -27,7 +28,9 @@ class GVPO(Loss):
     """
     loss = ½ Σ_g n_g · Σ_{y∈g} (D(y) − mean_g D)² / (n_g − 1) / N over prompts g with n_g ≥ 2 completions.
 
-    A perfect student stays everywhere: D is 0 for every text.
+    A perfect student stays where whole texts are scored: D is 0 for each. With what closed chunks read (`ScoredChunks.close_log_probs`,
+    `teacher_close_log_probs`), D is 0 too for texts that are cut off, where no later text parts what a token had joined, and for those masked in
+    part, but where the markup is masked that tells a thought from an answer.
 
     Args:
         length_power (`float`, defaults to `0.0`): a of f(y) = |y|^−a; above 0 long texts count less, and the expected gradient on the
@@ -36,6 +39,7 @@ class GVPO(Loss):
 
     reads_more: ClassVar[bool] = True
     compares_completions: ClassVar[bool] = True
+    event: ClassVar[str] = "closed"
 
     length_power: float = 0.0
 
@@ -45,9 +49,11 @@ class GVPO(Loss):
 
     def __call__(self, batch: ScoredChunks, num_items: torch.Tensor | int) -> tuple[torch.Tensor, Metrics]:
         batch = replace(batch, teacher_log_probs=floored(batch.teacher_log_probs))
-        student, teacher = batch.student_sum(batch.student_log_probs), batch.teacher_sum(batch.teacher_log_probs)
-        ratio = torch.where(batch.scorable, student - torch.where(batch.scorable, teacher, 0), 0).sum(1)
-        lengths = (batch.student_tokens * batch.scorable).sum(1)
+        scores = batch.student_log_probs, batch.teacher_log_probs, batch.student_chunks, batch.teacher_chunks
+        closings = batch.close_log_probs, batch.teacher_close_log_probs
+        compared = batch.scorable & ~batch.without_gap
+        ratio = -gaps(*scores, batch.num_chunks, *closings)[0].masked_fill(~compared, 0).sum(1)
+        lengths = (batch.student_tokens * compared).sum(1)
         ratio = ratio * lengths.clamp(min=1).to(ratio.dtype) ** -self.length_power
 
         rows, used = len(ratio), lengths > 0

@@ -16,7 +16,7 @@ class SFT(Loss):
     """
     loss = −Σ_i log p_i / N over the scored student tokens.
 
-    A perfect student stays everywhere.
+    A perfect student stays where whole texts are scored. It moves where what is left out depends on what was drawn.
     """
 
     signal: ClassVar[str] = "none"
