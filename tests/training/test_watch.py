@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from toys import prompts, student_model, student_tokenizer, teacher_model, weights
@@ -136,7 +137,8 @@ def watched(values, masked=0.0, **settings) -> list[str]:
     return said
 
 
-def test_a_lasting_difference_is_warned_of_once_and_chance_never(build):
+def test_a_lasting_difference_is_warned_of_once_and_chance_never():
+    PartialState()  # which accelerate's log asks for
     noise = torch.randn(400, generator=torch.Generator().manual_seed(1)).tolist()
     assert watched([0.05 * value for value in noise]) == []
     [line] = watched([0.1 + 0.05 * value for value in noise])
