@@ -46,8 +46,8 @@ ROOT = Path(__file__).parents[2]
 STUDENT, TEACHER = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
 COMPLETIONS = 8
 # completions of a prompt, the greatest number of tokens, whether all are of that length, and examples in the system message
-CASES = ((4, 64, False, 0), (4, 64, True, 0), (1, 64, False, 0), (2, 64, False, 0), (1, 64, True, 4))
-WRITTEN = ((1, 64, True, 0), (1, 64, True, 4))
+CASES = ((4, 64, False, 0), (4, 64, True, 0), (1, 64, False, 0), (2, 64, False, 0), (1, 64, True, 2))
+WRITTEN = ((1, 64, True, 0), (1, 64, True, 2))
 
 
 def texts(tokenizer, rows: list[dict], generations: int, tokens: int, even: bool, shots: int) -> tuple[list, list]:
