@@ -73,7 +73,7 @@ def learning_curve(history: Sequence[dict], values: dict, tasks: int, path: Path
         [0, steps[-1] if steps else 0],
         [own["nats_per_byte"] for own in held_out],
         yerr=[own["standard_error"] for own in held_out],
-        color=COLOUR, marker="o", linewidth=2, capsize=4, label="held-out prompts, ± standard error",
+        color=COLOUR, fmt="o", elinewidth=2, capsize=4, label="held-out prompts, ± standard error",
     )  # fmt: skip
     left.set(title="Gap to the teacher on the student's own text", xlabel="optimizer step", ylabel="nats per byte")
     left.set_ylim(bottom=0)
