@@ -38,7 +38,7 @@ from .config import (
 )
 from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
-from .models.activated import without_backward
+from .models.activated import activation, invocation_of, without_backward
 from .models.heads import base_model, context_of
 from .models.loading import by_name, check_vocabulary, load_tokenizer
 from .models.products import faster_products
@@ -50,7 +50,7 @@ from .teachers.panel import Panel
 from .teachers.readings import arrived
 from .text.chat import Speaker
 from .training.checkpoints import asked_for
-from .training.checks import check_offloading
+from .training.checks import check_invoked, check_offloading
 from .training.ended import EndedRun
 
 
@@ -234,6 +234,9 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
             **kwargs,
         )
         prepare_quantized(base_model(self.model), self.accelerator.autocast)
+        self._invocation = invocation_of(self.model)
+        if self._invocation is not None:
+            check_invoked(self._invocation, self.train_dataset)
         self.add_callback(self._day)
 
     # Card
@@ -435,8 +438,11 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
     # Loss
 
     def _compute_loss(self, model, inputs, return_outputs):
-        weights = inputs.pop("completion_weights")
-        return super()._compute_loss(_Weighted(model, weights[:, 1:]), inputs, return_outputs)
+        weights, rows = inputs.pop("completion_weights"), inputs["input_ids"].tolist()
+        starts = inputs["completion_mask"].argmax(1).tolist()
+        prompts = [row[:start] for row, start in zip(rows, starts, strict=True)]
+        begins = activation(self._invocation, prompts, [weights.shape[1] - start for start in starts])
+        return super()._compute_loss(_Weighted(model, weights[:, 1:], begins), inputs, return_outputs)
 
     def prediction_step(self, *args, **kwargs):
         with without_backward(self.model):
@@ -474,13 +480,14 @@ class _PromptDay(TrainerCallback, ExportableState):
 
 
 class _Weighted:
-    """Wraps a student: its log-probs (B, L) are multiplied by `weights` (B, L). An adapter's virtual tokens come before them."""
+    """Wraps a student: its log-probs (B, L) are multiplied by `weights` (B, L). An adapter's virtual tokens come before them. `begins`: where an
+    activated one begins."""
 
-    def __init__(self, model, weights: torch.Tensor):
-        self._model, self._weights = model, weights
+    def __init__(self, model, weights: torch.Tensor, begins: Mapping[str, list[int]]):
+        self._model, self._weights, self._begins = model, weights, begins
 
     def __call__(self, **inputs):
-        outputs = self._model(**inputs)
+        outputs = self._model(**inputs, **self._begins)
         if inputs.get("fused_lm_head"):
             own = outputs.log_probs[:, -self._weights.shape[1] :]
             outputs.log_probs = own * self._weights.to(own.dtype)

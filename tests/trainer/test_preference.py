@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from toys import student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -424,3 +424,36 @@ def test_an_evaluation_leaves_nothing_beside_checkpointed_layers_of_an_activated
     trainer = build(tmp_path, peft_config=config, gradient_checkpointing=True, **evaluated)
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+def activated(invocation: list[int]) -> dict:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", alora_invocation_tokens=invocation)
+    model = get_peft_model(student_model(), config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.3)
+    return {"model": model}
+
+
+def test_an_activated_adapter_begins_in_the_prompt_and_not_where_an_answer_has_its_invocation(tmp_path):
+    invocation = student_tokenizer().encode(" of what", add_special_tokens=False)
+    seen = []
+    for end in ("", " of what"):
+        said = [[{"role": "assistant", "content": text + end}] for text in ("ten is the sum", "nine is two")]
+        prompt = [{"role": "user", "content": "What is the sum of what and two"}]
+        dataset = Dataset.from_list([{"prompt": prompt, "chosen": said[0], "rejected": said[1]}] * 2)
+        trainer = build(tmp_path / str(len(end)), dataset, **activated(invocation))
+        trainer.model.register_forward_hook(lambda module, args, output: seen.append(output.log_probs.detach()))
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        start = len(trainer.train_dataset[0]["prompt_ids"]) - 1
+        with torch.no_grad():
+            trainer.compute_loss(trainer.model, batch)
+        seen[-1] = seen[-1][:, start : start + 2]
+    torch.testing.assert_close(*seen)
+
+
+def test_an_activated_adapter_that_no_prompt_activates_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="would never be on.*none of the 4 prompts"):
+        build(tmp_path, **activated([7, 7]))

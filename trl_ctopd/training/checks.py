@@ -422,8 +422,7 @@ def check_trainable(model: nn.Module):
 def check_activated(
     args: CrossTokenizerGKDConfig, model: nn.Module, dataset: Dataset | IterableDataset, tools: bool = False
 ):
-    """Raises `ValueError` where a student with an activated LoRA would write otherwise than it is scored, or where no prompt of the rendered
-    `dataset` activates it. Warns where some do not."""
+    """Raises `ValueError` where a student with an activated LoRA would write otherwise than it is scored, and as `check_invoked` does."""
     invocation = invocation_of(model)
     if invocation is None:
         return
@@ -433,8 +432,12 @@ def check_activated(
             f"{asked} with an activated LoRA (alora_invocation_tokens={invocation}): the student goes on with its own text in a further call, in "
             "which the adapter would begin elsewhere than where the whole is scored. Leave one of the two out, or train a plain LoRA."
         )
-    if not isinstance(dataset, Dataset):
-        return
+    if isinstance(dataset, Dataset):
+        check_invoked(invocation, dataset)
+
+
+def check_invoked(invocation: Sequence[int], dataset: Dataset):
+    """Raises `ValueError` where no prompt of the rendered `dataset` activates an adapter that begins at `invocation`. Warns where some do not."""
     without = sum(not active_tokens(invocation, prompt) for prompt in dataset["prompt_ids"])
     if without == len(dataset):
         raise ValueError(
