@@ -38,7 +38,7 @@ from .config import (
 )
 from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
-from .models.activated import activation, invocation_of, without_backward
+from .models.activated import activation_of_rows, invocation_of, without_backward
 from .models.heads import base_model, context_of
 from .models.loading import by_name, check_vocabulary, load_tokenizer
 from .models.products import faster_products
@@ -438,10 +438,8 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
     # Loss
 
     def _compute_loss(self, model, inputs, return_outputs):
-        weights, rows = inputs.pop("completion_weights"), inputs["input_ids"].tolist()
-        starts = inputs["completion_mask"].argmax(1).tolist()
-        prompts = [row[:start] for row, start in zip(rows, starts, strict=True)]
-        begins = activation(self._invocation, prompts, [weights.shape[1] - start for start in starts])
+        weights, starts = inputs.pop("completion_weights"), inputs["completion_mask"].argmax(1)
+        begins = activation_of_rows(self._invocation, inputs["input_ids"], starts)
         return super()._compute_loss(_Weighted(model, weights[:, 1:], begins), inputs, return_outputs)
 
     def prediction_step(self, *args, **kwargs):

@@ -64,6 +64,10 @@ def texts(tokenizer, rows: list[dict], generations: int, tokens: int, even: bool
     return prompts, completions
 
 
+def named(case: tuple[int, int, bool, int]) -> dict:
+    return dict(zip(("generations", "new_tokens", "even", "shots"), case, strict=True))
+
+
 class Pass:
     """A model's pass over rows, padded or packed; backwards too where it learns."""
 
@@ -167,7 +171,7 @@ def compared(own: Pass, rows: list[dict], case: tuple[int, int, bool, int], roun
 
 
 def main(assets: Path, models: Path, rounds: int, output: Path) -> None:
-    report = header() | {"completions": COMPLETIONS, "rounds": rounds, "cases": []}
+    report = header() | {"completions": COMPLETIONS, "rounds": rounds, "cases": [], "writing": []}
     torch.set_num_threads(1)
     rows = gsm8k(assets, 2 * COMPLETIONS + 4)
     passes = {"teacher": Pass(models / TEACHER, False), "student": Pass(models / STUDENT, True)}
@@ -175,10 +179,9 @@ def main(assets: Path, models: Path, rounds: int, output: Path) -> None:
         "generations", "tokens", "even", "shots", "model", "padded", "packed", "s", "s packed", "ratio", "packs", "MiB"
     )
     for settings in CASES:
-        case_of = dict(zip(("generations", "new_tokens", "even", "shots"), settings, strict=True))
         for name, own in passes.items():
             found = compared(own, rows, settings, rounds, warm=len(report["cases"]) < 2)
-            case = {**case_of, "model": name, **found}
+            case = {**named(settings), "model": name, **found}
             report["cases"].append(case)
             padded, packed = found["padded"], found.get("packed")
             shapes = [f"{side['rows']}x{side['width']}" if side else "" for side in (padded, packed)]
@@ -194,8 +197,7 @@ def main(assets: Path, models: Path, rounds: int, output: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         writing = Writing(passes["student"], Path(folder))
         for settings in WRITTEN:
-            case_of = dict(zip(("generations", "new_tokens", "even", "shots"), settings, strict=True))
-            report.setdefault("writing", []).append({**case_of, **written(writing, rows, settings, rounds, warm=True)})
+            report["writing"].append({**named(settings), **written(writing, rows, settings, rounds, warm=True)})
             print("writing", report["writing"][-1], flush=True)
     save(output, report)
     Console(width=120).print(table)

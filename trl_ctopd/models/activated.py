@@ -7,12 +7,20 @@ itself, and what stands before it would be scored with the adapter off, though i
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+from peft import PeftModel
 from torch import nn
 
 
 def invocation_of(model: nn.Module) -> list[int] | None:
     """The ids at which the active adapter of `model` begins; `None` where it is on throughout, or there is none."""
     return getattr(getattr(model, "active_peft_config", None), "alora_invocation_tokens", None) or None
+
+
+def is_activated(model: nn.Module) -> bool:
+    """Whether any of its adapters, active or not, is an activated one."""
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    return any(getattr(config, "alora_invocation_tokens", None) for config in adapters)
 
 
 def active_tokens(invocation: Sequence[int], prompt: Sequence[int]) -> int:
@@ -32,6 +40,17 @@ def activation(
         return {}
     own = [active_tokens(invocation, prompt) for prompt in prompts]
     return {"alora_offsets": [count and count + more for count, more in zip(own, after, strict=True)]}
+
+
+def activation_of_rows(
+    invocation: Sequence[int] | None, ids: torch.Tensor, starts: torch.Tensor
+) -> dict[str, list[int]]:
+    """`activation` for padded rows `ids` (B, L), each with its prompt before `starts` (B,)."""
+    if invocation is None:
+        return {}
+    ends = starts.tolist()
+    prompts = [row[:end] for row, end in zip(ids.tolist(), ends, strict=True)]
+    return activation(invocation, prompts, [ids.shape[1] - end for end in ends])
 
 
 @contextmanager

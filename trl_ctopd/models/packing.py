@@ -26,6 +26,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .activated import is_activated
 from .beginnings import begin_alike
 from .heads import attention_mask_of, base_model
 from .sharding import SHARDING
@@ -224,12 +225,6 @@ def packer_for(side: str, model: nn.Module, accelerator) -> Packer | None:
         logger.info(f"The {side} reads padded rows, each with its own prompt: {reason}.")
         return None
     return Packer(inner.get_input_embeddings().weight.shape[1], _reach(inner.config.get_text_config()))
-
-
-def is_activated(model: nn.Module) -> bool:
-    """Whether it has an activated LoRA, which PEFT applies from a row's last invocation on (of the ids that a call is given)."""
-    adapters = model.peft_config.values() if isinstance(model, PeftModel) else ()
-    return any(getattr(config, "alora_invocation_tokens", None) for config in adapters)
 
 
 def _unlike(model: PreTrainedModel) -> str | None:

@@ -43,11 +43,11 @@ from transformers.generation import ContinuousBatchingConfig, GenerateDecoderOnl
 from trl.models.utils import unwrap_model_for_generation
 
 from ..config import CrossTokenizerGKDConfig
-from ..models.activated import activation, invocation_of
+from ..models.activated import activation, invocation_of, is_activated
 from ..models.beginnings import families
 from ..models.heads import base_model
 from ..models.merging import mergeable, merged
-from ..models.packing import is_activated, turning_length
+from ..models.packing import turning_length
 from ..models.products import packed
 from ..models.sharding import gathered_under_fsdp, is_sharded
 from .cache import can_join, continued, growing_cache, has_virtual_tokens, is_plain, joined
@@ -423,10 +423,9 @@ def _begun(
     if cache is None or not texts[0] or is_activated(model):
         return cache
     worth, joins = _CALL if device.type == "cpu" else _CALL_ELSEWHERE, can_join(cache)
-    reach = turning_length(
-        base_model(model).config.get_text_config()
-    )  # in a longer text a beginning is encoded otherwise
-    alike = families(texts, worth) if joins and max(map(len, texts)) <= reach else []
+    # a longer text is encoded otherwise from its first token on
+    is_short = max(map(len, texts)) <= turning_length(base_model(model).config.get_text_config())
+    alike = families(texts, worth) if joins and is_short else []
     others = sorted({*range(len(texts))}.difference(*(rows for rows, _ in alike)))
 
     def together(rows: Sequence[int], begun: int) -> list[list[int]]:
@@ -437,7 +436,7 @@ def _begun(
         ]
 
     groups = [(together(rows, begun), begun) for rows, begun in [*alike, *([(others, 0)] if others else [])]]
-    if len(texts) == len(prompts) and len(groups) == len(groups[0][0]) == 1 and not alike:
+    if not alike and len(groups[0][0]) == 1 and len(texts) == len(prompts):  # `generate` would read them so by itself
         return cache
     call, parts, order = _greedy(config), [], []  # which draws nothing
     call.update(max_new_tokens=1, return_dict_in_generate=True)

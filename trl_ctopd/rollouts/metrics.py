@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..text.altered_text import REASONS, num_bytes_in
+from ..text.altered_text import REASONS
 from .pairing import Rollout
 
 
@@ -20,12 +20,7 @@ def rollout_metrics(
     rows = len(rollouts)
     tokens = sum(len(rollout.student_ids) - rollout.num_given for rollout in rollouts)
     num_bytes = sum(rollout.alignment.num_bytes for rollout in rollouts)
-    masked = {
-        reason: sum(
-            num_bytes_in(own for own in rollout.alignment.masked if own.reason == reason) for rollout in rollouts
-        )
-        for reason in REASONS
-    }
+    masked = {reason: sum(rollout.alignment.num_masked(reason) for rollout in rollouts) for reason in REASONS}
     return {
         "alignment/masked_fraction": (
             sum((rollout.student_chunks < 0).sum() - rollout.num_given for rollout in rollouts),

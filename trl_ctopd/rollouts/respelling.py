@@ -16,7 +16,6 @@ from functools import cached_property
 import numpy as np
 
 from ..text.aligner import TextAligner
-from ..text.altered_text import num_bytes_in
 from ..text.chat import Speaker
 from ..text.one_tokenizer import is_one_tokenizer
 from ..text.parsing import named, symbols
@@ -99,7 +98,7 @@ class Respeller:
         written, _, parsed = found
         self._tell_of_controls("".join(written[a:b] for kind, a, b in parsed.sections if kind != CALLS))
         whole = self._sections(ids, ended, found, theirs, ours)
-        left_out = num_bytes_in(own for own in whole.alignment.masked if own.reason in self._left_out)
+        left_out = whole.alignment.num_masked(*self._left_out)
         prompt = prompt if whole.on_tail else prompt.before_reference()
         return Respelled(prompt, [*whole.opening, *whole.alignment.teacher.ids], size, left_out)
 

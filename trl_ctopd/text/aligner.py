@@ -99,7 +99,11 @@ class TextAlignment:
     @property
     def num_bytes(self) -> int:
         """Bytes of the text in which `masked` are places, without the results of tools."""
-        return len(self._spelled) - num_bytes_in(own for own in self.masked if own.reason == "tool")
+        return len(self._spelled) - self.num_masked("tool")
+
+    def num_masked(self, *reasons: str) -> int:
+        """Bytes of the text that are masked for one of `reasons` at least."""
+        return num_bytes_in(own for own in self.masked if own.reason in reasons)
 
 
 def align_text(student_ids: Sequence[int], student_tokenizer: Any, teacher_tokenizer: Any) -> TextAlignment:

@@ -115,7 +115,8 @@ def plan(
             literal = literal or "\n\n"
         after_lost = n > 0 and n - 1 in lost
         # where the student writes none, its first token of text is what decides on the form, whatever is done with markup
-        leads = n == 0 and begun is not None and (begin == end) != (literal == "") and (bridges or begin == end)
+        one_sided = literal != "" if begin == end else bridges and literal == ""
+        leads = n == 0 and begun is not None and one_sided
         if leads:
             units.append(Unit(begin, end, literal, False, leads=True))
         elif not kept and begin == end and not after_lost:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Distributions, Metrics, ScoredChunks
-from ..models.activated import activation, invocation_of
+from ..models.activated import activation_of_rows, invocation_of
 from ..models.heads import AUTOCAST, add_token_scores, base_model, hidden_states, lm_head
 from ..models.loading import check_vocabulary, disable_dropout, switch_router_logits_off
 from ..models.packing import packed_inputs, unpacked
@@ -51,12 +51,9 @@ def _rows(model: nn.Module, inputs: dict, scored: torch.Tensor) -> dict[str, tor
     """What the student `model`, unwrapped, reads of a micro-batch for the scores at `scored`: packed rows where there are any."""
     if "packed" in inputs:
         return packed_inputs(inputs["packed"], scored)
-    ids, activated = inputs["input_ids"], {}
-    if (invocation := invocation_of(model)) is not None:
-        lengths = inputs["prompt_lengths"].tolist()
-        prompts = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
-        activated = activation(invocation, prompts, [ids.shape[1] - length for length in lengths])
-    return {"input_ids": ids, "scored": scored, **activated}
+    ids = inputs["input_ids"]
+    begins = activation_of_rows(invocation_of(model), ids, inputs["prompt_lengths"])
+    return {"input_ids": ids, "scored": scored, **begins}
 
 
 def _of_ends(found: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy as np
 
 from ...text.aligner import TextAlignment
-from ...text.altered_text import REASONS, num_bytes_in
+from ...text.altered_text import REASONS
 from .visible import graphemes, is_rtl, num_bytes
 
 
@@ -196,8 +196,7 @@ def figures(alignments: Iterable[TextAlignment]) -> dict:
         covered += int((alignment._spans[:, 1] - alignment._spans[:, 0]).sum())
         inside = [count + len(chunks) for count, chunks in zip(inside, sides, strict=True)]
         for reason in dict.fromkeys(stretch.reason for stretch in alignment.masked):
-            stretches = (stretch for stretch in alignment.masked if stretch.reason == reason)
-            masked[reason] = masked.get(reason, 0) + num_bytes_in(stretches)
+            masked[reason] = masked.get(reason, 0) + alignment.num_masked(reason)
     return {
         **counts,
         "coverage": _share(covered, counts["bytes"]),
