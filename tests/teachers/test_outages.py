@@ -90,12 +90,15 @@ def test_a_server_that_was_given_up_is_tried_again_in_the_next_step(serve):
 
 
 def test_late_failures_of_a_step_that_was_given_up_do_not_give_up_the_next(serve):
-    held = threading.Event()
+    held, under_way = threading.Event(), []
     late = [prompt + completion for prompt, completion in zip(*texts(), strict=True)][6:]
 
     def habit(request, ids):
         if ids in late:
+            under_way.append(ids)
             held.wait(600)
+        while len(under_way) < len(late):  # nothing fails before
+            time.sleep(0.001)
         request.send(500, {"error": "as ordered"})
         return True
 
@@ -103,20 +106,18 @@ def test_late_failures_of_a_step_that_was_given_up_do_not_give_up_the_next(serve
     teacher = connected(server, retries=1, timeout=600)
     with pytest.raises(TeacherServerError):
         scores(teacher)
-    while teacher._servers._open > len(late):  # others of the first step, which have failed and not been counted yet
-        time.sleep(0.001)
     begin = teacher._servers.begin
     let_rest, resting = teacher._servers._let_rest, []
 
     def beginning():
-        begin()
         server.misbehaves = False
+        begin()
+        teacher._servers._let_rest = lambda *asked, **more: (resting.append(asked), let_rest(*asked, **more))
         held.set()  # the last requests of the first step fail now
         while teacher._servers.servers[0].in_flight:
             time.sleep(0.001)
 
     teacher._servers.begin = beginning
-    teacher._servers._let_rest = lambda *asked, **more: (resting.append(asked), let_rest(*asked, **more))
     assert_right(scores(teacher), right(server))
     assert held.is_set() and not resting
 

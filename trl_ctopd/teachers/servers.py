@@ -195,10 +195,11 @@ class Servers:
             try:
                 answer = self.send(server, "POST", *request(server))
             except FailedTryError as failure:
-                if revivals != self._revivals:  # it says nothing of how the server is now
-                    raise TeacherServerError(str(failure)) from failure
+                with self._change:
+                    if revivals != self._revivals:  # it says nothing of how the server is now
+                        raise TeacherServerError(str(failure)) from failure
+                    self._let_rest(server, failure)
                 tries += 1
-                self._let_rest(server, failure)
                 if tries > self._retries and not self._answers:
                     with self._change:
                         self._give_up(self._ended(f"after {tries} tries", str(failure)))
@@ -274,8 +275,9 @@ class Servers:
         try:
             self.confirm(server)
         except FailedTryError as failure:
-            if revivals == self._revivals:
-                self._let_rest(server, failure, suspect=True)
+            with self._change:
+                if revivals == self._revivals:
+                    self._let_rest(server, failure, suspect=True)
         except Exception as error:
             self._let_rest(server, FailedTryError(str(error), unfit=True))
         else:
