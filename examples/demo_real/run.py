@@ -77,9 +77,13 @@ class Notes:
         self.keep("seconds", {**spent, name: round(spent.get(name, 0) + seconds, 1)})
 
 
-def main(student: str, teacher: str, data: str, output: Path, loss: str, steps: int, seed: int) -> None:
+def main(
+    student: str, teacher: str, data: str, output: Path, loss: str, steps: int, decay_steps: int, seed: int
+) -> None:
     output.mkdir(parents=True, exist_ok=True)
     settings = {"student": student, "teacher": teacher, "data": data, "loss": loss, "steps": steps, "seed": seed}
+    if decay_steps:
+        settings["decay_steps"] = decay_steps
     notes = Notes(output / "measured.json", settings)
     tasks = problems.load_problems(data)
     held_out, training = tasks[:SOLVED], tasks[HELD_OUT:]
@@ -95,7 +99,8 @@ def main(student: str, teacher: str, data: str, output: Path, loss: str, steps: 
         per_device_eval_batch_size=PROMPTS_PER_STEP,
         max_steps=steps,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": decay_steps, "decay_type": "linear"},
         max_new_tokens=TOKENS,
         logging_steps=1,
         save_steps=STEPS_BETWEEN_CHECKPOINTS,
@@ -188,7 +193,19 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("demo_real_output"))
     parser.add_argument("--loss", default=LOSS, help="any `distillation_loss`")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--decay-steps", type=int, default=0, help="of these, the last, in which the rate falls to 0")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     own_student, own_teacher = (named(name, options.models) for name in (options.student, options.teacher))
-    main(own_student, own_teacher, options.data, options.output, options.loss, options.steps, options.seed)
+    if not 0 <= options.decay_steps <= options.steps:
+        parser.error(f"--decay-steps={options.decay_steps} of --steps={options.steps}")
+    main(
+        own_student,
+        own_teacher,
+        options.data,
+        options.output,
+        options.loss,
+        options.steps,
+        options.decay_steps,
+        options.seed,
+    )
