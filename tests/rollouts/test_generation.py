@@ -14,8 +14,8 @@ from toys import student_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trl_ctopd.rollouts import generation
+from trl_ctopd.rollouts.cache import CACHE
 from trl_ctopd.rollouts.generation import (
-    CACHE,
     _by_length,
     _generate,
     _generate_continuously,

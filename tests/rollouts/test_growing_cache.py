@@ -10,9 +10,9 @@ from test_generation import FAMILIES, PROMPTS, SHAPE, cut, model_of, settings
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from trl_ctopd.rollouts import generation
-from trl_ctopd.rollouts.cache import GrowingLayer, can_join, growing_cache
-from trl_ctopd.rollouts.generation import CACHE, _generate
+from trl_ctopd.rollouts import reading
+from trl_ctopd.rollouts.cache import CACHE, GrowingLayer, can_join, growing_cache
+from trl_ctopd.rollouts.generation import _generate
 
 
 def states(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +108,7 @@ def test_what_prompts_begin_with_alike_is_read_once_and_the_text_is_the_same(fam
 def test_the_cache_to_begin_with_is_that_of_padded_prompts(seed, monkeypatch):
     """Their tokens, at the places that these have, whatever the prompts share."""
     draw, model = random.Random(seed), model_of("Qwen2")
-    monkeypatch.setattr(generation, "_CALL", draw.choice([0, 2, 8]))
+    monkeypatch.setattr(reading, "CALL", draw.choice([0, 2, 8]))
     prompts = [[draw.randrange(10, 40) for _ in range(4)]]
     for _ in range(9):
         own = draw.choice(prompts)
@@ -120,7 +120,7 @@ def test_the_cache_to_begin_with_is_that_of_padded_prompts(seed, monkeypatch):
     ids = torch.tensor([[0] * (width + 1 - len(own)) + own[:-1] for own in prompts])
     places = (mask.cumsum(1) - 1).clamp(min=0)
     expected = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True)[CACHE].layers
-    found = generation._begun(model, prompts, settings(), torch.device("cpu"))
+    found = reading.begun(model, prompts, settings(), torch.device("cpu"))
     assert found.get_seq_length() == width
     for own, theirs in zip(found.layers, expected, strict=True):
         for part, its in ((own.keys, theirs.keys), (own.values, theirs.values)):
@@ -162,8 +162,8 @@ def test_what_a_long_text_encodes_otherwise_is_read_with_it(monkeypatch):
         parameter.normal_(0, 0.15)
     prompts = [[*BEGIN, *PROMPTS[own], *PROMPTS[own + 1], 12] for own in (0, 2)]
     lengths = [len(own) - 1 for own in prompts]
-    monkeypatch.setattr(generation, "of_like_length", lambda lengths: [[place] for place in range(len(lengths))])
-    found = generation._begun(model, prompts, settings(), torch.device("cpu")).layers[1]
+    monkeypatch.setattr(reading, "of_like_length", lambda lengths: [[place] for place in range(len(lengths))])
+    found = reading.begun(model, prompts, settings(), torch.device("cpu")).layers[1]
     for row, own in enumerate(prompts):
         expected = model(input_ids=torch.tensor([own[:-1]]), use_cache=True)[CACHE].layers[1]
         torch.testing.assert_close(found.keys[row, :, -lengths[row] :], expected.keys[0], rtol=1e-10, atol=1e-10)

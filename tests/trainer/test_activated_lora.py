@@ -41,7 +41,7 @@ def test_a_text_in_which_the_student_writes_the_invocation_is_scored_as_it_was_d
         return torch.tensor(own)[:, None]
 
     if cache == "read again":
-        monkeypatch.setattr(generation, "_selected", lambda model, cache, rows: None)
+        monkeypatch.setattr(generation, "selected", lambda model, cache, rows: None)
     window = trainer.data_collator([trainer.train_dataset[row] for row in range(2)])["prompts"]
     recorder, asked = _SampledLogProbs(2, config), [prompt.student_ids for prompt in window]
     with torch.no_grad():

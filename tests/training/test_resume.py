@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from toys import SGD, fix_rollouts, prompts, student_model, student_tokenizer, teacher_model
 from transformers import TrainerCallback
 
-from trl_ctopd.rollouts.generation import CACHE
+from trl_ctopd.rollouts.cache import CACHE
 from trl_ctopd.training import resuming
 from trl_ctopd.training.checkpoints import MANIFEST, RUN, is_whole, to_resume_from
 

@@ -8,6 +8,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerateDecoderOnlyOutput
+
+
+# its name in what `generate` takes and returns: transformers 5.24 renamed it
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 class GrowingLayer(DynamicLayer):
@@ -83,6 +88,14 @@ def joined(caches: list[Cache]) -> Cache:
         layer.reset()
         layer.update(*(torch.cat(own) for own in zip(*padded, strict=True)))
     return caches[0]
+
+
+def selected(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cache | None:
+    """The cache of these rows; `None` where the model keeps any other state of a batch, in the cache or outside it."""
+    if not is_plain(model, cache):
+        return None
+    cache.batch_select_indices(rows.cpu())  # layers may be on different devices
+    return cache
 
 
 def is_plain(model: nn.Module, cache: Cache | None) -> bool:

@@ -4,7 +4,7 @@ Decisions
 - transformers compiles, where its own criteria allow. Ours are the shapes: rows are filled up to a power of two and the cache's length
   to a step of a ladder, so that a run has few shapes. Each is compiled when it is first met, and never again. The shape follows
   from the call alone, not from earlier ones, so that a resumed run computes what the run would have.
-- Prompts are read without compiling, at the width they have, once each (`generation._begun`), and their keys and values are copied in.
+- Prompts are read without compiling, at the width they have, once each (`reading.begun`), and their keys and values are copied in.
 - The cache of a shape is kept: its addresses are part of a recorded CUDA graph. So are those of the weights, so an adapter is merged in
   their place.
 - Layers with a sliding window keep all keys, and the mask hides what is outside the window. transformers' static sliding layer counts
@@ -41,8 +41,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from ..config import CrossTokenizerGKDConfig
 from ..models.heads import base_model
 from ..models.sharding import shards_student
-from .cache import has_virtual_tokens
-from .generation import CACHE
+from .cache import CACHE, has_virtual_tokens
 
 
 logger = logging.getLogger(__name__)

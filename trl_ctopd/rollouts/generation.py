@@ -31,7 +31,6 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
-    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -39,29 +38,24 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation import ContinuousBatchingConfig, GenerateDecoderOnlyOutput
+from transformers.generation import ContinuousBatchingConfig
 from trl.models.utils import unwrap_model_for_generation
 
 from ..config import CrossTokenizerGKDConfig
-from ..models.activated import activation, invocation_of, is_activated
-from ..models.beginnings import families
+from ..models.activated import activation, invocation_of
 from ..models.heads import base_model
 from ..models.merging import mergeable, merged
-from ..models.packing import turning_length
 from ..models.products import packed
 from ..models.sharding import gathered_under_fsdp, is_sharded
-from .cache import can_join, continued, growing_cache, has_virtual_tokens, is_plain, joined
-from .pairing import Prompt, of_like_length, pad_rows
+from .cache import CACHE, growing_cache, has_virtual_tokens, selected
+from .pairing import Prompt, pad_rows
+from .reading import begun, greedy
 
 
 Written = tuple[list[int], list[float] | None]
 Choose = Callable[[torch.Tensor], torch.Tensor]
 Ended = Callable[[int, list[int]], None]
-# tokens of a prompt that are read in the time of a further call; on a GPU an estimate, which has not been measured
-_CALL, _CALL_ELSEWHERE = 32, 8192
 _STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
-# the name of the cache in what `generate` takes and returns: transformers 5.24 renamed it
-CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 class Writer(Protocol):
@@ -368,15 +362,15 @@ def _generate(
     processors = [recorder] if recorder is not None else []
     processors += [_Chosen(choose)] if choose is not None else []
     if rows_leave:
-        cache = _begun(model, prompts, config, device)
+        cache = begun(model, prompts, config, device)
     while True:
         if rows_leave:
             criteria = StoppingCriteriaList([_HalfHaveEnded(stop_ids, len(rows))])
-        call = _greedy(config) if choose else copy.deepcopy(config)
+        call = greedy(config) if choose else copy.deepcopy(config)
         call.update(max_new_tokens=width + limit - sequences.shape[1], return_dict_in_generate=True)
         if recorder is not None:
             recorder.begin(rows, sequences.shape[1] - width)
-        begun = [prompts[row] for row in rows.tolist()]
+        own_prompts = [prompts[row] for row in rows.tolist()]
         output = generate(
             input_ids=sequences,
             attention_mask=mask,
@@ -384,7 +378,7 @@ def _generate(
             stopping_criteria=criteria,
             synced_gpus=together,
             logits_processor=LogitsProcessorList(processors) or None,
-            **activation(invocation_of(model), begun, [sequences.shape[1] - width] * len(begun)),
+            **activation(invocation_of(model), own_prompts, [sequences.shape[1] - width] * len(rows)),
             **{CACHE: cache},
         )
         if recorder is not None:
@@ -400,72 +394,7 @@ def _generate(
                 left(place, ids)
         rows, sequences = rows[stay], output.sequences[stay]
         mask = torch.cat([mask[stay], mask.new_ones(len(stay), sequences.shape[1] - mask.shape[1])], 1)
-        cache = _selected(model, getattr(output, CACHE, None), stay)
-
-
-def _selected(model: nn.Module, cache: Cache | None, rows: torch.Tensor) -> Cache | None:
-    """The cache of these rows; `None` where the model keeps any other state of a batch, in the cache or outside it."""
-    if not is_plain(model, cache):
-        return None
-    cache.batch_select_indices(rows.cpu())  # layers may be on different devices
-    return cache
-
-
-def _begun(
-    model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, device: torch.device
-) -> Cache | None:
-    """
-    The cache to begin with. It holds all but the last token of each prompt, padded on the left, where what prompts have in common is thus
-    read once, or, on a CPU, prompts of unlike length without most of their padding; otherwise it is empty, and so it is for an adapter that
-    has to be shown the whole prompt. `None` where the model keeps other state.
-    """
-    cache, texts = growing_cache(model), sorted({tuple(prompt[:-1]) for prompt in prompts})
-    if cache is None or not texts[0] or is_activated(model):
-        return cache
-    worth, joins = _CALL if device.type == "cpu" else _CALL_ELSEWHERE, can_join(cache)
-    # a longer text is encoded otherwise from its first token on
-    is_short = max(map(len, texts)) <= turning_length(base_model(model).config.get_text_config())
-    alike = families(texts, worth) if joins and is_short else []
-    others = sorted({*range(len(texts))}.difference(*(rows for rows, _ in alike)))
-
-    def together(rows: Sequence[int], begun: int) -> list[list[int]]:
-        if device.type != "cpu" or not joins:  # padding is cheaper than further calls
-            return [list(rows)]
-        return [
-            [rows[own] for own in group] for group in of_like_length([worth + len(texts[row]) - begun for row in rows])
-        ]
-
-    groups = [(together(rows, begun), begun) for rows, begun in [*alike, *([(others, 0)] if others else [])]]
-    if not alike and len(groups[0][0]) == 1 and len(texts) == len(prompts):  # `generate` would read them so by itself
-        return cache
-    call, parts, order = _greedy(config), [], []  # which draws nothing
-    call.update(max_new_tokens=1, return_dict_in_generate=True)
-
-    def read(rows: list[Sequence[int]], mask: list[list[int]], cache: Cache) -> Cache:
-        ids, mask = (torch.tensor(own, device=device) for own in (rows, mask))
-        # by default `synced_gpus` is true where weights are sharded, and processes have unlike numbers of groups
-        own = {"generation_config": call, "synced_gpus": False, CACHE: cache}
-        return getattr(model.generate(input_ids=ids, attention_mask=mask, **own), CACHE)
-
-    for family, begun in groups:
-        begin = texts[family[0][0]][:begun]
-        beginning = read([begin], [[1] * begun], growing_cache(model)) if begun else None
-        for group in family:
-            gaps = [max(len(texts[other]) for other in group) - len(texts[row]) for row in group]
-            rows = [[*[config.pad_token_id] * gap, *texts[row]] for row, gap in zip(group, gaps, strict=True)]
-            mask = [[0] * gap + [1] * len(texts[row]) for row, gap in zip(group, gaps, strict=True)]
-            own = growing_cache(model)
-            parts.append(read(rows, mask, own if beginning is None else continued(own, beginning, gaps)))
-            order += group
-    place = {texts[row]: number for number, row in enumerate(order)}
-    return _selected(model, joined(parts), torch.tensor([place[tuple(prompt[:-1])] for prompt in prompts]))
-
-
-def _greedy(config: GenerationConfig) -> GenerationConfig:
-    """`config` without anything that is drawn."""
-    call = copy.deepcopy(config)
-    call.update(do_sample=False, temperature=1.0, top_p=1.0, top_k=50, min_p=None)
-    return call
+        cache = selected(model, getattr(output, CACHE, None), stay)
 
 
 class _HalfHaveEnded(StoppingCriteria):
