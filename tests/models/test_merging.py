@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
 from toys import student_model
 
-from trl_ctopd.models.merging import mergeable, merged
+from trl_ctopd.models.merging import bases_kept, mergeable, merged
 
 
 def adapted(**config):
@@ -69,3 +69,32 @@ def test_layers_of_another_kind_or_with_shared_weights_keep_their_adapter_apart(
     logits = model(input_ids=IDS).logits
     with merged(mergeable(model)):
         torch.testing.assert_close(model(input_ids=IDS).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ends", ["as it should", "amid the call"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, init_lora_weights=False),
+        LoraConfig(r=4, init_lora_weights=False, use_dora=True),
+        IA3Config(init_ia3_weights=False, feedforward_modules=["down_proj"]),
+        OFTConfig(oft_block_size=8, init_weights=False),
+    ],
+    ids=["lora", "dora", "ia3", "oft"],
+)
+def test_weights_that_peft_merges_into_in_place_are_afterwards_what_they_were_to_the_bit(config, ends):
+    config.target_modules = ["q_proj", "down_proj"]
+    torch.manual_seed(0)
+    model = get_peft_model(student_model().bfloat16(), config).eval()
+    before, logits = {name: weight.clone() for name, weight in model.named_parameters()}, model(input_ids=IDS).logits
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="ends"), bases_kept(model):
+            model.merge_adapter()
+            assert any(not torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+            if ends == "as it should":
+                model.unmerge_adapter()
+            raise RuntimeError("ends")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+    assert torch.equal(model(input_ids=IDS).logits, logits), "with the adapter beside them"

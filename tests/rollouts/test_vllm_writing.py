@@ -100,6 +100,32 @@ def test_an_adapters_model_is_handed_over_whole_for_trl_to_merge(build_vllm, eng
     assert engine.made[0].settings["model"] is trainer.model and hasattr(trainer.model, "merge_adapter")
 
 
+def test_handing_over_a_merged_adapter_leaves_the_frozen_weights_as_they_were(build_vllm, engine, monkeypatch):
+    """TRL merges in place and takes it out again (`VLLMGeneration._iter_named_params`), which rounds."""
+
+    def sync_weights(self):
+        for _ in range(2):
+            self.settings["model"].merge_adapter()
+            moved.append(
+                [
+                    n
+                    for n, p in self.settings["model"].named_parameters()
+                    if n in frozen and not torch.equal(p, frozen[n])
+                ]
+            )
+            self.settings["model"].unmerge_adapter()
+
+    frozen, moved = {}, []
+    monkeypatch.setattr(engine, "sync_weights", sync_weights)
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    trainer = build_vllm(model_init_kwargs={"dtype": "bfloat16"}, peft_config=adapter, **{**SGD, "max_steps": 3})
+    frozen.update({n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad})
+    trainer.train()
+    assert len(moved) == 6 and all(moved)
+    for name, weight in trainer.model.named_parameters():
+        assert name not in frozen or torch.equal(weight, frozen[name]), name
+
+
 @pytest.mark.parametrize(("shift", "ratio"), [(0.5, 2.718281828**0.5), (2.0, 3.0), (-0.5, 2.718281828**-0.5)])
 def test_where_engine_and_trainer_disagree_the_step_is_weighed_by_the_ratio_up_to_its_bound(
     build_vllm, engine, monkeypatch, shift, ratio

@@ -67,6 +67,25 @@ def _is_plain(layer: LoraLayer, uses: Counter) -> bool:
 
 
 @contextmanager
+def bases_kept(model: nn.Module) -> Iterator[None]:
+    """Within, adapters of any kind may be merged in place and taken out again, which rounds; afterwards the weights are what they were before, to
+    the bit, and as many adapters are merged. Takes the memory of the adapted weights once more."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    states = [layer.merged_adapters[:] for layer in layers]
+    bases = dict.fromkeys(layer.get_base_layer() for layer in layers)
+    # a merge into quantized weights makes other parameters
+    kept = [(base, name, p, p.data.clone()) for base in bases for name, p in base._parameters.items() if p is not None]
+    try:
+        yield
+    finally:
+        for base, name, parameter, data in kept:
+            base._parameters[name] = parameter
+            parameter.data.copy_(data)
+        for layer, before in zip(layers, states, strict=True):
+            layer.merged_adapters[:] = before
+
+
+@contextmanager
 def merged(layers: Sequence[LoraLayer], in_place: bool = False, pack: bool = False) -> Iterator[None]:
     """Within, these layers of `mergeable` are merged. `in_place`: no weight changes its address, which a CUDA graph has recorded. `pack`: where
     layers multiply by oneDNN, the merged weights are packed ([`OneDnnLinear`])."""

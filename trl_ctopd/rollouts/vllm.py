@@ -28,7 +28,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Metrics, ScoredChunks
 from ..models.activated import invocation_of
-from ..models.merging import adapted_where_tied
+from ..models.merging import adapted_where_tied, bases_kept
 from .generation import Written, up_to_stop
 from .pairing import Prompt
 
@@ -90,7 +90,7 @@ class VLLMWriter:
     def __init__(self, model: nn.Module, accelerator, tokenizer, args: CrossTokenizerGKDConfig, stop_ids: list[int]):
         check_vllm(model, args)
         self._stop_ids = set(stop_ids)
-        self._accelerator = accelerator
+        self._model, self._accelerator = model, accelerator
         self._step = None  # the step whose weights the engine has
         self._engine = VLLMGeneration(
             model=model,
@@ -153,7 +153,8 @@ class VLLMWriter:
     def _hand_over(self, taken: int):
         """Gives the engine the weights after `taken` steps."""
         if taken != self._step:
-            self._engine.sync_weights()
+            with bases_kept(self._model):  # TRL merges an adapter in place
+                self._engine.sync_weights()
             self._step = taken
 
     def _ask(self, prompts: list[list[int]]) -> tuple[list, list]:
