@@ -205,34 +205,46 @@ def test_the_more_is_told_the_less_noise():
     assert found[0] > 2 * found[2], found
 
 
+@pytest.mark.parametrize("masked", [None, 0, 1], ids=["whole", "its beginning masked", "its middle masked"])
 @pytest.mark.parametrize("marked", [False, True])
-def test_nothing_told_is_dpca_with_closed_chunks(marked):
-    """Where the teacher has nothing for a token, and where the student spelled a text otherwise, too."""
+def test_nothing_told_is_dpca_with_closed_chunks(marked, masked):
+    """Where the teacher has nothing for a token, where the student spelled a text otherwise, and beside text that takes no part, too."""
     world = numbers(DIGITS)
-    student = moved(world).requires_grad_()
-    micro_batch = replace(world.micro_batch, student_logits=student)
-    batch = batch_of(micro_batch)
-    closed = closings(micro_batch)
-    assert closed.min() < -0.1
-    marks = {}
+    whole, marks, clip = replace(world.micro_batch, student_logits=moved(world)), {}, None
+    sides = {name: getattr(whole, name) for name in ("student_chunks", "teacher_chunks")}
+    if masked is not None:
+        sides = {name: chunks.masked_fill(chunks == masked, -1) for name, chunks in sides.items()}
+    scored = replace(whole, **sides)
     if marked:
-        generator = torch.Generator().manual_seed(0)
+        generator, clip, batch = torch.Generator().manual_seed(0), 10.0, batch_of(scored)
         impossible = torch.rand(batch.teacher_log_probs.shape, generator=generator) < 0.1
         other = torch.rand(batch.student_chunks.shape, generator=generator) < 0.2
         marks["teacher_log_probs"] = batch.teacher_log_probs.masked_fill(impossible, -torch.inf)
         marks["other_spelling"] = other & (batch.student_chunks >= 0)
-    clip = 10.0 if marked else None
-    value, _ = DPCA(event="closed", credit="macro", advantage_clip=clip)(
-        replace(batch, close_log_probs=closed, **marks), 1
-    )
-    (expected,) = torch.autograd.grad(value, student)
-    loss = ReverseKL(top_k=0, advantage_clip=clip)
-    _, found = value_and_gradient(
-        lambda own, num_items: loss(replace(own, **marks), num_items),
-        replace(micro_batch, student_logits=student.detach()),
-        1,
-    )
-    torch.testing.assert_close(found, expected)
+
+    def gradient(loss) -> torch.Tensor:
+        student = whole.student_logits.clone().requires_grad_()
+        closed = closings(replace(whole, student_logits=student))
+        assert closed.min() < -0.1
+        batch = replace(batch_of(replace(scored, student_logits=student)), close_log_probs=closed, **marks)
+        return torch.autograd.grad(loss(batch, 1)[0], student)[0]
+
+    expected = gradient(DPCA(event="closed", credit="macro", advantage_clip=clip))
+    torch.testing.assert_close(gradient(ReverseKL(top_k=0, advantage_clip=clip)), expected)
+
+
+def test_what_another_sampler_wrote_weighs_all_that_was_drawn():
+    """Its tokens, and that chunks go on and end where they do."""
+
+    def gradient(ratio) -> torch.Tensor:
+        def loss(batch, num_items):
+            return ReverseKL(top_k=0)(
+                replace(batch, importance=torch.full_like(batch.student_log_probs, ratio)), num_items
+            )
+
+        return value_and_gradient(loss, toy_scene(DIGITS))[1]
+
+    torch.testing.assert_close(gradient(2.0), 2 * gradient(1.0))
 
 
 def test_a_chunk_of_one_token_on_either_side_gives_the_reverse_kl_over_the_vocabulary():
