@@ -10,6 +10,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from trl_ctopd.losses import LOSSES
+
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -76,6 +78,14 @@ def test_python_on_a_page_is_python_and_names_settings_that_exist(page):
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             if ast.unparse(call.func) == "CrossTokenizerGKDConfig":
                 assert {word.arg for word in call.keywords if word.arg} <= settings
+
+
+def test_pages_count_the_losses_that_there_are():
+    numbers = ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
+    assert f"\n{numbers[len(LOSSES) - 10].capitalize()} methods" in (ROOT / "docs" / "losses.md").read_text()
+    assert f"[{numbers[len(LOSSES) - 2 - 10]} others](docs/losses.md)" in (ROOT / "README.md").read_text(), (
+        "beside two that it names"
+    )
 
 
 def test_the_first_page_is_short():

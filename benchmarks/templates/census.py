@@ -1,6 +1,6 @@
 """Tests the package on many real chat templates: whether each kind of turn is right, masked or refused, and why, as a table.
 
-    python -m benchmarks.templates.census [--folder more/templates] [--out docs/templates.md]
+    python -m benchmarks.templates.census [--folder more/templates] [--control REGEX] [--out docs/templates.md]
 
 The templates are those of the installed TRL (`trl/chat_templates`), those of each `--folder`, and with `CTOPD_ASSETS` those of its
 folder `templates`. Each is given to a toy byte-level tokenizer. The strings in its output that look like control tokens become
@@ -59,7 +59,7 @@ CONTROL = re.compile(
 TAG = re.compile(r"</?[a-z_]{2,20}>")
 
 
-def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
+def tokenizer_for(template: str, control: re.Pattern = CONTROL) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with the control strings and tags that the template writes."""
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -79,7 +79,7 @@ def tokenizer_for(template: str) -> PreTrainedTokenizerFast:
                 except Exception:  # the census reports it later
                     continue
     written = "\n".join([*found, template])
-    backend.add_special_tokens([*sorted({match[0] for match in CONTROL.finditer(written)} | {"<BOS>", "<EOS>"})])
+    backend.add_special_tokens([*sorted({match[0] for match in control.finditer(written)} | {"<BOS>", "<EOS>"})])
     tags = sorted({match[0] for match in TAG.finditer("\n".join(found))})
     backend.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     return PreTrainedTokenizerFast(
@@ -180,11 +180,11 @@ def places(sides: list[Speaker]) -> dict[str, bool]:
     return {THOUGHT: THOUGHT in kinds or bool(CLOSES_THOUGHT.search(source)), CALLS: CALLS in kinds}
 
 
-def census(files: list[Path]) -> dict[str, dict[str, str]]:
+def census(files: list[Path], control: re.Pattern = CONTROL) -> dict[str, dict[str, str]]:
     found = {}
     other = Speaker(tokenizer_for((Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()))
     for file in files:
-        tokenizer, name = tokenizer_for(file.read_text()), f"{file.parent.name}/{file.stem}"
+        tokenizer, name = tokenizer_for(file.read_text(), control), f"{file.parent.name}/{file.stem}"
         sides, found[name] = [Speaker(tokenizer), Speaker(tokenizer, THINK)], {}
         has = places(sides)
         for kind, (sections, _) in TURNS.items():
@@ -239,6 +239,7 @@ def _cell(verdict: str) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, action="append", default=[], help="more templates, `*.jinja`")
+    parser.add_argument("--control", type=re.compile, help="pattern of further control tokens")
     parser.add_argument(
         "--out", type=Path, help="Markdown page, of which what follows the line <!-- census --> is written anew"
     )
@@ -247,7 +248,8 @@ def main():
     if "CTOPD_ASSETS" in os.environ:
         folders.append(Path(os.environ["CTOPD_ASSETS"]) / "templates")
     warnings.simplefilter("ignore")
-    found = census([file for folder in folders for file in sorted(folder.glob("*.jinja"))])
+    control = re.compile(f"{CONTROL.pattern}|{args.control.pattern}") if args.control else CONTROL
+    found = census([file for folder in folders for file in sorted(folder.glob("*.jinja"))], control)
     shown = f"trl {trl.__version__}, transformers {transformers.__version__}, {len(found)} templates\n\n{table(found)}"
     if args.out:
         head, mark, _ = args.out.read_text(encoding="utf-8").partition("<!-- census -->\n")

@@ -147,6 +147,15 @@ def test_the_citation_is_balanced_bibtex_of_the_method_used(make, loss):
     assert entry.count("{") == entry.count("}")
 
 
+def test_a_loss_without_a_paper_cites_that_of_the_alignment(make, monkeypatch):
+    monkeypatch.delitem(card.PAPERS, "escd")
+    text, paper = make(config={"distillation_loss": "escd"}).content, card.PAPERS["dpca"]
+    assert (
+        f"- Method: `escd`, on text aligned as in [{paper.title}](" in text
+        and f"@article{{arxiv{paper.arxiv.replace('.', '')}" in text
+    )
+
+
 def test_a_run_on_the_datasets_text_alone_names_the_loss_that_it_learned_by(make):
     text = make(
         config={"distillation_loss": "dpca", "lmbda": 0.0, "off_policy_loss_kwargs": {"temperature": 10.0}}

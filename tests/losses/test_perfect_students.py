@@ -125,14 +125,11 @@ STAYS = {  # in the words of the table and of the docstrings
 
 def said() -> dict[str, str]:
     """By loss, what the table has in the column."""
-    rows = [
-        [cell.strip() for cell in line.strip("| \n").split(" | ")]
-        for line in PAGE.read_text().splitlines()
-        if line.startswith("| `")
-    ]
-    header = next(line for line in PAGE.read_text().splitlines() if line.startswith("| `distillation_loss`"))
-    column = [cell.strip() for cell in header.strip("| \n").split(" | ")].index("a perfect student stays")
-    return {row[0].strip("`"): row[column] for row in rows if row[0].strip("`") in LOSSES and len(row) > column}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines()]
+    [header] = [row for row in rows if row[:1] == ["`distillation_loss`"]]
+    column = header.index("a perfect student stays")
+    own = [row for row in rows if row and row[0].strip("`") in LOSSES and len(row) == len(header)]
+    return {row[0].strip("`"): row[column] for row in own}
 
 
 def test_the_table_has_every_loss():

@@ -284,11 +284,11 @@ def _needs_the_students_text(loss: str | Callable) -> bool:
 
 
 def _paper(args: CrossTokenizerGKDConfig) -> Paper:
-    """The paper of the run's loss. A custom loss is used on the chunks of the default method."""
+    """The paper of the run's loss. One without a paper is used on the chunks of the default method."""
     if args.reference_teacher is not None:
         return PAPERS["compass"]
     loss, _ = learned_by(args)
-    return PAPERS["dpca" if callable(loss) else loss]
+    return PAPERS["dpca" if callable(loss) or loss not in PAPERS else loss]
 
 
 def _method(args: CrossTokenizerGKDConfig) -> str:
@@ -296,7 +296,7 @@ def _method(args: CrossTokenizerGKDConfig) -> str:
     link = f"[{paper.title}]({paper.link})"
     if callable(loss):
         return f"`{getattr(loss, '__name__', type(loss).__name__)}`, a loss of the author's own, on text aligned as in {link}"
-    return f"`{loss}`, {link}"
+    return f"`{loss}`, {link}" if loss in PAPERS else f"`{loss}`, on text aligned as in {link}"
 
 
 def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
