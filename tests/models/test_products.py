@@ -22,6 +22,7 @@ from trl_ctopd.models.products import (
     packed,
     use_faster_products,
 )
+from trl_ctopd.rollouts.generation import write
 
 
 pack, product = OneDnnLinear.pack, products.product
@@ -102,6 +103,36 @@ def test_a_packed_layer_gives_what_a_plain_one_gives_where_onednn_cannot_take_th
         torch.testing.assert_close(own(x), plain(x))
     own.bias.data, plain.bias.data = torch.ones(()), torch.ones(())
     torch.testing.assert_close(own(x), plain(x))
+
+
+@torch.no_grad()
+def test_a_weight_that_is_made_for_each_pass_is_read_where_the_layer_is_packed(everywhere):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    own, x = layer(), torch.randn(7, 24)
+    expected = nn.functional.linear(x, 2 * own.weight, own.bias)
+    own.pack()
+    nn.utils.parametrize.register_parametrization(own, "weight", Doubled())
+    torch.testing.assert_close(own(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("others", [[], ["k_proj"]], ids=["alone", "beside LoRA"])
+def test_a_student_writes_with_an_adapter_on_its_parameters(everywhere, build, others):
+    torch.manual_seed(0)
+    targets = {"target_parameters": ["q_proj.weight", "down_proj.weight"], "target_modules": others}
+    config = LoraConfig(r=4, lora_alpha=32, init_lora_weights=False, **targets)
+    trainer = build(model=student_model(hidden_size=256, intermediate_size=256), peft_config=config)
+    model, prompt = trainer.model, list(range(5, 15))
+    assert products._LEAST_PACKED <= 256 * 256
+    settings = trainer.generation_config, trainer.accelerator, trainer.args
+    with faster_products(model, trainer.accelerator):
+        [(ids, drawn_at)] = write(model, [prompt], *settings, merge=True, record=True)
+    read = model.eval()(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / trainer.args.temperature
+    expected = read.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(drawn_at), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

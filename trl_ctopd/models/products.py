@@ -44,7 +44,8 @@ class OneDnnLinear(nn.Linear):
     A linear layer that multiplies by oneDNN where its input and weight are plain float32 tensors on the CPU, and as `nn.Linear` else.
 
     Attributes:
-        packed: for a while, what it multiplies by in the place of `weight`, in oneDNN's own layout. Without gradients.
+        packed: for a while, what it multiplies by in the place of `weight`, in oneDNN's own layout. Without gradients. Not where a weight
+            is made for each pass (parametrizations, such as PEFT's `target_parameters`, weight and spectral norm).
     """
 
     packed: torch.Tensor | None = None
@@ -54,7 +55,7 @@ class OneDnnLinear(nn.Linear):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.packed is not None:
+        if self.packed is not None and "weight" in self._parameters:
             if _fits(input, self.weight, self.bias):
                 return product(input, self.packed, self.bias)
             return nn.functional.linear(input, self.packed.to_dense(), self.bias)
