@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, OSFConfig, PromptTuningConfig, ShadowConfig
 from toys import SGD, step_of, student_model, weights
 from transformers import AutoModelForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
@@ -178,6 +178,13 @@ def test_given_text_is_not_the_engines(build_vllm, engine):
         (
             {"model": "tied", "peft_config": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])},
             "embed_tokens shares its weight",
+        ),
+        *(
+            (
+                {"peft_config": config(task_type="CAUSAL_LM")},
+                f"PEFT cannot merge {kind} and take it out again.*: choose LoRA",
+            )
+            for config, kind in ((ShadowConfig, "SHADOW"), (OSFConfig, "OSF"))
         ),
         ({"vllm_importance_sampling_clip_max": 0.0}, "clip_max must be positive"),
     ],

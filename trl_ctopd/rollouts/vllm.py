@@ -15,6 +15,7 @@ Left out: sampling that a checkpoint could repeat (the engine has its own random
 
 import logging
 import threading
+import warnings
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
@@ -67,6 +68,8 @@ def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
             f"use_vllm=True gives the engine the weights with the adapter merged, and {', '.join(tied)} shares its weight with another layer, "
             "which would get the adapter too: leave it out of target_modules, untie the model (tie_word_embeddings=False), or set use_vllm=False."
         )
+    if isinstance(model, PeftModel):
+        _check_merges(model)
     if args.vllm_mode == "server" and args.vllm_enable_sleep_mode:
         raise ValueError("vllm_enable_sleep_mode is for an engine on the training GPU: set vllm_mode='colocate'.")
     if args.vllm_mode == "colocate" and not model.name_or_path:
@@ -74,6 +77,19 @@ def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
             "vllm_mode='colocate' first loads the student from its folder or hub name, and this model was created in memory: "
             "save it, and pass the folder."
         )
+
+
+def _check_merges(model: PeftModel):
+    """Raises `ValueError` for an adapter that PEFT cannot merge and take out again. No adapter is merged to find out."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of each layer, that nothing is merged
+            model.merge_adapter(adapter_names=[])
+            model.unmerge_adapter()
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"use_vllm=True gives the engine the weights with the adapter merged, and PEFT cannot merge {model.active_peft_config.peft_type.value} and "
+            f"take it out again ({error}): choose LoRA, or use_vllm=False."
+        ) from error
 
 
 class VLLMWriter:
