@@ -40,9 +40,10 @@ from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.activated import activation_of_rows, invocation_of, without_backward
 from .models.heads import base_model, context_of
-from .models.loading import by_name, check_vocabulary, load_tokenizer
+from .models.loading import by_name, check_vocabulary, disable_dropout, load_tokenizer
 from .models.products import faster_products
 from .models.quantized import prepare_quantized
+from .models.trials import check_causal
 from .rollouts.pairing import Prompt, Rollout
 from .rollouts.prompts import COLUMNS, check_dataset, render_row
 from .teachers.local import LocalTeacher, load_teacher
@@ -234,6 +235,9 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
             **kwargs,
         )
         prepare_quantized(base_model(self.model), self.accelerator.autocast)
+        check_causal("student", self.model)
+        if args.disable_dropout:
+            disable_dropout(self.model)  # TRL's own leaves that of attention and of some adapters on
         self._invocation = invocation_of(self.model)
         if self._invocation is not None:
             check_invoked(self._invocation, self.train_dataset)

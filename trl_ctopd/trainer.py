@@ -175,8 +175,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         loop = ToolLoop(tools, *sides, self.stop_ids, args, self.student_context) if tools else None
         reads = self._reads_distributions, self._tables_for
         own = args, self.accelerator, self.student_side, self.panel
-        # dropout would draw once for a prompt that rows share; experts are balanced over the tokens of padded rows
-        packs = args.disable_dropout and not self.aux_loss_enabled
+        # noise would be drawn once for a prompt that rows share; experts are balanced over the tokens of padded rows
+        packs = checks.learns_as_it_writes(args, self.model) and not self.aux_loss_enabled
         packer = packer_for("student", self.model, self.accelerator) if packs else None
         self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state, packer, ahead)
         keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)

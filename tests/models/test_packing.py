@@ -7,12 +7,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, ShadowConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.clock import peak_bytes
-from trl_ctopd.models import packing
+from trl_ctopd.models import packing, trials
 from trl_ctopd.models.heads import add_token_scores, attention_mask_of, hidden_states
 from trl_ctopd.models.packing import Packer, packed_inputs, packer_for
 from trl_ctopd.rollouts.pairing import pad_rows
@@ -164,8 +164,8 @@ def compare(model: nn.Module, seed: int, tolerance: float = 1e-5):
 @pytest.mark.parametrize("name", PACKED)
 def test_scores_and_gradients_of_packed_rows_are_those_of_padded_ones(always, name):
     model = model_of(name, torch.float32)
-    assert packer_for("student", model, Accelerator(cpu=True)) is not None
     add_token_scores(model, 0.7, entropy=True)
+    assert packer_for("student", model, Accelerator(cpu=True)) is not None
     for seed in range(2):
         compare(model, seed)
 
@@ -230,12 +230,31 @@ def test_models_that_would_read_packed_rows_otherwise_are_left_padded(name, capl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_mixes_neighbours_outside_of_attention_fails_the_trial(dtype, caplog):
     model = model_of("Llama", dtype)
+    add_token_scores(model)
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output + 0.2 * args[0].cumsum(1))
     assert "gives other hidden states for packed rows" in reason(model, caplog)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [ShadowConfig, LoraConfig])
+def test_an_adapter_that_has_learned_nothing_is_tried_for_what_it_reads_once_it_has(
+    config, dtype, scale, caplog, monkeypatch
+):
+    """Also where it moves the hidden states by less than half precision rounds them."""
+    monkeypatch.setattr(trials, "_STEP", 0.05 * scale)
+    model = model_of("Llama", dtype)
+    add_token_scores(model)
+    model = get_peft_model(model, config(task_type="CAUSAL_LM"))
+    if config is ShadowConfig:
+        assert "gives other hidden states for packed rows" in reason(model, caplog)
+    else:
+        assert packer_for("student", model, Accelerator(cpu=True)) is not None
+
+
 def test_code_that_refuses_the_mask_fails_the_trial(caplog):
     model = model_of("Llama", torch.float32)
+    add_token_scores(model)
 
     def refuse(module, args, kwargs):
         if kwargs.get("attention_mask") is not None:
@@ -263,6 +282,7 @@ def test_sharded_models_virtual_tokens_and_activated_adapters_read_padded_rows(c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trial_leaves_the_model_in_its_mode(dtype):
     model = model_of("Qwen2", dtype).train()
+    add_token_scores(model)
     assert packer_for("student", model, Accelerator(cpu=True)) is not None
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -292,7 +312,9 @@ def test_what_prompts_begin_with_alike_is_read_once_a_row():
 )
 def test_rows_longer_than_a_models_window_are_padded(name, reach):
     """In it, each layer sees the whole row, as the packed rows' mask says."""
-    packer = packer_for("student", model_of(name, torch.float32), Accelerator(cpu=True))
+    model = model_of(name, torch.float32)
+    add_token_scores(model)
+    packer = packer_for("student", model, Accelerator(cpu=True))
     assert packer([[1] * 14] * 4, [[2] * 10, [3], [4], [5]], 24) is not None
     assert (packer([[1] * 14] * 4, [[2] * 11, [3], [4], [5]], 25) is not None) == (reach >= 25)
 

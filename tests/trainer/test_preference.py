@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig, get_peft_model
+from peft import LilyConfig, LoHaConfig, LoraConfig, get_peft_model
 from toys import student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from trl import DPOConfig, DPOTrainer
 
 from trl_ctopd import preference
 from trl_ctopd.losses.ctpd import chunk_sums, chunk_weights, columns
 from trl_ctopd.models import products
+from trl_ctopd.models.trials import draws_noise
 from trl_ctopd.preference import CrossTokenizerDPOConfig, CrossTokenizerDPOTrainer
 from trl_ctopd.rollouts.pairing import Prompt, pair
 from trl_ctopd.text.chat import Conversation, Speaker
@@ -424,6 +425,16 @@ def test_an_evaluation_leaves_nothing_beside_checkpointed_layers_of_an_activated
     trainer = build(tmp_path, peft_config=config, gradient_checkpointing=True, **evaluated)
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+def test_an_adapter_that_is_no_policy_is_refused_and_dropout_of_another_is_left_out(tmp_path):
+    targets = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    with pytest.raises(ValueError, match="student's adapter .LILY. a token's probability depends on what follows it"):
+        build(tmp_path, peft_config=LilyConfig(**targets))
+    for disabled in (True, False):
+        config = LoHaConfig(module_dropout=0.5, **targets)
+        model = build(tmp_path, peft_config=config, disable_dropout=disabled).model
+        assert draws_noise(model) is not disabled
 
 
 def activated(invocation: list[int]) -> dict:

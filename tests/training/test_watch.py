@@ -8,11 +8,14 @@ import pytest
 import torch
 from accelerate import PartialState
 from datasets import IterableDataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.boft.layer import MultiplicativeDropoutLayer
 from toys import prompts, student_model, student_tokenizer, teacher_model, weights
 from transformers import TrainerCallback
 
 from trl_ctopd.losses import ScoredChunks
+from trl_ctopd.models.loading import disable_dropout
+from trl_ctopd.models.trials import draws_noise, stirred
 from trl_ctopd.training import checks
 from trl_ctopd.training.watch import DIFFERENCE, SamplingWatch, sampling_metrics
 
@@ -178,6 +181,34 @@ def test_disable_dropout_reaches_the_dropout_of_attention(build):
         .self_attn.attention_dropout
         == 0.5
     )
+
+
+ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+DROPPING = {
+    "LoRA": LoraConfig(lora_dropout=0.5, **ALL),
+    "LoHa, ranks": LoHaConfig(r=4, rank_dropout=0.5, **ALL),
+    "LoHa, modules": LoHaConfig(r=4, module_dropout=0.5, **ALL),
+    "LoKr, ranks": LoKrConfig(r=4, rank_dropout=0.5, **ALL),
+    "LoKr, modules": LoKrConfig(r=4, module_dropout=0.5, **ALL),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", DROPPING)
+def test_disable_dropout_reaches_the_dropout_of_adapters(name):
+    model, ids = get_peft_model(student_model(), DROPPING[name]).train(), torch.arange(8)[None]
+    assert draws_noise(model)
+    disable_dropout(model)
+    with stirred(model):
+        learning = model(ids).logits
+        torch.testing.assert_close(learning, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_disable_dropout_reaches_layers_that_are_no_dropout_of_torchs():
+    layer = MultiplicativeDropoutLayer(p=0.5)  # BOFT's
+    blocks = torch.randn(1, 8, 4, 4)
+    disable_dropout(layer)
+    assert layer.training and torch.equal(layer(blocks), blocks)
 
 
 def in_two_processes(monkeypatch, theirs):

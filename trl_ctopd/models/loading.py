@@ -377,12 +377,15 @@ def _has_tokenizer(name: str, revision: str | None) -> bool:
 
 
 def disable_dropout(model: nn.Module):
-    """In layers of their own, and where attention and others are only told a probability."""
+    """In layers of their own, and where attention, adapters and others are only told a probability."""
     disable_dropout_in_model(model)
     for module in model.modules():
+        drops = "dropout" in type(module).__name__.lower()
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and "drop" in name:
+            if isinstance(value, float) and ("drop" in name or (drops and name == "p")):
                 setattr(module, name, 0.0)
+            elif isinstance(value, dict) and "drop" in name:
+                value.update({key: 0.0 for key, held in value.items() if isinstance(held, float)})
 
 
 def switch_router_logits_off(model: PreTrainedModel):

@@ -23,6 +23,7 @@ from ..models.loading import load_model, slow_weights, switch_router_logits_off,
 from ..models.packing import Packed, packed_inputs, packer_for, turning_length
 from ..models.products import use_faster_products
 from ..models.sharding import SHARDING, is_on, is_sharded, place_teacher, stays
+from ..models.trials import check_causal
 from ..rollouts.pairing import by_length, of_like_length, pad_rows
 
 
@@ -104,6 +105,8 @@ class LocalTeacher:
         self.generation_config = model.generation_config
         self.batch_size = batch_size
         self._accelerator = accelerator
+        if not getattr(self.base_model, "is_quantized", False):  # many of these have no derivatives
+            check_causal("teacher", model)
         self.model = place_teacher(model, accelerator)
         use_faster_products(model, accelerator)
         self._packer, self._invocation = packer_for("teacher", model, accelerator), invocation_of(model)

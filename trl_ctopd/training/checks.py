@@ -34,6 +34,7 @@ from ..models.packing import turning_length
 from ..models.quantized import dequantizes, prepare_quantized, saved_quantization
 from ..models.reference import trained_beside
 from ..models.sharding import shards_student
+from ..models.trials import check_causal, draws_noise
 from ..redact import redact
 from ..rollouts.ahead import check_ahead
 from ..rollouts.compiled import check_compiled
@@ -181,9 +182,9 @@ def check_adapter(config: PeftConfig, args: CrossTokenizerGKDConfig):
         raise ValueError(
             "ADAPTION_PROMPT: PEFT wraps the student otherwise for it than for other adapters. Train a LoRA adapter."
         )
-    if config.peft_type == PeftType.PREFIX_TUNING and args.gradient_checkpointing:
+    if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE") and args.gradient_checkpointing:
         raise ValueError(
-            "PREFIX_TUNING does not work with gradient checkpointing, which computes each layer again without the prefix: set "
+            f"{config.peft_type.value} does not work with gradient checkpointing, which computes each layer again without the prefix: set "
             "gradient_checkpointing=False (it is True unless it is set), or train a LoRA adapter."
         )
     check_prompt_learning(config)
@@ -209,6 +210,7 @@ def check_run(
     if args.generation_backend == "transformers_continuous":
         check_continuous(model)
     check_padding(model, args)
+    check_causal("student", model)
     warn_of_experts(model)
     warn_of_slow_half(accelerator, model)
     warn_of_turning_positions(args, model, train_dataset)
@@ -225,6 +227,18 @@ def warn_of_slow_half(accelerator, model: nn.Module):
         logger.warning(
             f"{name}=True on a CPU without instructions for it: the student computes several times slower than in float32. Set {name}=False."
         )
+
+
+def learns_as_it_writes(args: CrossTokenizerGKDConfig, model: nn.Module) -> bool:
+    """Whether the student, ready to be scored, computes while it learns what it computes while it writes; warns where `disable_dropout` does
+    not make it."""
+    noisy = args.disable_dropout and draws_noise(model)
+    if noisy:
+        logger.warning(
+            f"The student draws noise while it learns, though disable_dropout={args.disable_dropout}: two passes over one text differ, as with PVeRA, "
+            "which samples in its layers. Text is written without noise and scored with it, which its loss averages over. Its rows are not packed."
+        )
+    return args.disable_dropout and not noisy
 
 
 def warn_of_turning_positions(args: CrossTokenizerGKDConfig, model: nn.Module, dataset: Dataset | IterableDataset):

@@ -1,0 +1,112 @@
+"""What a short trial at the start tells of a model: whether it is an autoregressive policy, and whether it draws noise while it learns.
+
+An adapter that has learned nothing yet changes nothing, and would pass any trial: in a trial its weights are moved ([`stirred`]).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .activated import invocation_of, without_backward
+from .heads import base_model, hidden_states
+
+
+_STEP = 0.05  # by which weights are moved at most
+_ROWS, _LENGTH = 2, 16
+
+
+@contextmanager
+def stirred(model: nn.Module) -> Iterator[None]:
+    """Within, the weights that are trained beside an adapter's frozen base are others, the same ones in every process. No random number is
+    drawn. Afterwards they are what they were, to the bit."""
+    trained = [own for own in model.parameters() if own.requires_grad] if isinstance(model, PeftModel) else []
+    kept = [own.data for own in trained]
+    try:
+        for own, data in zip(trained, kept, strict=True):
+            moved = _STEP * torch.arange(data.numel(), device=data.device).sin()
+            own.data = data + moved.view_as(data).to(data.dtype)
+        yield
+    finally:
+        for own, data in zip(trained, kept, strict=True):
+            own.data = data
+
+
+def tokens_read(model: nn.Module, inputs: dict, at: torch.Tensor) -> torch.Tensor:
+    """
+    (B, L) the tokens of `inputs` on which the hidden states of those `at` (B, L) depend in a model that is [`stirred`]: where they have a
+    derivative. Elsewhere it is 0, however the model rounds.
+    """
+    inner, training, embedded = base_model(model), model.training, []
+
+    def watch(module, args, output):
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    model.eval()
+    handle = inner.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with stirred(model), torch.enable_grad():
+            with hidden_states(inner) as states, without_backward(model):
+                model(**inputs)
+            found = states[0][:, -at.shape[1] :][at.to(states[0].device)].float()  # virtual tokens come first
+            weights = torch.arange(found.numel(), device=found.device).view_as(found).cos()
+            derivatives = torch.autograd.grad(found, embedded, weights, allow_unused=True)
+    finally:
+        handle.remove()
+        model.train(training)
+    return torch.stack([own.abs().amax(-1) > 0 for own in derivatives if own is not None]).any(0)
+
+
+def _can_run(model: nn.Module) -> bool:
+    """Whether `model` can be run as it is: neither sharded nor offloaded."""
+    return not any(
+        isinstance(own, DTensor) or hasattr(own, "ds_id") or own.device.type == "meta" for own in model.parameters()
+    )
+
+
+def _inputs(model: nn.Module) -> dict:
+    """Two unlike rows, with an adapter that is on throughout."""
+    embeddings = base_model(model).get_input_embeddings().weight
+    ids = torch.arange(_ROWS * _LENGTH, device=embeddings.device).view(_ROWS, _LENGTH) * 7919 % len(embeddings)
+    begins = {} if invocation_of(model) is None else {"alora_offsets": [_LENGTH] * _ROWS}
+    return {"input_ids": ids, "use_cache": False, **begins}
+
+
+def check_causal(side: str, model: nn.Module):
+    """
+    Raises `ValueError` where an adapter makes a token's probability depend on what follows it, or on the other rows of its batch (Lily's
+    routers take a mean over all of their tokens). Such a model is no policy: it writes a text by other probabilities than it has of it.
+    """
+    if not isinstance(model, PeftModel) or not _can_run(model):
+        return
+    inputs = _inputs(model)
+    first = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    first[0, : _LENGTH // 2] = True
+    if (tokens_read(model, inputs, first) & ~first).any():
+        kinds = ", ".join(sorted({config.peft_type.value for config in model.peft_config.values()}))
+        raise ValueError(
+            f"With the {side}'s adapter ({kinds}) a token's probability depends on what follows it, or on the other rows of its batch, so that "
+            "a text is not scored by the probabilities that it was written with: take another adapter, such as LoRA."
+        )
+
+
+@torch.no_grad()
+def draws_noise(model: nn.Module) -> bool:
+    """Whether two passes over one text in training mode differ. False where that cannot be tried."""
+    if not _can_run(model):
+        return False
+    inner, training, inputs = base_model(model), model.training, _inputs(model)
+    model.train()
+    try:
+        with stirred(model), hidden_states(inner) as states, without_backward(model):
+            for _ in range(2):
+                model(**inputs)
+    finally:
+        model.train(training)
+    one, other = (own.float() for own in states)
+    tolerance = 0.02 if states[0].dtype in (torch.bfloat16, torch.float16) else 0.001
+    return bool((one - other).norm() > tolerance * one.norm())
