@@ -78,7 +78,7 @@ class Notes:
 
 
 def main(
-    student: str, teacher: str, data: str, output: Path, loss: str, steps: int, decay_steps: int, seed: int
+    student: str, teacher: str, data: str, output: Path, loss: str, steps: int, seed: int, decay_steps: int = 0
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     settings = {"student": student, "teacher": teacher, "data": data, "loss": loss, "steps": steps, "seed": seed}
@@ -206,6 +206,6 @@ if __name__ == "__main__":
         options.output,
         options.loss,
         options.steps,
-        options.decay_steps,
         options.seed,
+        options.decay_steps,
     )
