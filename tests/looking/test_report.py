@@ -349,6 +349,7 @@ def test_what_is_over_is_not_warned_of(advise):
         ([0.33, 0.31, 0.3, 0.2, 0.12, 0.1, 0.11, 0.1], False),
         ([0.1, 0.9, 0.2, 0.8, 0.9, 0.1, 0.3, 0.9], False),  # noise
         ([0.1, 0.3], False),  # too few to tell
+        ([0.1] * 4 + [0.109] * 4, False),  # less than a tenth
     ],
 )
 def test_a_gap_that_grows_beyond_its_noise_is_warned_of(advise, gaps, warned):

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toys import fix_rollouts, prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from trl_ctopd.looking.samples import Sample, Samples, show
+from trl_ctopd.looking.samples import Sample, Samples, _per_byte, show
 from trl_ctopd.losses import ScoredChunks
 
 
@@ -170,3 +170,9 @@ def test_what_is_printed_hides_and_cuts_nothing(capsys, monkeypatch):
     letters = [character for character in printed if "\u4e00" <= character < "\u4e40"]
     assert "".join(letters) == chinese, "every one of them, in their order"
     assert printed.count("compute") + printed.count("comput\n") >= 1 and "⇥end" in printed.replace("\n", "")
+
+
+def test_the_bytes_of_a_chunk_that_the_teacher_could_not_score_do_not_count():
+    sides = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, float("nan")])
+    chunks = torch.tensor([0, 1])
+    assert _per_byte(*sides, chunks, chunks, torch.tensor([4, 6]), 2) == 2 / 4

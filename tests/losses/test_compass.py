@@ -60,6 +60,8 @@ def test_a_chunk_that_one_teacher_could_not_score_takes_no_part_and_is_counted_a
     [found] = torch.autograd.grad(value, batch.student_log_probs)
     assert not found[0][batch.student_chunks[0] == 0].any() and found.isfinite().all() and found.any()
     assert metrics["compass/neutralised_fraction"][0] == 1
+    used = int((batch.student_tokens > 0).sum()) - 1
+    assert metrics["compass/difference_nats_per_chunk"][1] == used
     scores[0, place] = -math.inf
     value, metrics = Compass()(replace(batch, reference_teacher_log_probs=scores), 1)
     [found] = torch.autograd.grad(value, batch.student_log_probs)

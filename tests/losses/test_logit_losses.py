@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_ctopd import align_text, token_bytes
 from trl_ctopd.losses import DPCA, ScoredChunks, build_loss
+from trl_ctopd.losses.bpm import standing_rows
 from trl_ctopd.losses.distributions import Distributions
+from trl_ctopd.losses.warping import warping_path
 from trl_ctopd.text.one_tokenizer import OneTokenizer
 from trl_ctopd.text.vocabulary import VocabularyPair
 
@@ -133,6 +135,11 @@ def _prefix_of_the_teacher() -> Pair:
     return Pair(byte_level(600), metaspace_bpe(), [0], [], [2, 1])
 
 
+def _text_of_the_teacher() -> Pair:
+    """Of the teacher above, the end of a plain text, which it writes in one token."""
+    return replace(_prefix_of_the_teacher(), turn_end=[1])
+
+
 def _prefix_of_the_student() -> Pair:
     """Two stops of the student's; its letters are pieces and byte rows."""
     return Pair(metaspace_bpe(), byte_level(600), [2, 1], [0], [0])
@@ -156,6 +163,7 @@ def _prefixes_of_both() -> Pair:
 TOYS: dict[str, Callable[[], Pair]] = {
     "byte-level to byte-level": functools.cache(_byte_levels),
     "teacher with a dummy prefix": functools.cache(_prefix_of_the_teacher),
+    "text of a teacher with a dummy prefix": functools.cache(_text_of_the_teacher),
     "student with a dummy prefix": functools.cache(_prefix_of_the_student),
     "two dummy prefixes": functools.cache(_prefixes_of_both),
     "digits to numbers": functools.cache(_digits_and_numbers),
@@ -777,3 +785,15 @@ def test_full_vocabularies_give_the_formula_too(real_tokenizer, pair, name, knob
     wanted = expected(name, knobs, micro_batch)
     assert wanted[1].any()
     assert_equal(value_and_gradient(build_loss(name, **knobs), micro_batch), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("pair", TOYS)
+def test_what_cdm_and_escd_tell_of_their_matches_is_a_mean_over_the_places_that_they_compare(pair):
+    batch = batch_of(toy_scene(pair))
+    _, metrics = build_loss("cdm")(batch, 1)
+    path = warping_path(batch, 64)
+    assert metrics["cdm/mapped_mass"][1] == len(path[0]) and metrics["loss/compared_fraction"][0] == len(
+        set(path[0].tolist())
+    )
+    _, metrics = build_loss("escd")(batch, 1)
+    assert metrics["escd/completable_mass"][1] == (standing_rows(batch, True).written > 0).sum()

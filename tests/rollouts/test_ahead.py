@@ -28,9 +28,9 @@ from writing_late import write_late
 
 from trl_ctopd.losses import DPCA, StrictSampled
 from trl_ctopd.models.heads import base_model
-from trl_ctopd.rollouts import student_copy
+from trl_ctopd.rollouts import ahead, student_copy
 from trl_ctopd.rollouts import vllm as vllm_writing
-from trl_ctopd.rollouts.ahead import Windows
+from trl_ctopd.rollouts.ahead import Ahead, Windows
 from trl_ctopd.rollouts.source import RolloutSource
 from trl_ctopd.rollouts.student_copy import check_copied
 
@@ -133,6 +133,18 @@ def test_as_many_texts_are_written_as_steps_are_learned(run, monkeypatch):
 
 
 # --- the ratio
+
+
+def test_time_for_which_a_text_is_waited_for_is_not_hidden(monkeypatch):
+    class Writes:
+        def begin(self, model, prompts, step, taken):
+            return lambda cancelled: None, lambda result: []
+
+    clocks, told = {True: iter([0.0, 3.0]), False: iter([0.0, 5.0])}, {}  # of who waits for the text, and of who writes it
+    clock = SimpleNamespace(perf_counter=lambda: next(clocks[threading.current_thread() is threading.main_thread()]))
+    monkeypatch.setattr(ahead, "time", clock)
+    Ahead(Writes(), None).take(None, [], 0, told.update)
+    assert told["sampling/seconds_hidden"] == (2.0, 1)
 
 
 def in_float64(trainer) -> torch.nn.Module:

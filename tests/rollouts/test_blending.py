@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,3 +115,10 @@ def test_a_row_names_its_teachers_in_one_of_three_columns(row, wanted):
 def test_a_row_whose_teachers_mean_nothing_is_refused(row, message):
     with pytest.raises(ValueError, match=message):
         weights_of(row, ["a", "b"], None)
+
+
+def test_a_mixture_is_unread_where_one_of_its_teachers_cannot_read_the_text():
+    read = rollout_of([0, 1], [0, 1], 2)
+    for rollouts in ([read, replace(read, unread=True)], [replace(read, unread=True), read]):
+        assert blended(Prompt([], []), [0.5, 0.5], rollouts).unread
+    assert not blended(Prompt([], []), [0.5, 0.5], [read, read]).unread

@@ -321,3 +321,13 @@ def test_rows_that_fill_no_window_are_told_of(build, caplog, order, which):
     caplog.clear()
     build(dataset=prompts(8), rollout_reuse=2)
     assert "left out of each epoch" not in caplog.text
+
+
+def test_completions_of_another_number_for_each_prompt_are_left(build, tmp_path, caplog):
+    settings = {"max_steps": 2, "rollout_reuse": 2, "dataset": prompts(8)}
+    build(**settings, num_generations=1, save_strategy="steps", save_steps=1).train()
+    resumed = build(**settings, num_generations=2)
+    written, _ = watched(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert len(written) == 1
+    assert "keeps completions that were made with other settings" in caplog.text

@@ -201,6 +201,7 @@ def test_a_row_beyond_the_teachers_context_takes_no_part_and_costs_no_other_row_
     assert long.unread and long.ended and long.student_ids == completions[1]
     assert long.student_chunks == [-1] * len(completions[1])
     assert (long.teacher_ids, long.teacher_chunks, long.num_chunks) == ([], [], 0)
+    assert long.teacher_prompt_ids == PROMPT.teacher_ids[:1] != PROMPT.teacher_ids  # all of them may be too many
 
 
 def test_pairing_leaves_the_alignment_and_what_it_was_given_alone():

@@ -248,6 +248,18 @@ def test_a_prompt_that_fills_the_teachers_context_is_refused(make):
         make(seq_kd=True, lmbda=0.0, teachers=teachers).references(window([3])[0])
 
 
+def test_what_the_teacher_writes_ends_where_its_context_does(make, monkeypatch):
+    teachers, seen = ToyTeachers([""]), []
+    teachers.only.context = 8
+    monkeypatch.setattr(
+        module,
+        "write",
+        lambda model, ids, config, *own: seen.append(config.max_new_tokens) or [([], None) for _ in ids],
+    )
+    make(seq_kd=True, lmbda=0.0, teachers=teachers).references(window([3])[0])
+    assert seen == [8 - 2]
+
+
 @pytest.mark.parametrize(("process", "marked"), [(0, [False, False, False]), (1, [False, True, True])])
 def test_padding_rows_of_the_last_batch_are_marked_and_not_scored(make, process, marked):
     source = make(process_index=process)

@@ -88,3 +88,7 @@ def test_the_share_is_logged_and_each_row_has_its_marks_in_its_own_place(build):
     prompts = some.data_collator(list(some.train_dataset))["prompts"][:4]
     [batch] = some._roll_out(some.model, [prompts], "train")
     assert np.array_equal(batch["other_spelling"].any(1), [False, True, False, True])
+    wrong = letter_by_letter(build(teacher_gate=lambda prompts, **_: [False] * len(prompts), **settings), (1, 3))
+    prompts = wrong.data_collator(list(wrong.train_dataset))["prompts"][:4]
+    [batch] = wrong._roll_out(wrong.model, [prompts], "train")
+    assert not batch["other_spelling"].any()  # none of them takes part

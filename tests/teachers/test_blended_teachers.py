@@ -118,3 +118,16 @@ def test_rows_without_columns_take_the_weights_of_the_config(build):
 def test_what_a_mixture_cannot_do_is_refused(build, settings, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(build, **{"dataset": weighted(0.5), **settings})
+
+
+def test_stops_are_alike_only_where_all_teachers_of_a_mixture_read_the_same_end(build):
+    student, both = student_model(), teachers()
+    stops = student.generation_config.eos_token_id = [student_tokenizer().eos_token_id, 7]
+    both["code"].generation_config.eos_token_id = stops  # it has the student's tokenizer, and each end is its own there
+    found = []
+    for share in (0.3, 1.0):
+        trainer = trainer_of(build, weighted(share), both, model=student)
+        prompts = trainer.data_collator(list(trainer.train_dataset))["prompts"][:1]
+        [rollout] = trainer.panel.pair(prompts, [[*student_tokenizer().encode("one"), 7]])
+        found.append(trainer.panel.alike_stops(rollout))
+    assert found == [{}, {stops[0]: [7], 7: [stops[0]]}]

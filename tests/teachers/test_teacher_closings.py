@@ -104,6 +104,8 @@ def test_of_a_servers_likeliest_tokens_a_closing_is_what_they_tell_and_with_all_
     assert (few >= everything - 1e-5).all() and (few > everything + 1e-4).any()
     assert not closing_of(order[:, :0], values[:, :0], own, view, table).any()
     assert not closing_of(order, values, own, view, None).any()
+    rounded = closing_of(order, torch.zeros_like(values), own, view, table)  # as if all of them were certain
+    assert (rounded >= own).all() and (rounded == own).any()
 
 
 @pytest.mark.parametrize(("kind", "tells"), [("vllm", True), ("echo", False)])

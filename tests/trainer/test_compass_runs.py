@@ -87,3 +87,12 @@ def test_what_it_has_no_use_for_is_refused_with_the_way_out(build, folder, tmp_p
     with pytest.raises(ValueError, match="reference_teacher=.*with several teachers, one, two"):
         tokenizers = dict.fromkeys(teachers, teacher_tokenizer())
         build(reference_teacher=folder, teacher=teachers, teacher_processing_class=tokenizers)
+
+
+def test_a_text_beyond_the_context_of_the_reference_teacher_alone_is_left_unread(build, tmp_path):
+    student_model(seed=7, vocab_size=len(teacher_tokenizer()), max_position_embeddings=40).save_pretrained(tmp_path)
+    teacher_tokenizer().save_pretrained(tmp_path)
+    trainer = fix_rollouts(build(reference_teacher=str(tmp_path), teacher=teacher_model(), **SETTINGS))
+    trainer.train()
+    assert trainer.panel.context == 40
+    assert 0 < trainer.state.log_history[0]["alignment/teacher_context_exceeded_fraction"] <= 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 from toys import prompts
 
-from trl_ctopd.rollouts.early_stop import Growing
+from trl_ctopd.rollouts.early_stop import Growing, _dealt_out
 
 
 KAT = {"window": 4, "patience": 2, "warmup_steps": 0, "warmup_rollouts": 1, "exempt": 6}
@@ -170,3 +170,29 @@ def test_a_resumed_run_has_the_memory_of_the_one_that_was_killed(build):
 def test_what_cannot_work_together_is_refused_with_the_way_out(build, settings, message):
     with pytest.raises(ValueError, match=message):
         build(**{**ORDER, **settings})
+
+
+def test_the_last_chunk_of_a_piece_that_goes_on_decides_nothing(build):
+    rule = {**KAT, "window": 1, "patience": 1, "exempt": 11}
+    trainer = fixed(build(**{**ORDER, "early_stop_kwargs": rule}, early_stop_tokens=12))
+    batches_of(trainer)
+    assert trainer.calls == [[12] * 4, [12] * 4]  # the one token that is not exempt is in it
+
+
+def test_a_dealt_out_share_is_rounded_up():
+    found = [_dealt_out({0: 3, 1: None}, {0: 10, 1: 7}) for _ in range(50)]
+    assert {(cuts[0], cuts[1]) for cuts in found} == {(3, 7), (10, 3)}
+
+
+def test_text_that_the_student_did_not_write_is_in_no_figure_of_cuts(build):
+    settings = {**ORDER, "length_grouped": False}
+    [whole], _ = batches_of(fixed(build(**settings), NOTHING_IS_LOW))
+    trainer = fixed(build(**settings))
+    masked = trainer.rollouts.early_stop.masked
+    trainer.rollouts.early_stop.masked = lambda rollouts, sampled, *given: masked(
+        rollouts, [*sampled[:2], None, None], *given
+    )
+    [cut], figures = batches_of(trainer)
+    before, after = scored(whole), scored(cut)
+    assert after[2:].tolist() == before[2:].tolist() and figures["early_stop/cut_fraction"] == (2, 2)
+    assert figures["early_stop/masked_fraction"] == ((before - after).sum().item(), before[:2].sum().item())

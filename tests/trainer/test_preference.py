@@ -468,3 +468,28 @@ def test_an_activated_adapter_begins_in_the_prompt_and_not_where_an_answer_has_i
 def test_an_activated_adapter_that_no_prompt_activates_is_refused(tmp_path):
     with pytest.raises(ValueError, match="would never be on.*none of the 4 prompts"):
         build(tmp_path, **activated([7, 7]))
+
+
+@pytest.mark.parametrize("settings", [{"eos_policy": "mask"}, {"weight_scale": 2.0}])
+def test_columns_of_other_settings_are_computed_anew(tmp_path, settings):
+    pairs().save_to_disk(tmp_path / "pairs")
+    dataset = Dataset.load_from_disk(str(tmp_path / "pairs"))
+    build(tmp_path / "run", dataset)
+    found = build(tmp_path / "run", dataset, **settings)
+    alone = build(tmp_path / "run", pairs(), **settings)  # rows in memory, of which nothing is cached
+    assert found.train_dataset["chosen_weights"][:] == alone.train_dataset["chosen_weights"][:]
+
+
+def test_the_end_of_a_plain_text_weighs_by_all_the_ends_that_its_teachers_may_write(tmp_path):
+    teacher = teacher_model()
+    teacher.generation_config.eos_token_id = [teacher_tokenizer().eos_token_id, 7]
+    dataset = Dataset.from_list([{"prompt": "What is 1?", "chosen": " one two", "rejected": " three"}])
+    weighers = teacher_model(seed=3), teacher_model(seed=4)
+    trainer = build(tmp_path, dataset, teacher=teacher, weighers=weighers, weight_low=-9.0, weight_high=9.0)
+    row = trainer.train_dataset[0]
+    prompt = Prompt(row["prompt_ids"], row["teacher_prompt_ids"], frame=row["frame"])
+    [rollout] = trainer._panel.pair([prompt], [row["chosen_ids"]])
+    assert rollout.other_ends
+    asked = [rollout.teacher_prompt_ids], [rollout.teacher_ids], [rollout.other_ends]
+    ends = [own.log_probs(*asked)[0][-1].item() for own in trainer._weighers]
+    assert row["chosen_weights"][-1] == pytest.approx(np.exp(ends[0] - ends[1]), rel=1e-4)

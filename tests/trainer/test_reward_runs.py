@@ -2,6 +2,7 @@
 called."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -242,3 +243,29 @@ def test_a_column_that_cannot_be_handed_on_is_named(build):
         build(dataset=rows, reward_funcs=longer, num_generations=2)
     assert Prompt([1], [1]).row == "", "without functions no row is kept"
     build(dataset=rows)
+
+
+def test_rows_that_only_pad_a_batch_are_in_no_figure(build):
+    def reward(completions, answer, **columns):
+        return [float(own) * len(text[0]["content"]) for own, text in zip(answer, completions, strict=True)]
+
+    def gate(answer, **columns):
+        return [own == "1" for own in answer]
+
+    trainer = varied(build(dataset=numbered(), reward_funcs=reward, teacher_gate=gate, **ORDER))
+    prompts = trainer.data_collator(list(trainer.train_dataset))["prompts"][:4]
+    padding = [replace(prompt, is_padding=True) for prompt in prompts[2:]]
+    found, wanted = (
+        trainer.rollouts.roll_out(trainer.model, [rows], 0, "train", trainer._timers["train"])[1]
+        for rows in ([*prompts[:2], *padding], prompts[:2])
+    )
+    assert wanted["gate/wrong_fraction"] == (2, 4) and wanted["reward_std"][0] > 0
+    for name in (
+        "reward",
+        "rewards/reward/mean",
+        "reward_std",
+        "frac_reward_zero_std",
+        "gate/wrong_fraction",
+        "gate/masked_fraction",
+    ):
+        assert found[name] == wanted[name], name

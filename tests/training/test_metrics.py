@@ -279,3 +279,10 @@ def test_what_a_chunks_end_costs_the_teacher_is_a_mean_over_the_rows_that_tell_i
     for rows, expected in ((told, 3), (None, 6)):
         total, count = chunk_metrics(batch, zeros, closings_told=rows)["closing/teacher_nats_per_chunk"]
         assert (total.item(), count.item()) == (2.0, expected)
+
+
+def test_padding_rows_are_no_texts_of_which_nothing_is_scored():
+    some, nothing = ([(-1.0, 0, 1)], [(-2.0, 0)]), ([(-1.0, -1, 1)], [(-2.0, -1)])
+    batch = ScoredChunks(*as_tensors([some, nothing, nothing]))
+    found = chunk_metrics(batch, torch.zeros(3, 1), torch.tensor([False, False, True]))
+    assert tuple(map(int, found["alignment/unscored_fraction"])) == (1, 2)

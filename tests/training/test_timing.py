@@ -143,3 +143,17 @@ def test_nothing_waits_for_the_device_from_the_forward_pass_to_the_gradient(buil
     with Waits() as waits:
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(40)).backward()
     assert waits.seen == []
+
+
+def test_an_update_that_was_interrupted_is_charged_nothing_in_the_next_run(clock):
+    meter = Meter()
+    timer = PhaseTimer(meter)
+    timer.begin()
+    timer.on_pre_optimizer_step(None, None, None)  # and an error before its end
+    timer.begin()
+    clock.now += 5
+    spend(clock, timer, "student", before=3)
+    timer.end()
+    found = meter.read(OneProcess())
+    assert (found["seconds/student"], found["seconds/step"]) == (3, 8) and not found.get("seconds/optimizer")
+    assert found["compute_overhead"] == 5 / 8
