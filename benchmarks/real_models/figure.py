@@ -1,4 +1,4 @@
-"""The pictures of two runs of `make demo-real` (the README's, and one of 240 steps), from their committed figures.
+"""The pictures of two runs of `make demo-real` (the README's, and one of 480 steps), from their committed figures.
 
 python -m benchmarks.real_models.figure     # from the repository root
 """
@@ -13,6 +13,6 @@ from demo_real.show import learning_curve
 RESULTS = Path(__file__).parents[1] / "results"
 
 if __name__ == "__main__":
-    for name in ("demo_real", "demo_real_240"):
+    for name in ("demo_real", "demo_real_480"):
         found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         learning_curve(found["curve"], found, SOLVED, RESULTS / f"{name}.png")
