@@ -33,6 +33,15 @@ def models() -> Path:
     return Path(os.environ["CTOPD_MODELS"])
 
 
+def adapter(name: str, **settings):
+    """The config of PEFT's adapter of that name for a causal language model."""
+    import peft
+
+    if not hasattr(peft, f"{name}Config"):
+        pytest.skip(f"needs a newer PEFT: {peft.__version__} has no {name}")
+    return getattr(peft, f"{name}Config")(**settings, task_type="CAUSAL_LM")
+
+
 def vllm() -> str:
     """The `vllm` program that CTOPD_VLLM names."""
     if not os.environ.get("CTOPD_VLLM"):

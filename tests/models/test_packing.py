@@ -2,12 +2,13 @@
 
 import random
 
+import needs
 import pytest
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import LoraConfig, PromptTuningConfig, ShadowConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -237,16 +238,16 @@ def test_a_model_that_mixes_neighbours_outside_of_attention_fails_the_trial(dtyp
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [ShadowConfig, LoraConfig])
+@pytest.mark.parametrize("name", ["Shadow", "Lora"])
 def test_an_adapter_that_has_learned_nothing_is_tried_for_what_it_reads_once_it_has(
-    config, dtype, scale, caplog, monkeypatch
+    name, dtype, scale, caplog, monkeypatch
 ):
     """Also where it moves the hidden states by less than half precision rounds them."""
     monkeypatch.setattr(trials, "_STEP", 0.05 * scale)
     model = model_of("Llama", dtype)
     add_token_scores(model)
-    model = get_peft_model(model, config(task_type="CAUSAL_LM"))
-    if config is ShadowConfig:
+    model = get_peft_model(model, needs.adapter(name))
+    if name == "Shadow":
         assert "gives other hidden states for packed rows" in reason(model, caplog)
     else:
         assert packer_for("student", model, Accelerator(cpu=True)) is not None

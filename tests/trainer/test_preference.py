@@ -5,11 +5,12 @@ import math
 from contextlib import nullcontext
 from datetime import date
 
+import needs
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from peft import LilyConfig, LoHaConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from toys import student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -427,10 +428,13 @@ def test_an_evaluation_leaves_nothing_beside_checkpointed_layers_of_an_activated
     assert trainer.state.global_step == 3
 
 
-def test_an_adapter_that_is_no_policy_is_refused_and_dropout_of_another_is_left_out(tmp_path):
-    targets = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+def test_an_adapter_that_is_no_policy_is_refused(tmp_path):
     with pytest.raises(ValueError, match="student's adapter .LILY. a token's probability depends on what follows it"):
-        build(tmp_path, peft_config=LilyConfig(**targets))
+        build(tmp_path, peft_config=needs.adapter("Lily", r=4, target_modules="all-linear"))
+
+
+def test_dropout_of_adapters_of_any_kind_is_left_out(tmp_path):
+    targets = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     for disabled in (True, False):
         config = LoHaConfig(module_dropout=0.5, **targets)
         model = build(tmp_path, peft_config=config, disable_dropout=disabled).model

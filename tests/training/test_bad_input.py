@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import needs
 import pytest
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, IterableDataset
-from peft import AdaptionPromptConfig, CartridgeConfig, LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from transformers import AutoModelForCausalLM, Phi3Config
 from transformers.quantizers.base import HfQuantizer
@@ -170,14 +171,14 @@ def test_an_adapter_on_the_head_whose_weight_is_read_by_itself_is_refused(build,
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (CartridgeConfig, "CARTRIDGE does not work with gradient checkpointing.*gradient_checkpointing=False"),
-        (PrefixTuningConfig, "PREFIX_TUNING does not work with gradient checkpointing.*gradient_checkpointing=False"),
-        (AdaptionPromptConfig, "ADAPTION_PROMPT.*LoRA"),
+        ("Cartridge", "CARTRIDGE does not work with gradient checkpointing.*gradient_checkpointing=False"),
+        ("PrefixTuning", "PREFIX_TUNING does not work with gradient checkpointing.*gradient_checkpointing=False"),
+        ("AdaptionPrompt", "ADAPTION_PROMPT.*LoRA"),
     ],
 )
 def test_an_adapter_that_the_student_cannot_be_trained_with_is_refused(build, adapter, message):
-    sizes = {"adapter_len": 3, "adapter_layers": 1} if adapter is AdaptionPromptConfig else {"num_virtual_tokens": 3}
-    config = adapter(**sizes, task_type="CAUSAL_LM")
+    sizes = {"adapter_len": 3, "adapter_layers": 1} if adapter == "AdaptionPrompt" else {"num_virtual_tokens": 3}
+    config = needs.adapter(adapter, **sizes)
     with pytest.raises(ValueError, match=message):
         build(peft_config=config)
     with pytest.raises(ValueError, match=message):
