@@ -132,6 +132,14 @@ def test_as_many_texts_are_written_as_steps_are_learned(run, monkeypatch):
     assert calls == [4, 4, 3, 4, 4]
 
 
+@pytest.mark.parametrize("rows", [5, 2])
+def test_a_stream_is_written_ahead_throughout_though_its_passes_end_amid_a_step(run, rows):
+    trainer = run(**AHEAD, dataset=prompts(rows).to_iterable_dataset(), logging_steps=1)
+    trainer.train()
+    found = [entry["sampling/staleness"] for entry in trainer.state.log_history if "sampling/staleness" in entry]
+    assert found == [0, 1, 1, 1, 1]
+
+
 # --- the ratio
 
 
@@ -140,7 +148,10 @@ def test_time_for_which_a_text_is_waited_for_is_not_hidden(monkeypatch):
         def begin(self, model, prompts, step, taken):
             return lambda cancelled: None, lambda result: []
 
-    clocks, told = {True: iter([0.0, 3.0]), False: iter([0.0, 5.0])}, {}  # of who waits for the text, and of who writes it
+    clocks, told = (
+        {True: iter([0.0, 3.0]), False: iter([0.0, 5.0])},
+        {},
+    )  # of who waits for the text, and of who writes it
     clock = SimpleNamespace(perf_counter=lambda: next(clocks[threading.current_thread() is threading.main_thread()]))
     monkeypatch.setattr(ahead, "time", clock)
     Ahead(Writes(), None).take(None, [], 0, told.update)
@@ -334,6 +345,9 @@ class Plain:
 
     def __init__(self, rows: int, shuffled: bool = True):
         self.rows, self.shuffled, self.epoch, self.begun = rows, shuffled, 0, []
+
+    def __len__(self):
+        return self.rows
 
     def set_epoch(self, epoch):
         self.epoch = epoch

@@ -395,6 +395,22 @@ def test_streaming_datasets_train(build):
     assert build(dataset=prompts().to_iterable_dataset()).train().global_step == 1
 
 
+@pytest.mark.parametrize("rows", [6, 7, 9, 2, 1])
+def test_a_stream_is_learned_as_the_same_rows_of_a_known_number_are(build, rows):
+    """Two rows a micro-batch, two of these a step: the last step of each pass has fewer, and a pass may be less than a step."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6, "logging_steps": 1}
+    found = []
+    for dataset in (prompts(rows), prompts(rows).to_iterable_dataset()):
+        order = {"train_sampling_strategy": "sequential"}
+        trainer = fix_rollouts(build(dataset=dataset, **sizes, **order, **{**SGD, "learning_rate": 0.01}))
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found.append((weights(trainer), [entry["completions/mean_length"] for entry in log]))
+    (known, lengths), (streamed, own) = found
+    torch.testing.assert_close(streamed, known)
+    assert own == lengths
+
+
 def test_chat_template_kwargs_go_to_their_own_side(build):
     template = "{{ messages[0]['content'] }}{% if shout %} two two two{% endif %}"
     for ours, theirs, shouting in (

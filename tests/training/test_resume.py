@@ -540,13 +540,14 @@ def test_a_resume_under_the_same_circumstances_says_nothing(build, trained, capl
     assert "saved with" not in caplog.text
 
 
+@pytest.mark.parametrize("rows", [11, 9])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_stream_is_resumed_in_the_pass_in_which_it_was(build, tmp_path, shuffled):
-    """Eleven rows, four a step: passes end after steps 3 and 6, the last step of each with three rows."""
+def test_a_stream_is_resumed_in_the_pass_in_which_it_was(build, tmp_path, shuffled, rows):
+    """Four rows a step: passes end after steps 3 and 6, the last step of each with three rows, or one, in a single micro-batch."""
 
     def stream():
-        rows = prompts(11).to_iterable_dataset(num_shards=2)
-        return rows.shuffle(seed=3, buffer_size=4) if shuffled else rows
+        found = prompts(rows).to_iterable_dataset(num_shards=2)
+        return found.shuffle(seed=3, buffer_size=4) if shuffled else found
 
     settings = {
         "max_steps": 8,

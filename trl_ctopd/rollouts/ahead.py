@@ -19,6 +19,7 @@ Left out: more than one step of staleness, and text that is begun by one policy 
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import nn
+from transformers.trainer_utils import has_length
 
 from ..config import CrossTokenizerGKDConfig
 from .generation import Written
@@ -265,7 +267,8 @@ class Windows:
     The prompts of each optimizer step, of which those of the next one can be read before they are due.
 
     Trainer makes an iterator for each epoch. Where an epoch was begun here before that, its iterator is read on, and Trainer's is left
-    as it is: a loader's iterator does nothing before it is asked for its first batch.
+    as it is: a loader's iterator does nothing before it is asked for its first batch. The last window of a stream is filled up with rows
+    that take no part.
 
     Args:
         marked: the rows of the batch that was read last, with those marked that only pad it.
@@ -314,6 +317,9 @@ class Windows:
         window = []
         while len(window) < count and (batch := next(rows, None)) is not None:
             window.append(self._marked(batch["prompts"]))
+        if window and self._loader is not None and not has_length(self._loader):
+            # where Trainer does not know how long an epoch is, it makes a step of no fewer micro-batches
+            window += [[replace(prompt, is_padding=True) for prompt in window[-1]] for _ in range(count - len(window))]
         return window
 
 
