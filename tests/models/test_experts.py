@@ -10,6 +10,8 @@ from peft import LoraConfig
 from toys import SGD, SHAPE, fix_rollouts, step_of, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DogeConfig, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
+from trl_ctopd.models.heads import _imbalance
+
 
 EXPERTS = {
     "qwen3": (
@@ -167,3 +169,10 @@ def test_other_models_have_no_imbalance(build):
     trainer = build(model=student_model(), teacher=teacher_model())
     trainer.train()
     assert not any("aux_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_an_adapters_virtual_tokens_count_in_the_imbalance():
+    torch.manual_seed(0)
+    model, logits = student("mixtral"), torch.randn(2 * (3 + 4), 4)  # in each of two rows 3 come before the text
+    found, whole = (_imbalance(model, (logits,), torch.ones(2, size, dtype=torch.bool)) for size in (4, 7))
+    assert found.item() == pytest.approx(whole.item(), rel=1e-6)

@@ -743,3 +743,10 @@ def test_two_processes_of_which_one_calls_tools_end_with_the_gradient_of_one_pro
     assert alone.norm() > 0
     for gradient in together:
         torch.testing.assert_close(gradient, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_calls_of_all_turns_have_ids_of_their_own():
+    two = called("qwen2_5", *TWO_CALLS)
+    prompt, *_ = conversed("qwen2_5", "qwen3_5_nothink", two, two, said("qwen2_5", "Done."))
+    ids = [call["id"] for later in prompt.framed.later for call in json.loads(later.calls)]
+    assert ids == [f"call{n:05}" for n in range(4)]

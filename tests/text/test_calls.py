@@ -222,6 +222,9 @@ def test_key_by_key_a_value_that_cannot_be_read_is_text(value):
         ({"type": ["integer", "string"]}, "5", 5),
         ({"anyOf": [{"type": "string"}, {"type": "number"}]}, "5", 5),
         ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "5", "5"),
+        ({"oneOf": [{"type": "string"}, {"type": "null"}]}, "5", "5"),
+        ({"type": ["number", "string"]}, "2.5", 2.5),
+        ({"type": "integer"}, "5 apples", "5 apples"),
     ],
 )
 @pytest.mark.parametrize("name", ["qwen3_5_nothink", "glm4moe"])
@@ -284,3 +287,27 @@ def test_keys_that_a_template_sorts_are_masked_where_they_stand_elsewhere():
     assert "call" in {own.reason for own in found.alignment.masked}
     chunks = texts(found, "qwen2_5", "gemma4_v5")
     assert not [ours for ours, theirs in chunks if ("zone" in ours) != ("zone" in theirs)]
+
+
+def test_a_masked_end_of_a_call_is_not_read_by_the_teacher():
+    found = rollout("qwen2_5", "qwen3", reply("qwen2_5", called(CALL)), tools=TOOLS, eos_policy="mask")
+    assert heard(found, "qwen3").endswith("\n</tool_call>") and found.student_chunks[-1] == -1
+
+
+def test_masked_markup_around_a_calls_name_and_arguments_is_not_scored():
+    found = rollout("qwen2_5", "lfm2_2_5", reply("qwen2_5", called(CALL)), tools=TOOLS, markup_policy="mask")
+    assert heard(found, "lfm2_2_5") == rendered_text("lfm2_2_5", called(CALL), (CALLS,), TOOLS)
+    chunks = texts(found, "qwen2_5", "lfm2_2_5")
+    assert chunks and all(ours == theirs for ours, theirs in chunks)
+
+
+def test_keys_are_cut_where_a_template_sorts_them_whatever_their_capitals():
+    call = a_call("get_room", {"Zone": "north", "area": "east"})
+    cut = pieces([call], functools.partial(side("gemma4_v5").write_calls, (CALLS,)))
+    assert [piece.text for piece in cut if piece.label] == ["get_room", "area", "east", "Zone", "north"]
+
+
+def test_a_schema_of_a_tool_is_known_without_the_word_function_around_it():
+    tool = {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+    written = side("glm4moe").calls_text([a_call("add", {"a": "2024"})])
+    assert read("glm4moe", written, [tool]) == [("add", {"a": "2024"})]

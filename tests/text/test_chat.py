@@ -675,3 +675,40 @@ def test_a_reference_that_does_not_go_on_from_the_prompt_is_an_error():
     reasoned = REFERENCE | {"reasoning_content": "2 and 2"}
     with pytest.raises(ValueError, match="reasoning_content.*give the reference as `content` alone"):
         side.reference_ids(Conversation([USER], reasoned))
+
+
+def test_a_message_that_brings_its_eos_gets_no_second_one_as_a_reference():
+    side = speaker("qwen2.5")
+    one, other = (
+        side.reference_ids(Conversation([USER], REFERENCE | {"content": text})) for text in ("4<|im_end|>", "4")
+    )
+    assert one == other
+
+
+@pytest.mark.parametrize(("end", "simple"), [("<end>", True), ("\n<end>", False)])
+def test_a_turn_whose_end_has_several_tokens_is_parsed_for_it(end, simple):
+    """Else what it writes before its stop token would be the answer's."""
+    template = (
+        "{% for m in messages %}{{ '<start>' + m.content + '" + end + "' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start>' }}{% endif %}"
+    )
+    assert Speaker(toy(template, eos_token="<eos>")).opened(Conversation([USER])).is_simple == simple
+
+
+def test_what_forms_a_turn_has_is_found_for_each_rows_own_template_kwargs():
+    template = CHATML.replace(
+        "m.content", "(m.reasoning_content + '</think>' if keep and m.reasoning_content else '') + m.content"
+    )
+    side = Speaker(toy(template, ["</think>"], eos_token="<eos>"), {"no_think": True})
+    for keep in (False, True, False):
+        turn = side.turn(Conversation([USER], chat_template_kwargs={"keep": keep}))
+        assert (("thought", "answer") in turn.forms) == keep
+
+
+def test_what_a_template_adds_to_the_last_question_alone_is_no_part_of_what_an_answered_one_must_keep():
+    template = (
+        "{% for m in messages %}{{ '<start>' + m.content + (' /think' if loop.last and m.role == 'user' else '') + '<end>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<start>' }}{% endif %}"
+    )
+    turn = Speaker(toy(template, eos_token="<eos>")).turn(Conversation([USER]))
+    assert turn.plain and turn.plain.end == "<end>"

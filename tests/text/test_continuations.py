@@ -5,7 +5,7 @@ import random
 
 import pytest
 from needs import assets, tokenizer
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers_for_tests import CORPUS, byte_level, gemma_like, metaspace_bpe, unigram, word_piece
 from transformers import PreTrainedTokenizerFast
 
@@ -189,3 +189,18 @@ def test_kept_merges_are_those_that_were_built(monkeypatch):
     monkeypatch.setattr(module, "build_merges", None)
     kept = Continuations(student, teacher, merges=built.merges)
     assert all(kept.of(token).tolist() == built.of(token).tolist() for token in range(300, 600))
+
+
+def test_what_the_pre_tokenizer_joins_hangs_on_more_than_the_last_character():
+    """`.com` is one word to it, and ` .` and `com` are two."""
+    tokens = ["c", "o", "m", ".", "Ġ", "om", "com", ".com", "Ġ."]
+    merges = [("o", "m"), ("c", "om"), (".", "com"), ("Ġ", ".")]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    words = pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+"), "isolated")  # as Qwen's
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([words, as_bytes]), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    table = Continuations(tokenizer, tokenizer)
+    for before, goes_on in ((".", True), (" .", False)):
+        [whole], [[last]] = encoded(tokenizer, [before + "com"]), encoded(tokenizer, [before])
+        assert (whole[0] != last) == goes_on == (tokens.index("com") in table.of(last))

@@ -17,7 +17,7 @@ from trl_ctopd import token_bytes
 from trl_ctopd.rollouts.pairing import Frame, Prompt, pair
 from trl_ctopd.text.chat import Conversation, Speaker
 from trl_ctopd.text.one_tokenizer import OneTokenizer
-from trl_ctopd.text.parsing import START, Grammar, symbols
+from trl_ctopd.text.parsing import START, Grammar, named, symbols
 from trl_ctopd.text.planning import undecided_steps
 from trl_ctopd.text.sections import SectionAligner, aligner_of
 from trl_ctopd.text.token_bytes import token_table
@@ -454,3 +454,77 @@ def test_random_completions_have_equal_bytes_in_every_chunk_of_text(seed):
     assert spelled_text == ("a" + thought + space + "b" + answer).encode()
     assert found.student_widths.sum() == len(("a" + thought + space + "b" + answer).encode())
     assert np.all(np.diff([chunk for chunk in found.student_chunks if chunk >= 0]) >= 0)
+
+
+def turn_of(name, tools=None):
+    return side(name).turn(Conversation([USER], tools=tools)).to_json()
+
+
+def test_markup_that_the_teacher_writes_nothing_for_is_masked_markup_where_each_form_begins_as_its_template_opens_it():
+    found = rollout("qwen3", "qwen3_5_think", QWEN, weighs_forms=False)
+    assert [(own.start, own.end, own.reason) for own in found.alignment.masked] == [(0, len("<think>\n"), "markup")]
+
+
+def test_markup_of_one_side_alone_before_all_else_is_masked_where_markup_is():
+    found = rollout("qwen3", "qwen3_5_think", QWEN, markup_policy="mask")
+    assert texts(found, "qwen3", "qwen3_5_think")[0] == ("T", "T")
+
+
+def test_after_an_answer_whose_call_is_masked_the_teacher_reads_no_end():
+    text = 'Four.\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>'
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = rollout("qwen2_5", "gemma3", text, tools=TOOLS)
+    assert read(found, "gemma3").endswith("model\nFour.") and found.student_chunks[-1] == -1
+
+
+def test_markup_is_decided_where_only_that_after_another_section_begins_with_its_tokens():
+    forms = {(THOUGHT, ANSWER): Form((THOUGHT, ANSWER), ("<t>", "<t><x>", "<e>"))}
+    assert undecided_steps(Turn("", forms), list) == set()
+
+
+@pytest.mark.parametrize(("teacher", "policy"), [("qwen2_5", "bridge"), ("gemma4_v5", "mask")])
+def test_the_first_chunk_of_an_answer_is_untold_where_a_thought_or_its_markup_would_be_masked(teacher, policy):
+    """Both sides write nothing before an answer, and the student's template something before a thought."""
+    found = rollout("gemma4_v5", teacher, "Four.<turn|>", markup_policy=policy)
+    assert texts(found, "gemma4_v5", teacher)[0] == ("F", "F")
+    assert found.untold.tolist() == [True] + [False] * (len(found.student_ids) - 1)
+
+
+def test_what_is_said_before_a_call_and_a_thought_are_two_things_though_markup_opens_them_alike():
+    """gpt-oss's template, as the student's: the teacher opens them otherwise, and foretells nothing by that."""
+    found = rollout("gptoss", "qwen3", OSS, tools=TOOLS)
+    assert found.untold.any() and not found.untold[found.student_chunks > 0].any()
+
+
+def test_a_turn_is_opened_for_each_form_of_the_teachers_own():
+    """Rows of one run may have several, by their settings of the template."""
+    aligners.cache_clear()
+    sections = aligners("gemma4_v5", "qwen2_5")[1]
+    assert [sections.untold(turn_of("gemma4_v5"), turn_of(name)) for name in ("qwen2_5", "gemma4_v5")] == ["first", ""]
+
+
+def test_undecided_markup_goes_on_over_whitespace_of_several_bytes():
+    found = rollout("gptoss", "qwen3", OSS.replace("Two.", "\N{NO-BREAK SPACE}Two."))
+    assert texts(found, "gptoss", "qwen3")[:2] == [
+        ("<|channel|>analysis<|message|>\N{NO-BREAK SPACE}T", "\n\N{NO-BREAK SPACE}T"),
+        ("w", "w"),
+    ]
+
+
+def test_markup_takes_as_many_bytes_of_the_text_as_its_name_has():
+    end = "<｜end▁of▁sentence｜>"
+    found = rollout("deepseek_r1_distill", "qwen3", f"Two.\n</think>\n\nFour.{end}")
+    assert found.alignment.chunk_bytes[-1] == end.encode()
+    assert found.alignment.student_widths[-1] == len(end.encode()) > len(end)
+
+
+def test_a_text_cut_off_at_what_may_begin_markup_is_text_where_no_control_token_is():
+    for text in ("Two <", "Two </", "Two.\n</think"):
+        assert read(rollout("qwen3", "gptoss", "<think>\n" + text), "gptoss").endswith("<|message|>" + text)
+
+
+def test_control_tokens_count_by_the_bytes_of_their_names():
+    tokenizer, text = side("deepseek_r1_distill").tokenizer, "Four.<｜end▁of▁sentence｜>"
+    found, widths = named(tokenizer.encode(text, add_special_tokens=False), token_table(tokenizer))
+    assert found == text and widths.sum() == len(text.encode()) > len(text)

@@ -161,3 +161,18 @@ def test_between_templates_a_teacher_reads_its_own_templates_finished_turn(side)
                 assert spelled(teacher, found.teacher_prompt_ids + found.teacher_ids) == theirs, (one, other, kind)
                 seen[kind] = seen.get(kind, 0) + 1
     assert min(seen.get(kind, 0) for kind in range(5)) >= 5
+
+
+def test_what_the_teachers_normalizer_changes_after_a_control_token_is_masked_where_it_stands(side):
+    student, teacher = side("llama-3.2", "lfm2_2_5"), side("qwen2.5", "gptoss")  # Qwen's composes characters
+    aligner, sections = sections_of(student, teacher)
+    message = {"role": "assistant", "content": "In the Cafe\u0301 now.", "reasoning_content": "Two."}
+    conversation = Conversation([{"role": "user", "content": "Where?"}], message)
+    opened, read = student.opened(conversation), teacher.opened(conversation)
+    before, ids = student.reference(conversation)
+    prompt = Prompt(opened.ids, read.ids, frame=Frame.of(opened, read, before).to_json()).before_reference()
+    ends = dict.fromkeys(student.stop_ids(), teacher.turn_end)
+    [found] = pair([prompt], [ids], aligner, turn_ends=ends, sections=sections)
+    text = found.alignment.text.encode()
+    masked = [text[own.start : own.end].decode() for own in found.alignment.masked if own.reason == "normalized"]
+    assert "".join(masked) == " Cafe\u0301"
