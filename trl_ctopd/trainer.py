@@ -385,7 +385,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         Prints the greedy answers of the untrained student, of the student now and of the teacher side by side.
 
         Args:
-            prompts: plain texts, conversations (lists of messages) or dataset rows, rendered as in training.
+            prompts: plain texts, conversations (lists of messages) or dataset rows, rendered as in training. The models see the run's
+                `tools`, and none is executed.
             max_new_tokens: length of each answer; as in training when `None`. Never beyond a model's context.
 
         Returns:

@@ -720,6 +720,19 @@ def test_no_tool_is_run_in_evaluation_unless_it_is_asked_for(trainer, asked_for)
     assert ("tools/call_frequency" in figures) == asked_for
 
 
+def test_compare_asks_both_models_as_training_does_and_refuses_text(trainer, monkeypatch):
+    rows = [{"prompt": [ASKED]}, {"prompt": [ASKED], "tools": schemas([divide])}]
+    seen = []
+    monkeypatch.setattr(
+        "trl_ctopd.looking.compare.write", lambda model, ids, *_: seen.append(ids) or [([1], None) for _ in ids]
+    )
+    trainer.compare([rows[0]["prompt"], rows[1]], max_new_tokens=1)
+    prompts = [asked("qwen2_5", "gptoss", **row) for row in rows]
+    assert seen == [[own.student_ids for own in prompts], [own.teacher_ids for own in prompts]]
+    with pytest.raises(ValueError, match="Prompt 1 of compare: its prompt is text, and tools need a conversation"):
+        trainer.compare([[ASKED], "What is 2 plus 3?"])
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_of_which_one_calls_tools_end_with_the_gradient_of_one_process(tmp_path):

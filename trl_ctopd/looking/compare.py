@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from ..models.reference import adapter_off, why_not_base
 from ..rollouts.generation import write
+from ..rollouts.tools import with_tools
 from ..text.chat import Speaker
 from ..text.conversation import Conversation, read_example
 from .best_effort import best_effort
@@ -37,7 +38,7 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
     if not len(prompts):
         return []
     rows = [prompt if isinstance(prompt, Mapping) else {"prompt": prompt} for prompt in prompts]
-    conversations = [read_example(row) for row in rows]
+    conversations = [_conversation(row, index, trainer._tools) for index, row in enumerate(rows)]
     limit = trainer.args.max_new_tokens if max_new_tokens is None else max_new_tokens
 
     def answers(
@@ -84,6 +85,14 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
     prompts = [conversation.prompt for conversation in conversations]
     texts = {name: [text for text, _ in own] for name, own in columns.items()}
     return [dict(zip(["prompt", *texts], values, strict=True)) for values in zip(prompts, *texts.values(), strict=True)]
+
+
+def _conversation(row: Mapping, index: int, tools: list[dict]) -> Conversation:
+    try:
+        conversation = read_example(row)
+        return with_tools(conversation, tools) if tools else conversation
+    except ValueError as error:
+        raise ValueError(f"Prompt {index} of compare: {error}.") from error
 
 
 def _print(
