@@ -68,6 +68,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
     - `__init__`, `_prepare_dataset`, `predict`: there are two vocabularies, and rows are rendered for both models;
     - `get_batch_samples`, `prediction_step`, `evaluation_loop`: rollouts take the place of prompts;
     - `training_step`, `compute_loss`, `_prepare_input`: the loss reads chunks that both models have scored;
+    - `_init_training_state`: an interrupted run leaves no figures to the next;
     - `log`, `create_model_card`, `_save`: distillation's own metrics and model card.
 
     Args:
@@ -269,9 +270,18 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
 
     def train(self, *args, **kwargs):
         checks.check_callbacks(self.callback_handler.callbacks)
-        self._meters["train"].clear()  # may hold metrics of an earlier run that was interrupted
         with faster_products(self.model, self.accelerator):
             return super().train(*args, **kwargs)
+
+    def _init_training_state(self, *args, **kwargs):
+        """Nothing of what was interrupted is left: an earlier run, or this one, which an out-of-memory error begins anew with smaller
+        micro-batches (`auto_find_batch_size`)."""
+        self._meters["train"].clear()
+        self._samples.clear()
+        self._pending.clear()
+        self._card = RunCard()
+        self.panel.fit(self._train_batch_size)
+        return super()._init_training_state(*args, **kwargs)
 
     def _prepare_input(self, data):
         """Moves `data` to the device and keeps its precision. Trainer's own would round to DeepSpeed's, log-probs too."""

@@ -331,3 +331,21 @@ def test_completions_of_another_number_for_each_prompt_are_left(build, tmp_path,
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert len(written) == 1
     assert "keeps completions that were made with other settings" in caplog.text
+
+
+def test_completions_that_were_too_many_for_the_memory_are_left(build, tmp_path):
+    """`auto_find_batch_size` begins a resumed run anew with smaller micro-batches, and the kept ones would not fit again."""
+    settings = {"max_steps": 2, "rollout_reuse": 2, "dataset": prompts(8), "auto_find_batch_size": True}
+    build(**settings, save_strategy="steps", save_steps=1).train()
+    resumed = build(**settings)
+    step, taken = resumed.training_step, []
+
+    def training_step(model, inputs, *args):
+        taken.append(len(inputs["input_ids"]))
+        if taken[-1] > 3:
+            raise RuntimeError("CUDA out of memory. ")
+        return step(model, inputs, *args)
+
+    resumed.training_step = training_step
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert taken == [4, 3]

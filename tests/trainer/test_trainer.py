@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -55,6 +56,52 @@ def test_the_whole_window_is_written_in_one_call_with_every_generation(build):
     trainer.model.generate = counted
     trainer.train()
     assert calls == [2 * 3 * 2]
+
+
+@pytest.mark.parametrize("teacher_rows", [None, 3])
+def test_after_an_out_of_memory_error_figures_teacher_card_and_report_are_those_of_the_smaller_micro_batches(
+    build, teacher_rows
+):
+    """The error comes with the second micro-batch: the first one's figures are not to be in the log."""
+
+    def made(**settings):
+        order = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2, "report": True}
+        return fix_rollouts(build(teacher_batch_size=teacher_rows, num_generations=2, **order, **settings))
+
+    found, plain = made(auto_find_batch_size=True, per_device_train_batch_size=4), made(per_device_train_batch_size=3)
+    step, taken = found.training_step, []
+
+    def training_step(model, inputs, *args):
+        taken.append(len(inputs["input_ids"]))
+        loss = step(model, inputs, *args)
+        if taken == [8, 8]:
+            raise RuntimeError("CUDA out of memory. ")
+        return loss
+
+    found.training_step = training_step
+    folder = Path(found.args.output_dir)
+    found.train()
+    shown = found.state.log_history[0], (folder / "report.html").read_text(encoding="utf-8")
+    found.create_model_card()
+    plain.train()
+    expected = plain.state.log_history[0]
+    assert taken == [8, 8, 6, 6]
+    own = {name for name in expected if not name.startswith("seconds/")} - {"compute_overhead"}
+    assert {name: shown[0][name] for name in own} == pytest.approx({name: expected[name] for name in own}, nan_ok=True)
+    assert found.teacher.batch_size == (teacher_rows or 6)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "each of 6 prompts" in card and "| `per_device_train_batch_size` | 3 |" in card
+    assert "6 prompts, 2 completions of each" in shown[1]
+
+
+def test_a_run_that_begins_anew_has_a_card_of_its_own(build):
+    trainer = build()
+    for gap in (0.125, 0.25):
+        trainer.train()
+        trainer.state.log_history[0]["gap/nats_per_byte"] = gap
+        trainer.create_model_card()
+        card = Path(trainer.args.output_dir, "README.md").read_text(encoding="utf-8")
+        assert f"| `gap/nats_per_byte` | {gap} |" in card
 
 
 def test_generation_uses_the_cache_under_gradient_checkpointing(build):

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+from copy import copy
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -110,6 +111,13 @@ def without_folder(value: str) -> str:
         return value
     path = Path(value).expanduser()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
+def settings_of(trainer) -> CrossTokenizerGKDConfig:
+    """The run's settings, with the batch size that it has: `auto_find_batch_size` lowers it."""
+    args = copy(trainer.args)
+    args.per_device_train_batch_size = trainer._train_batch_size
+    return args
 
 
 def step(args: CrossTokenizerGKDConfig) -> str:

@@ -57,7 +57,7 @@ def _made(trainer, key: tuple, model_name: str, dataset_name: str | None, tags: 
         student=student,
         teachers=[(seat.name, seat.tokenizer) for seat in seats],
         student_tokenizer=trainer.processing_class,
-        args=trainer.args,
+        args=provenance.settings_of(trainer),
         adapter=isinstance(trainer.model, PeftModel),
         on_text=_is_text(dataset),
         dataset_name=dataset_name or provenance.dataset_source(dataset),

@@ -262,7 +262,7 @@ class Panel:
             name: Seat(model, tokenizers.get(name), args)
             for name, model in (models.items() if several else [(ONLY, models)])
         }
-        self._eos_policy = args.eos_policy
+        self._args, self._eos_policy = args, args.eos_policy
         self.reference = None
         if args.reference_teacher is not None:
             if self.only is None:
@@ -314,6 +314,13 @@ class Panel:
             self.reference.sit(accelerator)
             contexts = [own for own in (self.only.context, self.reference.context) if own is not None]
             self.only.context = min(contexts, default=None)
+
+    def fit(self, prompts: int):
+        """Teachers in this process read as many completions at once as a student's micro-batch of `prompts` has, unless
+        `teacher_batch_size` says otherwise."""
+        for seat in filter(None, (*self.seats.values(), self.reference)):
+            if not seat.remote:
+                seat.teacher.batch_size = _rows(self._args, prompts)
 
     def ask_likeliest(self, counts: Sequence[int]):
         """`counts`: how many of the most likely tokens at each place each loss reads. Servers are asked for the largest number.
@@ -493,8 +500,13 @@ class Foreseeing:
                 foreseen.close()
 
 
+def _rows(args: CrossTokenizerGKDConfig, prompts: int) -> int:
+    """Completions in a teacher's forward pass."""
+    return args.teacher_batch_size or prompts * args.num_generations
+
+
 def _local_teacher(model: PreTrainedModel, accelerator, args: CrossTokenizerGKDConfig) -> LocalTeacher:
-    rows = args.teacher_batch_size or args.per_device_train_batch_size * args.num_generations
+    rows = _rows(args, args.per_device_train_batch_size)
     overlap = False if args.torch_compile else args.teacher_overlap  # see the config's check
     return LocalTeacher(model, accelerator, args.temperature, rows, overlap)
 

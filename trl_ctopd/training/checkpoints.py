@@ -17,7 +17,7 @@ import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -377,14 +377,17 @@ class PendingRollouts:
     """
     The micro-batches of an optimizer step, kept for the steps after it that use them again (`rollout_reuse`).
 
+    Args:
+        batch_size: prompts in a micro-batch, which `auto_find_batch_size` changes.
+
     Attributes:
         batches: the micro-batches, as `RolloutSource` makes them.
         old_scores: by a micro-batch's `index`, the `ScoredChunks.policy_scores` of the student as it was when it wrote
             them; there once the first step has used them.
     """
 
-    def __init__(self, args: CrossTokenizerGKDConfig):
-        self._args = args
+    def __init__(self, args: CrossTokenizerGKDConfig, batch_size: Callable[[], int]):
+        self._args, self._batch_size = args, batch_size
         self.batches: list[dict] = []
         self.old_scores: dict[int, torch.Tensor] = {}
 
@@ -415,14 +418,9 @@ class PendingRollouts:
             )
 
     def _layout(self) -> dict[str, Any]:
-        names = (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "num_generations",
-            "rollout_reuse",
-            "world_size",
-        )
-        layout = {name: getattr(self._args, name) for name in names}
+        layout = {"per_device_train_batch_size": self._batch_size()}
+        for name in ("gradient_accumulation_steps", "num_generations", "rollout_reuse", "world_size"):
+            layout[name] = getattr(self._args, name)
         for name in ("distillation_loss", "distillation_loss_kwargs", "off_policy_loss", "event", "credit", "baseline"):
             value = getattr(self._args, name)  # what a loss reads is kept with the completions
             layout[name] = loss_name(value) if callable(value) else value

@@ -49,7 +49,7 @@ class ResumableTrainer(EndedRun, GKDTrainer):
     """
 
     def _prepare_to_resume(self, args: CrossTokenizerGKDConfig, train_dataset, eval_dataset):
-        self._pending = checkpoints.PendingRollouts(args)
+        self._pending = checkpoints.PendingRollouts(args, lambda: self._train_batch_size)
         self._windows = Windows(self._marked)
         self._lineage = checkpoints.Lineage([("", None)])  # replaced when a run begins
         self._given_datasets = train_dataset, eval_dataset

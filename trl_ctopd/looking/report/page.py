@@ -15,6 +15,7 @@ from markupsafe import Markup
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
+from ...config import CrossTokenizerGKDConfig
 from ...losses import DPCA, Loss, loss_name
 from ...models.heads import base_model
 from ...redact import redacted
@@ -127,7 +128,7 @@ PHASES = {
 
 def page(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]]) -> str:
     """The whole document. `first` and `last`: the first and last samples, by the prefix of their metrics."""
-    args, state = trainer.args, trainer.state
+    args, state = provenance.settings_of(trainer), trainer.state
     logged = figures(state.log_history)
     drawn = {name for chart in MAIN + MORE for name in chart.figures}
     evaluated = [
@@ -152,7 +153,7 @@ def page(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]]) -> 
         phases=_phases(logged),
         samples=_samples(trainer, first, last),
         figures=_table(logged),
-        facts=_facts(trainer),
+        facts=_facts(trainer, args),
         settings=_settings(args),
         adapter=_adapter(trainer.model),
         versions=provenance.versions(),
@@ -283,9 +284,9 @@ def _table(logged: dict) -> list[list[str]]:
     return sorted(rows)
 
 
-def _facts(trainer) -> dict[str, str]:
+def _facts(trainer, args: CrossTokenizerGKDConfig) -> dict[str, str]:
     """Models, dataset, step size, versions, devices."""
-    args, dataset = trainer.args, trainer.train_dataset
+    dataset = trainer.train_dataset
     source = provenance.dataset_source(dataset)
     rows = f"{len(dataset):,} prompts" if hasattr(dataset, "__len__") else "streamed"
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
