@@ -408,7 +408,10 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
     # Card
 
     def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
     ):
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else tags or ()

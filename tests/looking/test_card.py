@@ -43,7 +43,7 @@ def make(tmp_path):
             "teacher_tokenizer": TEACHER,
             "args": args,
             "adapter": False,
-            "dataset_name": None,
+            "datasets": [],
             "tags": ["trl", "ctopd"],
             "log_history": LOG,
         }
@@ -62,7 +62,7 @@ VARIANTS = {
     "folders": {
         "student": "/data/runs/student",
         "teacher": "/data/models/teacher/",
-        "dataset_name": "/data/prompts.jsonl",
+        "datasets": ["/data/prompts.jsonl"],
     },
     "alm": {"config": {"distillation_loss": "alm"}},
     "sft": {"config": {"distillation_loss": "sft", "lmbda": 0.0, "seq_kd": True}},
@@ -205,8 +205,13 @@ def test_a_relative_folder_that_looks_like_a_hub_name_is_a_folder(make, tmp_path
 
 
 def test_a_dataset_of_the_hub_is_linked_and_a_local_one_named_only(make):
-    ours, local = make(dataset_name="lab/questions"), make(dataset_name="/data/questions.jsonl")
-    assert ours.data.datasets == "lab/questions"
+    ours, local = make(datasets=["lab/questions"]), make(datasets=["/data/questions.jsonl"])
+    both = make(datasets=["lab/questions", "/data/questions.jsonl", "lab/tasks"])
+    assert ours.data.datasets == ["lab/questions"] and both.data.datasets == ["lab/questions", "lab/tasks"]
+    assert (
+        "[lab/questions](https://huggingface.co/datasets/lab/questions), `questions.jsonl`, [lab/tasks]("
+        in both.content
+    )
     assert "- Prompts: [lab/questions](https://huggingface.co/datasets/lab/questions)\n" in ours.content
     assert local.data.datasets is None
     assert "- Prompts: `questions.jsonl`\n" in local.content
@@ -372,9 +377,7 @@ def test_licences_are_those_of_the_models_own_cards_and_the_students_is_the_card
 
 
 def test_the_card_has_the_command_the_prompts_and_the_picture_where_there_are_any(make):
-    text = make(
-        command="python run.py --seed 1", prompts=1234, dataset_name="lab/questions", picture="curve.png"
-    ).content
+    text = make(command="python run.py --seed 1", prompts=1234, datasets=["lab/questions"], picture="curve.png").content
     assert "```bash\npython run.py --seed 1\n```" in text
     assert "- Prompts: [lab/questions](https://huggingface.co/datasets/lab/questions), 1,234 rows\n" in text
     assert "](curve.png)" in text
@@ -398,3 +401,16 @@ def test_a_checkpoint_draws_card_and_picture_once(build, tmp_path, monkeypatch):
         assert (folder / "README.md").exists() and (folder / card.PICTURE).exists()
     root = tmp_path / "run"
     assert (root / "README.md").read_text() == (root / "checkpoint-4" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("named", "metadata"),
+    [
+        (None, None),
+        ("lab/questions", ["lab/questions"]),
+        (["lab/questions", "lab/tasks"], ["lab/questions", "lab/tasks"]),
+    ],
+)
+def test_a_card_takes_the_name_of_a_dataset_or_several(build, tmp_path, named, metadata):
+    build().create_model_card(dataset_name=named)
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.datasets == metadata

@@ -162,7 +162,7 @@ def model_card(
     student_tokenizer: PreTrainedTokenizerBase,
     args: CrossTokenizerGKDConfig,
     adapter: bool,
-    dataset_name: str | None,
+    datasets: Sequence[str],
     tags: list[str],
     log_history: list[dict],
     prompts: int | None = None,
@@ -176,6 +176,7 @@ def model_card(
 
     Args:
         student, teachers: hub names, folders, or "" for a model created in memory; each teacher with its tokenizer.
+        datasets: hub names or files of the training data.
         log_history: the trainer state's. The last logged value of each metric is shown.
         prompts: number of rows of the training set, if it has a length.
         licenses: the licenses on the model cards of the student and of each teacher. The student's becomes the new card's.
@@ -191,7 +192,7 @@ def model_card(
     return ModelCard.from_template(
         ModelCardData(
             base_model=student if on_hub(student) else None,
-            datasets=dataset_name if on_hub(dataset_name) else None,
+            datasets=[name for name in datasets if on_hub(name)] or None,
             library_name="peft" if adapter else "transformers",
             pipeline_tag="text-generation",
             model_name=model_name,
@@ -209,7 +210,7 @@ def model_card(
         story=_story(args, [student_tokenizer.get_vocab() == tokenizer.get_vocab() for _, tokenizer in teachers]),
         method=_method(args),
         citation=_citation(_paper(args)),
-        prompts=_prompts(dataset_name, prompts),
+        prompts=_prompts(datasets, prompts),
         adapter=adapter,
         quantization=_quantization(args.model_init_kwargs) if adapter else None,
         chat=not on_text and has_template,
@@ -342,9 +343,9 @@ def _last(points: list[tuple[int, float]] | None) -> str:
     return f"{points[-1][1]:.4g}" if points else ""
 
 
-def _prompts(dataset_name: str | None, prompts: int | None) -> str:
-    name = _link(dataset_name, "datasets/") if dataset_name else ""
-    return ", ".join([*([name] if name else []), *([] if prompts is None else [f"{prompts:,} rows"])])
+def _prompts(datasets: Sequence[str], prompts: int | None) -> str:
+    names = [_link(name, "datasets/") for name in datasets]
+    return ", ".join([*names, *([] if prompts is None else [f"{prompts:,} rows"])])
 
 
 def _license(license: dict[str, str]) -> str:

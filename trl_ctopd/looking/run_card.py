@@ -23,16 +23,17 @@ class RunCard:
         trainer,
         folder: str,
         model_name: str | None = None,
-        dataset_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
         tags: Sequence[str] = (),
     ):
         """Writes the card of `trainer`'s run and the learning curve into `folder`. A card that fails is left out."""
         with best_effort("The model card"):
             folder_of_run = Path(trainer.args.hub_model_id or trainer.args.output_dir)
             model_name = model_name or folder_of_run.name or folder_of_run.resolve().name
-            key = (len(trainer.state.log_history), model_name, dataset_name, *tags)
+            datasets = (dataset_name,) if isinstance(dataset_name, str) else tuple(dataset_name or ())
+            key = (len(trainer.state.log_history), model_name, datasets, *tags)
             if self._last is None or self._last.key != key:
-                self._last = _made(trainer, key, model_name, dataset_name, tags)
+                self._last = _made(trainer, key, model_name, datasets, tags)
             self._last.write(folder)
 
 
@@ -43,7 +44,7 @@ def _is_text(dataset: Dataset | IterableDataset) -> bool:
     return Prompt([], [], frame=dataset.with_format(None)[0]["frame"]).framed.is_text
 
 
-def _made(trainer, key: tuple, model_name: str, dataset_name: str | None, tags: Sequence[str]) -> card.Written:
+def _made(trainer, key: tuple, model_name: str, datasets: Sequence[str], tags: Sequence[str]) -> card.Written:
     student, seats = get_config_model_id(trainer.model.config), trainer.panel.seats.values()
     history, dataset = trainer.state.log_history, trainer.train_dataset
     picture = command = None
@@ -60,7 +61,7 @@ def _made(trainer, key: tuple, model_name: str, dataset_name: str | None, tags: 
         args=provenance.settings_of(trainer),
         adapter=isinstance(trainer.model, PeftModel),
         on_text=_is_text(dataset),
-        dataset_name=dataset_name or provenance.dataset_source(dataset),
+        datasets=datasets or list(filter(None, [provenance.dataset_source(dataset)])),
         tags=[*trainer._tag_names, *tags],
         log_history=history,
         prompts=len(dataset) if isinstance(dataset, Dataset) else None,
