@@ -376,6 +376,13 @@ def test_licences_are_those_of_the_models_own_cards_and_the_students_is_the_card
     assert "licence" not in make().content
 
 
+def test_several_licences_of_a_model_are_a_list_in_the_metadata_and_one_cell_of_the_table(make):
+    written = make(licenses=({"license": ["mit", "apache-2.0"]}, {"license": "other", "license_name": "a|b"}))
+    assert ModelCard(written.content).data.license == ["mit", "apache-2.0"]
+    assert rows(written.content)["student"][-1] == "mit, apache-2.0"
+    assert rows(written.content)["teacher"][-1] == r"a\|b"
+
+
 def test_the_card_has_the_command_the_prompts_and_the_picture_where_there_are_any(make):
     text = make(command="python run.py --seed 1", prompts=1234, datasets=["lab/questions"], picture="curve.png").content
     assert "```bash\npython run.py --seed 1\n```" in text

@@ -58,3 +58,18 @@ def test_a_licence_is_read_from_the_card_in_a_models_folder(tmp_path):
     folder.mkdir()
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: mine\n---\n# A model\n")
     assert license_of(str(folder)) == {"license": "other", "license_name": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("[mit, apache-2.0]", {"license": ["mit", "apache-2.0"]}),
+        ("[mit]", {"license": "mit"}),
+        ("\n- mit\n- null", {"license": "mit"}),
+        ("[]", {}),
+        ("mit", {"license": "mit"}),
+    ],
+)
+def test_several_licences_of_a_card_stay_several(tmp_path, written, read):
+    (tmp_path / "README.md").write_text(f"---\nlicense: {written}\n---\n# A model\n")
+    assert license_of(str(tmp_path)) == read

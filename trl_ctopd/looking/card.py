@@ -166,7 +166,7 @@ def model_card(
     tags: list[str],
     log_history: list[dict],
     prompts: int | None = None,
-    licenses: Sequence[dict[str, str]] = (),
+    licenses: Sequence[dict[str, str | list[str]]] = (),
     command: str | None = None,
     picture: str | None = None,
     on_text: bool = False,
@@ -348,10 +348,11 @@ def _prompts(datasets: Sequence[str], prompts: int | None) -> str:
     return ", ".join([*names, *([] if prompts is None else [f"{prompts:,} rows"])])
 
 
-def _license(license: dict[str, str]) -> str:
+def _license(license: dict[str, str | list[str]]) -> str:
     """By its own name, if the hub has none for it."""
     name, link = license.get("license_name") or license.get("license", ""), license.get("license_link")
-    return f"[{name}]({link})" if link and link.startswith("https://") else name
+    name = _cell(name if isinstance(name, str) else ", ".join(name))
+    return f"[{name}]({link})" if isinstance(link, str) and link.startswith("https://") else name
 
 
 def learning_curve(log_history: list[dict]) -> bytes | None:

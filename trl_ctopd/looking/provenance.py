@@ -74,8 +74,8 @@ def dataset_source(dataset: Dataset | IterableDataset | None) -> str | None:
 
 
 @cache
-def license_of(name: str) -> dict[str, str]:
-    """`LICENSE_FIELDS` from the model's own card, in its folder or on the hub; those that it has."""
+def license_of(name: str) -> dict[str, str | list[str]]:
+    """`LICENSE_FIELDS` from the model's own card, in its folder or on the hub; those that it has. A list is one of several."""
     name, folder = hub_name(name), Path(name)
     source = folder / "README.md" if folder.is_dir() else name
     if not (on_hub(name) or os.path.isfile(source)):
@@ -86,8 +86,14 @@ def license_of(name: str) -> dict[str, str]:
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             logger.info(f"The card of {name} cannot be read, so its licence is not named: {error}")
             return {}
-        return {field: str(metadata[field]) for field in LICENSE_FIELDS if metadata.get(field)}
+        found = {field: _texts(metadata.get(field)) for field in LICENSE_FIELDS}
+        return {field: texts[0] if len(texts) == 1 else texts for field, texts in found.items() if texts}
     return {}
+
+
+def _texts(value) -> list[str]:
+    """What a field of a card names."""
+    return [str(own) for own in (value if isinstance(value, list) else [value]) if own]
 
 
 def command() -> str | None:
