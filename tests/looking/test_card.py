@@ -397,6 +397,29 @@ def test_a_learning_curve_needs_two_points():
     assert card.learning_curve(gaps).startswith(b"\x89PNG")
 
 
+def test_a_run_on_given_text_alone_has_the_gap_of_that_text_on_the_card_and_in_the_curve(make):
+    given = [{"given/gap/nats_per_byte": -1 / step, "given/entropy": 1.5, "step": step} for step in (1, 2)]
+    evaluated = [{"eval_gap/nats_per_byte": 0.5, "eval_runtime": 1.0, "step": 2}]
+    table = rows(make(config={"distillation_loss": "alm", "lmbda": 0.0}, log_history=[*given, *evaluated]).content)
+    assert table["given/gap/nats_per_byte"] == [
+        "-0.5",
+        "",
+        "as `gap/nats_per_byte`, of text that the student did not write",
+    ]
+    assert table["gap/nats_per_byte"][:2] == ["", "0.5"] and table["given/entropy"][:2] == ["1.5", ""]
+    assert card.gap_curves([*given, *evaluated]) == {
+        "training, given text": [(1, -1.0), (2, -0.5)],
+        "evaluation": [(2, 0.5)],
+    }
+    assert card.learning_curve(given).startswith(b"\x89PNG")
+
+
+def test_where_the_student_wrote_too_its_own_texts_gap_is_the_one_shown(make):
+    both = [{"gap/nats_per_byte": 0.25, "given/gap/nats_per_byte": -1.0, "step": step} for step in (1, 2)]
+    assert "given/gap" not in make(log_history=both).content
+    assert card.gap_curves(both) == {"training": [(1, 0.25), (2, 0.25)]}
+
+
 def test_a_checkpoint_draws_card_and_picture_once(build, tmp_path, monkeypatch):
     drawn = []
     draw = card.learning_curve

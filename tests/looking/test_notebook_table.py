@@ -53,6 +53,11 @@ def test_evaluations_stand_in_the_row_of_their_step_and_every_row_is_whole(log):
     ]
 
 
+def test_a_run_on_given_text_alone_shows_the_gap_of_that_text_and_says_so(log):
+    log(5, {"loss": 0.5, "given/gap/nats_per_byte": -0.25})
+    assert log.table() == [["Step", "Training Loss", "Gap on given text"], [5, "0.5000", "-0.2500"]]
+
+
 def test_the_table_takes_the_place_of_trainers_and_of_nothing_else(build):
     trainer = build()
     before = list(trainer.callback_handler.callbacks)

@@ -98,6 +98,14 @@ def test_a_runs_page_has_its_curves_samples_settings_and_versions(run):
     assert re.search(r"learning_rate 0.01 ", said)
 
 
+def test_a_run_on_given_text_alone_shows_the_gap_of_that_text_and_says_so(run):
+    trainer = run(lmbda=0.0, max_steps=2)
+    page = read(trainer)
+    for entry in trainer.state.log_history[:2]:
+        assert f"<title>given text: {plain(entry['given/gap/nats_per_byte'])} at step {entry['step']}</title>" in page
+    assert "Gap to the teacher" in texts(page) and "gap on given text, nats a byte" in texts(page)
+
+
 def test_the_page_is_one_file_that_loads_nothing_and_leaves_no_other_behind(run, tmp_path):
     page = read(run())
     assert re.findall(r"<(?:script|link|img|iframe)", page) == []

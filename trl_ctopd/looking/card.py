@@ -24,7 +24,7 @@ from ..models.quantized import dequantizes, with_quantization_config
 from ..redact import redacted
 from ..text.chat import plain_text
 from .best_effort import best_effort
-from .history import BOOKKEEPING, figures
+from .history import BOOKKEEPING, GAP, GIVEN, figures
 from .provenance import describe, hub_name, on_hub, step, versions
 
 
@@ -143,7 +143,7 @@ OURS = re.compile(
 )
 METRICS = {
     "loss": "what was minimised",
-    "gap/nats_per_byte": "student's minus teacher's log-probability of the text; 0: the student writes as the teacher would",
+    GAP: "student's minus teacher's log-probability of the text; 0: the student writes as the teacher would",
     "student/nats_per_byte": "student's negative log-probability of the text",
     "teacher/nats_per_byte": "teacher's negative log-probability of the text",
     "alignment/one_to_one_fraction": "share of scored student tokens that match a single teacher token byte for byte",
@@ -329,7 +329,12 @@ def _metrics(log_history: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
     """The columns (training, each evaluation), and for each metric its last value in each column and its meaning."""
     logged = figures(log_history)
     others = [name for name, sets in logged.items() if not (OURS.fullmatch(name) or BOOKKEEPING.fullmatch(name))]
-    meanings = {**METRICS, **{name: "" for name in others if set(logged[name]) != {"training"}}}
+    meanings = {}
+    for name, meaning in METRICS.items():
+        meanings[name] = meaning
+        if logged.get(GIVEN + name, {}).keys() - logged.get(name, {}).keys():
+            meanings[GIVEN + name] = f"as `{name}`, of text that the student did not write"
+    meanings |= {name: "" for name in others if set(logged[name]) != {"training"}}
     sets = list(dict.fromkeys(where for name in meanings for where in logged.get(name, {})))
     sets.sort(key=lambda where: where != "training")
     return sets, {
@@ -355,9 +360,16 @@ def _license(license: dict[str, str | list[str]]) -> str:
     return f"[{name}]({link})" if isinstance(link, str) and link.startswith("https://") else name
 
 
+def gap_curves(log_history: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Of training and of each evaluation. It is that of given text where the student wrote none."""
+    logged = figures(log_history)
+    own, given = logged.get(GAP, {}), logged.get(GIVEN + GAP, {})
+    return {**{f"{where}, given text": points for where, points in given.items() if where not in own}, **own}
+
+
 def learning_curve(log_history: list[dict]) -> bytes | None:
     """The gap as a PNG picture, if it has at least two points and matplotlib is installed."""
-    sets = figures(log_history).get("gap/nats_per_byte", {})
+    sets = gap_curves(log_history)
     if find_spec("matplotlib") is None or not any(len(points) > 1 for points in sets.values()):
         return None
     from matplotlib.figure import Figure  # pyplot would set up a backend in the user's session
@@ -369,7 +381,8 @@ def learning_curve(log_history: list[dict]) -> bytes | None:
     axes.set(
         xlabel="optimizer step", ylabel="gap, nats a byte", title="What the student still differs from its teacher"
     )
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(0.0, bottom), max(0.0, top))  # on given text the gap may be negative
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     picture.savefig(data, dpi=150)

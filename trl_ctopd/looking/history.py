@@ -9,6 +9,9 @@ BOOKKEEPING = re.compile(
     r"|(samples|steps)_per_second|model_preparation_time|alignment/(student|teacher)_tokens_per_chunk"
 )  # metrics that say nothing about how well the student does
 
+GAP = "gap/nats_per_byte"
+GIVEN = "given/"  # begins the names of figures of text that the student did not write
+
 
 def evaluation_prefix(entry: dict) -> str:
     """The prefix of an evaluation's metrics, found by its runtime: `eval_math_` for the dataset "math" of several."""

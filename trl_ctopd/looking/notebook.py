@@ -9,9 +9,9 @@ from transformers.utils.notebook import (
 )
 
 from .best_effort import best_effort
+from .history import GAP, GIVEN
 
 
-GAP = "gap/nats_per_byte"
 COLUMNS = {
     "loss": ("Training Loss", "{:.4f}"),
     GAP: ("Gap, nats/byte", "{:.4f}"),
@@ -28,8 +28,11 @@ def show_figures(trainer: Trainer) -> None:
 
 
 def figures(logs: dict[str, float]) -> dict[str, str]:
-    """What the table shows of a log, by heading: `COLUMNS` of training, and the gap of each evaluation set."""
+    """What the table shows of a log, by heading: `COLUMNS` of training, with the gap on given text where the student wrote none,
+    and the gap of each evaluation set."""
     shown = {heading: form.format(logs[name]) for name, (heading, form) in COLUMNS.items() if name in logs}
+    if GAP not in logs and GIVEN + GAP in logs:
+        shown["Gap on given text"] = f"{logs[GIVEN + GAP]:.4f}"
     for name, value in logs.items():
         if name.startswith("eval_") and name.endswith(GAP):
             dataset = name.removeprefix("eval").removesuffix(GAP).strip("_")

@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 
 from ...config import CrossTokenizerGKDConfig
+from ..history import GAP
 
 
 RECENT = 5  # logs; their mean is judged
 LONG = 20  # logs; fewer do not tell whether a gap stands still
 CLOSED = 0.01  # nats a byte; a smaller gap need not move
-GAP = "gap/nats_per_byte"
 
 
 def advice(log_history: Sequence[dict], args: CrossTokenizerGKDConfig, teacher_context: int | None = None) -> list[str]:

@@ -21,10 +21,10 @@ from ...models.heads import base_model
 from ...redact import redacted
 from ...text.altered_text import REASONS
 from .. import card, provenance
-from ..history import BOOKKEEPING, figures
+from ..history import BOOKKEEPING, GAP, GIVEN, figures
 from ..samples import Sample
 from ..viewer import ScoredRollout, alignment_of, as_compared, stylesheet
-from .advice import GAP, advice
+from .advice import advice
 from .charts import Series, curves
 
 
@@ -58,7 +58,10 @@ class Chart:
 
 MAIN = [
     Chart(
-        "Gap to the teacher", "nats a byte; at 0 the student writes as the teacher would", {GAP: ""}, everywhere=True
+        "Gap to the teacher",
+        "nats a byte; at 0 the student writes as the teacher would",
+        {GAP: "", GIVEN + GAP: "given text"},
+        everywhere=True,
     ),
     Chart("Length of a completion", "student tokens", {"completions/mean_length": ""}, everywhere=True),
     Chart(
@@ -184,8 +187,11 @@ def _status(state) -> str:
 def _tiles(logged: dict) -> list[dict[str, str]]:
     """The most important metrics: their current and their first values."""
     tiles = []
+    gap = (GAP, "gap, nats a byte", plain)
+    if "training" not in logged.get(GAP, {}):
+        gap = (GIVEN + GAP, "gap on given text, nats a byte", plain)
     for name, title, form in (
-        (GAP, "gap, nats a byte", plain),
+        gap,
         ("completions/mean_length", "tokens a completion", plain),
         ("completions/truncated_fraction", "truncated", percent),
         ("alignment/masked_fraction", "masked", percent),
