@@ -109,6 +109,13 @@ def test_a_thought_and_a_call_each_find_their_own(teacher):
     assert heard(found, teacher) == rendered_text(teacher, message, ("thought", CALLS), TOOLS)
 
 
+def test_what_a_call_says_is_text_to_the_teacher_and_no_control_token_of_its():
+    written = reply("qwen2_5", called(a_call("note", {"text": "say <|start|> so"})))
+    found = rollout("qwen2_5", "gptoss", written, tools=TOOLS)
+    assert side("gptoss").tokenizer.convert_tokens_to_ids("<|start|>") not in found.teacher_ids
+    assert not found.alignment.masked and "say <|start|> so" in heard(found, "gptoss")
+
+
 def test_what_two_templates_serialise_differently_is_masked():
     call = a_call("note", {"text": 'say "no"'})
     found = rollout("qwen2_5", "glm4moe", reply("qwen2_5", called(call)), tools=TOOLS)

@@ -255,8 +255,10 @@ class SectionAligner:
             return self._ended(whole, policies)
         units = []
         for mine, other, kind in beside(*(side[1:] for side in sides)):
-            size, plain = len(grammar.symbols(mine)), not self._pattern or not self._pattern.search(other)
-            shared = mine == other and plain and all(ord(symbol) < 256 for symbol in grammar.symbols(mine))
+            size = len(grammar.symbols(mine))
+            # what a call says is text to both, whatever it names; markup of the same letters may be a control token to one of them
+            is_text = kind != MARKUP or not self._pattern or not self._pattern.search(other)
+            shared = mine == other and is_text and all(ord(symbol) < 256 for symbol in grammar.symbols(mine))
             masked = "markup" if policies.get("markup_policy") == "mask" else None
             reason = masked if kind == MARKUP else "call"
             units.append(Unit(start, start + size, "" if shared else other, shared, None if shared else reason))
