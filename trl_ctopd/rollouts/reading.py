@@ -33,12 +33,13 @@ def begun(
     parts = _parts(model, texts, can_join(cache), device)
     if parts == [([*range(len(prompts))], 0)]:  # `generate` would read them so by itself
         return cache
-    caches, order, beginnings = [], [], {}
+    call, caches, order, beginnings = greedy(config), [], [], {}
+    call.update(max_new_tokens=1, return_dict_in_generate=True)
     for rows, shared in parts:
         beginning = texts[rows[0]][:shared]
         if beginning and beginning not in beginnings:
-            beginnings[beginning] = _read(model, [beginning], None, config, device)
-        caches.append(_read(model, [texts[row] for row in rows], beginnings.get(beginning), config, device))
+            beginnings[beginning] = _read(model, [beginning], None, call, device)
+        caches.append(_read(model, [texts[row] for row in rows], beginnings.get(beginning), call, device))
         order += rows
     place = {texts[row]: number for number, row in enumerate(order)}
     return selected(model, joined(caches), torch.tensor([place[tuple(prompt[:-1])] for prompt in prompts]))
@@ -68,15 +69,14 @@ def _read(
     model: PreTrainedModel,
     texts: Sequence[Sequence[int]],
     beginning: Cache | None,
-    config: GenerationConfig,
+    call: GenerationConfig,
     device: torch.device,
 ) -> Cache:
     """The cache of `texts`, padded on the left, which all go on from `beginning`."""
-    width, cache, call = max(map(len, texts)), growing_cache(model), greedy(config)
+    width, cache = max(map(len, texts)), growing_cache(model)
     gaps = [width - len(text) for text in texts]
-    ids = [[*[config.pad_token_id] * gap, *text] for gap, text in zip(gaps, texts, strict=True)]
+    ids = [[*[call.pad_token_id] * gap, *text] for gap, text in zip(gaps, texts, strict=True)]
     mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
-    call.update(max_new_tokens=1, return_dict_in_generate=True)
     output = model.generate(
         input_ids=torch.tensor(ids, device=device),
         attention_mask=torch.tensor(mask, device=device),
