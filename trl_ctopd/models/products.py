@@ -1,8 +1,12 @@
 """Matrix products of a CPU, by the faster of the two libraries that torch is built with.
 
-torch takes MKL for a linear layer in float32. On an AMD processor with AVX-512, MKL (2024.2, in torch 2.13) uses AVX2 alone, and
-has half of oneDNN's speed (findings/amd_products_at_half_speed.sh). No setting of torch's changes that, so layers are
-switched to oneDNN here, in float32 as before: results differ by rounding.
+torch takes MKL for a linear layer in float32. No setting of torch's changes that, so layers are switched to oneDNN here where it is faster, in
+float32 as before: results differ by rounding.
+
+- On an AMD processor with AVX-512, MKL (2024.2, in torch 2.13) uses AVX2 alone, and has half of oneDNN's speed
+  (findings/amd_products_at_half_speed.sh): all products are oneDNN's.
+- On an Intel processor with AVX-512 the two are alike, but for 4 to some 30 rows, as many as are written at the same time: MKL takes twice as long for
+  four rows as for three, and oneDNN with packed weights as long as for one (findings/four_rows_cost_twice.sh). Only these products are oneDNN's.
 """
 
 import functools
@@ -19,19 +23,30 @@ from .sharding import SHARDING
 
 LEAST = 2**20  # multiplications in a product; a call of oneDNN takes 10 µs more, which a smaller one does not win back
 _LEAST_PACKED = 2**16  # weights of a layer; an adapter's own are fewer
+_FEWEST = 4  # rows that MKL multiplies at half speed on an Intel processor
 
 
 @functools.cache
-def onednn_is_faster() -> bool:
-    """Whether this is an AMD processor with AVX-512, and torch has both libraries."""
+def onednn_packs() -> bool:
+    """Whether this is a processor with AVX-512, where packed weights are faster for few rows, and torch has both libraries."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.mkl.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and "AuthenticAMD" in _processor()
     )
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether all products are faster by oneDNN: on an AMD processor with AVX-512."""
+    return onednn_packs() and "AuthenticAMD" in _processor()
+
+
+def packing_is_faster(rows: int) -> bool:
+    """Whether packed weights are faster where so many rows are written, and fewer once some have ended."""
+    return onednn_is_faster() or onednn_packs() and rows >= _FEWEST
 
 
 def _processor() -> str:
@@ -41,7 +56,8 @@ def _processor() -> str:
 
 class OneDnnLinear(nn.Linear):
     """
-    A linear layer that multiplies by oneDNN where its input and weight are plain float32 tensors on the CPU, and as `nn.Linear` else.
+    A linear layer that multiplies by oneDNN where its input and weight are plain float32 tensors on the CPU and this is faster, and as
+    `nn.Linear` else.
 
     Attributes:
         packed: for a while, what it multiplies by in the place of `weight`, in oneDNN's own layout. Without gradients. Not where a weight
@@ -60,7 +76,7 @@ class OneDnnLinear(nn.Linear):
                 return product(input, self.packed, self.bias)
             return nn.functional.linear(input, self.packed.to_dense(), self.bias)
         plain = torch.compiler.is_compiling() or type(self.weight) is not nn.Parameter
-        if plain or not _pays(input, self.weight, self.bias):
+        if plain or not onednn_is_faster() or not _pays(input, self.weight, self.bias):
             return super().forward(input)
         return _Linear.apply(input, self.weight, self.bias)
 
@@ -137,7 +153,7 @@ def use_faster_products(model: nn.Module, accelerator) -> list[nn.Linear]:
     Switches `model`'s linear layers on the CPU in place, where that is faster, and returns those it has switched. Layers of other
     classes, quantized ones among them, stay, and so do all where DeepSpeed or FSDP splits weights over processes.
     """
-    if not onednn_is_faster() or accelerator.distributed_type in SHARDING:
+    if not onednn_packs() or accelerator.distributed_type in SHARDING:
         return []
     plain = [own for own in model.modules() if type(own) is nn.Linear and own.weight.device.type == "cpu"]
     for own in plain:

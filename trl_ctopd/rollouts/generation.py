@@ -45,7 +45,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..models.activated import activation, invocation_of
 from ..models.heads import base_model
 from ..models.merging import mergeable, merged
-from ..models.products import packed
+from ..models.products import packed, packing_is_faster
 from ..models.sharding import gathered_under_fsdp, is_sharded
 from .cache import CACHE, growing_cache, has_virtual_tokens, selected
 from .pairing import Prompt, pad_rows
@@ -155,7 +155,7 @@ def write(
     )
     if backend == "transformers_continuous":
         generate = partial(_generate_continuously, settings=args.transformers_continuous_batching_config or {})
-    layers, recorded = [], False
+    layers, recorded, rows = [], False, _at_the_same_time(prompts, args)
     if merge and not sharded:
         layers, recorded = _merging(model, config, accelerator, args, backend)
     with (
@@ -169,7 +169,7 @@ def write(
         ) as unwrapped,
         gathered_under_fsdp(unwrapped) if sharded and not together else nullcontext(),
         _ready_to_generate(unwrapped, config),
-        _weights_to_write_with(unwrapped, layers, accelerator, in_place=decode is not None),
+        _weights_to_write_with(unwrapped, layers, accelerator, rows, in_place=decode is not None),
     ):
         return _by_length(generate, unwrapped, prompts, config, args, recorded or record, ended)
 
@@ -189,7 +189,8 @@ def write_with_copy(
         return []
     layers, _ = _merging(model, config, accelerator, args, "transformers")
     generate = partial(_generate, rows_leave=True, choose=choose)
-    with _ready_to_generate(model, config), _weights_to_write_with(model, layers, accelerator):
+    rows = _at_the_same_time(prompts, args)
+    with _ready_to_generate(model, config), _weights_to_write_with(model, layers, accelerator, rows):
         return _by_length(generate, model, prompts, config, args, recorded=True)
 
 
@@ -204,7 +205,7 @@ def _by_length(
 ) -> list[Written]:
     """Completions of `prompts` in the same order, written the longest prompts first."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    size = args.generation_batch_size or len(prompts)
+    size = _at_the_same_time(prompts, args)
     stop_ids, completions, told = set(config.eos_token_id), [([], None)] * len(prompts), set()
 
     def tell(row: int, ids: list[int]):
@@ -227,6 +228,11 @@ def _by_length(
     return completions
 
 
+def _at_the_same_time(prompts: list[list[int]], args: CrossTokenizerGKDConfig) -> int:
+    """Rows of one call."""
+    return min(len(prompts), args.generation_batch_size or len(prompts))
+
+
 def _merging(model, config: GenerationConfig, accelerator, args: CrossTokenizerGKDConfig, backend: str):
     """The layers whose adapter is merged, and whether the log-probs are recorded that tokens are sampled with."""
     wanted = args.merge_adapter_for_generation
@@ -240,10 +246,13 @@ def _merging(model, config: GenerationConfig, accelerator, args: CrossTokenizerG
 
 
 @contextmanager
-def _weights_to_write_with(model: nn.Module, layers: Sequence[nn.Module], accelerator, in_place: bool = False):
-    """Within, the adapter of `layers` is merged, and weights are packed where they are multiplied by as they are; `in_place`: none
-    changes its address."""
-    pack = not in_place and accelerator.mixed_precision == "no" and not torch.is_autocast_enabled("cpu")
+def _weights_to_write_with(
+    model: nn.Module, layers: Sequence[nn.Module], accelerator, rows: int, in_place: bool = False
+):
+    """Within, the adapter of `layers` is merged, and weights are packed where they are multiplied by as they are, if that is faster for so many
+    rows; `in_place`: none changes its address."""
+    half = accelerator.mixed_precision != "no" or torch.is_autocast_enabled("cpu")
+    pack = packing_is_faster(rows) and not in_place and not half
     with merged(layers, in_place, pack), packed(model) if pack else nullcontext():
         yield
 

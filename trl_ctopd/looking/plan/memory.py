@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ...losses import LOSSES
 from ...models import heads
-from ...models.products import onednn_is_faster
+from ...models.products import packing_is_faster
 from .work import Work
 
 
@@ -254,7 +254,8 @@ def _copied_to_write(own: Pass, work: Work) -> int:
     """Weights that lie there once more while the student writes, with an adapter merged, or packed."""
     if own.quantized:
         return 0
-    packs = not work.cuda and work.dtype == "float32" and onednn_is_faster()
+    whole = work.dtype == "float32" and not work.autocast
+    packs = whole and not work.cuda and packing_is_faster(work.batch * work.accumulation)
     adapted = own.linear if work.lora_rank is not None or packs else 0
     return (adapted + packs * own.head) * getattr(torch, work.dtype).itemsize
 
