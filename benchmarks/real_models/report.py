@@ -156,7 +156,8 @@ def processor(lines: Sequence[dict], dataset: str, pair: str = HOME) -> str | No
 def _machine(line: dict) -> str:
     """Its processor, and the library for its products where that is not torch's own choice."""
     machine = line["machine"]
-    return f"{machine['cpu']} with oneDNN" if machine.get("products") == "oneDNN" else machine["cpu"]
+    library = machine.get("products", "torch's own")
+    return machine["cpu"] if library == "torch's own" else f"{machine['cpu']} with {library}"
 
 
 def _point(measured: dict, rate: float, comparable: bool) -> Point:

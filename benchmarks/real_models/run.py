@@ -48,7 +48,7 @@ from benchmarks.quality.run import append, read
 from benchmarks.report import header
 from benchmarks.speed.models import quiet
 from trl_ctopd import CrossTokenizerGKDTrainer
-from trl_ctopd.models.products import onednn_is_faster
+from trl_ctopd.models.products import onednn_is_faster, onednn_packs
 
 from . import MEASURED_RUN
 from .data import DATASETS
@@ -215,7 +215,8 @@ def gold(
 
 def main(wanted: Sequence[Run], path: Path, models: Path | None, minutes: float | None) -> None:
     begun, about = time.monotonic(), header()
-    about["machine"]["products"] = "oneDNN" if onednn_is_faster() else "torch's own"
+    own = "oneDNN to write" if onednn_packs() else "torch's own"
+    about["machine"]["products"] = "oneDNN" if onednn_is_faster() else own
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     for run in wanted:
         if minutes is not None and time.monotonic() - begun > 60 * minutes:

@@ -83,7 +83,7 @@ def test_a_loss_on_distributions_adds_its_tiles_and_the_teachers_hidden_states_t
 
 
 def test_an_adapter_is_merged_into_copies_of_the_weights_while_the_student_writes(monkeypatch):
-    monkeypatch.setattr(plan, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(plan, "packing_is_faster", lambda rows: False)
     adapted, read = plan.passes(CONFIG, CONFIG, replace(WORK, lora_rank=4))
     whole, _ = plan.passes(CONFIG, CONFIG, WORK)
     writing = [
@@ -91,7 +91,8 @@ def test_an_adapter_is_merged_into_copies_of_the_weights_while_the_student_write
         for own, rank in ((adapted, 4), (whole, None))
     ]
     assert writing == [4 * adapted.linear, 0]
-    monkeypatch.setattr(plan, "onednn_is_faster", lambda: True)  # packs what it multiplies by
+    rows = WORK.batch * WORK.accumulation
+    monkeypatch.setattr(plan, "packing_is_faster", lambda own: own == rows)  # packs what it multiplies by
     assert plan.plan(whole, read, 0, WORK, "ddp", 1).writing == 4 * (
         whole.linear + CONFIG.vocab_size * CONFIG.hidden_size
     )

@@ -34,8 +34,18 @@ ALONE = SimpleNamespace(distributed_type=DistributedType.NO)
 @pytest.fixture
 def everywhere(monkeypatch):
     """As on a processor where oneDNN is the faster library, for products of any size."""
+    monkeypatch.setattr(products, "onednn_packs", lambda: True)
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "LEAST", 1)
+
+
+@pytest.fixture
+def only_packed(monkeypatch):
+    """As on a processor where oneDNN is the faster library for few rows and packed weights alone."""
+    monkeypatch.setattr(products, "onednn_packs", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(products, "LEAST", 1)
+    monkeypatch.setattr(products, "_LEAST_PACKED", 1)
 
 
 @pytest.fixture
@@ -238,6 +248,7 @@ def test_recomputed_layers_have_the_same_gradient(everywhere):
 
 
 def test_small_products_and_other_types_stay_with_torch(calls, monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     own = layer()
     rows = LEAST // own.weight.numel() + 1
     own(torch.randn(rows - 1, 24))
@@ -265,20 +276,26 @@ def test_a_compiled_layer_is_one_graph_of_torchs_own_product(everywhere, calls):
 
 
 @pytest.mark.parametrize(
-    ("processor", "capability", "expected"),
+    ("processor", "capability", "for_all", "packed_from"),
     [
-        ("vendor_id\t: AuthenticAMD\n", "AVX512", True),
-        ("AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", "AVX512", True),
-        ("vendor_id\t: AuthenticAMD\n", "AVX2", False),
-        ("vendor_id\t: GenuineIntel\n", "AVX512", False),
-        ("", "DEFAULT", False),
+        ("vendor_id\t: AuthenticAMD\n", "AVX512", True, 1),
+        ("AMD64 Family 26 Model 2 Stepping 1, AuthenticAMD", "AVX512", True, 1),
+        ("vendor_id\t: AuthenticAMD\n", "AVX2", False, None),
+        ("vendor_id\t: GenuineIntel\n", "AVX512", False, 4),
+        ("vendor_id\t: GenuineIntel\n", "AVX2", False, None),
+        ("", "DEFAULT", False, None),
     ],
 )
-def test_onednn_is_faster_on_amd_with_avx512(monkeypatch, processor, capability, expected):
+def test_with_avx512_onednn_is_faster_on_amd_and_for_some_packed_rows_on_intel(
+    monkeypatch, processor, capability, for_all, packed_from
+):
     monkeypatch.setattr(products, "_processor", lambda: processor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert onednn_is_faster.__wrapped__() is expected
+    monkeypatch.setattr(products, "onednn_is_faster", onednn_is_faster.__wrapped__)
+    assert products.onednn_is_faster() is for_all
+    packs = [rows for rows in range(1, 40) if products.packing_is_faster(rows)]
+    assert packs == ([] if packed_from is None else [*range(packed_from, 40)])
 
 
 def test_plain_layers_are_switched_and_others_stay(everywhere):
@@ -308,7 +325,7 @@ def test_afterwards_layers_are_plain_again_but_those_that_were_not(everywhere, f
 
 
 def test_on_other_processors_all_stay(monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(products, "onednn_packs", lambda: False)
     model = nn.Sequential(nn.Linear(2, 2))
     use_faster_products(model, ALONE)
     assert type(model[0]) is nn.Linear
@@ -350,6 +367,25 @@ def test_a_student_writes_with_packed_weights_in_float32_alone(everywhere, build
     trainer.train()
     assert bool(layers) == packs == (torch._mkldnn in seen)
     assert all(own.packed is None for own in layers)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize(
+    ("batch", "settings", "packs"),
+    [(4, {}, True), (3, {}, False), (4, {"generation_batch_size": 3}, False)],
+    ids=["four", "three", "three of four"],
+)
+def test_where_only_packed_weights_are_faster_they_are_all_that_onednn_multiplies_by(
+    only_packed, build, monkeypatch, adapter, batch, settings, packs
+):
+    settings |= {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if adapter else {}
+    trainer = build(dataset=prompts(4), per_device_train_batch_size=batch, **settings)
+    seen = []
+    monkeypatch.setattr(
+        products, "product", lambda x, weight, bias=None: seen.append(weight.layout) or product(x, weight, bias)
+    )
+    trainer.train()
+    assert set(seen) == ({torch._mkldnn} if packs else set())
 
 
 def test_a_copy_multiplies_by_its_own_weights_and_peft_merges_for_good(everywhere):

@@ -26,7 +26,6 @@ _LEAST_PACKED = 2**16  # weights of a layer; an adapter's own are fewer
 _FEWEST = 4  # rows that MKL multiplies at half speed on an Intel processor
 
 
-@functools.cache
 def onednn_packs() -> bool:
     """Whether this is a processor with AVX-512, where packed weights are faster for few rows, and torch has both libraries."""
     return (
