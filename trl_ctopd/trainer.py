@@ -47,7 +47,7 @@ from .text.chat import Speaker
 from .text.continuations import Continuations
 from .text.vocabulary import VocabularyPair
 from .training import checks
-from .training.metrics import Meter, chunk_metrics, warn_of_much_masked
+from .training.metrics import Meter, chunk_metrics, is_unmeasured, warn_of_much_masked
 from .training.resuming import ResumableTrainer
 from .training.scoring import Scorer, prepare_student
 from .training.timing import PhaseTimer
@@ -142,6 +142,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
             checks.check_takes_rewards(self.distillation_loss)
         self.student_context = checks.context_length(model, args)
         self._meters = {"train": Meter(), "eval": Meter()}
+        self._unmeasured: set[str] = set()  # figures that the last evaluation of their dataset did not have
         self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
         self._samples, self._card = Samples(), RunCard()
         self._sampling = SamplingWatch(args)
@@ -377,6 +378,11 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
 
     # Logging
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        if is_unmeasured(self.args.metric_for_best_model, self._unmeasured):
+            return False  # transformers would end the run
+        return super()._determine_best_metric(metrics, trial)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "eval" if is_evaluation(logs) else "train"  # a callback may have left the model in either mode
         figures = self._meters[mode].read(self.accelerator)
@@ -384,7 +390,11 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         if mode == "train":
             self._sampling.read(figures)
         prefix = evaluation_prefix(logs) if mode == "eval" else ""
-        logs.update({f"{prefix}{name}": value for name, value in figures.items()})
+        figures = {f"{prefix}{name}": value for name, value in figures.items()}
+        if mode == "eval":
+            self._unmeasured |= {f"{prefix}{name}" for name in self._meters[mode].without_weight}
+            self._unmeasured -= figures.keys()
+        logs.update(figures)
         super().log(logs, start_time)
         publish(self, self._samples, prefix)
 

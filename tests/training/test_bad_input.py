@@ -6,7 +6,7 @@ import needs
 import pytest
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from transformers import AutoModelForCausalLM, Phi3Config
 from transformers.quantizers.base import HfQuantizer
@@ -183,6 +183,16 @@ def test_an_adapter_that_the_student_cannot_be_trained_with_is_refused(build, ad
         build(peft_config=config)
     with pytest.raises(ValueError, match=message):
         build(model=get_peft_model(student_model(), config))
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["an adapter to be made", "a PeftModel"])
+def test_an_adapter_that_keeps_all_its_ranks_is_warned_of(build, caplog, wrapped):
+    config = AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, target_modules=["q_proj"], total_step=9)
+    build(model=get_peft_model(student_model(), config)) if wrapped else build(peft_config=config)
+    assert caplog.text.count("all 4 ranks of a layer are trained to the end") == 1
+    caplog.clear()
+    build(peft_config=LoraConfig(target_modules=["q_proj"]))
+    assert "ranks" not in caplog.text
 
 
 def test_a_quantized_student_without_an_adapter_is_refused_before_it_is_loaded(build):

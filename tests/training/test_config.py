@@ -221,3 +221,34 @@ def test_the_checkpoint_with_the_smallest_gap_is_kept(build):
     trainer.train()
     gaps = [own["eval_gap/nats_per_byte"] for own in trainer.state.log_history if "eval_gap/nats_per_byte" in own]
     assert trainer.state.best_metric == min(gaps) < max(gaps)
+
+
+@pytest.mark.parametrize("names", [(), ("one", "two")], ids=["one dataset", "two datasets"])
+def test_an_evaluation_of_answers_without_text_is_not_the_best_and_the_run_goes_on(build, monkeypatch, caplog, names):
+    rows, prefix = prompts(3), f"{names[0]}_" if names else ""
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": {name: rows for name in names} or rows}
+    kept = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "max_steps": 3}
+    trainer = build(metric_for_best_model=f"{prefix}gap/nats_per_byte", **kept, **evaluated)
+    write, [stop, *_] = trainer.rollouts.write, trainer.stop_ids
+    silent = lambda model, rows, seed: [([stop], None) for _ in rows]  # noqa: E731
+
+    def evaluate(*args, own=trainer.evaluate, **kwargs):
+        trainer.rollouts.write = silent if trainer.state.global_step == 2 else write
+        try:
+            return own(*args, **kwargs)
+        finally:
+            trainer.rollouts.write = write
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    trainer.train()
+    measured = [own["step"] for own in trainer.state.log_history if f"eval_{prefix}gap/nats_per_byte" in own]
+    assert measured == [1, 3] and trainer.state.global_step == 3 and trainer.state.best_global_step in measured
+    assert caplog.text.count("there was nothing to measure") == 1
+
+
+def test_the_best_model_is_one_of_a_named_evaluation_dataset(build):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": {"one": prompts(3), "two": prompts(3)}}
+    with pytest.raises(ValueError, match="one of: one_gap/nats_per_byte, two_gap/nats_per_byte"):
+        build(metric_for_best_model="gap/nats_per_byte", **evaluated)
+    build(metric_for_best_model="eval_two_gap/nats_per_byte", **evaluated)
+    build(metric_for_best_model="gap/nats_per_byte", **evaluated | {"eval_strategy": "no"})

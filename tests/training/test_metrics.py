@@ -210,7 +210,8 @@ def test_a_phase_that_one_process_alone_had_is_a_mean_over_the_steps_of_all():
 def test_a_figure_without_weight_is_left_out():
     meter = Meter()
     meter.add({"empty": (0.0, 0), "full": (0.0, 1)})
-    assert meter.read(OneProcess()) == {"full": 0.0}
+    assert meter.read(OneProcess()) == {"full": 0.0} and meter.without_weight == {"empty"}
+    assert meter.read(OneProcess()) == {} and not meter.without_weight
 
 
 def of_evaluation(trainer) -> dict[str, float]:

@@ -177,7 +177,13 @@ def check_offloading(args: TrainingArguments):
 
 
 def check_adapter(config: PeftConfig, args: CrossTokenizerGKDConfig):
-    """Raises `ValueError` for an adapter that cannot be trained, or not with `args`."""
+    """Raises `ValueError` for an adapter that cannot be trained, or not with `args`, and warns of one that is trained as another."""
+    if config.peft_type == PeftType.ADALORA:
+        logger.warning(
+            f"ADALORA: PEFT leaves it to the training loop to call `model.base_model.update_and_allocate`, and neither transformers nor TRL nor this trainer "
+            f"does. Unless a callback calls it (`on_optimizer_step`), all {config.init_r} ranks of a layer are trained to the end. The term that keeps its "
+            "factors orthogonal, which PEFT adds to a model's own loss, is left out (orth_reg_weight). Train a LoRA adapter."
+        )
     if config.peft_type == PeftType.ADAPTION_PROMPT:
         raise ValueError(
             "ADAPTION_PROMPT: PEFT wraps the student otherwise for it than for other adapters. Train a LoRA adapter."
@@ -203,6 +209,7 @@ def check_run(
     student's calls are executed."""
     check_strategy(args, accelerator)
     check_same_data(accelerator, train_dataset, eval_dataset)
+    check_best_metric(args, eval_dataset)
     check_trainable(model)
     check_activated(args, model, train_dataset, tools)
     prepare_quantized(base_model(model), accelerator.autocast)
@@ -505,6 +512,20 @@ def check_same_data(accelerator, train_dataset, eval_dataset):
                 f"The {name} dataset has other rows in some processes than in others. Each process is dealt some of the rows of its "
                 "own dataset, so that the others are never read: give every process the whole dataset."
             )
+
+
+def check_best_metric(args: CrossTokenizerGKDConfig, eval_dataset):
+    """Raises `ValueError` for a `metric_for_best_model` that is of none of several evaluation datasets, whose figures begin with their names."""
+    metric = args.metric_for_best_model
+    if metric is None or args.eval_strategy == "no" or not isinstance(eval_dataset, Mapping):
+        return
+    own = metric.removeprefix("eval_")
+    if not any(own.startswith(f"{name}_") for name in eval_dataset):
+        named = ", ".join(f"{name}_{own}" for name in eval_dataset)
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is of none of the evaluation datasets ({', '.join(eval_dataset)}): say of which. "
+            f"Choose one of: {named}."
+        )
 
 
 def compass(args: CrossTokenizerGKDConfig) -> Compass:

@@ -24,6 +24,17 @@ def warn_of_much_masked(figures: dict[str, float]):
         )
 
 
+def is_unmeasured(metric: str | None, unmeasured: set[str]) -> bool:
+    """Whether the evaluation had nothing of which `metric_for_best_model` is a figure, with a warning: no byte was compared, for example."""
+    found = metric is not None and f"eval_{metric.removeprefix('eval_')}" in unmeasured
+    if found:
+        logger.warning(
+            f"metric_for_best_model={metric!r}: this evaluation has no such figure, since there was nothing to measure (answers without text, or all of "
+            "it masked). It is not the best."
+        )
+    return found
+
+
 @torch.no_grad()
 def chunk_metrics(
     batch: ScoredChunks,
@@ -91,10 +102,15 @@ def chunk_metrics(
 
 
 class Meter:
-    """Adds up metrics where they are, on the device or on the host, and brings them together over processes only when
-    they are read."""
+    """
+    Adds up metrics where they are, on the device or on the host, and brings them together over processes only when they are read.
+
+    Attributes:
+        without_weight: the figures that the last `read` left out, since nothing was measured.
+    """
 
     def __init__(self):
+        self.without_weight: set[str] = set()
         self._numbers: dict[str, list[float]] = {}
         self._tensors: dict[tuple[str, ...], torch.Tensor] = {}  # of the metrics that came together, (K, 2)
 
@@ -129,6 +145,7 @@ class Meter:
         for name, pair in found:
             sums[name] = sums.get(name, 0) + pair.to(accelerator.device)
         self.clear()
+        self.without_weight = set()
         names = sorted(set(gather_object(list(sums))))
         if not names:
             return {}
@@ -138,4 +155,5 @@ class Meter:
         if "seconds/step" in totals:  # a phase may be in some steps and on some processes alone
             steps = totals["seconds/step"][1]
             totals.update({name: (total, steps) for name, (total, _) in totals.items() if name.startswith("seconds/")})
+        self.without_weight = {name for name, (_, weight) in totals.items() if weight <= 0}
         return {name: total / weight for name, (total, weight) in totals.items() if weight > 0}
