@@ -6,7 +6,7 @@ float32 as before: results differ by rounding.
 - On an AMD processor with AVX-512, MKL (2024.2, in torch 2.13) uses AVX2 alone, and has half of oneDNN's speed
   (findings/amd_products_at_half_speed.sh): all products are oneDNN's.
 - On an Intel processor with AVX-512 the two are alike, but for 4 to some 30 rows, as many as are written at the same time: MKL takes twice as long for
-  four rows as for three, and oneDNN with packed weights as long as for one (findings/four_rows_cost_twice.sh). Only these products are oneDNN's.
+  four rows as for three, and oneDNN with packed weights half to two thirds of MKL's time (findings/four_rows_cost_twice.sh). Only these are oneDNN's.
 """
 
 import functools
