@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from peft import (
+    AdaLoraConfig,
     IA3Config,
     LNTuningConfig,
     LoKrConfig,
@@ -20,7 +21,7 @@ from toys import SGD, fix_rollouts, step_of, student_model, student_tokenizer, w
 from trl_ctopd.losses import ScoredChunks
 from trl_ctopd.losses.reference_kl import reference_kl
 from trl_ctopd.models.heads import base_model
-from trl_ctopd.models.reference import Reference
+from trl_ctopd.models.reference import Reference, adapter_off, why_not_start
 
 
 def one_token_each(own: torch.Tensor, start: torch.Tensor) -> ScoredChunks:
@@ -181,6 +182,67 @@ def test_the_start_of_an_adapter_of_any_kind_that_was_trained_before_is_that_ada
     move(trainer.model)
     assert (trainer.model(**TWO).log_probs - as_it_was).abs().max() > 1e-3
     torch.testing.assert_close(start.log_probs(trainer.model, **TWO), as_it_was)
+
+
+def stacked():
+    """A new adapter on one that was trained before and is frozen; both are active."""
+    model = get_peft_model(student_model(), LoraConfig(**ADAPTER, init_lora_weights=False), adapter_name="first")
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    model.base_model.set_adapter(["first", "second"])
+    for name, own in model.named_parameters():
+        own.requires_grad_(".second." in name)
+    return model
+
+
+def partly_frozen():
+    """Of an adapter that was trained before, one layer's weights are frozen, and what the others add is nothing."""
+    model = get_peft_model(student_model(), LoraConfig(**ADAPTER, init_lora_weights=False))
+    for name, own in model.named_parameters():
+        own.requires_grad_(".lora_" in name and ".layers.0." not in name)
+        if own.requires_grad and ".lora_B." in name:
+            own.data.zero_()
+    return model
+
+
+@pytest.mark.parametrize("make", [stacked, partly_frozen])
+def test_frozen_weights_of_an_adapter_that_is_on_belong_to_the_start(build, make):
+    """Switching the adapter off would take them away too."""
+    trainer = build(model=make(), reference_kl=1.0)
+    start, as_it_was = Reference(trainer.model, trainer.accelerator), trainer.model(**TWO).log_probs
+    with adapter_off(trainer.model):
+        assert (trainer.model(**TWO).log_probs - as_it_was).abs().max() > 1e-3
+    trainer.train()
+    assert trainer.state.log_history[0]["reference/nats_per_token"] == pytest.approx(0, abs=1e-5)
+    move(trainer.model)
+    assert (trainer.model(**TWO).log_probs - as_it_was).abs().max() > 1e-3
+    torch.testing.assert_close(start.log_probs(trainer.model, **TWO), as_it_was)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_new_adapter_on_a_frozen_one_is_refused_where_the_student_is_sharded(kind):
+    with pytest.raises(ValueError, match="adds something at the start.*Train a new adapter"):
+        Reference(stacked(), SimpleNamespace(distributed_type=DistributedType[kind]))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
+        LoraConfig(**ADAPTER, use_dora=True),
+        LoraConfig(**ADAPTER, trainable_token_indices=[5, 6]),
+        LoraConfig(**ADAPTER, modules_to_save=["lm_head"]),
+        AdaLoraConfig(r=4, target_modules=["q_proj"], total_step=10),
+        LoKrConfig(r=4, target_modules=["q_proj"]),
+        IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        LNTuningConfig(target_modules=["norm"]),
+    ],
+    ids=lambda adapter: str(adapter.peft_type.value),
+)
+def test_a_new_adapter_of_any_kind_that_changes_nothing_is_told_from_one_that_does(adapter):
+    model = get_peft_model(student_model(), adapter)
+    assert why_not_start(model) is None
+    move(model)
+    assert why_not_start(model) == "the adapter adds something at the start"
 
 
 def test_weights_of_the_base_model_that_are_trained_beside_an_adapter_are_told_and_belong_to_the_start(build, caplog):

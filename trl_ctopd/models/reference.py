@@ -1,4 +1,4 @@
-"""The student as it was at the start, to be kept near: the base model under a new adapter, the weights that were trained before under
+"""The student as it was at the start, to be kept near: the base model under a new adapter, the weights to be trained as they were under
 any other, or a frozen copy of the whole."""
 
 import copy
@@ -12,20 +12,27 @@ from torch import nn
 
 from .activated import without_backward
 from .sharding import SHARDING
+from .trials import can_run, trial_inputs
 
 
 # of `init_lora_weights`: what the adapter begins with is taken out of the base weights
 _TAKEN_OUT = ("pissa", "olora", "corda", "loftq")
 
 
+def why_not_start(model: PeftModel) -> str | None:
+    """Why `model`, which is not trained yet, is another one with its adapters switched off; None where it is the same. Every process must
+    call it."""
+    return why_not_base(model) or ("the adapter adds something at the start" if _adds_at_start(model) else None)
+
+
 def why_not_base(model: PeftModel) -> str | None:
-    """Why `model` with its adapter switched off is not the model that the adapter was put on; None where it is."""
-    config = model.active_peft_config
-    kind, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
-    if isinstance(kind, str) and kind.startswith(_TAKEN_OUT):
-        return f"init_lora_weights={kind!r} takes what the adapter begins with out of the base model's weights"
-    if bias != "none":
-        return f"bias={bias!r} trains biases of the base model, which stay trained when the adapter is switched off"
+    """Why `model` with its adapters switched off is not the model that they were put on; None where it is."""
+    for config in (model.peft_config[name] for name in model.active_adapters):
+        kind, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
+        if isinstance(kind, str) and kind.startswith(_TAKEN_OUT):
+            return f"init_lora_weights={kind!r} takes what the adapter begins with out of the base model's weights"
+        if bias != "none":
+            return f"bias={bias!r} trains biases of the base model, which stay trained when the adapter is switched off"
     if beside := trained_beside(model):
         return f"weights of the base model are trained too ({beside[0]}, ...), and stay trained when the adapter is switched off"
     return None
@@ -55,21 +62,43 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
 
 
 def _adds_at_start(model: PeftModel) -> bool:
-    """Whether the adapter changes `model` already: it does not if it is a LoRA whose second factors are 0, beside copies of modules that are
-    equal to theirs."""
-    weights = dict(model.named_parameters())
+    """Whether the active adapters, frozen weights included, change `model` already. Of a LoRA the factors tell that begin as 0, and of copies
+    of the base model's weights what they were copied from; of other kinds a trial does."""
+    weights = {name: own for name, own in model.named_parameters() if _held(own).device.type != "meta"}
+    originals, active = {**weights, **dict(model.named_buffers())}, {*model.active_adapters}
 
-    def adds(name: str) -> bool:
-        if ".lora_B." in name or ".lora_embedding_B." in name:
+    def adds(name: str) -> bool | None:
+        """None where it does not tell."""
+        if ".lora_B." in name and name.replace(".lora_B.", ".lora_E.") in weights:  # AdaLoRA, of three factors
+            return None
+        if ".lora_B." in name or ".lora_embedding_A." in name:
             return bool(_held(weights[name]).any())
-        if ".modules_to_save." in name:
-            module, _, part = name.partition(".modules_to_save.")
-            original = weights[f"{module}.original_module.{part.partition('.')[2]}"]
-            return not torch.equal(_held(weights[name]), _held(original).to(weights[name].dtype))
-        return ".lora_" not in name
+        module, _, part = name.partition(".modules_to_save.")
+        original = f"{module}.original_module.{part.partition('.')[2]}"
+        original = originals.get(original if part else name.replace("_tokens_delta.", "_tokens_original."))
+        if original is not None and original is not weights[name]:
+            return not torch.equal(_held(weights[name]), _held(original).to(weights[name]))
+        return False if ".lora_" in name else None
 
-    trained = [name for name, own in weights.items() if own.requires_grad and _held(own).device.type != "meta"]
-    return any(gather_object([any(map(adds, trained))]))
+    told = {adds(name) for name, own in weights.items() if own.requires_grad or active & {*name.split(".")}}
+    return any(gather_object([True in told or (None in told and _adds_in_a_trial(model))]))
+
+
+@torch.no_grad()
+def _adds_in_a_trial(model: PeftModel) -> bool:
+    """Whether a short text has other logits with the adapters than without. True where that cannot be tried."""
+    if not can_run(model):
+        return True
+    inputs, training = trial_inputs(model), model.training
+    model.eval()
+    try:
+        with without_backward(model):
+            own = model(**inputs).logits
+            with adapter_off(model):
+                base = model(**inputs).logits
+    finally:
+        model.train(training)
+    return not torch.equal(own, base)
 
 
 def _held(weight: torch.Tensor) -> torch.Tensor:
@@ -91,9 +120,7 @@ class Reference:
         self._accelerator, self._copy, self._start = accelerator, None, None
         reason = "a student whose whole weights are trained"
         if isinstance(model, PeftModel):
-            reason = why_not_base(model)
-            if reason is None and _adds_at_start(model):
-                reason = "the adapter adds something at the start"
+            reason = why_not_start(model)
             if reason is None:
                 return
         if accelerator.distributed_type in SHARDING:

@@ -61,14 +61,14 @@ def tokens_read(model: nn.Module, inputs: dict, at: torch.Tensor) -> torch.Tenso
     return torch.stack([own.abs().amax(-1) > 0 for own in derivatives if own is not None]).any(0)
 
 
-def _can_run(model: nn.Module) -> bool:
+def can_run(model: nn.Module) -> bool:
     """Whether `model` can be run as it is: neither sharded nor offloaded."""
     return not any(
         isinstance(own, DTensor) or hasattr(own, "ds_id") or own.device.type == "meta" for own in model.parameters()
     )
 
 
-def _inputs(model: nn.Module) -> dict:
+def trial_inputs(model: nn.Module) -> dict:
     """Two unlike rows, with an adapter that is on throughout."""
     embeddings = base_model(model).get_input_embeddings().weight
     ids = torch.arange(_ROWS * _LENGTH, device=embeddings.device).view(_ROWS, _LENGTH) * 7919 % len(embeddings)
@@ -81,9 +81,9 @@ def check_causal(side: str, model: nn.Module):
     Raises `ValueError` where an adapter makes a token's probability depend on what follows it, or on the other rows of its batch (Lily's
     routers take a mean over all of their tokens). Such a model is no policy: it writes a text by other probabilities than it has of it.
     """
-    if not isinstance(model, PeftModel) or not _can_run(model):
+    if not isinstance(model, PeftModel) or not can_run(model):
         return
-    inputs = _inputs(model)
+    inputs = trial_inputs(model)
     first = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     first[0, : _LENGTH // 2] = True
     if (tokens_read(model, inputs, first) & ~first).any():
@@ -97,9 +97,9 @@ def check_causal(side: str, model: nn.Module):
 @torch.no_grad()
 def draws_noise(model: nn.Module) -> bool:
     """Whether two passes over one text in training mode differ. False where that cannot be tried."""
-    if not _can_run(model):
+    if not can_run(model):
         return False
-    inner, training, inputs = base_model(model), model.training, _inputs(model)
+    inner, training, inputs = base_model(model), model.training, trial_inputs(model)
     model.train()
     try:
         with stirred(model), hidden_states(inner) as states, without_backward(model):
