@@ -31,7 +31,7 @@ from .models.heads import base_model, head_rows
 from .models.loading import by_name, ensure_pad_token, load_tokenizer
 from .models.packing import packer_for
 from .models.products import faster_products
-from .models.reference import Reference
+from .models.reference import Reference, why_not_start
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
@@ -183,6 +183,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state, packer, ahead)
         keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)
         start = Reference(self.model, self.accelerator) if keeps_start else None
+        self.start_is_not_base = why_not_start(self.model) if isinstance(self.model, PeftModel) else None
         self.aux_loss_enabled = self.aux_loss_enabled and checks.balances(self.model, self.router_aux_loss_coef)
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, start)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
@@ -410,8 +411,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
             max_new_tokens: length of each answer; as in training when `None`. Never beyond a model's context.
 
         Returns:
-            A `dict` for each prompt: `prompt`, `student_before` (only with an adapter, which is switched off for it; not with PiSSA's and the like),
-            `student_now`, `teacher`. Every process of a distributed run must call this method.
+            A `dict` for each prompt: `prompt`, `student_before` (only with a new adapter, which is switched off for it; not with PiSSA's and the
+            like), `student_now`, `teacher`. Every process of a distributed run must call this method.
         """
         return compare(self, prompts, max_new_tokens)
 

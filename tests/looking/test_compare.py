@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, get_peft_model
 from toys import student_model, teacher_model
 
 from trl_ctopd.looking import compare
@@ -63,6 +63,43 @@ def test_an_adapter_that_began_in_the_base_weights_has_no_before_and_the_table_s
     [row] = trainer.compare(["What is 3 plus"], max_new_tokens=4)
     assert list(row) == ["prompt", "student_now", "teacher"]
     assert "init_lora_weights='pissa' takes what the adapter begins with" in " ".join(capsys.readouterr().out.split())
+
+
+def on_a_frozen_one():
+    model = get_peft_model(student_model(), ADDING, adapter_name="first")
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["first", "second"])
+    for name, own in model.named_parameters():
+        own.requires_grad_(".second." in name)
+    return model
+
+
+ADDING = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        lambda: {"model": get_peft_model(student_model(), ADDING)},
+        lambda: {"peft_config": ADDING},
+        lambda: {"model": on_a_frozen_one()},
+    ],
+    ids=["trained before", "begun with values", "a new one on a frozen one"],
+)
+def test_an_adapter_that_adds_something_at_its_start_has_no_before_and_the_table_says_why(build, capsys, student):
+    """Without it the student is the base model, which was not the student before training."""
+    trainer = build(**student())
+    trainer.train()
+    [row] = trainer.compare(["What is 3 plus"], max_new_tokens=4)
+    assert list(row) == ["prompt", "student_now", "teacher"]
+    assert "No student before: the adapter adds something at the start" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_new_adapter_of_another_kind_than_lora_has_a_before(build):
+    trainer = build(peft_config=IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    trainer.train()
+    [row] = trainer.compare(["What is 3 plus"], max_new_tokens=4)
+    assert list(row) == ["prompt", "student_before", "student_now", "teacher"]
 
 
 def test_a_student_trained_whole_has_no_before_and_the_table_says_so(build, capsys):

@@ -1,7 +1,8 @@
 """Answers side by side: the student before training and now, and its teacher.
 
 Decisions: answers are greedy, and use the chat templates of training. "Before" is the student with its adapter switched off.
-It is left out where the whole student is trained, since its original weights are gone, and where that is not the model as it was.
+It is left out where the whole student is trained, since its original weights are gone, and where that is not the model as it was: an
+adapter that was trained before is part of the untrained student.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,7 +65,7 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
     columns, missing = {}, NO_BEFORE
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(unwrapped, PeftModel):
-        reason = why_not_base(unwrapped)
+        reason = trainer.start_is_not_base or why_not_base(unwrapped)
         missing = None if reason is None else f"No student before: {reason}."
     if missing is None:
         with adapter_off(unwrapped):
