@@ -412,7 +412,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
 
         Returns:
             A `dict` for each prompt: `prompt`, `student_before` (only with a new adapter, which is switched off for it; not with PiSSA's and the
-            like), `student_now`, `teacher`. Every process of a distributed run must call this method.
+            like), `student_now`, `teacher`; answers with their control tokens, but for the stop token at the end.
+            Every process of a distributed run must call this method.
         """
         return compare(self, prompts, max_new_tokens)
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from template_sides import side
 from toys import student_model, teacher_model
 
 from trl_ctopd.looking import compare
 from trl_ctopd.looking.compare import NO_BEFORE
 from trl_ctopd.rollouts.generation import write
-from trl_ctopd.text.chat import read_example
+from trl_ctopd.text.chat import Conversation, read_example
 
 
 CHAT = [[{"role": "user", "content": "What is 3 plus 4?"}], [{"role": "user", "content": "What is 12 plus 30?"}]]
@@ -20,7 +21,7 @@ def greedy(model, tokenizer, ids: list[int], limit: int, stop_ids: list[int]) ->
     with torch.no_grad():
         while len(written) < limit and not set(written) & set(stop_ids):
             written.append(model(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax().item())
-    return tokenizer.decode(written, skip_special_tokens=True)
+    return tokenizer.decode(written[:-1] if written[-1] in stop_ids else written)
 
 
 def expected(trainer, model, side, stop_ids, rows, limit):
@@ -121,6 +122,45 @@ def test_weights_of_an_adapter_that_are_frozen_stay_frozen(build):
     trainer.train()
     assert frozen and all(torch.equal(trainer.model.get_parameter(name), own) for name, own in frozen.items())
     assert any(own.abs().max() > 0 for name, own in trainer.model.named_parameters() if ".lora_B." in name)
+
+
+TURNS = {
+    "gptoss": "<|channel|>analysis<|message|>THOUGHT<|end|><|start|>assistant to=functions.CALL",
+    "gemma4_v5": "<|channel>thought\nTHOUGHT\n<channel|><|tool_call>call:CALL",
+    "lfm2_2_5": "<think>THOUGHT</think><|tool_call_start|>[CALL",
+}
+
+
+@pytest.mark.parametrize("template", TURNS)
+def test_the_control_tokens_that_part_thought_and_calls_are_shown_and_the_stop_token_is_not(
+    build, capsys, monkeypatch, template
+):
+    """As the table of completions shows them. Without them the parts of a turn would run together."""
+    own, tool = side(template), {"name": "CALL", "description": "", "parameters": {"type": "object", "properties": {}}}
+    asked = Conversation(CHAT[0], a_turn(thought="THOUGHT"), [{"type": "function", "function": tool}])
+    turn = own.reference(asked)[1]
+    trainer = build(
+        model=student_model(vocab_size=len(own.tokenizer), max_position_embeddings=512), processing_class=own.tokenizer
+    )
+
+    def written(model, ids, *args):
+        return [(turn, None)] if model is trainer.model_wrapped else write(model, ids, *args)
+
+    monkeypatch.setattr("trl_ctopd.looking.compare.write", written)
+    assert turn[-1] in trainer.stop_ids
+    [row] = trainer.compare(CHAT[:1], max_new_tokens=4)
+    assert row["student_now"].startswith(TURNS[template])
+    assert row["student_now"] + own.tokenizer.decode(turn[-1]) == own.tokenizer.decode(turn)
+    capsys.readouterr()
+    monkeypatch.setattr("trl_ctopd.looking.compare.write", lambda *args: [([*turn[:-1]], None)])
+    [cut] = trainer.compare(CHAT[:1], max_new_tokens=4)
+    assert cut["student_now"] == row["student_now"], "nothing is taken off a text that was cut off"
+    assert compare.CUT_OFF in capsys.readouterr().out
+
+
+def a_turn(thought: str) -> dict:
+    call = {"type": "function", "function": {"name": "CALL", "arguments": {}}}
+    return {"role": "assistant", "content": "", "reasoning_content": thought, "tool_calls": [call]}
 
 
 def test_comparing_leaves_the_run_as_it_was(build):

@@ -2,7 +2,8 @@
 
 Decisions: answers are greedy, and use the chat templates of training. "Before" is the student with its adapter switched off.
 It is left out where the whole student is trained, since its original weights are gone, and where that is not the model as it was: an
-adapter that was trained before is part of the untrained student.
+adapter that was trained before is part of the untrained student. The stop token at an answer's end is not shown. Other control tokens
+are: in some templates they alone part a thought, an answer and calls.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from ..rollouts.tools import with_tools
 from ..text.chat import Speaker
 from ..text.conversation import Conversation, read_example
 from .best_effort import best_effort
+from .samples import shown
 from .viewer.visible import legible
 
 
@@ -57,8 +59,9 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
             pad_token_id=stop_ids[0] if side.tokenizer.pad_token_id is None else side.tokenizer.pad_token_id,
         )
         written = [own for own, _ in write(model, ids, config, trainer.accelerator, trainer.args)]
-        texts = side.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [(text, own[-1] in stop_ids) for text, own in zip(texts, written, strict=True)]
+        ended = [own[-1] in stop_ids for own in written]
+        texts = [shown(own[:-1] if end else own, side.tokenizer) for own, end in zip(written, ended, strict=True)]
+        return list(zip(texts, ended, strict=True))
 
     asked = [conversation.for_student for conversation in conversations]
     student = trainer.model_wrapped, trainer.student_side, trainer.stop_ids, trainer.student_context, asked
@@ -109,8 +112,8 @@ def _print(
     for name in ("prompt", *columns):
         table.add_column(HEADINGS.get(name, name), overflow="fold")
     for conversation, *answers in zip(conversations, *columns.values(), strict=True):
-        shown = (legible(text) + CUT_OFF * (not ended) for text, ended in answers)
-        table.add_row(Text(legible(_asked(conversation.prompt))), *map(Text, shown))
+        cells = (legible(text) + CUT_OFF * (not ended) for text, ended in answers)
+        table.add_row(Text(legible(_asked(conversation.prompt))), *map(Text, cells))
     Console().print(table)
 
 
