@@ -17,7 +17,7 @@ import torch
 import toys
 import transformers
 from accelerate import Accelerator, skip_first_batches
-from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from resume_run import MOMENTS, Death, train
 from safetensors.torch import load_file
 from toys import SGD, fix_rollouts, prompts, student_model, student_tokenizer, teacher_model
@@ -595,6 +595,57 @@ ENCODED = {
         num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=8, prefix_projection=True
     ),
 }
+
+
+def adapters(*active: str, frozen: str = "") -> torch.nn.Module:
+    """Three adapters, all of which add something, with those `active` switched on."""
+    torch.manual_seed(5)
+    model = get_peft_model(student_model(), ADDING)
+    model.add_adapter("first", ADDING)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(list(active))
+    for name, own in model.named_parameters():
+        own.requires_grad_(own.requires_grad and not (frozen and frozen in name))
+    return model
+
+
+ADDING = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+ACTIVE = [("first",), ("second",), ("default", "second"), ("second", "first")]
+
+
+@pytest.mark.parametrize("active", ACTIVE, ids="+".join)
+def test_adapters_of_any_name_are_resumed_and_are_those_of_the_best_checkpoint(build, tmp_path, active):
+    """PEFT saves those that are not called "default" in folders of their own. The weights that were frozen stay so."""
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.1}
+    whole = build(**settings, model=adapters(*active, frozen="lora_A"))
+    whole.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    resumed = build(**{**settings, "save_strategy": "no"}, model=adapters(*active, frozen="lora_A"))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for trainer in (whole, resumed):
+        assert trainer.model.active_adapters == list(active)
+        assert not any(own.requires_grad for name, own in trainer.model.named_parameters() if ".lora_A." in name)
+    torch.testing.assert_close(toys.weights(resumed), toys.weights(whole), rtol=0, atol=0)
+    last = toys.weights(whole).clone()
+    whole.state.best_model_checkpoint = str(checkpoint)
+    whole._load_best_model()
+    assert not torch.equal(toys.weights(whole), last)
+    own = dict(whole.model.named_parameters())
+    for name in whole.model.peft_config:
+        folder = checkpoint / ("" if name == "default" else name)
+        for key, value in load_file(folder / "adapter_model.safetensors").items():
+            torch.testing.assert_close(own[key.replace(".weight", f".{name}.weight")], value, rtol=0, atol=0)
+    assert whole.model.active_adapters == list(active)
+
+
+def test_a_checkpoint_without_an_adapter_that_is_on_is_refused_with_the_way_out(build, tmp_path):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    build(**settings, model=adapters("first")).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    shutil.rmtree(checkpoint / "second")
+    trainer = build(model=adapters("first", "second"))
+    with pytest.raises(ValueError, match="checkpoint-1 has no adapter named 'second'.*set_adapter"):
+        trainer._load_from_checkpoint(str(checkpoint))
 
 
 @pytest.mark.skipif(CACHE == "cache", reason="with this transformers, virtual tokens are refused")

@@ -27,6 +27,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TrainerState
@@ -346,6 +347,33 @@ def _steps_in(run: Path, lineage: Lineage | None) -> tuple[set[int], set[int], s
         found = {step for path, step in steps.items() if step in everywhere and lineage.has(path, step)}
         own = set.intersection(*gather_object([found]))
     return own, set(steps.values()) - everywhere, everywhere - own
+
+
+def folder_of_adapter(checkpoint: str, name: str) -> Path | None:
+    """Where PEFT has saved the adapter `name`; None where `checkpoint` has none of that name."""
+    folder = Path(checkpoint, "" if name == "default" else name)
+    files = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    return folder if any((folder / file).is_file() for file in files) else None
+
+
+def load_adapters(model: PeftModel, checkpoint: str):
+    """
+    Reads the weights of the adapters that `checkpoint` has. Which are on, and which weights are trained, stays as it is.
+
+    Raises:
+        ValueError: where an adapter that is on is not there.
+    """
+    folders = {name: folder_of_adapter(checkpoint, name) for name in model.peft_config}
+    if lacking := [name for name in model.active_adapters if folders[name] is None]:
+        raise ValueError(
+            f"{checkpoint} has no adapter named {lacking[0]!r}, which the student has switched on: switch on those of the run that was saved "
+            "(`set_adapter`), or begin a new run."
+        )
+    training = model.training
+    for name, folder in folders.items():
+        if folder is not None:
+            model.load_adapter(folder, name)
+    model.train(training)
 
 
 def encoder_of(model: nn.Module) -> nn.Module | None:

@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import SCHEDULER_NAME
 
@@ -42,7 +43,8 @@ class ResumableTrainer(EndedRun, GKDTrainer):
     - `_run_epoch`: tells where an epoch's rows come from, for prompts that are read before they are due;
     - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_from_checkpoint`: a
       run resumes from a complete checkpoint of its own, with the rollouts that were not yet used;
-    - `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`: what makes an adapter's virtual tokens is saved and loaded too.
+    - `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`: what makes an adapter's virtual tokens is saved and loaded too, and
+      adapters of any name are loaded.
 
     A subclass calls `_prepare_to_resume` before it renders its datasets, and has `panel`, `student_side`, `rollouts` and
     `_prepare_dataset`.
@@ -239,14 +241,27 @@ class ResumableTrainer(EndedRun, GKDTrainer):
         with checkpoints.read_whole(checkpoint):
             if self._encoder is not None:
                 checkpoints.load_encoder(self._encoder, checkpoint)
+            elif self._has_folders(checkpoint):
+                checkpoints.load_adapters(self.model, checkpoint)
             else:
                 super()._load_from_checkpoint(checkpoint, *args, **kwargs)
 
     def _load_best_model(self):
         if self._encoder is not None:
             checkpoints.load_encoder(self._encoder, self.state.best_model_checkpoint)
+        elif self._has_folders(self.state.best_model_checkpoint):
+            checkpoints.load_adapters(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+    def _has_folders(self, checkpoint: str) -> bool:
+        """Whether an adapter that is on has a folder of its own in `checkpoint`, as PEFT gives to all but "default". `Trainer` does not look for
+        the best one there, and a resume leaves only the first of several switched on, with all of its weights trained."""
+        if self.accelerator.distributed_type in SHARDING or not isinstance(self.model, PeftModel):
+            return False
+        return any(
+            checkpoints.folder_of_adapter(checkpoint, name) for name in self.model.active_adapters if name != "default"
+        )
 
     @property
     def _encoder(self) -> torch.nn.Module | None:
