@@ -1,11 +1,13 @@
-"""The card's text and metadata, variant by variant, as a visitor of the hub reads them. No models, no network."""
+"""The card's text and metadata, variant by variant, as a visitor of the hub reads them. No network."""
 
 import ast
 import re
 
 import pytest
+import torch
 import toys
 from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config
 
 from trl_ctopd import CrossTokenizerGKDConfig, __version__
@@ -42,7 +44,7 @@ def make(tmp_path):
             "student_tokenizer": STUDENT,
             "teacher_tokenizer": TEACHER,
             "args": args,
-            "adapter": False,
+            "adapters": [],
             "datasets": [],
             "tags": ["trl", "ctopd"],
             "log_history": LOG,
@@ -56,9 +58,11 @@ def make(tmp_path):
 
 VARIANTS = {
     "full": {},
-    "adapter": {"adapter": True},
+    "adapter": {"adapters": ["default"]},
+    "adapter of another name": {"adapters": ["second"]},
+    "several adapters": {"adapters": ["default", "second"], "student": ""},
     "made in place": {"student": "", "teacher": ""},
-    "adapter on a model made in place": {"student": "", "adapter": True},
+    "adapter on a model made in place": {"student": "", "adapters": ["default"]},
     "folders": {
         "student": "/data/runs/student",
         "teacher": "/data/models/teacher/",
@@ -111,7 +115,7 @@ def test_every_quick_start_is_python_that_loads_the_pushed_repository(make, vari
     snippet = quick_start(make(**VARIANTS[variant]).content)
     ast.parse(snippet)
     name = "my-run" if variant == "before the first log" else "me/my-run"
-    assert snippet.count(f'from_pretrained("{name}")') + snippet.count(f'from_pretrained(base, "{name}")') == 2
+    assert snippet.count(f'from_pretrained("{name}"') + snippet.count(f'from_pretrained(base, "{name}"') == 2
 
 
 def test_the_card_names_both_models_both_tokenizers_the_method_its_paper_and_the_versions(make):
@@ -218,7 +222,7 @@ def test_a_dataset_of_the_hub_is_linked_and_a_local_one_named_only(make):
 
 
 def test_an_adapter_is_a_peft_model_of_its_base_and_the_quick_start_loads_both(make):
-    written = make(adapter=True)
+    written = make(adapters=["default"])
     assert written.data.library_name == "peft"
     assert written.data.base_model == "org/student-1B"
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/my-run")' in quick_start(written.content)
@@ -226,9 +230,41 @@ def test_an_adapter_is_a_peft_model_of_its_base_and_the_quick_start_loads_both(m
 
 
 def test_an_adapter_whose_base_is_not_on_the_hub_asks_for_the_base_in_the_quick_start(make):
-    snippet = quick_start(make(adapter=True, student="/data/student").content)
+    snippet = quick_start(make(adapters=["default"], student="/data/student").content)
     assert 'base = AutoModelForCausalLM.from_pretrained("path/to/the/base")  # `student`' in snippet
     assert 'PeftModel.from_pretrained(base, "me/my-run")' in snippet
+
+
+@pytest.mark.parametrize("active", [("second",), ("default", "second"), ("second", "first")], ids="+".join)
+def test_the_quick_start_loads_the_adapters_that_are_on_from_where_they_are_saved(build, tmp_path, monkeypatch, active):
+    """PEFT saves those that are not called "default" in folders of their own. Beside them "default" would be read without a word."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(toys.student_model(), adapter)
+    for name in ("first", "second"):
+        model.add_adapter(name, adapter)
+    model.base_model.set_adapter(list(active))
+    monkeypatch.chdir(tmp_path)
+    toys.student_model().save_pretrained("base")
+    trainer = build(model=model)
+    trainer.save_model()
+    trainer.create_model_card()
+    code = quick_start((tmp_path / "run" / "README.md").read_text()).replace("path/to/the/base", "base")
+    loaded: dict = {}
+    exec(code.partition("messages =")[0], loaded)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        own, found = (each.eval()(input_ids=ids).logits for each in (trainer.model, loaded["model"]))
+    torch.testing.assert_close(found, own)
+    with torch.no_grad(), loaded["model"].disable_adapter():
+        assert (loaded["model"](input_ids=ids).logits - own).abs().max() > 1e-3
+
+
+def test_the_quick_start_reads_the_base_of_an_adapter_in_a_folder_from_where_it_is(make):
+    """`AutoPeftModelForCausalLM` would look for the base in a folder of that name too."""
+    snippet = quick_start(make(adapters=["second"]).content)
+    assert 'base = AutoModelForCausalLM.from_pretrained("org/student-1B")\n' in snippet
+    assert 'PeftModel.from_pretrained(base, "me/my-run", subfolder="second")' in snippet
+    assert "path/to/the/base" not in snippet and "only the adapter" not in snippet
 
 
 @pytest.mark.parametrize("student", ["org/student-1B", "/data/runs/student"])
@@ -248,7 +284,7 @@ def test_the_quick_start_loads_the_base_of_an_adapter_with_the_quantization_of_t
     make, student, quantization, kind, given
 ):
     config = {"model_init_kwargs": {"quantization_config": quantization}}
-    [code] = re.findall(r"```python\n(.*?)```", make(config, student=student, adapter=True).text, re.DOTALL)
+    [code] = re.findall(r"```python\n(.*?)```", make(config, student=student, adapters=["default"]).text, re.DOTALL)
     imported = [
         name.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom) for name in node.names
     ]

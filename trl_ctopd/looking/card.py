@@ -161,7 +161,7 @@ def model_card(
     teachers: Sequence[tuple[str, PreTrainedTokenizerBase]],
     student_tokenizer: PreTrainedTokenizerBase,
     args: CrossTokenizerGKDConfig,
-    adapter: bool,
+    adapters: Sequence[str],
     datasets: Sequence[str],
     tags: list[str],
     log_history: list[dict],
@@ -175,6 +175,7 @@ def model_card(
     The card of a run.
 
     Args:
+        adapters: the names of those that are switched on; none where the whole student was trained.
         student, teachers: hub names, folders, or "" for a model created in memory; each teacher with its tokenizer.
         datasets: hub names or files of the training data.
         log_history: the trainer state's. The last logged value of each metric is shown.
@@ -193,7 +194,7 @@ def model_card(
         ModelCardData(
             base_model=student if on_hub(student) else None,
             datasets=[name for name in datasets if on_hub(name)] or None,
-            library_name="peft" if adapter else "transformers",
+            library_name="peft" if adapters else "transformers",
             pipeline_tag="text-generation",
             model_name=model_name,
             tags=["generated_from_trainer", *dict.fromkeys(tags)],
@@ -211,8 +212,10 @@ def model_card(
         method=_method(args),
         citation=_citation(_paper(args)),
         prompts=_prompts(datasets, prompts),
-        adapter=adapter,
-        quantization=_quantization(args.model_init_kwargs) if adapter else None,
+        adapters=adapters,
+        subfolders=[_subfolder(name) for name in adapters],
+        base_name=student,
+        quantization=_quantization(args.model_init_kwargs) if adapters else None,
         chat=not on_text and has_template,
         turns=None
         if on_text or has_template
@@ -228,6 +231,11 @@ def model_card(
         metrics=metrics,
         versions=versions(),
     )
+
+
+def _subfolder(adapter: str) -> str:
+    """As an argument in Python: where PEFT saves an adapter."""
+    return "" if adapter == "default" else f", subfolder={json.dumps(adapter)}"
 
 
 def _quantization(init_kwargs: dict | None) -> str | None:

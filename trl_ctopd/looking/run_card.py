@@ -59,7 +59,7 @@ def _made(trainer, key: tuple, model_name: str, datasets: Sequence[str], tags: S
         teachers=[(seat.name, seat.tokenizer) for seat in seats],
         student_tokenizer=trainer.processing_class,
         args=provenance.settings_of(trainer),
-        adapter=isinstance(trainer.model, PeftModel),
+        adapters=trainer.model.active_adapters if isinstance(trainer.model, PeftModel) else [],
         on_text=_is_text(dataset),
         datasets=datasets or list(filter(None, [provenance.dataset_source(dataset)])),
         tags=[*trainer._tag_names, *tags],
