@@ -182,8 +182,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         packer = packer_for("student", self.model, self.accelerator) if packs else None
         self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state, packer, ahead)
         keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)
-        start = Reference(self.model, self.accelerator) if keeps_start else None
-        self.start_is_not_base = why_not_start(self.model) if isinstance(self.model, PeftModel) else None
+        self.start_is_not_base = why_not_start(self.model)
+        start = Reference(self.model, self.accelerator, self.start_is_not_base) if keeps_start else None
         self.aux_loss_enabled = self.aux_loss_enabled and checks.balances(self.model, self.router_aux_loss_coef)
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, start)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]

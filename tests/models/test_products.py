@@ -61,6 +61,16 @@ def calls(monkeypatch):
     return count
 
 
+@pytest.fixture
+def layouts(monkeypatch):
+    """Those of the weights by which oneDNN has multiplied."""
+    seen = []
+    monkeypatch.setattr(
+        products, "product", lambda x, weight, bias=None: seen.append(weight.layout) or product(x, weight, bias)
+    )
+    return seen
+
+
 def layer(inputs: int = 24, outputs: int = 40, bias: bool = True) -> OneDnnLinear:
     torch.manual_seed(0)
     return OneDnnLinear(inputs, outputs, bias=bias)
@@ -356,16 +366,15 @@ def test_a_merged_adapter_is_packed_and_taken_out_again_exactly(everywhere, call
 
 
 @pytest.mark.parametrize(("settings", "packs"), [({}, True), ({"bf16": True}, False)], ids=["float32", "autocast"])
-def test_a_student_writes_with_packed_weights_in_float32_alone(everywhere, build, monkeypatch, settings, packs):
+def test_a_student_writes_with_packed_weights_in_float32_alone(
+    everywhere, build, layouts, monkeypatch, settings, packs
+):
     monkeypatch.setattr(products, "_LEAST_PACKED", 1)
     trainer = build(peft_config=LoraConfig(r=4, target_modules="all-linear"), **settings)
-    layers, seen = [], []
+    layers = []
     monkeypatch.setattr(OneDnnLinear, "pack", lambda own: (layers.append(own), pack(own)))
-    monkeypatch.setattr(
-        products, "product", lambda x, weight, bias=None: seen.append(weight.layout) or product(x, weight, bias)
-    )
     trainer.train()
-    assert bool(layers) == packs == (torch._mkldnn in seen)
+    assert bool(layers) == packs == (torch._mkldnn in layouts)
     assert all(own.packed is None for own in layers)
 
 
@@ -376,16 +385,12 @@ def test_a_student_writes_with_packed_weights_in_float32_alone(everywhere, build
     ids=["four", "three", "three of four"],
 )
 def test_where_only_packed_weights_are_faster_they_are_all_that_onednn_multiplies_by(
-    only_packed, build, monkeypatch, adapter, batch, settings, packs
+    only_packed, build, layouts, adapter, batch, settings, packs
 ):
     settings |= {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if adapter else {}
     trainer = build(dataset=prompts(4), per_device_train_batch_size=batch, **settings)
-    seen = []
-    monkeypatch.setattr(
-        products, "product", lambda x, weight, bias=None: seen.append(weight.layout) or product(x, weight, bias)
-    )
     trainer.train()
-    assert set(seen) == ({torch._mkldnn} if packs else set())
+    assert set(layouts) == ({torch._mkldnn} if packs else set())
 
 
 def test_a_copy_multiplies_by_its_own_weights_and_peft_merges_for_good(everywhere):

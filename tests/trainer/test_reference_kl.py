@@ -132,7 +132,7 @@ def test_the_start_under_an_adapter_is_the_student_as_it_was_given(build, adapte
     with torch.no_grad():
         logits = base_model(trainer.model)(input_ids=TWO["input_ids"]).logits[0].log_softmax(-1)
     expected = logits[[5, 7], [7, 8]]
-    start = Reference(trainer.model, trainer.accelerator)
+    start = reference(trainer.model, trainer.accelerator)
     move(trainer.model)
     moved = trainer.model(**TWO).log_probs
     torch.testing.assert_close(start.log_probs(trainer.model, **TWO), expected, rtol=1e-5, atol=1e-6)
@@ -176,12 +176,16 @@ def test_the_start_of_an_adapter_of_any_kind_that_was_trained_before_is_that_ada
                 own.add_(torch.randn_like(own), alpha=0.3)
     assert (model(input_ids=TWO["input_ids"]).logits - plain).abs().max() > 1e-3, "it adds something"
     trainer = build(model=model, reference_kl=1.0)
-    start = Reference(trainer.model, trainer.accelerator)
+    start = reference(trainer.model, trainer.accelerator)
     as_it_was = trainer.model(**TWO).log_probs
     torch.testing.assert_close(start.log_probs(trainer.model, **TWO), as_it_was)
     move(trainer.model)
     assert (trainer.model(**TWO).log_probs - as_it_was).abs().max() > 1e-3
     torch.testing.assert_close(start.log_probs(trainer.model, **TWO), as_it_was)
+
+
+def reference(model, accelerator) -> Reference:
+    return Reference(model, accelerator, why_not_start(model))
 
 
 def stacked():
@@ -208,7 +212,7 @@ def partly_frozen():
 def test_frozen_weights_of_an_adapter_that_is_on_belong_to_the_start(build, make):
     """Switching the adapter off would take them away too."""
     trainer = build(model=make(), reference_kl=1.0)
-    start, as_it_was = Reference(trainer.model, trainer.accelerator), trainer.model(**TWO).log_probs
+    start, as_it_was = reference(trainer.model, trainer.accelerator), trainer.model(**TWO).log_probs
     with adapter_off(trainer.model):
         assert (trainer.model(**TWO).log_probs - as_it_was).abs().max() > 1e-3
     trainer.train()
@@ -221,7 +225,7 @@ def test_frozen_weights_of_an_adapter_that_is_on_belong_to_the_start(build, make
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_a_new_adapter_on_a_frozen_one_is_refused_where_the_student_is_sharded(kind):
     with pytest.raises(ValueError, match="adds something at the start.*Train a new adapter"):
-        Reference(stacked(), SimpleNamespace(distributed_type=DistributedType[kind]))
+        reference(stacked(), SimpleNamespace(distributed_type=DistributedType[kind]))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +256,7 @@ def test_weights_of_the_base_model_that_are_trained_beside_an_adapter_are_told_a
     assert (
         "1 weights of the base model are trained beside the adapter (base_model.model.model.norm.weight)" in caplog.text
     )
-    start, as_it_was = Reference(trainer.model, trainer.accelerator), trainer.model(**TWO).log_probs
+    start, as_it_was = reference(trainer.model, trainer.accelerator), trainer.model(**TWO).log_probs
     move(trainer.model)
     torch.testing.assert_close(start.log_probs(trainer.model, **TWO), as_it_was)
 
@@ -277,8 +281,8 @@ def move(model):
 def test_a_start_that_is_not_the_base_model_is_refused_where_the_student_is_sharded(kind, adapter, reason):
     model = get_peft_model(student_model(), LoraConfig(**ADAPTER, **adapter))
     with pytest.raises(ValueError, match=f"{reason}.*Train a new adapter"):
-        Reference(model, SimpleNamespace(distributed_type=DistributedType[kind]))
-    Reference(
+        reference(model, SimpleNamespace(distributed_type=DistributedType[kind]))
+    reference(
         get_peft_model(student_model(), LoraConfig(**ADAPTER)), SimpleNamespace(distributed_type=DistributedType[kind])
     )
 
@@ -286,7 +290,7 @@ def test_a_start_that_is_not_the_base_model_is_refused_where_the_student_is_shar
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_a_copy_of_a_student_that_is_sharded_is_refused_with_the_way_out(kind):
     with pytest.raises(ValueError, match="reference_kl .*Train a new adapter"):
-        Reference(torch.nn.Linear(1, 1), SimpleNamespace(distributed_type=DistributedType[kind]))
+        reference(torch.nn.Linear(1, 1), SimpleNamespace(distributed_type=DistributedType[kind]))
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])

@@ -14,13 +14,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import GenerationConfig
 
-from ..models.reference import adapter_off, why_not_base
+from ..models.reference import adapter_off
 from ..rollouts.generation import write
 from ..rollouts.tools import with_tools
 from ..text.chat import Speaker
 from ..text.conversation import Conversation, read_example
 from .best_effort import best_effort
-from .samples import shown
 from .viewer.visible import legible
 
 
@@ -60,7 +59,7 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
         )
         written = [own for own, _ in write(model, ids, config, trainer.accelerator, trainer.args)]
         ended = [own[-1] in stop_ids for own in written]
-        texts = [shown(own[:-1] if end else own, side.tokenizer) for own, end in zip(written, ended, strict=True)]
+        texts = [side.tokenizer.decode(own[:-1] if end else own) for own, end in zip(written, ended, strict=True)]
         return list(zip(texts, ended, strict=True))
 
     asked = [conversation.for_student for conversation in conversations]
@@ -68,7 +67,7 @@ def compare(trainer, prompts: Sequence[str | list[dict] | Mapping], max_new_toke
     columns, missing = {}, NO_BEFORE
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(unwrapped, PeftModel):
-        reason = trainer.start_is_not_base or why_not_base(unwrapped)
+        reason = trainer.start_is_not_base
         missing = None if reason is None else f"No student before: {reason}."
     if missing is None:
         with adapter_off(unwrapped):

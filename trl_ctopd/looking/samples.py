@@ -134,11 +134,6 @@ def _per_byte(
     return -gap.sum().item() / num_bytes if num_bytes else None
 
 
-def shown(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a model has written, with its control tokens."""
-    return tokenizer.decode(ids)
-
-
 def show(
     samples: Sequence[Sample],
     tokenizer: PreTrainedTokenizerBase,
@@ -151,7 +146,7 @@ def show(
     step = samples[0].step
     columns = {
         "prompt": [sample.prompt for sample in samples],
-        "completion": [shown(sample.ids, tokenizer) for sample in samples],
+        "completion": [tokenizer.decode(sample.ids) for sample in samples],
         "gap, nats/byte": [float("nan") if sample.gap is None else sample.gap for sample in samples],
     }
     _print(columns, step, num_samples)

@@ -19,9 +19,11 @@ from .trials import can_run, trial_inputs
 _TAKEN_OUT = ("pissa", "olora", "corda", "loftq")
 
 
-def why_not_start(model: PeftModel) -> str | None:
+def why_not_start(model: nn.Module) -> str | None:
     """Why `model`, which is not trained yet, is another one with its adapters switched off; None where it is the same. Every process must
     call it."""
+    if not isinstance(model, PeftModel):
+        return "a student whose whole weights are trained"
     return why_not_base(model) or ("the adapter adds something at the start" if _adds_at_start(model) else None)
 
 
@@ -111,18 +113,16 @@ class Reference:
     Args:
         model: the student before it is wrapped and trained, with `add_token_scores`.
         accelerator: the run's.
+        reason: `why_not_start(model)`.
 
     Raises:
         ValueError: for a student that is to be sharded, of which more than the base model would have to be kept.
     """
 
-    def __init__(self, model: nn.Module, accelerator):
+    def __init__(self, model: nn.Module, accelerator, reason: str | None):
         self._accelerator, self._copy, self._start = accelerator, None, None
-        reason = "a student whose whole weights are trained"
-        if isinstance(model, PeftModel):
-            reason = why_not_start(model)
-            if reason is None:
-                return
+        if reason is None:
+            return
         if accelerator.distributed_type in SHARDING:
             raise ValueError(
                 f"reference_kl or reference_teacher under {accelerator.distributed_type.value}, with {reason}: what the student was at the "
