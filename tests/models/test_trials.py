@@ -4,8 +4,10 @@ import needs
 import pytest
 import torch
 from peft import get_peft_model
-from toys import student_model
+from toys import student_model, student_tokenizer
+from transformers import AutoModelForCausalLM, MBartConfig, OPTConfig, TrOCRConfig
 
+from trl_ctopd.models.loading import disable_dropout
 from trl_ctopd.models.trials import check_causal, draws_noise, stirred
 
 
@@ -45,6 +47,45 @@ def test_a_whole_model_is_not_stirred():
     kept = [own.detach().clone() for own in model.parameters()]
     with stirred(model):
         assert all(torch.equal(own, one) for own, one in zip(model.parameters(), kept, strict=True))
+
+
+BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 48, "is_decoder": True}
+ROUND = {
+    "OPT": OPTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=48, word_embed_proj_dim=16, dropout=0.1
+    ),
+    "mBART's decoder": MBartConfig(**BART, is_encoder_decoder=False, dropout=0.1),
+    "TrOCR": TrOCRConfig(**BART, dropout=0.1),
+}
+
+
+def going_round(name: str) -> torch.nn.Module:
+    """A model whose own forward pass goes round its backbone."""
+    torch.manual_seed(0)
+    config = ROUND[name]
+    config.vocab_size, config.max_position_embeddings = len(student_tokenizer()), 256
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("name", ROUND)
+def test_models_whose_own_forward_pass_goes_round_their_backbone_are_tried_as_well(name):
+    model = going_round(name)
+    assert draws_noise(model), "dropout"
+    disable_dropout(model)
+    assert not draws_noise(model)
+    assert draws_noise(get_peft_model(going_round(name), needs.adapter("Lora", **QV)))
+    check_causal("student", get_peft_model(going_round(name), needs.adapter("Lora", **QV)))
+    with pytest.raises(ValueError, match=r"adapter \(LILY\)"):
+        check_causal("student", get_peft_model(going_round(name), needs.adapter("Lily", r=4, **QV)))
+    ids = torch.arange(4)[None]
+    assert model.eval()(ids, use_cache=False).logits.shape == (1, 4, len(student_tokenizer())), "its own pass is back"
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_opt_can_be_a_student(build, adapted):
+    trainer = build(going_round("OPT"), peft_config=needs.adapter("Lora", **QV) if adapted else None)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 @DTYPES

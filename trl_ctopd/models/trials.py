@@ -3,6 +3,7 @@
 An adapter that has learned nothing yet changes nothing, and would pass any trial: in a trial its weights are moved ([`stirred`]).
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -61,9 +62,31 @@ def tokens_read(model: nn.Module, inputs: dict, at: torch.Tensor) -> torch.Tenso
     return torch.stack([own.abs().amax(-1) > 0 for own in derivatives if own is not None]).any(0)
 
 
+@contextmanager
+def _backbone_alone(model: nn.Module) -> Iterator[None]:
+    """Within, a call of `model`, with its adapter, is one of its backbone, as where it is scored: the own forward passes of some (OPT, Bart's
+    decoder) go round it."""
+    inner = base_model(model)
+    own = vars(inner).get("forward")
+
+    @functools.wraps(type(inner).forward)
+    def forward(*args, **kwargs):
+        return inner.base_model(*args, **kwargs)
+
+    inner.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del inner.forward
+        else:
+            inner.forward = own
+
+
 def can_run(model: nn.Module) -> bool:
-    """Whether `model` can be run as it is: neither sharded nor offloaded."""
-    return not any(
+    """Whether the backbone of `model` can be run as it is: there is one (`check_head` tells where there is none), neither sharded nor offloaded."""
+    inner = base_model(model)
+    return inner.base_model is not inner and not any(
         isinstance(own, DTensor) or hasattr(own, "ds_id") or own.device.type == "meta" for own in model.parameters()
     )
 
@@ -86,7 +109,9 @@ def check_causal(side: str, model: nn.Module):
     inputs = trial_inputs(model)
     first = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     first[0, : _LENGTH // 2] = True
-    if (tokens_read(model, inputs, first) & ~first).any():
+    with _backbone_alone(model):
+        read = tokens_read(model, inputs, first)
+    if (read & ~first).any():
         kinds = ", ".join(sorted({config.peft_type.value for config in model.peft_config.values()}))
         raise ValueError(
             f"With the {side}'s adapter ({kinds}) a token's probability depends on what follows it, or on the other rows of its batch, so that "
@@ -102,7 +127,7 @@ def draws_noise(model: nn.Module) -> bool:
     inner, training, inputs = base_model(model), model.training, trial_inputs(model)
     model.train()
     try:
-        with stirred(model), hidden_states(inner) as states, without_backward(model):
+        with stirred(model), _backbone_alone(model), hidden_states(inner) as states, without_backward(model):
             for _ in range(2):
                 model(**inputs)
     finally:
