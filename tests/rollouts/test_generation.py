@@ -6,6 +6,7 @@ from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
+import needs
 import pytest
 import torch
 import transformers
@@ -100,19 +101,102 @@ def writing(**settings) -> SimpleNamespace:
     )
 
 
-@pytest.mark.parametrize("family", ["RWKV", *FAMILIES])
-def test_a_student_that_reads_padding_is_refused_where_prompts_are_padded(family):
-    if family != "RWKV":
-        check_padding(model_of(family), writing())
-        return
+DECODER = {
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 48,
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+}
+READ_PADDING = {
+    "RWKV": ("RwkvConfig", {}),
+    "RecurrentGemma": ("RecurrentGemmaConfig", {"num_hidden_layers": 3, "lru_width": 32}),
+    "Bart's decoder": ("BartConfig", DECODER),
+    "mBART's decoder": ("MBartConfig", DECODER),
+    "TrOCR": ("TrOCRConfig", DECODER),
+}
+WRITE_ALIKE = {
+    **FAMILIES,
+    "GPT-NeoX": ("GPTNeoXConfig", {}),
+    "Gemma 3": ("Gemma3TextConfig", {"sliding_window": 5}),
+    "OPT": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "Phi-3": ("Phi3Config", {"pad_token_id": 0}),
+    "BLOOM": ("BloomConfig", {"n_layer": 2, "n_head": 2}),
+    "MPT": ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 128}),
+    "Falcon": ("FalconConfig", {"head_dim": None}),
+    "Falcon with ALiBi": ("FalconConfig", {"head_dim": None, "alibi": True}),
+    "experts": ("Qwen3MoeConfig", {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+}
+BOTH_PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def wild(family: str, dtype: torch.dtype):
+    """Its weights so large that logits are far from each other, those of norms as they are."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        transformers.RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
-    )
-    with pytest.raises(ValueError, match="RwkvForCausalLM reads the padding.*generation_batch_size=1"):
+    name, settings = (READ_PADDING | WRITE_ALIKE)[family]
+    settings = {key: value for key, value in {**SHAPE, **settings}.items() if value is not None}
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+    return model.to(dtype).train()
+
+
+@BOTH_PRECISIONS
+@pytest.mark.parametrize("family", READ_PADDING)
+def test_a_student_that_reads_or_counts_padding_is_refused_where_prompts_are_padded(family, dtype):
+    model = wild(family, dtype)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} reads the padding.*generation_batch_size=1"):
         check_padding(model, writing())
     check_padding(model, writing(generation_batch_size=1))
     check_padding(model, writing(use_vllm=True))
+    check_padding(model, writing(generation_backend="transformers_continuous"))
+
+
+@BOTH_PRECISIONS
+@pytest.mark.parametrize("family", WRITE_ALIKE)
+def test_a_student_that_writes_alike_after_padding_passes_and_is_left_as_it_was(family, dtype):
+    model = wild(family, dtype)
+    own, drawn = model.generation_config, torch.get_rng_state()
+    check_padding(model, writing())
+    assert model.training and model.generation_config is own and torch.equal(torch.get_rng_state(), drawn)
+
+
+ADAPTERS = {
+    "LoRA": ("Lora", {"init_lora_weights": False}),
+    "DoRA": ("Lora", {"use_dora": True, "init_lora_weights": False}),
+    "activated LoRA": ("Lora", {"alora_invocation_tokens": [5, 6], "init_lora_weights": False}),
+    "a trained head": ("Lora", {"modules_to_save": ["lm_head"]}),
+    "IA3": ("IA3", {"feedforward_modules": []}),
+    "trained tokens": ("TrainableTokens", {"token_indices": [1, 2], "target_modules": ["embed_tokens"]}),
+    "noise": ("Pvera", {"r": 8}),
+    "a second network": ("Shadow", {"target_modules": None}),
+    "virtual tokens": ("PromptTuning", {"num_virtual_tokens": 3, "target_modules": None}),
+    "virtual keys": ("PrefixTuning", {"num_virtual_tokens": 3, "target_modules": None}),
+}
+
+
+@BOTH_PRECISIONS
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_student_with_an_adapter_that_writes_alike_after_padding_passes(name, dtype):
+    kind, options = ADAPTERS[name]
+    options = {"target_modules": ["q_proj", "v_proj"], **options}
+    config = needs.adapter(kind, **{option: value for option, value in options.items() if value is not None})
+    check_padding(get_peft_model(wild("Llama", dtype), config), writing())
+
+
+def test_logits_that_are_not_finite_are_not_told_of_as_padding():
+    model = wild("Llama", torch.float32)
+    model.lm_head.register_forward_hook(lambda module, args, output: output + torch.inf)
+    check_padding(model, writing())
+
+
+def test_a_student_that_is_offloaded_is_not_tried():
+    model = wild("Bart's decoder", torch.float32)
+    model.lm_head.to("meta")
+    check_padding(model, writing())
 
 
 @torch.no_grad()
