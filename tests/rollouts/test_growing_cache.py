@@ -7,9 +7,10 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from test_generation import FAMILIES, PROMPTS, SHAPE, cut, model_of, settings
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from trl_ctopd.models.heads import add_token_scores
 from trl_ctopd.rollouts import reading
 from trl_ctopd.rollouts.cache import CACHE, GrowingLayer, can_join, growing_cache
 from trl_ctopd.rollouts.generation import _generate
@@ -175,3 +176,21 @@ def test_windows_stay_transformers_own():
     assert type(cache) is DynamicCache
     kinds = [type(layer).__name__ for layer in cache.layers]
     assert kinds == ["DynamicSlidingWindowLayer", "GrowingLayer"]
+
+
+def test_a_model_whose_forward_pass_takes_no_cache_is_given_none_and_writes_what_it_writes_alone():
+    torch.manual_seed(0)
+    config = transformers.OpenAIGPTConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=2, n_positions=128)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.15)
+    assert growing_cache(model) is None
+    assert growing_cache(get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))) is None
+    prompts = [*PROMPTS[:5], PROMPTS[2]]
+    alone = [cut(_generate(model, [prompt], settings(), rows_leave=False))[0] for prompt in prompts]
+    assert cut(_generate(model, prompts, settings(), rows_leave=True)) == alone
+    add_token_scores(model)
+    assert growing_cache(model) is None
+    add_token_scores(llama := model_of("Llama"))
+    assert growing_cache(llama) is not None

@@ -1,6 +1,7 @@
 """The KV cache that a model writes with: transformers' own, grown in blocks, so that a token is not paid for with a copy of all
 keys and values before it."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -50,9 +51,9 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing_cache(model: PreTrainedModel) -> Cache | None:
-    """An empty cache for `model`; `None` where its cache is not plain keys and values."""
+    """An empty cache for `model`; `None` where its cache is not plain keys and values, or its forward pass takes none (GPT-1's)."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not base._supports_default_dynamic_cache():
+    if CACHE not in inspect.signature(base.forward).parameters or not base._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=base.config)
     if not is_plain(model, cache):
