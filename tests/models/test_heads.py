@@ -364,6 +364,17 @@ def test_a_model_that_does_more_to_its_logits_is_refused():
         check_head("student", model)
 
 
+def test_a_head_that_reads_a_further_layer_of_another_width_is_refused_by_name():
+    config = transformers.ElectraConfig(
+        **{name: SHAPE[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+        num_attention_heads=2,
+        embedding_size=8,
+        is_decoder=True,
+    )
+    with pytest.raises(ValueError, match="student's ElectraForCausalLM does more to its logits"):
+        check_head("student", AutoModelForCausalLM.from_config(config).eval())
+
+
 def test_an_adapter_of_the_head_is_refused_by_name_and_passes_once_it_is_merged():
     adapted = get_peft_model(
         model_of("Llama, untied", torch.float32), LoraConfig(target_modules=["lm_head"], init_lora_weights=False)

@@ -229,6 +229,8 @@ def check_head(side: str, model: PreTrainedModel):
             "Load it in bfloat16 or float32, and look at its weights."
         )
     if states:
+        if states[0].shape[-1] != model.get_output_embeddings().weight.shape[-1]:
+            raise ValueError(unfit)  # a layer lies between, as in Electra
         found = lm_head(model, states[0].dtype, 1.0)(states[0]).to(logits)
         tolerance = 0.001 if states[0].dtype == torch.float32 else 0.02
         if not (found - logits).abs().max() <= tolerance * logits.abs().max():
