@@ -4,8 +4,16 @@ import needs
 import pytest
 import torch
 from peft import get_peft_model
+from test_heads import FAMILIES, OPT, model_of
 from toys import student_model, student_tokenizer
-from transformers import AutoModelForCausalLM, MBartConfig, OPTConfig, TrOCRConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertGenerationConfig,
+    CpmAntConfig,
+    MBartConfig,
+    OPTConfig,
+    TrOCRConfig,
+)
 
 from trl_ctopd.models.loading import disable_dropout
 from trl_ctopd.models.trials import check_causal, draws_noise, stirred
@@ -101,6 +109,70 @@ def test_an_adapter_under_which_a_token_depends_on_its_future_is_refused(dtype):
     message = r"the student's adapter \(LILY\) a token's probability depends on what follows it.*such as LoRA"
     with pytest.raises(ValueError, match=message):
         check_causal("student", adapted("Lily", {"r": 4, **QV}, dtype))
+
+
+BERT = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+AHEAD = {
+    "BERT-Generation": BertGenerationConfig(**BERT, is_decoder=False, bos_token_id=2, eos_token_id=1),
+    "CPM-Ant": CpmAntConfig(
+        vocab_size=60, hidden_size=32, num_attention_heads=2, dim_head=16, dim_ff=48, num_hidden_layers=2
+    ),
+}
+
+
+def looking_ahead(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AHEAD[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # as large as trained ones
+                parameter.normal_(0, 0.2)
+    return model.to(dtype).train()
+
+
+@DTYPES
+@pytest.mark.parametrize("name", AHEAD)
+def test_a_model_that_looks_ahead_by_itself_is_refused_by_its_own_name(name, dtype):
+    model = looking_ahead(name, dtype)
+    with pytest.raises(ValueError, match=f"the teacher's {type(model).__name__} a token's.*choose a causal language"):
+        check_causal("teacher", model)
+    assert model.training
+
+
+def test_a_model_that_looks_ahead_is_refused_with_an_adapter_too_which_is_not_to_blame():
+    model = get_peft_model(
+        looking_ahead("BERT-Generation"), needs.adapter("Lora", target_modules=["query"], init_lora_weights=False)
+    )
+    with pytest.raises(ValueError, match="the student's BertGenerationDecoder a token's.*is_decoder=True"):
+        check_causal("student", model)
+
+
+def test_a_trainer_refuses_a_student_that_looks_ahead_before_it_looks_at_its_padding(build):
+    with pytest.raises(
+        ValueError, match="the student's CpmAntForCausalLM a token's probability depends on what follows"
+    ):
+        build(looking_ahead("CPM-Ant"))
+
+
+def test_bert_passes_where_its_config_makes_it_causal():
+    config = BertGenerationConfig(**BERT, is_decoder=True, bos_token_id=2, eos_token_id=1)
+    check_causal("student", AutoModelForCausalLM.from_config(config))
+
+
+@DTYPES
+@pytest.mark.parametrize("family", [*FAMILIES, *OPT])
+def test_usual_families_pass_as_they_are(family, dtype):
+    model = model_of(family, dtype).train()
+    drawn = torch.get_rng_state()
+    check_causal("student", model)
+    assert model.training and torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_an_adapter_under_which_a_row_depends_on_the_others_is_refused():

@@ -5,7 +5,7 @@ An adapter that has learned nothing yet changes nothing, and would pass any tria
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from peft import PeftModel
@@ -101,22 +101,51 @@ def trial_inputs(model: nn.Module) -> dict:
 
 def check_causal(side: str, model: nn.Module):
     """
-    Raises `ValueError` where an adapter makes a token's probability depend on what follows it, or on the other rows of its batch (Lily's
-    routers take a mean over all of their tokens). Such a model is no policy: it writes a text by other probabilities than it has of it.
+    Raises `ValueError` where a token's probability depends on what follows it, or on the other rows of its batch: in the model itself (BERT and
+    its kin, unless their config has `is_decoder`), or by an adapter (Lily's routers take a mean over all of their tokens). Such a model is no
+    policy: it writes a text by other probabilities than it has of it.
     """
-    if not isinstance(model, PeftModel) or not can_run(model):
+    if not can_run(model):
         return
     inputs = trial_inputs(model)
-    first = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    first[0, : _LENGTH // 2] = True
-    with _backbone_alone(model):
-        read = tokens_read(model, inputs, first)
-    if (read & ~first).any():
-        kinds = ", ".join(sorted({config.peft_type.value for config in model.peft_config.values()}))
+    is_adapted = isinstance(model, PeftModel)
+    if is_adapted:
+        first = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        first[0, : _LENGTH // 2] = True
+        with _backbone_alone(model):
+            read = tokens_read(model, inputs, first)
+        if not (read & ~first).any():
+            return
+    with model.disable_adapter() if is_adapted else nullcontext():
+        alone = _looks_ahead(base_model(model), inputs["input_ids"])
+    no_policy = (
+        "a token's probability depends on what follows it, or on the other rows of its batch, so that a text is not scored by the probabilities "
+        "that it was written with"
+    )
+    if alone:
         raise ValueError(
-            f"With the {side}'s adapter ({kinds}) a token's probability depends on what follows it, or on the other rows of its batch, so that "
-            "a text is not scored by the probabilities that it was written with: take another adapter, such as LoRA."
+            f"In the {side}'s {type(base_model(model)).__name__} {no_policy}: choose a causal language model. Some, like BERT, are causal with "
+            "is_decoder=True in their config."
         )
+    if is_adapted:
+        kinds = ", ".join(sorted({config.peft_type.value for config in model.peft_config.values()}))
+        raise ValueError(f"With the {side}'s adapter ({kinds}) {no_policy}: take another adapter, such as LoRA.")
+
+
+@torch.no_grad()
+def _looks_ahead(model: nn.Module, ids: torch.Tensor) -> bool:
+    """Whether most hidden states of the first half of the first row are others once all tokens but those are others. Most, since rounding may
+    send a single token to other experts. Without derivatives, which not all models have."""
+    half, training = ids.shape[1] // 2, model.training
+    others = torch.stack([torch.cat([ids[0, :half], ids[1, :half]]), ids[0]])
+    model.eval()
+    try:
+        passes = (model.base_model(input_ids=own, use_cache=False).last_hidden_state for own in (ids, others))
+        one, other = (states[0, :half] for states in passes)
+    finally:
+        model.train(training)
+    differ = (one - other).float().norm(dim=-1) > _tolerance(one) * one.float().norm(dim=-1)
+    return bool(2 * differ.sum() > half)
 
 
 @torch.no_grad()
@@ -132,6 +161,10 @@ def draws_noise(model: nn.Module) -> bool:
                 model(**inputs)
     finally:
         model.train(training)
-    one, other = (own.float() for own in states)
-    tolerance = 0.02 if states[0].dtype in (torch.bfloat16, torch.float16) else 0.001
-    return bool((one - other).norm() > tolerance * one.norm())
+    one, other = states
+    return bool((one - other).float().norm() > _tolerance(one) * one.float().norm())
+
+
+def _tolerance(states: torch.Tensor) -> float:
+    """What rounding may change of hidden states, relative."""
+    return 0.02 if states.dtype in (torch.bfloat16, torch.float16) else 0.001

@@ -34,7 +34,7 @@ from ..models.packing import turning_length
 from ..models.quantized import dequantizes, prepare_quantized, saved_quantization
 from ..models.reference import trained_beside
 from ..models.sharding import shards_student
-from ..models.trials import draws_noise
+from ..models.trials import check_causal, draws_noise
 from ..redact import redact
 from ..rollouts.ahead import check_ahead
 from ..rollouts.compiled import check_compiled
@@ -216,6 +216,7 @@ def check_run(
     check_compiled(model, args, accelerator)
     if args.generation_backend == "transformers_continuous":
         check_continuous(model)
+    check_causal("student", model)
     check_padding(model, args)
     warn_of_experts(model)
     warn_of_slow_half(accelerator, model)

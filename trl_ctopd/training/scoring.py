@@ -14,7 +14,6 @@ from ..models.heads import AUTOCAST, add_token_scores, base_model, hidden_states
 from ..models.loading import check_vocabulary, disable_dropout, switch_router_logits_off
 from ..models.packing import packed_inputs, unpacked
 from ..models.reference import Reference
-from ..models.trials import check_causal
 from ..rollouts.pairing import on_grid
 from ..rollouts.stops import with_other_stops
 from ..rollouts.vllm import importance
@@ -28,11 +27,10 @@ def prepare_student(model: nn.Module, side: Speaker, args: CrossTokenizerGKDConf
     """
     Makes the student, before it is wrapped, ready to be scored, and returns the ids that end its turn.
 
-    Raises `ValueError` where its vocabulary is not its tokenizer's, its adapter makes it no policy, or nothing ends its turn.
+    Raises `ValueError` where its vocabulary is not its tokenizer's, or nothing ends its turn.
     """
     student, tokenizer = base_model(model), side.tokenizer
     check_vocabulary("student", student, tokenizer)
-    check_causal("student", model)
     if args.disable_dropout:
         disable_dropout(model)
     add_token_scores(student, args.temperature, entropy=True)  # what was drawn at it is scored at it
