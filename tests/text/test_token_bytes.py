@@ -346,3 +346,21 @@ def test_a_tokenizer_whose_bytes_cannot_be_known_is_refused_by_name_and_with_the
     with pytest.raises(UnsupportedTokenizerError, match=re.escape(reason)) as error:
         token_bytes(tokenizer)
     assert "tokenizer.json" in str(error.value)
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "text"])
+@pytest.mark.parametrize("unused", [0, 3])
+def test_added_tokens_with_the_ids_of_others_are_refused_by_both_names(special, unused):
+    letters = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {*"xyz"})
+    vocabulary = {letter: n for n, letter in enumerate(letters)}
+    vocabulary |= {letter: len(letters) + unused + n for n, letter in enumerate("xyz")}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_tokens(["foo", "bar"], special_tokens=special)
+    if unused:
+        with pytest.raises(UnsupportedTokenizerError, match=r"id 256 is both 'x' and 'foo'.*free from 259 on"):
+            token_bytes(tokenizer)
+    else:
+        spelled = [token_bytes(tokenizer)[i] for i in tokenizer.encode("xfoo")]
+        assert spelled == [b"x", b"" if special else b"foo"]

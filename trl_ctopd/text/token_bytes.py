@@ -105,6 +105,7 @@ def _build_table(tokenizer: Any) -> TokenTable:
     read = _fast_pieces if getattr(tokenizer, "backend_tokenizer", None) is not None else _slow_pieces
     spelled, unknown, word_starts = read(tokenizer)
     added = _added_tokens(tokenizer)
+    _check_ids(tokenizer, added, spelled)
     # An added token that the model's own vocabulary has too (Gemma's `▁▁`) keeps the model's spelling.
     spelled = {i: token.content.encode() for i, token in added.items()} | spelled
     special = _control_ids(tokenizer, added) - unknown
@@ -115,6 +116,18 @@ def _build_table(tokenizer: Any) -> TokenTable:
     silent = [*special, *unknown]
     names = dict(zip(silent, tokenizer.convert_ids_to_tokens(silent), strict=True))
     return TokenTable(rows, special, unknown, word_starts - special - unknown, _prefix_space(tokenizer, rows), names)
+
+
+def _check_ids(tokenizer: Any, added: dict[int, Any], spelled: dict[int, bytes]):
+    """Raises `UnsupportedTokenizerError` where an added token has the id of another one: tokens that are added to a vocabulary with unused ids
+    are numbered so (findings/added_tokens_take_ids_in_use.sh)."""
+    if not added:
+        return
+    for name, i in tokenizer.get_vocab().items():
+        own = added.get(i)
+        if own is not None and own.content != name and (own.special or spelled.get(i) != own.content.encode()):
+            reason = f"id {i} is both {name!r} and {own.content!r}, which was added (ids are free from {max(spelled) + 1} on)"
+            raise UnsupportedTokenizerError(tokenizer, reason)
 
 
 def _control_ids(tokenizer: Any, added: dict[int, Any]) -> frozenset[int]:
