@@ -8,7 +8,7 @@
 # - The assistant stays so for good: its head has fewer rows, in another order, and its embedding reads one token, the last. No error, no warning.
 #
 # Seen: a teacher that writes "a" with probability .5, and an assistant that writes it with .9, 300 samples: .5 alone, .5 with the assistant that has
-# the teacher's tokenizer, .9 with the one that has two tokens more. The latter then gives a text of two tokens logits of one position and of 257
+# the teacher's tokenizer, .85 with the one that has two tokens more. The latter then gives a text of two tokens logits of one position and of 257
 # tokens, where it gave two and 259.
 #
 # Why it matters: a student is its teacher's natural draft model, and across tokenizers this is how one is used. Answers that are sampled so
