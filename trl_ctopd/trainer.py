@@ -136,7 +136,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         judges = None
         if reward_funcs or teacher_gate is not None:
             judges = Judges(reward_funcs, reward_processing_classes, teacher_gate, args, processing_class)
-        self._keeps_rows = judges is not None
+        self._judges, self._keeps_rows = judges, judges is not None
         self.distillation_loss, self.off_policy_loss = checks.losses_by_text(args)
         if judges is not None and judges.reward:
             checks.check_takes_rewards(self.distillation_loss)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from trl_ctopd.losses import ALM, LOSSES
 
 
 STUDENT, TEACHER = toys.student_tokenizer(), toys.teacher_tokenizer()
+TWO = {"maths": ("lab/Maths-7B", TEACHER), "code": ("lab/Code-7B", STUDENT)}
 LOG = [
     {"loss": 0.5, "gap/nats_per_byte": 0.4, "step": 10},
     {"eval_loss": 0.3, "eval_gap/nats_per_byte": 0.21, "eval_runtime": 1.0, "step": 20},
@@ -51,7 +53,7 @@ def make(tmp_path):
         }
         options |= changes
         teacher = options.pop("teacher"), options.pop("teacher_tokenizer")
-        return card.model_card(**{"teachers": [teacher], **options})
+        return card.model_card(**{"teachers": {"": teacher}, **options})
 
     return build
 
@@ -76,6 +78,9 @@ VARIANTS = {
     "one tokenizer": {"teacher_tokenizer": STUDENT},
     "no template": {"student_tokenizer": TEACHER, "teacher_tokenizer": STUDENT},
     "before the first log": {"log_history": [], "hub_model_id": None},
+    "several teachers made in place": {"teachers": {"a|b": ("", TEACHER), "code": ("", TEACHER)}},
+    "a blend": {"teachers": TWO, "blended": True, "config": {"teacher_weights": {"maths": 0.9, "code": 0.1}}},
+    "rewards, a gate and tools": {"reward_funcs": ["<lambda>", "a|b"], "teacher_gate": "right", "tools": ["add"]},
 }
 
 
@@ -376,13 +381,129 @@ def test_two_models_of_one_tokenizer_are_not_said_to_have_two(make):
 
 
 def test_several_teachers_have_a_row_each(make):
-    text = make(teachers=[("lab/Maths-7B", TEACHER), ("lab/Code-7B", STUDENT)]).content
+    text = make(teachers=TWO).content
     assert "distilled from [lab/Maths-7B](https://huggingface.co/lab/Maths-7B), [lab/Code-7B](" in text
-    assert [line.split("|")[3].strip() for line in text.splitlines() if line.startswith("| teacher |")] == [
+    assert [rows(text)[f"teacher {name}"][1] for name in TWO] == [
         f"Unigram, {len(TEACHER)} tokens",
         f"BPE, {len(STUDENT)} tokens",
     ]
     assert "each one's teacher scored the same text in its own tokens" in text
+
+
+def test_teachers_that_have_no_name_on_the_hub_go_by_those_they_have_in_the_run(make):
+    text = make(teachers={"maths": ("", TEACHER), "code": ("", TEACHER)}).content
+    assert "distilled from maths, code with" in text
+    assert rows(text)["teacher maths"][0] == rows(text)["teacher code"][0] == "an unnamed model"
+
+
+@pytest.mark.parametrize("one_tokenizer", [False, True])
+def test_teachers_that_read_a_row_together_are_not_said_to_have_read_a_row_each(make, one_tokenizer):
+    names = {name: (model, STUDENT if one_tokenizer else tokenizer) for name, (model, tokenizer) in TWO.items()}
+    config = {"teacher_weights": {"maths": 0.9, "code": 0.1}}
+    each, every, some = (make(config, teachers=names, blended=blended).content for blended in (False, True, None))
+    assert "itself; each one's teacher" in each and "weighted mean" not in each
+    assert "itself; all of a row's teachers" in every and "and the weighted mean of their scores" in every
+    assert "itself; a row's teacher, or all of its teachers, scored" in some and "of several the weighted mean" in some
+    assert rows(every)["teacher_weights"] == ["maths=0.9, code=0.1"]
+    assert "weighted mean" not in make(blended=None).content, "an only teacher reads all rows of a stream"
+
+
+def test_rewards_a_gate_and_tools_are_told_and_named(make):
+    config = {
+        "reward_weight": 5.0,
+        "reward_weights": [1.0, 2.0],
+        "scale_rewards": "none",
+        "max_tool_calling_iterations": 3,
+    }
+    text = make(config, reward_funcs=["right", "<lambda>"], teacher_gate="checked", tools=["add", "look_up"]).content
+    table = rows(text)
+    assert table["reward_funcs"] == ["right, &lt;lambda>"] and table["teacher_gate"] == ["checked"]
+    assert table["tools"] == ["add, look_up"] and table["max_tool_calling_iterations"] == ["3"]
+    assert table["reward_weight"] == ["5.0"] and table["reward_weights"] == ["[1.0, 2.0]"]
+    assert table["scale_rewards"] == ["none"]
+    assert "Rewards by `right`, `<lambda>` counted beside the teacher's scores." in text
+    assert "What the gate `checked` called wrong was not learned from." in text
+    assert "its calls of `add`, `look_up` were executed." in text
+    without = make(config).content
+    assert not rows(without).keys() & {*config, "reward_funcs", "teacher_gate", "tools"}, "no such thing ran"
+    assert "Rewards by" not in without and "the gate" not in without and "its calls" not in without
+
+
+def test_a_tag_in_a_setting_stays_text(make):
+    assert rows(make({"mask_strings": ["</think>"]}).content)["mask_strings"] == ["['&lt;/think>']"]
+
+
+ON_EVERY_CARD_OF_THEIR_METHOD = {  # tests below and above look for these
+    "distillation_loss", "event", "credit", "baseline", "baseline_top_k", "advantage_clip", "distillation_loss_kwargs",
+    "off_policy_loss", "off_policy_loss_kwargs",
+}  # fmt: skip
+TOLD_OTHERWISE = {"seq_kd", "teacher_model_name_or_path", "teacher_models"}  # in the story, and as teachers
+SHAPES_NO_WEIGHT = {
+    "beta", "loss_type",  # no effect
+    "greater_is_better",  # follows from metric_for_best_model
+    "logit_tile_tokens", "length_grouped", "generation_batch_size", "teacher_batch_size", "teacher_overlap",
+    "generation_backend", "gather_for_generation", "merge_adapter_for_generation", "transformers_continuous_batching_config",
+    "generation_device",
+    "use_vllm", "vllm_mode", "vllm_server_base_url", "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization",
+    "vllm_tensor_parallel_size", "vllm_max_model_length", "vllm_enable_sleep_mode",
+    "teacher_server_url", "teacher_server_model", "teacher_server_api_key_env", "teacher_server_concurrency",
+    "teacher_server_timeout", "teacher_server_retries", "teacher_server_patience",
+    "tools_in_evaluation", "rewards_in_evaluation", "log_completions", "num_completions_to_print", "report",
+}  # fmt: skip
+
+
+def test_every_setting_of_the_trainer_is_on_the_card_unless_it_shapes_nothing():
+    shown = {*card.SETTINGS, *card.SETTINGS_IF_CHANGED, *card.OF_REWARDS, *card.OF_TOOLS}
+    own = {name for name in CrossTokenizerGKDConfig.__annotations__ if not name.startswith("_")}
+    assert own - shown - ON_EVERY_CARD_OF_THEIR_METHOD - TOLD_OTHERWISE - SHAPES_NO_WEIGHT == set()
+    assert not shown & SHAPES_NO_WEIGHT
+    assert shown <= {field.name for field in fields(CrossTokenizerGKDConfig)}
+
+
+def test_what_shapes_every_training_is_on_the_card_too_and_as_it_was_written(make, tmp_path):
+    config = {
+        "lr_scheduler_type": "cosine",
+        "optim": "adafactor",
+        "warmup_steps": 7,
+        "weight_decay": 0.125,
+        "markup_policy": "mask",
+        "thought_policy": "text",
+        "rollout_reuse": 2,
+        "reference_teacher": str(tmp_path / "weak"),
+        "teacher_model_init_kwargs": {"dtype": "bfloat16", "cache_dir": str(tmp_path / "cache")},
+    }
+    table = rows(make(config).content)
+    assert table["lr_scheduler_type"] == ["cosine"] and table["optim"] == ["adafactor"]
+    assert table["warmup_steps"] == ["7"] and table["weight_decay"] == ["0.125"]
+    assert (
+        table["markup_policy"] == ["mask"] and table["thought_policy"] == ["text"] and table["rollout_reuse"] == ["2"]
+    )
+    assert table["reference_teacher"] == ["weak"], "no folder is told"
+    assert table["teacher_model_init_kwargs"] == ["dtype='bfloat16', cache_dir='cache'"]
+    assert not rows(make().content).keys() & {*config}
+
+
+def test_the_card_of_a_run_tells_its_blend_its_rewards_and_its_gate(build, tmp_path):
+    def rewarded(completions, **_):
+        return [float(place) for place, _ in enumerate(completions)]
+
+    names, gate = ("maths", "code"), lambda completions, **_: [True] * len(completions)
+    shares = [{"maths": 0.9, "code": 0.1}, {"maths": 1.0}]
+    for some in (False, True):
+        trainer = build(
+            teacher={name: toys.teacher_model() for name in names},
+            teacher_processing_class={name: toys.teacher_tokenizer() for name in names},
+            dataset=toys.prompts(4).add_column("teacher_weights", [shares[some and row % 2] for row in range(4)]),
+            num_generations=2,
+            reward_funcs=rewarded,
+            teacher_gate=gate,
+            output_dir=str(tmp_path / str(some)),
+        )
+        trainer.create_model_card()
+        text = ModelCard.load(tmp_path / str(some) / "README.md").content
+        assert ("a row's teacher, or all of its teachers," if some else "all of a row's teachers") in text
+        assert rows(text)["reward_funcs"] == ["rewarded"] and rows(text)["teacher_gate"] == ["&lt;lambda>"]
+        assert "teacher maths" in rows(text) and "teacher code" in rows(text)
 
 
 def test_off_policy_rows_bring_their_loss_into_the_settings(make):

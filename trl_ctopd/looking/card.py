@@ -1,13 +1,15 @@
 """The model card: the student, its teachers, how it was trained, and the run's metrics.
 
 - It states only what the run knows. License, language and intended use are never made up.
+- Every setting that shapes what is learned is on it, where it differs from its default. Where and how fast a run computes is not.
 - Models and datasets on the hub are linked and enter the metadata. A local folder is shown by its name only, and enters neither.
 """
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from enum import Enum
 from importlib.resources import files
 from importlib.util import find_spec
 from io import BytesIO
@@ -25,7 +27,7 @@ from ..redact import redacted
 from ..text.chat import plain_text
 from .best_effort import best_effort
 from .history import BOOKKEEPING, GAP, GIVEN, figures
-from .provenance import describe, hub_name, on_hub, step, versions
+from .provenance import describe, hub_name, on_hub, step, versions, without_folder
 
 
 class Paper(NamedTuple):
@@ -122,11 +124,39 @@ SETTINGS = (
     "seed",
 )
 SETTINGS_IF_CHANGED = (
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "disable_dropout",
+    "router_aux_loss_coef",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "train_sampling_strategy",
+    "shuffle_dataset",
+    "data_seed",
+    "teacher_weights",
     "top_p",
     "top_k",
     "min_p",
     "generation_kwargs",
+    "max_length",
+    "overlong_prompts",
+    "markup_policy",
+    "thought_policy",
     "mask_strings",
+    "rollout_reuse",
+    "clip_ratio_low",
+    "clip_ratio_high",
+    "async_rollouts",
+    "vllm_importance_sampling_clip_max",
     "reference_kl",
     "reference_teacher",
     "reference_teacher_alpha",
@@ -134,9 +164,12 @@ SETTINGS_IF_CHANGED = (
     "early_stop",
     "early_stop_kwargs",
     "early_stop_tokens",
+    "chat_template_path",
     "chat_template_kwargs",
     "teacher_chat_template_kwargs",
 )
+OF_REWARDS = ("reward_weight", "reward_weights", "scale_rewards")
+OF_TOOLS = ("max_tool_calling_iterations",)
 PICTURE = "learning_curve.png"
 OURS = re.compile(
     r"(given|gap|student|teacher|alignment|masked_bytes|advantage|ratio|completions|loss|closing|reverse_kl|gold|escd|xtoken|cdm|early_stop)/.+|entropy|loss"
@@ -158,7 +191,7 @@ def model_card(
     model_name: str,
     hub_model_id: str | None,
     student: str,
-    teachers: Sequence[tuple[str, PreTrainedTokenizerBase]],
+    teachers: Mapping[str, tuple[str, PreTrainedTokenizerBase]],
     student_tokenizer: PreTrainedTokenizerBase,
     args: CrossTokenizerGKDConfig,
     adapters: Sequence[str],
@@ -170,13 +203,18 @@ def model_card(
     command: str | None = None,
     picture: str | None = None,
     on_text: bool = False,
+    blended: bool | None = False,
+    reward_funcs: Sequence[str] = (),
+    teacher_gate: str | None = None,
+    tools: Sequence[str] = (),
 ) -> ModelCard:
     """
     The card of a run.
 
     Args:
         adapters: the names of those that are switched on; none where the whole student was trained.
-        student, teachers: hub names, folders, or "" for a model created in memory; each teacher with its tokenizer.
+        student, teachers: hub names, folders, or "" for a model created in memory; each teacher with its tokenizer, by the name that
+            it has in the run, "" for an only one.
         datasets: hub names or files of the training data.
         log_history: the trainer state's. The last logged value of each metric is shown.
         prompts: number of rows of the training set, if it has a length.
@@ -184,12 +222,16 @@ def model_card(
         command: the command that started the run.
         picture: file name of the learning curve, in the card's folder.
         on_text: whether the prompts were plain text.
+        blended: whether every row was read by several teachers; `None`: some rows were, or it is not known.
+        reward_funcs, teacher_gate, tools: names of what the trainer was given.
     """
     student = hub_name(student)
     template_kwargs = redacted(args.chat_template_kwargs or {})
     template_kwargs = {name: value for name, value in template_kwargs.items() if value is not None}
     has_template = bool(student_tokenizer.chat_template or template_kwargs.get("chat_template"))
     sets, metrics = _metrics(log_history)
+    given = {"reward_funcs": reward_funcs, "teacher_gate": [teacher_gate] if teacher_gate else [], "tools": tools}
+    one_tokenizer = [student_tokenizer.get_vocab() == tokenizer.get_vocab() for _, tokenizer in teachers.values()]
     return ModelCard.from_template(
         ModelCardData(
             base_model=student if on_hub(student) else None,
@@ -204,11 +246,17 @@ def model_card(
         model_name=model_name,
         hub_model_id=hub_model_id or model_name,
         student=_link(student),
-        teachers=[(_link(hub_name(name)), describe(tokenizer)) for name, tokenizer in teachers],
+        distilled_from=[
+            _link(hub_name(name)) if name or not key else _cell(key) for key, (name, _) in teachers.items()
+        ],
+        teachers=[
+            (f"teacher {_cell(key)}" if key else "teacher", _link(hub_name(name)), describe(tokenizer))
+            for key, (name, tokenizer) in teachers.items()
+        ],
         base_on_hub=on_hub(student),
         student_tokenizer=describe(student_tokenizer),
         licenses=[_license(license) for license in licenses] if any(licenses) else None,
-        story=_story(args, [student_tokenizer.get_vocab() == tokenizer.get_vocab() for _, tokenizer in teachers]),
+        story=" ".join([_story(args, one_tokenizer, blended), *_beside_the_teacher(**given)]),
         method=_method(args),
         citation=_citation(_paper(args)),
         prompts=_prompts(datasets, prompts),
@@ -226,7 +274,7 @@ def model_card(
         step=step(args),
         command=command,
         picture=picture,
-        settings=_settings(args),
+        settings=_settings(args, given),
         sets=sets,
         metrics=metrics,
         versions=versions(),
@@ -258,7 +306,7 @@ def _link(name: str, kind: str = "") -> str:
     return f"`{Path(name).name}`" if Path(name).name else "an unnamed model"
 
 
-def _story(args: CrossTokenizerGKDConfig, one_tokenizer: list[bool]) -> str:
+def _story(args: CrossTokenizerGKDConfig, one_tokenizer: list[bool], blended: bool | None) -> str:
     """Who wrote the completions, and how the teacher's scores reached the student."""
     given = "the teacher's" if args.seq_kd else "the dataset's"
     if args.lmbda >= 1:
@@ -269,6 +317,8 @@ def _story(args: CrossTokenizerGKDConfig, one_tokenizer: list[bool]) -> str:
         written = f"The completions were {given}"
     if learned_by(args)[0] == "sft":
         return f"{written}; the student learned them by cross-entropy."
+    if blended or (blended is None and len(one_tokenizer) > 1):
+        return f"{written}; {_of_several(all(one_tokenizer), bool(blended))}"
     if all(one_tokenizer):
         teacher = "the teacher" if len(one_tokenizer) == 1 else "each one's teacher"
         return f"{written}; {teacher}, which has the same tokenizer, scored them token by token."
@@ -277,6 +327,28 @@ def _story(args: CrossTokenizerGKDConfig, one_tokenizer: list[bool]) -> str:
         f"{written}; {teacher} scored the same text in its own tokens, and its scores were "
         "carried over to the student's tokens by the bytes that both stand for."
     )
+
+
+def _of_several(one_tokenizer: bool, every_row: bool) -> str:
+    """How the scores of teachers that read a row together reached the student. `every_row`: no row had a single one."""
+    readers = "all of a row's teachers" if every_row else "a row's teacher, or all of its teachers,"
+    mean = "the weighted mean of their scores" if every_row else "its scores, of several the weighted mean,"
+    if one_tokenizer:
+        return f"{readers} scored them token by token, in the student's own tokens, and {mean} reached the student."
+    return (
+        f"{readers} scored the same text, each in its own tokens, and {mean} reached the student's tokens by the bytes that "
+        "they all stand for."
+    )
+
+
+def _beside_the_teacher(reward_funcs: Sequence[str], teacher_gate: Sequence[str], tools: Sequence[str]) -> list[str]:
+    """Sentences on what else had a say."""
+    said = {
+        "Rewards by {} counted beside the teacher's scores.": reward_funcs,
+        "What the gate {} called wrong was not learned from.": teacher_gate,
+        "While it wrote, its calls of {} were executed.": tools,
+    }
+    return [words.format(", ".join(f"`{name}`" for name in names)) for words, names in said.items() if names]
 
 
 def learned_by(args: CrossTokenizerGKDConfig) -> tuple[str | Callable, dict]:
@@ -308,8 +380,9 @@ def _method(args: CrossTokenizerGKDConfig) -> str:
     return f"`{loss}`, {link}" if loss in PAPERS else f"`{loss}`, on text aligned as in {link}"
 
 
-def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
-    """The settings that shaped the result, by their names in the config. Settings of methods that did not run are left out."""
+def _settings(args: CrossTokenizerGKDConfig, given: dict[str, Sequence[str]]) -> dict[str, str]:
+    """The settings that shaped the result, by their names in the config, and the names of what the trainer was `given`. Settings of
+    methods that did not run are left out."""
     loss, kwargs = learned_by(args)
     settings = {}
     own = () if callable(loss) else [field.name for field in fields(LOSSES[loss])]
@@ -328,9 +401,32 @@ def _settings(args: CrossTokenizerGKDConfig) -> dict[str, str]:
         settings |= {"off_policy_loss": args.off_policy_loss, "off_policy_loss_kwargs": args.off_policy_loss_kwargs}
     settings |= {name: getattr(args, name) for name in SETTINGS}
     defaults = {field.name: field.default for field in fields(args)}
-    settings |= {name: getattr(args, name) for name in SETTINGS_IF_CHANGED if getattr(args, name) != defaults[name]}
+    names = [
+        *SETTINGS_IF_CHANGED,
+        *(OF_REWARDS if given["reward_funcs"] else ()),
+        *(OF_TOOLS if given["tools"] else ()),
+    ]
+    settings |= {name: getattr(args, name) for name in names if getattr(args, name) != defaults[name]}
+    settings |= {name: ", ".join(own) for name, own in given.items() if own}
+    settings |= {name: True for name in ("bf16", "fp16") if getattr(args, name)}
+    settings |= {name: _loaded_with(getattr(args, name)) for name in ("model_init_kwargs", "teacher_model_init_kwargs")}
     settings |= {"num_processes": args.world_size} if args.world_size > 1 else {}
-    return {name: _cell(redacted(value, name)) for name, value in settings.items() if value is not None}
+    return {name: _cell(redacted(_plain(value), name)) for name, value in settings.items() if value is not None}
+
+
+def _loaded_with(kwargs: dict | None) -> dict | None:
+    """Arguments of `from_pretrained`, with a quantization in as few words as there are for it."""
+    if not kwargs:
+        return None
+    quantization = _quantization(kwargs) if "quantization_config" in kwargs else None
+    shown = {**kwargs, "quantization_config": quantization} if quantization else kwargs
+    return {name: _plain(value) for name, value in shown.items()}
+
+
+def _plain(value):
+    """A choice by its name, and a path without the folders that it is in."""
+    value = value.value if isinstance(value, Enum) else value
+    return without_folder(value) if isinstance(value, str) else value
 
 
 def _metrics(log_history: list[dict]) -> tuple[list[str], dict[str, list[str]]]:
@@ -443,10 +539,10 @@ def remove_unreadable(folder: str | Path):
 
 
 def _cell(value) -> str:
-    """A cell of a Markdown table."""
+    """A cell of a Markdown table. A tag in it, as of `mask_strings`, stays text."""
     if isinstance(value, dict):
         value = ", ".join(f"{name}={item!r}" for name, item in value.items() if item is not None)
-    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|")
+    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _citation(paper: Paper) -> str:

@@ -126,6 +126,16 @@ def settings_of(trainer) -> CrossTokenizerGKDConfig:
     return args
 
 
+def given_to(trainer) -> dict:
+    """The names of the reward functions, of the gate and of the tools that the run has, as the trainer calls its arguments."""
+    judges, tools = trainer._judges, trainer._tools
+    return {
+        "reward_funcs": [] if judges is None else judges.names,
+        "teacher_gate": None if judges is None else judges.gate_name,
+        "tools": [schema["function"]["name"] for schema in tools],
+    }
+
+
 def step(args: CrossTokenizerGKDConfig) -> str:
     """The size of an optimizer step, in words."""
     prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from trl.trainer.utils import get_config_model_id
 
 from ..rollouts.pairing import Prompt
+from ..rollouts.prompts import BLEND
 from . import card, provenance
 from .best_effort import best_effort
 
@@ -44,8 +46,19 @@ def _is_text(dataset: Dataset | IterableDataset) -> bool:
     return Prompt([], [], frame=dataset.with_format(None)[0]["frame"]).framed.is_text
 
 
+def _is_blended(dataset: Dataset | IterableDataset) -> bool | None:
+    """Whether several teachers read every row of a rendered dataset; None where they read some, or that is not known."""
+    if not isinstance(dataset, Dataset):
+        return None
+    if BLEND not in dataset.column_names:
+        return False
+    blends = dataset.select_columns(BLEND).with_format("arrow")[:][BLEND]
+    several = pc.sum(pc.not_equal(blends, "")).as_py()
+    return None if 0 < several < len(blends) else several > 0
+
+
 def _made(trainer, key: tuple, model_name: str, datasets: Sequence[str], tags: Sequence[str]) -> card.Written:
-    student, seats = get_config_model_id(trainer.model.config), trainer.panel.seats.values()
+    student, seats = get_config_model_id(trainer.model.config), trainer.panel.seats
     history, dataset = trainer.state.log_history, trainer.train_dataset
     picture = command = None
     with best_effort("The run's command"):
@@ -56,7 +69,7 @@ def _made(trainer, key: tuple, model_name: str, datasets: Sequence[str], tags: S
         model_name=model_name,
         hub_model_id=trainer.hub_model_id,
         student=student,
-        teachers=[(seat.name, seat.tokenizer) for seat in seats],
+        teachers={key: (seat.name, seat.tokenizer) for key, seat in seats.items()},
         student_tokenizer=trainer.processing_class,
         args=provenance.settings_of(trainer),
         adapters=trainer.model.active_adapters if isinstance(trainer.model, PeftModel) else [],
@@ -65,8 +78,10 @@ def _made(trainer, key: tuple, model_name: str, datasets: Sequence[str], tags: S
         tags=[*trainer._tag_names, *tags],
         log_history=history,
         prompts=len(dataset) if isinstance(dataset, Dataset) else None,
-        licenses=[provenance.license_of(name) for name in (student, *(seat.name for seat in seats))],
+        licenses=[provenance.license_of(name) for name in (student, *(seat.name for seat in seats.values()))],
         command=command,
         picture=None if picture is None else card.PICTURE,
+        blended=_is_blended(dataset),
+        **provenance.given_to(trainer),
     )
     return card.Written(key, made, picture)

@@ -91,6 +91,15 @@ class Judges:
     def reward(self) -> bool:
         return bool(self._funcs)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the reward functions, as their rewards are logged."""
+        return list(self._names)
+
+    @property
+    def gate_name(self) -> str | None:
+        return None if self._gate is None else _name(self._gate)
+
     def rewards(
         self, prompts: Sequence[Prompt], completions: Sequence[list[int]], size: int, state: Any, device: torch.device
     ) -> tuple[torch.Tensor, Figures]:
