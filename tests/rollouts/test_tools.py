@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from toys import SGD
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+from trl_ctopd.looking.viewer import alignment_of
+from trl_ctopd.looking.viewer.segments import figures
 from trl_ctopd.rollouts.closing import ends
 from trl_ctopd.rollouts.metrics import rollout_metrics
 from trl_ctopd.rollouts.pairing import Prompt, pair
@@ -552,6 +555,22 @@ def test_figures_of_completions_count_no_token_of_a_tool():
     assert figures["alignment/masked_fraction"][0] == 0
 
 
+@pytest.mark.parametrize(("teacher", "one_tokenizer"), [("qwen2_5", True), ("qwen2_5", False), ("gptoss", False)])
+def test_what_a_reader_is_shown_of_a_completion_counts_no_token_of_a_tool(teacher, one_tokenizer):
+    written = called("qwen2_5", a_call("add", {"a": 2, "b": 3})), said("qwen2_5", "Five.")
+    prompt, (ids, _), _ = conversed("qwen2_5", teacher, *written)
+    found = paired("qwen2_5", teacher, prompt, ids, one_tokenizer=one_tokenizer)
+    shown = figures([alignment_of(found)])
+    assert shown["student_tokens"] == sum(map(len, written)) < len(ids)
+    assert shown["bytes"] == rollout_metrics([found])["masked_bytes/markup"][1] == found.alignment.num_bytes
+    [later], first = prompt.turns(ids)[1:], len(found.teacher_ids) - found.teacher_starts[0]
+    assert shown["teacher_tokens"] == len(found.teacher_ids) - len(later.prompt.teacher_ids) > first
+    assert shown["coverage"] == 1 and (not one_tokenizer or shown["one_to_one_fraction"] == 1)
+    short = paired("qwen2_5", teacher, prompt, ids, one_tokenizer=one_tokenizer, teacher_context=10)
+    unread = figures([alignment_of(short)])
+    assert unread["student_tokens"] == shown["student_tokens"] and unread["teacher_tokens"] == unread["coverage"] == 0
+
+
 def test_no_chunk_is_asked_to_close_what_a_tool_said():
     call = called("qwen2_5", a_call("add", {"a": 2, "b": 3}))
     prompt, (ids, _), _ = conversed("qwen2_5", "llama3_2", call, said("qwen2_5", "Five."))
@@ -705,7 +724,13 @@ def test_a_run_scores_each_turn_once_and_its_gradient_does_not_depend_on_what_a_
     figures = trainer.state.log_history[0]
     assert figures["tools/call_frequency"] == 0.5 and figures["tools/failure_frequency"] == 0
     assert figures["completions/mean_length"] == (len(own) + len(said("qwen2_5", "Five."))) / 2
-    assert "what a tool returned" in Path(trainer.args.output_dir, "report.html").read_text(encoding="utf-8")
+    page = Path(trainer.args.output_dir, "report.html").read_text(encoding="utf-8")
+    assert "what a tool returned" in page and "<dt>tools</dt><dd>add, divide</dd>" in page
+    shown = [int(count) for count in re.findall(r"<b>(\d+)</b> student tokens", page)]
+    assert sorted(shown) == sorted([len(own), len(said("qwen2_5", "Five."))]), "those that the log counts"
+    trainer.create_model_card()
+    card = Path(trainer.args.output_dir, "README.md").read_text(encoding="utf-8")
+    assert "| `tools` | add, divide |" in card and "its calls of `add`, `divide` were executed" in card
 
 
 @pytest.mark.parametrize("asked_for", [False, True])

@@ -97,6 +97,7 @@ def test_a_mixture_with_a_teacher_behind_a_server_trains_as_with_both_here_and_i
     page = (Path(trainer.args.output_dir) / "report.html").read_text(encoding="utf-8")
     text = re.sub(r"<[^>]+>", "", page)
     assert "100% of student tokens one-to-one" in text  # the heaviest teacher, which reads as the student does
+    assert "sample, step 1, teachers code (70 %), math (30 %), with the tokens of code" in text
 
 
 def test_rows_without_columns_take_the_weights_of_the_config(build):

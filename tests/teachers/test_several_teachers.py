@@ -1,5 +1,8 @@
 """Several teachers, of which each row of the dataset chooses one: its own tokenizer, template and place."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from protocol_server import ProtocolServer
@@ -64,6 +67,16 @@ def test_samples_are_read_again_with_their_own_teacher(run):
     ids = student_tokenizer().encode("two and three")
     one, other = trainer.panel.align_completions([ids, ids], [0, 1])
     assert one.teacher_ids != other.teacher_ids == ids
+
+
+def test_a_report_says_which_teacher_has_read_each_of_its_samples(run):
+    trainer, _ = run(teachers(), NAMED, TOKENIZERS, report=True)
+    page = Path(trainer.args.output_dir, "report.html").read_text(encoding="utf-8")
+    shown = r"<h3>First sample, step 1, teacher (\w+)</h3>(?:(?!<h3>).)*?<b>(\d+%)</b> of student tokens one-to-one"
+    said = re.findall(shown, page, re.DOTALL)
+    assert {name for name, _ in said} == {"math", "code"}
+    assert {share for name, share in said if name == "code"} == {"100%"}, "which reads as the student does"
+    assert "math (Qwen2ForCausalLM), code (" in page and "math: Unigram" in page
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,9 @@ def _joined_alignment(ids: list[int], given: Sequence[tuple[int, int]], turns: S
     for own_ids, parts in ((ids[: sum(len(chunks) for chunks, _ in student)], student), (teacher_ids, teacher)):
         chunks, widths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         sides.append(AlignedTokens(own_ids, chunks, widths))
-    return TextAlignment("".join(texts), *sides, num_chunks, masked, spelled, np.concatenate(spans), tables)
+    from_tools = sum(stop - start for start, stop in given), sum(len(turn.teacher_prompt_ids) for turn in turns[1:])
+    text, spans = "".join(texts), np.concatenate(spans)
+    return TextAlignment(text, *sides, num_chunks, masked, spelled, spans, tables, from_tools)
 
 
 def _within(rollout: Rollout, teacher_context: int | None) -> Rollout:

@@ -57,6 +57,7 @@ class TextAlignment:
         student, teacher: the tokens on each side.
         num_chunks: number of chunks.
         masked: the stretches that belong to no chunk, sorted. They may overlap.
+        from_tools: how many of the student's and of the teacher's tokens are results of tools, which count in no figure.
     """
 
     text: str
@@ -67,6 +68,7 @@ class TextAlignment:
     _spelled: bytes = field(repr=False, compare=False)
     _spans: np.ndarray = field(repr=False, compare=False)  # (C, 2): start and end of each chunk in `_spelled`
     _tables: tuple[TokenTable, TokenTable] = field(repr=False, compare=False)  # of the student and of the teacher
+    from_tools: tuple[int, int] = (0, 0)
 
     @property
     def student_ids(self) -> list[int]:

@@ -19,6 +19,7 @@ from ...config import CrossTokenizerGKDConfig
 from ...losses import DPCA, Loss, loss_name
 from ...models.heads import base_model
 from ...redact import redacted
+from ...rollouts.pairing import Rollout
 from ...text.altered_text import REASONS
 from .. import card, provenance
 from ..history import BOOKKEEPING, GAP, GIVEN, figures
@@ -146,7 +147,7 @@ def page(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]]) -> 
     ]
     return _template().render(
         student=_name(base_model(trainer.model)),
-        teacher=", ".join(_teacher_name(seat) for seat in trainer.panel.seats.values()),
+        teacher=", ".join(_teacher_name(*seat) for seat in trainer.panel.seats.items()),
         status=_status(state),
         updated=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         warnings=advice(state.log_history, args, trainer.panel.context),
@@ -175,8 +176,18 @@ def _name(model: PreTrainedModel) -> str:
     return provenance.short_name(get_config_model_id(model.config)) or type(model).__name__
 
 
-def _teacher_name(seat) -> str:
-    return provenance.short_name(seat.name) if seat.remote else _name(seat.teacher.base_model)
+def _teacher_name(key: str, seat) -> str:
+    """Several go by their names in the run, too."""
+    model = provenance.short_name(seat.name) if seat.remote else _name(seat.teacher.base_model)
+    return f"{key} ({model})" if key else model
+
+
+def _whose(rollout: Rollout) -> str:
+    """Which of several teachers has read a sample."""
+    if not rollout.parts:
+        return f"teacher {rollout.prompt.teacher}" if rollout.prompt.teacher else ""
+    shares = [f"{part.rollout.prompt.teacher} ({percent(part.weight)})" for part in rollout.parts]
+    return f"teachers {', '.join(shares)}, with the tokens of {rollout.parts[0].rollout.prompt.teacher}"
 
 
 def _status(state) -> str:
@@ -246,7 +257,7 @@ def _samples(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]])
     for prefix in [name for name in first if name] or list(first):
         dataset = prefix.removeprefix("eval_").strip("_")
         moments = [first[prefix], last[prefix]] if first[prefix] != last[prefix] else [first[prefix]]
-        views = [[(own[0]["step"], view) for view in _views(trainer, own)] for own in moments]
+        views = [[(own[0]["step"], *view) for view in _views(trainer, own)] for own in moments]
         groups.append(
             {
                 "title": f"of the evaluation{f' on {dataset}' if dataset else ''}" if prefix else "of training",
@@ -256,7 +267,8 @@ def _samples(trainer, first: dict[str, list[dict]], last: dict[str, list[dict]])
     return groups
 
 
-def _views(trainer, samples: list[dict]) -> list[Markup]:
+def _views(trainer, samples: list[dict]) -> list[tuple[str, Markup]]:
+    """Whose tokens each sample shows, "" where there is one teacher, and the sample."""
     loss = trainer.distillation_loss
     shown = isinstance(loss, Loss) and loss.signal == "logprobs" and not loss.reads_more
     # dpca with closed chunks has the expected gradient of reverse_kl, and tells it token by token
@@ -276,7 +288,7 @@ def _views(trainer, samples: list[dict]) -> list[Markup]:
             view = ScoredRollout.from_log_probs(alignment, *log_probs, prompt=sample.prompt, loss=by).html_fragment()
         else:
             view = Markup('<p class="prompt">{}</p>{}').format(sample.prompt, Markup(alignment.html_fragment()))
-        shown.append(Markup(view))
+        shown.append((_whose(rollout), Markup(view)))
     return shown
 
 
@@ -291,17 +303,24 @@ def _table(logged: dict) -> list[list[str]]:
 
 
 def _facts(trainer, args: CrossTokenizerGKDConfig) -> dict[str, str]:
-    """Models, dataset, step size, versions, devices."""
+    """Models, dataset, step size, what else the trainer was given, devices."""
     dataset = trainer.train_dataset
     source = provenance.dataset_source(dataset)
     rows = f"{len(dataset):,} prompts" if hasattr(dataset, "__len__") else "streamed"
+    given = provenance.given_to(trainer)
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type
     facts = {
         "method": loss_name(card.learned_by(args)[0]),
         "student's tokenizer": provenance.describe(trainer.processing_class),
-        "teacher's tokenizer": ", ".join(provenance.describe(seat.tokenizer) for seat in trainer.panel.seats.values()),
+        "teacher's tokenizer": "; ".join(
+            f"{key}: {provenance.describe(seat.tokenizer)}" if key else provenance.describe(seat.tokenizer)
+            for key, seat in trainer.panel.seats.items()
+        ),
         "dataset": f"{provenance.short_name(source)}, {rows}" if source else rows,
         "a step": provenance.step(args),
+        "reward functions": ", ".join(given["reward_funcs"]),
+        "gate": given["teacher_gate"] or "",
+        "tools": ", ".join(given["tools"]),
         "seed": str(args.seed),
         "device": f"{device}, {args.world_size} process{'es' * (args.world_size > 1)}",
         "command": provenance.command() or "",

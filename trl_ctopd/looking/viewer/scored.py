@@ -186,6 +186,7 @@ def alignment_of(rollout: Rollout) -> TextAlignment:
         num_chunks=rollout.num_chunks,
         masked=masked,
         _spans=spans,
+        from_tools=(content.from_tools[0], content.from_tools[1] if rollout.teacher_ids else 0),
     )
 
 

@@ -174,7 +174,7 @@ def token_data(alignment: TextAlignment, side: int, token: int) -> tuple[bytes, 
 
 def figures(alignments: Iterable[TextAlignment]) -> dict:
     """
-    How much two tokenizers differ over some texts.
+    How much two tokenizers differ over some texts. Results of tools, which nobody wrote or is scored on, count in nothing.
 
     Returns:
         Counts of `texts`, `bytes`, `student_tokens`, `teacher_tokens`, `chunks`, `one_to_one_chunks`; `coverage`, the share
@@ -188,9 +188,9 @@ def figures(alignments: Iterable[TextAlignment]) -> dict:
         sides = [side.chunks[side.chunks >= 0] for side in (alignment.student, alignment.teacher)]
         sizes = [np.bincount(chunks, minlength=alignment.num_chunks) for chunks in sides]
         counts["texts"] += 1
-        counts["bytes"] += len(alignment._spelled)
-        counts["student_tokens"] += len(alignment.student_ids)
-        counts["teacher_tokens"] += len(alignment.teacher_ids)
+        counts["bytes"] += alignment.num_bytes
+        counts["student_tokens"] += len(alignment.student_ids) - alignment.from_tools[0]
+        counts["teacher_tokens"] += len(alignment.teacher_ids) - alignment.from_tools[1]
         counts["chunks"] += alignment.num_chunks
         counts["one_to_one_chunks"] += int(((sizes[0] == 1) & (sizes[1] == 1)).sum())
         covered += int((alignment._spans[:, 1] - alignment._spans[:, 0]).sum())
