@@ -186,7 +186,9 @@ def test_the_teachers_prompt_takes_the_place_of_the_prompt_for_the_teacher_alone
     [
         ({"question": "2+2", "answer": "4"}, r"columns \['answer', 'question'\].*rename"),
         ({"prompt": "hi", "messages": [USER]}, r"columns \['messages', 'prompt'\].*remove_columns"),
-        ({"prompt": None}, "either `prompt` or `messages`"),
+        ({"prompt": None}, "its `prompt` is None.*dataset.filter"),
+        ({"messages": None, "question": "2+2"}, "its `messages` is None"),
+        ({"prompt": None, "conversations": None}, "its `prompt` and its `conversations` is None"),
         ({"messages": []}, "`messages` must be a list of at least one message"),
         ({"messages": "hi"}, "`messages` must be a list"),
         ({"prompt": ["hi"]}, "dicts with `role` and `content`, got 'hi'"),

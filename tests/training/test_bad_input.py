@@ -7,6 +7,7 @@ import pytest
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, IterableDataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 from transformers import AutoModelForCausalLM, Phi3Config
 from transformers.quantizers.base import HfQuantizer
@@ -127,6 +128,32 @@ def test_a_row_without_reference_is_an_error_only_off_policy(build):
     build(train_dataset=rows)
     with pytest.raises(ValueError, match="Row 0.*lmbda=1.0.*seq_kd=True"):
         build({"lmbda": 0.5}, train_dataset=rows)
+
+
+def test_a_reference_that_is_none_is_said_to_be_that(build):
+    rows = prompts(4).remove_columns("completion").add_column("completion", [None] * 4)
+    with pytest.raises(ValueError, match="Row 0 of the train dataset: its `completion` is None, which `lmbda` < 1"):
+        build({"lmbda": 0.5}, train_dataset=rows)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_prompt_that_one_of_the_models_has_nothing_to_go_on_from_names_that_model(build, side):
+    sides = {"processing_class": student_tokenizer(), "teacher_processing_class": teacher_tokenizer()}
+    for tokenizer, begins in zip(sides.values(), (side != "student", side != "teacher"), strict=True):
+        tokenizer.backend_tokenizer.post_processor = None
+        if begins:
+            bos = tokenizer.convert_ids_to_tokens(0)
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{bos} $A", special_tokens=[(bos, 0)])
+    with pytest.raises(ValueError, match=f"Row 0 of the train dataset: as the {side} reads it, the prompt is empty"):
+        build(train_dataset=Dataset.from_list([{"prompt": ""}]), **sides)
+
+
+@pytest.mark.parametrize("name", ["image", "images"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_column_of_pictures_is_refused_with_the_way_out(build, name, streamed):
+    rows = prompts(4).add_column(name, ["a.png"] * 4)
+    with pytest.raises(ValueError, match=rf"column '{name}'.* is for text: remove or rename it .*remove_columns"):
+        build(train_dataset=rows.to_iterable_dataset() if streamed else rows)
 
 
 def test_no_pad_token_and_none_derivable_is_an_error(build):

@@ -165,9 +165,11 @@ def render_row(
     of how the two templates write the turn, "" where both begin with the answer. `teacher_writes`: the teacher writes the references later.
 
     Raises:
-        ValueError: naming the row, whatever is wrong with it: where it has no prompt, cannot be rendered, has no reference though one is needed,
-            names none of several teachers, has several with tools, or is longer than `longest_prompt` student tokens.
+        ValueError: naming the row, and the model that cannot read it where it is one of them, whatever is wrong: where it has no prompt,
+            cannot be rendered, has no reference though one is needed, names none of several teachers, has several with tools, or is longer
+            than `longest_prompt` student tokens.
     """
+    reading = ""
     try:
         conversation = read_example(example)
         if tools:
@@ -175,10 +177,13 @@ def render_row(
         weights = {"": 1.0} if "" in teachers else weights_of(example, teachers, teacher_weights)
         if tools and len(weights) > 1:
             raise ValueError(f"it has the teachers {' and '.join(weights)}, and with tools a row has one: name one")
+        reading = "as the student reads it, "
         opened = student.opened(conversation.for_student)
         prompt_ids, teachers_opened = opened.ids, {}
         for name in weights:
+            reading = f"as the teacher{f' {name!r}' if name else ''} reads it, "
             teachers_opened[name] = teachers[name].opened(conversation.for_teacher)
+            reading = ""
             blanks = student.blanks(conversation.for_student), teachers[name].blanks(conversation.for_teacher)
             if blanks[0] != blanks[1]:
                 raise ValueError(
@@ -187,17 +192,21 @@ def render_row(
                     "end (`str.rstrip`)"
                 )
         if needs_reference and conversation.reference is None:
+            missing = "no completion and no final assistant message"
+            if example.get("completion", ...) is None:
+                missing = "its `completion` is None"
             raise ValueError(
-                "no completion and no final assistant message, which `lmbda` < 1 learns from: add one, or set lmbda=1.0, "
-                "or seq_kd=True to let the teacher write it"
+                f"{missing}, which `lmbda` < 1 learns from: add one, or set lmbda=1.0, or seq_kd=True to let the teacher write it"
             )
         before, reference_ids = opened.stem if teacher_writes else prompt_ids, []
         if needs_reference:
+            reading = "as the student reads it, "
             before, reference_ids = student.reference(conversation.for_student)
     except ValueError as error:
-        raise ValueError(f"Row {index} of the {dataset_name} dataset: {error}.") from error
+        raise ValueError(f"Row {index} of the {dataset_name} dataset: {reading}{error}.") from error
     except Exception as error:  # of a template or a tokenizer that meets what it was not made for
-        raise ValueError(f"Row {index} of the {dataset_name} dataset: {type(error).__name__}: {error}.") from error
+        said = f"{reading}{type(error).__name__}: {error}"
+        raise ValueError(f"Row {index} of the {dataset_name} dataset: {said}.") from error
     if longest_prompt is not None and len(prompt_ids) > longest_prompt:
         raise ValueError(
             f"Row {index} of the {dataset_name} dataset: its prompt has {len(prompt_ids)} student tokens, and context and max_new_tokens "

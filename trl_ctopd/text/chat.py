@@ -99,7 +99,10 @@ class Speaker(Template):
             _ = self._writes_plain_turns
             ids = self._encode_plain(plain_text(conversation.prompt, conversation.tools))
         if not ids:
-            raise ValueError(f"the prompt is empty and {self._name} writes no BOS, so there is nothing to go on from")
+            raise ValueError(
+                f"the prompt is empty and {self._name} writes no BOS, so there is nothing to go on from: leave such rows out "
+                "(`dataset.filter`)"
+            )
         return ids
 
     def blanks(self, conversation: Conversation) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 
 _MESSAGES = ("prompt", "completion", "messages", "conversations", "teacher_prompt")  # columns that may hold messages
+_ASKS = ("prompt", "messages", "conversations")  # one of them holds what is asked
 _SPEAKERS = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 REASONING = ("reasoning_content", "reasoning", "thinking")  # all three name a thought
 SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -65,6 +66,10 @@ def read_example(example: Mapping) -> Conversation:
     of another kind than the prompt.
     """
     row = {column: value for column, value in example.items() if value is not None}
+    if not row.keys() & _ASKS and (missing := [column for column in _ASKS if column in example]):
+        raise ValueError(
+            f"its `{'` and its `'.join(missing)}` is None, so that nothing is asked: give the row one, or leave it out (`dataset.filter`)"
+        )
     row = _as_messages(row)
     for column in ("prompt", "completion", "messages", "tools", "teacher_prompt"):
         _refuse_lone_surrogates(row.get(column), column)

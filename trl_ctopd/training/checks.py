@@ -98,8 +98,14 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
         raise ValueError("seq_kd: with several teachers, the student or the dataset writes: set seq_kd=False.")
     if train_dataset is None or (isinstance(train_dataset, Dataset) and not len(train_dataset)):
         raise ValueError(f"`train_dataset` is {'missing' if train_dataset is None else 'empty'}: it gives the prompts.")
-    if isinstance(train_dataset, IterableDataset) and next(iter(train_dataset), None) is None:
+    columns = getattr(train_dataset, "column_names", ())
+    if isinstance(train_dataset, IterableDataset) and (columns := next(iter(train_dataset), None)) is None:
         raise ValueError("`train_dataset` is empty: it gives the prompts.")
+    if pictures := [name for name in ("image", "images") if name in columns]:
+        raise ValueError(
+            f"`train_dataset` has a column {pictures[0]!r}, by which TRL knows a dataset of pictures, and this trainer is for text: remove or "
+            f"rename it (`dataset.remove_columns({pictures})`)."
+        )
     if isinstance(model, nn.Module):
         forget_gguf(model)
     if isinstance(model, str):
