@@ -23,6 +23,7 @@ from ..models.heads import AUTOCAST, base_model, check_head, context_of, has_imb
 from ..models.loading import (
     adapter_base,
     check_saves,
+    check_vocabulary,
     computes_fast,
     forget_gguf,
     load_model,
@@ -222,6 +223,7 @@ def check_run(
     check_compiled(model, args, accelerator)
     if args.generation_backend == "transformers_continuous":
         check_continuous(model)
+    check_vocabulary("student", base_model(model), tokenizer)
     check_causal("student", model)
     check_padding(model, args)
     warn_of_experts(model)

@@ -11,7 +11,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..losses import Distributions, Metrics, ScoredChunks
 from ..models.activated import activation_of_rows, invocation_of
 from ..models.heads import AUTOCAST, add_token_scores, base_model, hidden_states, lm_head
-from ..models.loading import check_vocabulary, disable_dropout, switch_router_logits_off
+from ..models.loading import disable_dropout, switch_router_logits_off
 from ..models.packing import packed_inputs, unpacked
 from ..models.reference import Reference
 from ..rollouts.pairing import on_grid
@@ -27,10 +27,9 @@ def prepare_student(model: nn.Module, side: Speaker, args: CrossTokenizerGKDConf
     """
     Makes the student, before it is wrapped, ready to be scored, and returns the ids that end its turn.
 
-    Raises `ValueError` where its vocabulary is not its tokenizer's, or nothing ends its turn.
+    Raises `ValueError` where nothing ends its turn.
     """
     student, tokenizer = base_model(model), side.tokenizer
-    check_vocabulary("student", student, tokenizer)
     if args.disable_dropout:
         disable_dropout(model)
     add_token_scores(student, args.temperature, entropy=True)  # what was drawn at it is scored at it
