@@ -297,11 +297,11 @@ def beside_the_default(found: dict[str, BySeed]) -> str:
     return "\n".join(rows)
 
 
-def early(title: str, found: dict[str, BySeed], start: Point, timed: str | None, rate: float = EARLY_RATE) -> str:
-    """The gap after each measured step of short runs, all at one rate, and that gap minus `DEFAULT`'s: after as many updates, and at the CPU
-    seconds of its last."""
-    steps = _steps(found)
+def step_by_step(title: str, found: dict[str, BySeed], start: Point, timed: str | None, rate: float) -> str:
+    """The gap after each step at which `DEFAULT` was measured, of runs at one rate, and that gap minus `DEFAULT`'s: after as many updates,
+    and at the CPU seconds of its last."""
     own = found[DEFAULT]
+    steps = _steps({DEFAULT: own})
     seconds = averaged(own)[steps[-1]].cpu_seconds
     gaps = " | ".join(f"gap after {step}" for step in steps)
     beside = " | ".join(f"minus `{DEFAULT}`'s, after {step}" for step in steps)
@@ -364,7 +364,8 @@ def refused(lines: Sequence[dict]) -> str:
     return "\n".join(rows) or "None."
 
 
-def blocks(lines: Sequence[dict]) -> dict[str, str]:
+def blocks(lines: Sequence[dict], long: Sequence[dict] = ()) -> dict[str, str]:
+    """`long`: runs of many updates, measured on more prompts."""
     made = {"refused": refused(lines)}
     short, lines = ([line for line in lines if is_short(line) == wanted] for wanted in (True, False))
     for pair in PAIRS:
@@ -374,7 +375,7 @@ def blocks(lines: Sequence[dict]) -> dict[str, str]:
             by_rate = curves_by_rate(short, "mbpp", pair)
             for rate in by_rate.get(DEFAULT, {}):
                 at_one = {method: own[rate] for method, own in by_rate.items() if rate in own}
-                made[f"mbpp {pair} {_written(rate)}"] = early(pair, at_one, start, timed, rate)
+                made[f"mbpp {pair} {_written(rate)}"] = step_by_step(pair, at_one, start, timed, rate)
     for dataset in DATASETS:
         found = curves(lines, dataset)
         if "start" in found:
@@ -388,7 +389,13 @@ def blocks(lines: Sequence[dict]) -> dict[str, str]:
                 at_one = {method: own[EARLY_RATE] for method, own in by_rate.items() if EARLY_RATE in own}
                 start = averaged(found["start"])[0]
                 title = TITLES[dataset].splitlines()[0].removeprefix("## ")
-                made[f"{dataset} early"] = early(title, at_one, start, processor(short, dataset))
+                made[f"{dataset} early"] = step_by_step(title, at_one, start, processor(short, dataset), EARLY_RATE)
+    if long:
+        by_rate = curves_by_rate(long, "mbpp")
+        start, timed = averaged(by_rate.pop("start")[0.0])[0], processor(long, "mbpp")
+        for rate in by_rate[DEFAULT]:
+            at_one = {method: own[rate] for method, own in by_rate.items() if rate in own}
+            made[f"mbpp long {_written(rate)}"] = step_by_step("Long runs", at_one, start, timed, rate)
     return made
 
 
@@ -423,5 +430,6 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, default=RESULTS / "runs.jsonl")
     options = parser.parse_args()
     lines = [*read(options.results).values()]
-    fill(PAGE, blocks(lines), "real_models")
+    long = [*read(RESULTS / "long.jsonl").values()]
+    fill(PAGE, blocks(lines, long), "real_models")
     plot(lines, RESULTS / "gap.png")

@@ -74,6 +74,7 @@ METHODS: dict[str, Method] = {
 }
 UPDATES, LONGER = 12, {"dpca_open": 24}
 MEASURED_AT = (3, 6, UPDATES, 16, 2 * UPDATES)
+MEASURED_AT_IF_LONGER = (2 * UPDATES, 48, 96, 112)
 RATE, PROMPTS, TOKENS, HELD_OUT = 3e-4, 8, 64, 24
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 LOGGED = ("step", "loss", "grad_norm", "gap/nats_per_byte", "entropy", "alignment/masked_fraction")
@@ -106,18 +107,21 @@ def runs(
     rates: Sequence[float],
     pairs: Sequence[str],
     updates: int | None = None,
+    held_out: int = HELD_OUT,
 ) -> Iterator[Run]:
     for seed, dataset, pair in product(range(seeds), datasets, pairs):
-        yield Run("start", dataset, pair, seed, 0.0, 0)
+        yield Run("start", dataset, pair, seed, 0.0, 0, held_out=held_out)
         for rate, method in product(rates, methods):
-            yield Run(method, dataset, pair, seed, rate, updates or LONGER.get(method, UPDATES))
+            length = updates or LONGER.get(method, UPDATES)
+            yield Run(method, dataset, pair, seed, rate, length, held_out=held_out)
 
 
 class Watch(TrainerCallback):
     """Measures the held-out gap after some updates, with the CPU seconds that training has taken until then."""
 
-    def __init__(self, trainer: CrossTokenizerGKDTrainer):
+    def __init__(self, trainer: CrossTokenizerGKDTrainer, updates: int):
         self._trainer = trainer
+        self._steps = MEASURED_AT if updates <= MEASURED_AT[-1] else MEASURED_AT_IF_LONGER
         self._paused = time.process_time()  # when training began, as if measuring took no time
         self.curve: dict[int, dict] = {}
 
@@ -125,7 +129,7 @@ class Watch(TrainerCallback):
         self._paused = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in MEASURED_AT:
+        if state.global_step in self._steps:
             self.measure(state.global_step)
             control.should_log = True  # the evaluation's own log has cleared it
 
@@ -141,7 +145,8 @@ class Watch(TrainerCallback):
         self.curve[step] = {**asdict(gap), "cpu_seconds": round(trained, 2), "rows": rows}
 
 
-def do(run: Run, folder: Path, models: Path | None) -> dict:
+def do(run: Run, folder: Path, models: Path | None, adapters: Path | None = None) -> dict:
+    """Trains and measures. The trained adapter is kept in a folder of `adapters`, where that is given."""
     method = METHODS.get(run.method, METHODS["dpca_open"])
     student, teacher = (named(name, models) for name in PAIRS[run.pair])
     rows = DATASETS[run.dataset]()
@@ -159,7 +164,7 @@ def do(run: Run, folder: Path, models: Path | None) -> dict:
     if "4bit" in run.pair:
         common_ours["model_init_kwargs"] = {"dtype": "float32", "quantization_config": FOUR_BITS}
     ours = build(student, teacher, training, folder, held_out, **common_ours, **own)
-    watch = Watch(ours)
+    watch = Watch(ours, run.updates)
     trainer = gold(method, run, ours, training, teacher, common) if method.gold else ours
     trainer.remove_callback(PrinterCallback)
     ours.remove_callback(PrinterCallback)
@@ -168,6 +173,8 @@ def do(run: Run, folder: Path, models: Path | None) -> dict:
         trainer.add_callback(watch)
         with teacher_template(*sides) if method.own_template and run.dataset != "text" else nullcontext():
             trainer.train()
+        if adapters:
+            ours.save_model(str(adapters / f"{run.dataset}_{run.method}_{run.updates}_seed_{run.seed}"))
     else:
         watch.measure(0)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -213,7 +220,9 @@ def gold(
     )
 
 
-def main(wanted: Sequence[Run], path: Path, models: Path | None, minutes: float | None) -> None:
+def main(
+    wanted: Sequence[Run], path: Path, models: Path | None, minutes: float | None, adapters: Path | None = None
+) -> None:
     begun, about = time.monotonic(), header()
     own = "oneDNN to write" if onednn_packs() else "torch's own"
     about["machine"]["products"] = "oneDNN" if onednn_is_faster() else own
@@ -227,7 +236,7 @@ def main(wanted: Sequence[Run], path: Path, models: Path | None, minutes: float 
         entry = {"key": own, "run": asdict(run), "revision": revision, **about}
         with stopwatch() as spent, tempfile.TemporaryDirectory() as folder:
             try:
-                entry |= do(run, Path(folder), models)
+                entry |= do(run, Path(folder), models, adapters)
             except (ValueError, NotImplementedError, RuntimeError) as error:
                 entry["error"] = f"{type(error).__name__}: {error}"
         entry["all_cpu_seconds"] = round(spent.cpu_seconds, 1)
@@ -244,6 +253,8 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--rates", nargs="+", type=float, default=[RATE])
     parser.add_argument("--updates", type=int, help="of every run; else 12, and 24 of dpca_open")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="prompts that give the gap")
+    parser.add_argument("--adapters", type=Path, help="folder that keeps each run's trained adapter")
     parser.add_argument("--minutes", type=float, help="no run is begun after that time")
     parser.add_argument("--models", type=Path, help="folder with both models; else they come from the hub")
     parser.add_argument("--results", type=Path, default=RESULTS / "runs.jsonl")
@@ -252,5 +263,13 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    wanted = runs(options.methods, options.datasets, options.seeds, options.rates, options.pairs, options.updates)
-    main(list(wanted), options.results, options.models, options.minutes)
+    wanted = runs(
+        options.methods,
+        options.datasets,
+        options.seeds,
+        options.rates,
+        options.pairs,
+        options.updates,
+        options.held_out,
+    )
+    main(list(wanted), options.results, options.models, options.minutes, options.adapters)
