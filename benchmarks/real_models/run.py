@@ -74,7 +74,6 @@ METHODS: dict[str, Method] = {
 }
 UPDATES, LONGER = 12, {"dpca_open": 24}
 MEASURED_AT = (3, 6, UPDATES, 16, 2 * UPDATES)
-MEASURED_AT_IF_LONGER = (2 * UPDATES, 48, 96, 112)
 RATE, PROMPTS, TOKENS, HELD_OUT = 3e-4, 8, 64, 24
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 LOGGED = ("step", "loss", "grad_norm", "gap/nats_per_byte", "entropy", "alignment/masked_fraction")
@@ -119,9 +118,8 @@ def runs(
 class Watch(TrainerCallback):
     """Measures the held-out gap after some updates, with the CPU seconds that training has taken until then."""
 
-    def __init__(self, trainer: CrossTokenizerGKDTrainer, updates: int):
-        self._trainer = trainer
-        self._steps = MEASURED_AT if updates <= MEASURED_AT[-1] else MEASURED_AT_IF_LONGER
+    def __init__(self, trainer: CrossTokenizerGKDTrainer, steps: Sequence[int]):
+        self._trainer, self._steps = trainer, steps
         self._paused = time.process_time()  # when training began, as if measuring took no time
         self.curve: dict[int, dict] = {}
 
@@ -145,8 +143,10 @@ class Watch(TrainerCallback):
         self.curve[step] = {**asdict(gap), "cpu_seconds": round(trained, 2), "rows": rows}
 
 
-def do(run: Run, folder: Path, models: Path | None, adapters: Path | None = None) -> dict:
-    """Trains and measures. The trained adapter is kept in a folder of `adapters`, where that is given."""
+def do(
+    run: Run, folder: Path, models: Path | None, adapters: Path | None = None, measured_at: Sequence[int] | None = None
+) -> dict:
+    """Trains, and measures after `measured_at` updates. The trained adapter is kept in a folder of `adapters`, where that is given."""
     method = METHODS.get(run.method, METHODS["dpca_open"])
     student, teacher = (named(name, models) for name in PAIRS[run.pair])
     rows = DATASETS[run.dataset]()
@@ -164,7 +164,7 @@ def do(run: Run, folder: Path, models: Path | None, adapters: Path | None = None
     if "4bit" in run.pair:
         common_ours["model_init_kwargs"] = {"dtype": "float32", "quantization_config": FOUR_BITS}
     ours = build(student, teacher, training, folder, held_out, **common_ours, **own)
-    watch = Watch(ours, run.updates)
+    watch = Watch(ours, MEASURED_AT if measured_at is None else measured_at)
     trainer = gold(method, run, ours, training, teacher, common) if method.gold else ours
     trainer.remove_callback(PrinterCallback)
     ours.remove_callback(PrinterCallback)
@@ -220,9 +220,7 @@ def gold(
     )
 
 
-def main(
-    wanted: Sequence[Run], path: Path, models: Path | None, minutes: float | None, adapters: Path | None = None
-) -> None:
+def main(wanted: Sequence[Run], path: Path, models: Path | None, minutes: float | None, **how) -> None:
     begun, about = time.monotonic(), header()
     own = "oneDNN to write" if onednn_packs() else "torch's own"
     about["machine"]["products"] = "oneDNN" if onednn_is_faster() else own
@@ -236,7 +234,7 @@ def main(
         entry = {"key": own, "run": asdict(run), "revision": revision, **about}
         with stopwatch() as spent, tempfile.TemporaryDirectory() as folder:
             try:
-                entry |= do(run, Path(folder), models, adapters)
+                entry |= do(run, Path(folder), models, **how)
             except (ValueError, NotImplementedError, RuntimeError) as error:
                 entry["error"] = f"{type(error).__name__}: {error}"
         entry["all_cpu_seconds"] = round(spent.cpu_seconds, 1)
@@ -254,6 +252,9 @@ if __name__ == "__main__":
     parser.add_argument("--rates", nargs="+", type=float, default=[RATE])
     parser.add_argument("--updates", type=int, help="of every run; else 12, and 24 of dpca_open")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="prompts that give the gap")
+    parser.add_argument(
+        "--measured-at", nargs="+", type=int, help=f"updates after which the gap is measured; else {MEASURED_AT}"
+    )
     parser.add_argument("--adapters", type=Path, help="folder that keeps each run's trained adapter")
     parser.add_argument("--minutes", type=float, help="no run is begun after that time")
     parser.add_argument("--models", type=Path, help="folder with both models; else they come from the hub")
@@ -272,4 +273,5 @@ if __name__ == "__main__":
         options.updates,
         options.held_out,
     )
-    main(list(wanted), options.results, options.models, options.minutes, options.adapters)
+    how = {"adapters": options.adapters, "measured_at": options.measured_at}
+    main(list(wanted), options.results, options.models, options.minutes, **how)
