@@ -364,8 +364,8 @@ def refused(lines: Sequence[dict]) -> str:
     return "\n".join(rows) or "None."
 
 
-def blocks(lines: Sequence[dict], long: Sequence[dict] = ()) -> dict[str, str]:
-    """`long`: runs of many updates, measured on more prompts."""
+def blocks(lines: Sequence[dict], closer: Sequence[dict] = ()) -> dict[str, str]:
+    """`closer`: runs on programming tasks that are measured on more prompts than `lines`."""
     made = {"refused": refused(lines)}
     short, lines = ([line for line in lines if is_short(line) == wanted] for wanted in (True, False))
     for pair in PAIRS:
@@ -390,12 +390,13 @@ def blocks(lines: Sequence[dict], long: Sequence[dict] = ()) -> dict[str, str]:
                 start = averaged(found["start"])[0]
                 title = TITLES[dataset].splitlines()[0].removeprefix("## ")
                 made[f"{dataset} early"] = step_by_step(title, at_one, start, processor(short, dataset), EARLY_RATE)
-    if long:
-        by_rate = curves_by_rate(long, "mbpp")
-        start, timed = averaged(by_rate.pop("start")[0.0])[0], processor(long, "mbpp")
+    if closer:
+        by_rate = curves_by_rate(closer, "mbpp")
+        start, timed = averaged(by_rate.pop("start")[0.0])[0], processor(closer, "mbpp")
+        title = f"{closer[0]['run']['held_out']} held-out prompts"
         for rate in by_rate[DEFAULT]:
             at_one = {method: own[rate] for method, own in by_rate.items() if rate in own}
-            made[f"mbpp long {_written(rate)}"] = step_by_step("Long runs", at_one, start, timed, rate)
+            made[f"mbpp closer {_written(rate)}"] = step_by_step(title, at_one, start, timed, rate)
     return made
 
 
@@ -430,6 +431,6 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, default=RESULTS / "runs.jsonl")
     options = parser.parse_args()
     lines = [*read(options.results).values()]
-    long = [*read(RESULTS / "long.jsonl").values()]
-    fill(PAGE, blocks(lines, long), "real_models")
+    closer = [*read(RESULTS / "closer.jsonl").values()]
+    fill(PAGE, blocks(lines, closer), "real_models")
     plot(lines, RESULTS / "gap.png")

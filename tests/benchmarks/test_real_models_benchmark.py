@@ -178,17 +178,20 @@ def test_short_runs_of_another_pair_have_a_table_for_each_rate_of_the_default():
     assert "qwen<-smollm2, rate 1e-4" in head and "+0.100 ± 0.000" in dpca and "`reverse_kl` (the default)" in own
 
 
-def test_long_runs_are_compared_at_the_defaults_steps_and_seconds_and_stand_in_no_other_table():
+def test_runs_on_more_prompts_are_compared_at_the_defaults_steps_and_seconds_and_stand_in_no_other_table():
     lines = [made_up("start", 0, 0.5, steps=(0,)), made_up("reverse_kl", 0, 0.2)]
-    long = [made_up("start", 0, 0.4, steps=(0,)), made_up("reverse_kl", 0, 0.1, steps=(24, 96), cpu_seconds=120)]
-    long.append(made_up("dpca_open", 0, 0.3, steps=(24, 96, 112), cpu_seconds=120))
-    long[-1]["curve"]["112"]["rows"] = [[1.0, 10], [1.0, 10]]
-    long[-1]["curve"]["112"]["cpu_seconds"] = 1200.0
-    long[-1]["curve"]["96"]["cpu_seconds"] = 720.0
-    made = report.blocks(lines, long)
-    head, _, own, other = made.pop("mbpp long 3e-4").splitlines()
+    closer = [made_up("start", 0, 0.4, steps=(0,)), made_up("reverse_kl", 0, 0.1, steps=(24, 96), cpu_seconds=120)]
+    closer.append(made_up("dpca_open", 0, 0.3, steps=(24, 96, 112), cpu_seconds=120))
+    closer[-1]["curve"]["112"]["rows"] = [[1.0, 10], [1.0, 10]]
+    closer[-1]["curve"]["112"]["cpu_seconds"] = 1200.0
+    closer[-1]["curve"]["96"]["cpu_seconds"] = 720.0
+    for line in closer:
+        line["run"]["held_out"] = 128
+    made = report.blocks(lines, closer)
+    head, _, own, other = made.pop("mbpp closer 3e-4").splitlines()
     assert made == report.blocks(lines)
-    assert "gap after 24 | gap after 96 | CPU seconds" in head and "at 960 CPU seconds" in head and "112" not in head
+    assert "128 held-out prompts, rate 3e-4" in head and "gap after 24 | gap after 96 | CPU seconds" in head
+    assert "at 960 CPU seconds" in head and "112" not in head
     assert "| 0.100 ± 0.000 | 0.100 ± 0.000 | 960 |" in own
     assert "| +0.200 ± 0.000 | +0.200 ± 0.000 | +0.100 ± 0.000 |" in other  # half way between 0.3 and 0.1
 
