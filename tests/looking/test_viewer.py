@@ -21,7 +21,7 @@ from trl_ctopd.looking.viewer.segments import WHY, figures, lines, segments
 from trl_ctopd.looking.viewer.visible import pieces, plain
 from trl_ctopd.losses import LOSSES, ScoredChunks, build_loss
 from trl_ctopd.losses.credit import gaps, shares
-from trl_ctopd.rollouts.pairing import Prompt, collate, on_grid, pad_scores, pair
+from trl_ctopd.rollouts.pairing import Prompt, collate, on_grid, pad_scores, pair, unscored
 from trl_ctopd.text.one_tokenizer import OneTokenizer
 from trl_ctopd.training.metrics import chunk_metrics
 
@@ -435,6 +435,7 @@ def test_a_row_of_a_scored_batch_gives_the_rollout_that_was_scored(eos_policy):
         eos_policy=eos_policy,
         teacher_context=24,
     )
+    rollouts.append(unscored(rollouts[0]))  # as by a gate
     tensors = collate(rollouts, 0)
     scored_tokens = -torch.rand(tensors["scored"].shape[1], dtype=torch.double)
     teachers = [-torch.rand(len(rollout.teacher_ids), dtype=torch.double) for rollout in rollouts]
@@ -449,7 +450,7 @@ def test_a_row_of_a_scored_batch_gives_the_rollout_that_was_scored(eos_policy):
         shown = ScoredRollout.from_batch(rollout, batch, row, loss=loss)
         check_segments(shown.alignment)
         assert shown.alignment == alignment_of(rollout)
-        first = len(prompts[row].student_ids) - 1
+        first = len(rollout.prompt.student_ids) - 1
         assert shown.advantages == pytest.approx(credit[row, first : first + len(rollout.student_ids)].numpy())
         assert shown.method == "dpca, byte_length credit"
         Page(shown.html_fragment())

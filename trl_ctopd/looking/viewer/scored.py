@@ -169,11 +169,12 @@ class ScoredRollout(Shown):
 
 
 def alignment_of(rollout: Rollout) -> TextAlignment:
-    """The rollout's alignment as it is scored: with the turn end, and without any chunk where the teacher cannot read it."""
+    """The rollout's alignment as it is scored: with the turn end, and without any chunk where the teacher cannot or is not to read it."""
     content, end = rollout.alignment, len(rollout.alignment._spelled)
     ends = rollout.num_chunks - content.num_chunks
-    if rollout.unread:
-        spans, masked = content._spans[:0], [MaskedStretch(0, end, "teacher_context")] * (end > 0)
+    if rollout.unread or ends < 0:
+        reason = "teacher_context" if rollout.unread else "left_out"  # by a gate, as a whole
+        spans, masked = content._spans[:0], [MaskedStretch(0, end, reason)] * (end > 0)
     else:
         spans, masked = np.concatenate([content._spans, np.full((ends, 2), end)]), content.masked
     teacher_widths = np.zeros(len(rollout.teacher_ids), dtype=np.int64)
