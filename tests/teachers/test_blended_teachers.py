@@ -100,6 +100,14 @@ def test_a_mixture_with_a_teacher_behind_a_server_trains_as_with_both_here_and_i
     assert "sample, step 1, teachers code (70 %), math (30 %), with the tokens of code" in text
 
 
+def test_the_table_of_completions_names_the_teachers_of_each_row(build, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    step_of(trainer_of(build, weighted(0.3), log_completions=True))
+    head, *rows = [line for line in capsys.readouterr().out.splitlines() if "│" in line or "┃" in line]
+    assert head.split("┃")[-2].strip() == "Teacher"
+    assert any(row.split("│")[-2].strip() == "code (70 %), math (30 %)" for row in rows)
+
+
 def test_rows_without_columns_take_the_weights_of_the_config(build):
     expected = step_of(trainer_of(build, weighted(0.3)))
     found = step_of(trainer_of(build, ROWS, teacher_weights={"math": 3, "code": 7}))

@@ -40,6 +40,7 @@ class Sample:
         teacher: index of its teacher, where there are several.
         frame: the frame of its prompt, a `Frame` as JSON.
         student_chunks: chunk of each of `ids`, -1 for those that are not compared; `None`: as the text is aligned.
+        read_by: its teacher, or its teachers with their weights, where there are several in the run.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Sample:
     teacher: int = 0
     frame: str = ""
     student_chunks: list[int] | None = None
+    read_by: str = ""
 
 
 class Samples:
@@ -114,9 +116,17 @@ class Samples:
                     teacher=place,
                     frame=frame,
                     student_chunks=chunks[written].tolist(),
+                    read_by=readers(rollout),
                 )
             )
         return samples
+
+
+def readers(rollout: Rollout) -> str:
+    """The name of the teacher that has read it, or the names and weights of several; "" where the run has one."""
+    if not rollout.parts:
+        return rollout.prompt.teacher
+    return ", ".join(f"{part.rollout.prompt.teacher} ({100 * part.weight:.4g} %)" for part in rollout.parts)
 
 
 def _per_byte(
@@ -149,6 +159,8 @@ def show(
         "completion": [tokenizer.decode(sample.ids) for sample in samples],
         "gap, nats/byte": [float("nan") if sample.gap is None else sample.gap for sample in samples],
     }
+    if any(sample.read_by for sample in samples):
+        columns["teacher"] = [sample.read_by for sample in samples]
     _print(columns, step, num_samples)
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
@@ -161,11 +173,13 @@ def show(
 
 def _print(columns: dict[str, list], step: int, num_samples: int):
     table = Table(title=f"Step {step}", title_justify="left", show_lines=True, expand=True)
-    for name in list(columns)[:2]:
-        table.add_column(name.capitalize(), overflow="fold")  # show the whole text, without an ellipsis
-    table.add_column("Gap, nats/byte", justify="right")
-    for prompt, completion, gap in list(zip(*columns.values(), strict=True))[:num_samples]:
-        table.add_row(Text(legible(prompt)), Text(legible(completion)), f"{gap:.3f}")
+    for name, values in columns.items():
+        # the whole text is shown, without an ellipsis
+        table.add_column(
+            name.capitalize(), overflow="fold", justify="right" if isinstance(values[0], float) else "left"
+        )
+    for row in list(zip(*columns.values(), strict=True))[:num_samples]:
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else Text(legible(cell)) for cell in row))
     Console().print(table)
 
 

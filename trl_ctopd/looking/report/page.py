@@ -23,7 +23,7 @@ from ...rollouts.pairing import Rollout
 from ...text.altered_text import REASONS
 from .. import card, provenance
 from ..history import BOOKKEEPING, GAP, GIVEN, figures
-from ..samples import Sample
+from ..samples import Sample, readers
 from ..viewer import ScoredRollout, alignment_of, as_compared, stylesheet
 from .advice import advice
 from .charts import Series, curves
@@ -183,11 +183,11 @@ def _teacher_name(key: str, seat) -> str:
 
 
 def _whose(rollout: Rollout) -> str:
-    """Which of several teachers has read a sample."""
-    if not rollout.parts:
-        return f"teacher {rollout.prompt.teacher}" if rollout.prompt.teacher else ""
-    shares = [f"{part.rollout.prompt.teacher} ({percent(part.weight)})" for part in rollout.parts]
-    return f"teachers {', '.join(shares)}, with the tokens of {rollout.parts[0].rollout.prompt.teacher}"
+    """Which of several teachers has read a sample, and whose tokens are shown."""
+    names = readers(rollout)
+    if rollout.parts:
+        return f"teachers {names}, with the tokens of {rollout.parts[0].rollout.prompt.teacher}"
+    return names and f"teacher {names}"
 
 
 def _status(state) -> str:
