@@ -136,13 +136,14 @@ def test_the_page_goes_on_while_the_run_does_and_its_first_samples_stay(run, mon
     assert all("First sample, step 1" in page for page in written)
 
 
-def test_a_page_takes_a_small_part_of_the_time_and_the_last_one_is_written_anyway(run, monkeypatch):
+@pytest.mark.parametrize("counted", ["no", "all"])
+def test_a_page_takes_a_small_part_of_the_time_and_the_last_one_is_written_anyway(run, monkeypatch, counted):
     monkeypatch.setattr(report, "MOST_OF_THE_TIME", 1e-9)
     pages = []
     monkeypatch.setattr(
         report.os, "replace", lambda old, new, real=report.os.replace: pages.append(new) or real(old, new)
     )
-    said = texts(read(run(max_steps=5)))
+    said = texts(read(run(max_steps=5, include_num_input_tokens_seen=counted)))
     assert len(pages) == 2, "the first, and the last"
     assert "step 5 of 5" in said and "Latest sample, step 5" in said
 
