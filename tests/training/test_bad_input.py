@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import needs
 import pytest
+from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, IterableDataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
@@ -58,6 +59,7 @@ def build(tmp_path):
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not apply: text is written without noise"),
         ({"include_for_metrics": ["inputs"]}, "include_for_metrics.*what the student writes"),
         ({"activation_offloading": True}, "this run is on a CPU.*set activation_offloading=False"),
+        ({"parallelism_config": ParallelismConfig(cp_size=2)}, r"not supported \(cp_size=2 .*FSDP2 or ZeRO-3"),
         ({"assistant_only_loss": True}, "assistant_only_loss"),
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
@@ -254,6 +256,11 @@ def test_an_adapter_on_a_quantization_that_cannot_be_trained_is_refused_with_its
     ("kind", "settings", "message"),
     [
         ("FSDP", {"fsdp_version": 1}, "FSDP version 1.*set `fsdp_version: 2`"),
+        (
+            "MULTI_GPU",
+            {"parallelism_config": ParallelismConfig(tp_size=2)},
+            r"not supported \(tp_size=2 .*FSDP2 or ZeRO-3",
+        ),
         ("MULTI_GPU", {"accelerator_config": {"even_batches": False}}, "even_batches=False.*leave it True"),
         (
             "FSDP",
@@ -271,7 +278,10 @@ def test_what_cannot_work_in_several_processes_is_refused(tmp_path, kind, settin
     """Said by a stand-in for the Accelerator of two processes; real ones are in test_accelerate_configs.py."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=settings.pop("fsdp_version", 2))
     accelerator = SimpleNamespace(
-        num_processes=2, distributed_type=DistributedType[kind], state=SimpleNamespace(fsdp_plugin=plugin)
+        num_processes=2,
+        distributed_type=DistributedType[kind],
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        parallelism_config=settings.pop("parallelism_config", None),  # of an Accelerate config
     )
     args = CrossTokenizerGKDConfig(str(tmp_path), use_cpu=True, **settings)
     with pytest.raises(ValueError, match=message):

@@ -155,6 +155,7 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with `accelerate "
             "launch`, or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)."
         )
+    check_parallelism(args.parallelism_config)
     check_offloading(args)
     check_early_stop(args)
     check_ahead(args)
@@ -172,6 +173,17 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
                 f"rollout_reuse={args.rollout_reuse} repeats the prompts of an optimizer step, {window} of them. The train dataset has {rows} "
                 f"rows, so that {rest} are left out of each epoch: {always}."
             )
+
+
+def check_parallelism(config):
+    """Raises `ValueError` for a `ParallelismConfig` that gives several processes one row."""
+    sizes = {name: getattr(config, name, 1) for name in ("tp_size", "cp_size", "sp_size")}
+    if shared := [f"{name}={size}" for name, size in sizes.items() if size > 1]:
+        raise ValueError(
+            f"Tensor, context and sequence parallelism are not supported ({', '.join(shared)} in the parallelism_config, or of the student as "
+            "it was loaded): each process writes rows of its own, and reads all of their tokens. For a student that is too large for one device, "
+            "split its weights with FSDP2 or ZeRO-3 (docs/scaling_out.md)."
+        )
 
 
 def check_offloading(args: TrainingArguments):
@@ -272,6 +284,7 @@ def warn_of_turning_positions(args: CrossTokenizerGKDConfig, model: nn.Module, d
 
 def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
     """Raises `ValueError` for settings that do not work with the run's distributed strategy."""
+    check_parallelism(getattr(accelerator, "parallelism_config", None))
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     if fsdp and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError(
