@@ -59,6 +59,8 @@ def build(tmp_path):
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not apply: text is written without noise"),
         ({"include_for_metrics": ["inputs"]}, "include_for_metrics.*what the student writes"),
         ({"activation_offloading": True}, "this run is on a CPU.*set activation_offloading=False"),
+        ({"bf16_full_eval": True}, "bf16_full_eval.*leaves it so.*set bf16=True.*'bfloat16'"),
+        ({"fp16_full_eval": True}, "fp16_full_eval.*leaves it so.*set fp16=True.*'float16'"),
         ({"parallelism_config": ParallelismConfig(cp_size=2)}, r"not supported \(cp_size=2 .*FSDP2 or ZeRO-3"),
         ({"assistant_only_loss": True}, "assistant_only_loss"),
         ({"train_sampling_strategy": "group_by_length"}, "group_by_length"),

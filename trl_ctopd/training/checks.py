@@ -140,6 +140,13 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
             f"neftune_noise_alpha={args.neftune_noise_alpha} does not apply: text is written without noise, and would be scored with it, as that "
             "of another student."
         )
+    for half, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if getattr(args, f"{half}_full_eval"):
+            raise ValueError(
+                f"{half}_full_eval=True does not apply: for an evaluation outside of `train()`, transformers casts all of the student to {dtype}, and "
+                f"leaves it so for what is trained and saved afterwards; within `train()` it does not. To compute in {dtype}, set {half}=True, which "
+                f"keeps the weights, or load the student so (`model_init_kwargs={{'dtype': '{dtype}'}}`)."
+            )
     if "inputs" in args.include_for_metrics:
         raise ValueError(
             "include_for_metrics=['inputs'] does not apply: the inputs of an evaluation are what the student writes in it. See "
