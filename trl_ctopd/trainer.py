@@ -69,7 +69,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
     - `get_batch_samples`, `prediction_step`, `evaluation_loop`: rollouts take the place of prompts;
     - `training_step`, `compute_loss`, `_prepare_input`: the loss reads chunks that both models have scored;
     - `_init_training_state`: an interrupted run leaves no figures to the next;
-    - `log`, `create_model_card`, `_save`: distillation's own metrics and model card.
+    - `log`, `_track_num_input_tokens`, `create_model_card`, `_save`: distillation's own metrics and model card.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
@@ -378,6 +378,10 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
             return super().evaluation_loop(*args, **kwargs)
 
     # Logging
+
+    def _track_num_input_tokens(self, inputs):
+        """`non_padding` counts by the rows' lengths. Trainer's own would take a turn end for padding where it is the pad token."""
+        super()._track_num_input_tokens({**inputs, "attention_mask": inputs["lengths"]})
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         if is_unmeasured(self.args.metric_for_best_model, self._unmeasured):

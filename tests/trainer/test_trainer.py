@@ -104,6 +104,17 @@ def test_a_run_that_begins_anew_has_a_card_of_its_own(build):
         assert f"| `gap/nats_per_byte` | {gap} |" in card
 
 
+def test_a_turn_end_that_is_the_pad_token_counts_among_the_tokens_seen(build):
+    tokenizer = student_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = fix_rollouts(build(processing_class=tokenizer, include_num_input_tokens_seen="non_padding"))
+    trainer.train()
+    [batch] = trainer._pending.batches
+    ended = (batch["input_ids"] == tokenizer.eos_token_id).sum(1)
+    assert ended.min() > 0
+    assert trainer.state.num_input_tokens_seen == batch["lengths"].sum()
+
+
 def test_generation_uses_the_cache_under_gradient_checkpointing(build):
     trainer = build(gradient_checkpointing=True)
     widths = []
