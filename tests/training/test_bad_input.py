@@ -290,6 +290,27 @@ def test_what_cannot_work_in_several_processes_is_refused(tmp_path, kind, settin
         check_strategy(args, accelerator)
 
 
+@pytest.mark.parametrize(
+    ("rows", "evaluated", "message"),
+    [
+        (3, 4, "leaves nothing of the train dataset: it has 3 rows, .* batch of all processes 4.*_train_batch_size"),
+        (4, 3, "leaves nothing of the eval dataset: it has 3 rows, .* batch of all processes 4.*_eval_batch_size"),
+    ],
+)
+def test_a_dataset_of_which_drop_last_leaves_nothing_is_refused(build, rows, evaluated, message):
+    sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    data = {"train_dataset": prompts(rows), "eval_dataset": prompts(evaluated)}
+    with pytest.raises(ValueError, match=message):
+        build({"dataloader_drop_last": True, **sizes}, **data)
+
+
+def test_rows_that_drop_last_leaves_out_of_evaluations_are_counted(build, caplog):
+    sizes = {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 4}
+    build({"dataloader_drop_last": True, **sizes}, eval_dataset={"few": prompts(4), "more": prompts(6)})
+    assert caplog.text.count("are in no evaluation") == 1
+    assert "the last 2 of 6 rows of the more dataset are in no evaluation" in caplog.text
+
+
 def test_a_callback_that_reads_the_text_of_prompts_is_refused_before_training(build):
     trainer = build(eval_dataset=prompts(2))
     callback = LogCompletionsCallback(trainer)

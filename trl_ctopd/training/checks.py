@@ -235,6 +235,7 @@ def check_run(
     student's calls are executed."""
     check_strategy(args, accelerator)
     check_same_data(accelerator, train_dataset, eval_dataset)
+    check_drop_last(args, accelerator, train_dataset, eval_dataset)
     check_best_metric(args, eval_dataset)
     check_trainable(model)
     check_activated(args, model, train_dataset, tools)
@@ -540,6 +541,29 @@ def check_same_data(accelerator, train_dataset, eval_dataset):
             logger.warning(
                 f"The {name} dataset has other rows in some processes than in others. Each process is dealt some of the rows of its "
                 "own dataset, so that the others are never read: give every process the whole dataset."
+            )
+
+
+def check_drop_last(args: TrainingArguments, accelerator, train_dataset, eval_dataset):
+    """Raises `ValueError` where `dataloader_drop_last` leaves nothing of a dataset. Warns of rows that no evaluation would read."""
+    if not args.dataloader_drop_last:
+        return
+    sharers = 1 if args.accelerator_config.split_batches else accelerator.num_processes
+    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
+    found = [("train", "train", train_dataset), *((name, "eval", dataset) for name, dataset in evaluated.items())]
+    for name, kind, dataset in found:
+        if not isinstance(dataset, Dataset):
+            continue
+        rows, batch = len(dataset), getattr(args, f"{kind}_batch_size") * sharers
+        if rows < batch:
+            raise ValueError(
+                f"dataloader_drop_last=True leaves nothing of the {name} dataset: it has {rows} rows, and a batch of all processes {batch}. Set "
+                f"dataloader_drop_last=False, or lower per_device_{kind}_batch_size."
+            )
+        if kind == "eval" and rows % batch:
+            logger.warning(
+                f"dataloader_drop_last=True: the last {rows % batch} of {rows} rows of the {name} dataset are in no evaluation. Set "
+                "dataloader_drop_last=False to read them."
             )
 
 
