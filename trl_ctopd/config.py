@@ -42,7 +42,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
     Configuration of [`CrossTokenizerGKDTrainer`]. It lists only fields that are new or have another default than in
     [`~trl.experimental.gkd.GKDConfig`]; all others are inherited. The method is `distillation_loss`. `loss_type` belongs to
     SFT and `beta` to GKD's own loss: neither has an effect. Nor have `completion_only_loss`, `dataset_kwargs`, `dataset_text_field`,
-    `eval_packing`, `packing_strategy` and `truncation_mode`, which say what SFT makes of a dataset's own text.
+    `eval_packing`, `packing_strategy` and `truncation_mode`, which say what SFT makes of a dataset's own text; nor `label_names`,
+    `batch_eval_metrics` and `eval_accumulation_steps`, since an evaluation keeps no labels and no predictions.
 
     A prompt is never truncated. `per_device_train_batch_size` counts prompts: a micro-batch holds
     `per_device_train_batch_size * num_generations` completions.
