@@ -265,6 +265,11 @@ def test_an_adapter_on_a_quantization_that_cannot_be_trained_is_refused_with_its
         ),
         ("MULTI_GPU", {"accelerator_config": {"even_batches": False}}, "even_batches=False.*leave it True"),
         (
+            "MULTI_CPU",
+            {"ddp_static_graph": True, "gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps=2: .*Leave ddp_static_graph out",
+        ),
+        (
             "FSDP",
             {"gather_for_generation": False, "generation_backend": "transformers_continuous"},
             "unlike numbers of forward passes.*choose 'transformers', or gather_for_generation=True",
