@@ -264,6 +264,7 @@ def test_an_adapter_on_a_quantization_that_cannot_be_trained_is_refused_with_its
             r"not supported \(tp_size=2 .*FSDP2 or ZeRO-3",
         ),
         ("MULTI_GPU", {"accelerator_config": {"even_batches": False}}, "even_batches=False.*leave it True"),
+        ("MULTI_CPU", {"eval_use_gather_object": True}, "eval_use_gather_object=True .*leave it out"),
         (
             "MULTI_CPU",
             {"ddp_static_graph": True, "gradient_accumulation_steps": 2},

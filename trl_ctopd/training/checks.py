@@ -304,6 +304,11 @@ def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
             "even_batches=False would give the last batch of an epoch to some processes alone, and the others would wait for "
             "ever: leave it True. The student does not learn from padding rows."
         )
+    if accelerator.num_processes > 1 and args.eval_use_gather_object:
+        raise ValueError(
+            "eval_use_gather_object=True is for predictions that are no tensors, and an evaluation here has losses alone, which transformers could "
+            "not join again: leave it out."
+        )
     if accelerator.num_processes > 1 and args.ddp_static_graph and args.gradient_accumulation_steps > 1:
         raise ValueError(
             f"ddp_static_graph=True with gradient_accumulation_steps={args.gradient_accumulation_steps}: torch ends such a run with an internal error, "
