@@ -28,7 +28,7 @@ from .losses import Metrics, ScoredChunks
 from .losses.reference_kl import reference_kl
 from .models.activated import without_backward
 from .models.heads import base_model, head_rows
-from .models.loading import by_name, ensure_pad_token, load_tokenizer
+from .models.loading import by_name, ensure_pad_token, load_tokenizer, warn_of_cloned_tokens
 from .models.packing import packer_for
 from .models.products import faster_products
 from .models.reference import Reference, why_not_start
@@ -128,6 +128,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         revision, gguf_file = given.get("revision"), given.get("gguf_file")
         processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code, gguf_file)
         ensure_pad_token(processing_class, args.pad_token)
+        warn_of_cloned_tokens(args.chat_template_path, processing_class)
         logger.info(f"TRL {trl.__version__}: the trainer is built on {BASE}.")
         self.panel = Panel(teacher_model, teacher_processing_class, args)
         self.args = args  # the dataset is rendered before Trainer sets it

@@ -21,7 +21,7 @@ from toys import (
     teacher_tokenizer,
     weights,
 )
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 from trl_ctopd.models.loading import adapter_base, check_saves, load_model, load_tokenizer
 
@@ -311,6 +311,15 @@ def base_tokenizer():
     tokenizer = student_tokenizer()
     tokenizer.chat_template = None
     return tokenizer
+
+
+@pytest.mark.parametrize("white", [(), (" " * 8, "\n\n")], ids=["markup alone", "white space too"])
+def test_white_space_that_comes_with_a_cloned_template_is_warned_of(build, chat_folder, tmp_path, caplog, white):
+    source = AutoTokenizer.from_pretrained(chat_folder)
+    source.add_tokens([AddedToken(token, normalized=False) for token in white])
+    source.save_pretrained(tmp_path / "source")
+    build(processing_class=base_tokenizer(), chat_template_path=str(tmp_path / "source"))
+    assert ("2 tokens of white space too, such as '        '" in caplog.text) == bool(white)
 
 
 def test_a_base_student_learns_a_cloned_template_with_an_adapter_and_is_loaded_again(build, tmp_path, chat_folder):

@@ -181,6 +181,20 @@ def warn_of_two_checkpoints(name: str):
         )
 
 
+def warn_of_cloned_tokens(source: str | None, tokenizer: PreTrainedTokenizerBase):
+    """Warns where TRL, for a `chat_template_path` that is no file, is about to add white space to the tokens of the student's `tokenizer`: it adds
+    all that the other tokenizer has and this one lacks (findings/cloned_templates_bring_white_space.sh)."""
+    if source is None or os.path.isfile(source):
+        return
+    theirs = [token.content for token in AutoTokenizer.from_pretrained(source).added_tokens_decoder.values()]
+    white = [token for token in theirs if not token.strip() and token not in tokenizer.get_vocab()]
+    if white:
+        logger.warning(
+            f"chat_template_path={source!r} gives the student {len(white)} tokens of white space too, such as {white[0]!r}: it will read such text, "
+            "which it has tokens for, as tokens that were never trained. Give a .jinja file with the template."
+        )
+
+
 def load_tokenizer(tokenizer, model_id, revision, trust_remote_code, gguf_file=None) -> PreTrainedTokenizerBase:
     """`tokenizer`, or the one saved with the model where it is None. Raises `TypeError` for anything but a
     tokenizer.
