@@ -297,9 +297,12 @@ def beside_the_default(found: dict[str, BySeed]) -> str:
     return "\n".join(rows)
 
 
-def step_by_step(title: str, found: dict[str, BySeed], start: Point, timed: str | None, rate: float) -> str:
-    """The gap after each step at which `DEFAULT` was measured, of runs at one rate, and that gap minus `DEFAULT`'s: after as many updates,
+def step_by_step(
+    title: str, by_rate: dict[str, dict[float, BySeed]], start: Point, timed: str | None, rate: float
+) -> str:
+    """The gap after each step at which `DEFAULT` was measured, of the runs at `rate`, and that gap minus `DEFAULT`'s: after as many updates,
     and at the CPU seconds of its last."""
+    found = {method: own[rate] for method, own in by_rate.items() if rate in own}
     own = found[DEFAULT]
     steps = _steps({DEFAULT: own})
     seconds = averaged(own)[steps[-1]].cpu_seconds
@@ -374,8 +377,7 @@ def blocks(lines: Sequence[dict], closer: Sequence[dict] = ()) -> dict[str, str]
             start, timed = averaged(found["start"])[0], processor(short, "mbpp", pair)
             by_rate = curves_by_rate(short, "mbpp", pair)
             for rate in by_rate.get(DEFAULT, {}):
-                at_one = {method: own[rate] for method, own in by_rate.items() if rate in own}
-                made[f"mbpp {pair} {_written(rate)}"] = step_by_step(pair, at_one, start, timed, rate)
+                made[f"mbpp {pair} {_written(rate)}"] = step_by_step(pair, by_rate, start, timed, rate)
     for dataset in DATASETS:
         found = curves(lines, dataset)
         if "start" in found:
@@ -386,17 +388,15 @@ def blocks(lines: Sequence[dict], closer: Sequence[dict] = ()) -> dict[str, str]
                 made[f"{dataset} rates"] = tried
             by_rate = curves_by_rate(short, dataset)
             if DEFAULT in by_rate:
-                at_one = {method: own[EARLY_RATE] for method, own in by_rate.items() if EARLY_RATE in own}
                 start = averaged(found["start"])[0]
                 title = TITLES[dataset].splitlines()[0].removeprefix("## ")
-                made[f"{dataset} early"] = step_by_step(title, at_one, start, processor(short, dataset), EARLY_RATE)
+                made[f"{dataset} early"] = step_by_step(title, by_rate, start, processor(short, dataset), EARLY_RATE)
     if closer:
         by_rate = curves_by_rate(closer, "mbpp")
         start, timed = averaged(by_rate.pop("start")[0.0])[0], processor(closer, "mbpp")
         title = f"{closer[0]['run']['held_out']} held-out prompts"
         for rate in by_rate[DEFAULT]:
-            at_one = {method: own[rate] for method, own in by_rate.items() if rate in own}
-            made[f"mbpp closer {_written(rate)}"] = step_by_step(title, at_one, start, timed, rate)
+            made[f"mbpp closer {_written(rate)}"] = step_by_step(title, by_rate, start, timed, rate)
     return made
 
 
