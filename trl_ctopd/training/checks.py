@@ -531,6 +531,12 @@ def check_learns(loss: torch.Tensor):
         )
 
 
+def _by_name(train_dataset, eval_dataset) -> list[tuple[str, str, Dataset | IterableDataset | None]]:
+    """Each dataset of the run with its name, and whether it is "train" or "eval". An evaluation's may be named "train" too."""
+    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
+    return [("train", "train", train_dataset), *((name, "eval", dataset) for name, dataset in evaluated.items())]
+
+
 def check_same_data(accelerator, train_dataset, eval_dataset):
     """
     Every process must be given the same dataset, of which it reads its share. Raises `ValueError` where their lengths differ, since
@@ -538,8 +544,7 @@ def check_same_data(accelerator, train_dataset, eval_dataset):
     """
     if accelerator.num_processes == 1:
         return
-    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
-    for name, dataset in {"train": train_dataset, **evaluated}.items():
+    for name, _, dataset in _by_name(train_dataset, eval_dataset):
         found = gather_object([(len(dataset) if isinstance(dataset, Dataset) else -1, dataset_digest(dataset))])
         lengths = [length for length, _ in found]
         if len(set(lengths)) > 1:
@@ -559,9 +564,7 @@ def check_drop_last(args: TrainingArguments, accelerator, train_dataset, eval_da
     if not args.dataloader_drop_last:
         return
     sharers = 1 if args.accelerator_config.split_batches else accelerator.num_processes
-    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
-    found = [("train", "train", train_dataset), *((name, "eval", dataset) for name, dataset in evaluated.items())]
-    for name, kind, dataset in found:
+    for name, kind, dataset in _by_name(train_dataset, eval_dataset):
         if not isinstance(dataset, Dataset):
             continue
         rows, batch = len(dataset), getattr(args, f"{kind}_batch_size") * sharers
