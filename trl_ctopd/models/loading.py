@@ -187,7 +187,8 @@ def warn_of_cloned_tokens(source: str | None, tokenizer: PreTrainedTokenizerBase
     if source is None or os.path.isfile(source):
         return
     theirs = [token.content for token in AutoTokenizer.from_pretrained(source).added_tokens_decoder.values()]
-    white = [token for token in theirs if not token.strip() and token not in tokenizer.get_vocab()]
+    own = tokenizer.get_vocab()
+    white = [token for token in theirs if not token.strip() and token not in own]
     if white:
         logger.warning(
             f"chat_template_path={source!r} gives the student {len(white)} tokens of white space too, such as {white[0]!r}: it will read such text, "

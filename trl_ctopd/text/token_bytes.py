@@ -123,11 +123,15 @@ def _check_ids(tokenizer: Any, added: dict[int, Any], spelled: dict[int, bytes])
     are numbered so (findings/added_tokens_take_ids_in_use.sh)."""
     if not added:
         return
-    for name, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):  # a vocabulary comes in any order
+    shared = []
+    for name, i in tokenizer.get_vocab().items():
         own = added.get(i)
         if own is not None and own.content != name and (own.special or spelled.get(i) != own.content.encode()):
-            reason = f"id {i} is both {name!r} and {own.content!r}, which was added (ids are free from {max(spelled) + 1} on)"
-            raise UnsupportedTokenizerError(tokenizer, reason)
+            shared.append((i, name))
+    if shared:
+        i, name = min(shared)  # a vocabulary comes in any order
+        reason = f"id {i} is both {name!r} and {added[i].content!r}, which was added (ids are free from {max(spelled) + 1} on)"
+        raise UnsupportedTokenizerError(tokenizer, reason)
 
 
 def _control_ids(tokenizer: Any, added: dict[int, Any]) -> frozenset[int]:
