@@ -51,8 +51,9 @@ from .teachers.panel import Panel
 from .teachers.readings import arrived
 from .text.chat import Speaker
 from .training.checkpoints import asked_for
-from .training.checks import check_invoked, check_offloading
+from .training.checks import check_offloading
 from .training.ended import EndedRun
+from .training.student import check_invoked
 
 
 logger = get_logger(__name__)

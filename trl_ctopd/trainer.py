@@ -46,7 +46,7 @@ from .teachers.remote import RemoteTeacher
 from .text.chat import Speaker
 from .text.continuations import Continuations
 from .text.vocabulary import VocabularyPair
-from .training import checks
+from .training import checks, choice, student
 from .training.metrics import Meter, chunk_metrics, is_unmeasured, warn_of_much_masked
 from .training.resuming import ResumableTrainer
 from .training.scoring import Scorer, prepare_student
@@ -120,9 +120,9 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         args = CrossTokenizerGKDConfig(f"{Path(model_id).name}-ctopd") if args is None else args
         if teacher_model is None:
             teacher_model = args.teacher_models or args.teacher_server_url or args.teacher_model_name_or_path
-        args = checks.with_loss(args, teacher_model)
+        args = choice.with_loss(args, teacher_model)
         checks.check_arguments(model, teacher_model, args, train_dataset, peft_config)
-        model = checks.open_student(model, args, peft_config)
+        model = student.open_student(model, args, peft_config)
 
         given = args.model_init_kwargs or {}
         revision, gguf_file = given.get("revision"), given.get("gguf_file")
@@ -138,10 +138,10 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         if reward_funcs or teacher_gate is not None:
             judges = Judges(reward_funcs, reward_processing_classes, teacher_gate, args, processing_class)
         self._judges, self._keeps_rows = judges, judges is not None
-        self.distillation_loss, self.off_policy_loss = checks.losses_by_text(args)
+        self.distillation_loss, self.off_policy_loss = choice.losses_by_text(args)
         if judges is not None and judges.reward:
-            checks.check_takes_rewards(self.distillation_loss)
-        self.student_context = checks.context_length(model, args)
+            choice.check_takes_rewards(self.distillation_loss)
+        self.student_context = student.context_length(model, args)
         self._meters = {"train": Meter(), "eval": Meter()}
         self._unmeasured: set[str] = set()  # figures that the last evaluation of their dataset did not have
         self._timers = {mode: PhaseTimer(meter) for mode, meter in self._meters.items()}
@@ -179,16 +179,16 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         reads = self._reads_distributions, self._tables_for
         own = args, self.accelerator, self.student_side, self.panel
         # noise would be drawn once for a prompt that rows share; experts are balanced over the tokens of padded rows
-        packs = checks.learns_as_it_writes(args, self.model) and not self.aux_loss_enabled
+        packs = student.learns_as_it_writes(args, self.model) and not self.aux_loss_enabled
         packer = packer_for("student", self.model, self.accelerator) if packs else None
         self.rollouts = RolloutSource(*own, write, *reads, loop, judges, lambda: self.state, packer, ahead)
         keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)
         self.start_is_not_base = why_not_start(self.model)
         start = Reference(self.model, self.accelerator, self.start_is_not_base) if keeps_start else None
-        self.aux_loss_enabled = self.aux_loss_enabled and checks.balances(self.model, self.router_aux_loss_coef)
+        self.aux_loss_enabled = self.aux_loss_enabled and student.balances(self.model, self.router_aux_loss_coef)
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, start)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
-        checks.check_losses(losses, self.model, self.panel, lambda: self.vocabulary)
+        choice.check_losses(losses, self.model, self.panel, lambda: self.vocabulary)
         for on_policy in (True, False):
             self._tables_for(on_policy)  # build them before training time is spent
         # Read by GKDTrainer's own methods and by its callers
@@ -304,7 +304,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
             self._meters[mode].add(metrics)
             num_items = batch.scored_tokens if num_items_in_batch is None else num_items_in_batch
             num_items = torch.as_tensor(num_items).clamp(min=1)
-            loss, metrics = checks.checked(self._loss_for(inputs["on_policy"])(batch, num_items))
+            loss, metrics = choice.checked(self._loss_for(inputs["on_policy"])(batch, num_items))
             if batch.reference_log_probs is not None and self.args.reference_kl:
                 distance, own = reference_kl(batch, num_items)
                 loss, metrics = loss + self.args.reference_kl * distance, {**metrics, **own}
@@ -328,7 +328,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
                     micro_batches = self.current_gradient_accumulation_steps if model.training else 1
                     self._samples.keep(inputs, batch, -(-self.args.num_completions_to_print // micro_batches))
             if model.training and torch.is_grad_enabled():
-                checks.check_learns(loss)
+                choice.check_learns(loss)
             return loss
 
     def _score(self, model: nn.Module, inputs: dict) -> tuple[ScoredChunks, torch.Tensor, Metrics]:
@@ -341,7 +341,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         return self.distillation_loss if on_policy else self.off_policy_loss
 
     def _reads_distributions(self, on_policy: bool) -> bool:
-        return checks.signal_of(self._loss_for(on_policy)) == "logits"
+        return choice.signal_of(self._loss_for(on_policy)) == "logits"
 
     def _tables_for(self, on_policy: bool) -> dict[str, Continuations | None]:
         return self._continuations if getattr(self._loss_for(on_policy), "event", "open") == "closed" else {}

@@ -33,7 +33,7 @@ def folder(tmp_path) -> str:
 def fast(request, monkeypatch) -> bool:
     """Whether the CPU has the instructions."""
     monkeypatch.setattr(loading, "computes_fast", lambda dtype: request.param)
-    monkeypatch.setattr("trl_ctopd.training.checks.computes_fast", lambda dtype: request.param)
+    monkeypatch.setattr("trl_ctopd.training.student.computes_fast", lambda dtype: request.param)
     return request.param
 
 

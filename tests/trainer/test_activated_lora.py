@@ -8,7 +8,7 @@ from toys import SGD, prompts, student_model, student_tokenizer, teacher_model, 
 
 from trl_ctopd.rollouts import generation
 from trl_ctopd.rollouts.generation import _generate, _SampledLogProbs
-from trl_ctopd.training.checks import check_activated
+from trl_ctopd.training.student import check_activated
 
 
 INVOCATION = student_tokenizer().encode("<|start|>assistant", add_special_tokens=False)

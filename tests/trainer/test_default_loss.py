@@ -43,8 +43,8 @@ def test_the_settings_that_were_given_stay_as_they_are(build, monkeypatch):
     from trl_ctopd import trainer as module
 
     seen = []
-    chosen = module.checks.with_loss
-    monkeypatch.setattr(module.checks, "with_loss", lambda args, teacher: seen.append(args) or chosen(args, teacher))
+    chosen = module.choice.with_loss
+    monkeypatch.setattr(module.choice, "with_loss", lambda args, teacher: seen.append(args) or chosen(args, teacher))
     trainer = build(distillation_loss="auto")
     assert seen[0].distillation_loss == "auto" and trainer.args is not seen[0]
 

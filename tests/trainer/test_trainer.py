@@ -26,7 +26,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.gkd import GKDTrainer
-from trl_ctopd.training import checks
+from trl_ctopd.training import choice
 
 
 @pytest.mark.parametrize(("batch", "window"), [(4, 2), (2, 4)])
@@ -411,7 +411,7 @@ def test_args_have_defaults(tmp_path, monkeypatch):
     assert (args.learning_rate, args.temperature, args.lmbda, args.top_p) == (1e-6, 1.0, 1.0, 1.0)
     loss = trainer.distillation_loss
     assert (args.distillation_loss, loss.event, loss.advantage_clip) == ("reverse_kl", "closed", 10.0)
-    loss = checks.distillation_loss(CrossTokenizerGKDConfig(str(tmp_path), distillation_loss="dpca"))
+    loss = choice.distillation_loss(CrossTokenizerGKDConfig(str(tmp_path), distillation_loss="dpca"))
     assert (loss.event, loss.credit, loss.advantage_clip) == ("closed", "macro", 10.0)
 
 

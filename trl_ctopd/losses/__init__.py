@@ -22,7 +22,7 @@ from .uld import ULD
 from .xtoken import XToken
 
 
-AUTO = "auto"  # the trainer chooses: see `training.checks.with_loss`
+AUTO = "auto"  # the trainer chooses: see `training.choice.with_loss`
 LOSSES: dict[str, type[Loss]] = {
     "dpca": DPCA,
     "reverse_kl": ReverseKL,
