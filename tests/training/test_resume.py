@@ -638,6 +638,31 @@ def test_adapters_of_any_name_are_resumed_and_are_those_of_the_best_checkpoint(b
     assert whole.model.active_adapters == list(active)
 
 
+def test_an_adapter_in_half_precision_is_resumed_in_it(build, tmp_path):
+    """As TRL makes that of a quantized student. What of it is frozen stays so."""
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.1}
+
+    def student():
+        torch.manual_seed(5)
+        model = get_peft_model(student_model().to(torch.bfloat16), ADDING, autocast_adapter_dtype=False)
+        for name, own in model.named_parameters():
+            own.requires_grad_("lora_B" in name)
+        return model
+
+    whole = build(**settings, model=student())
+    whole.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    resumed = build(**{**settings, "save_strategy": "no"}, model=student())
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for trainer in (whole, resumed):
+        learned = {name: own for name, own in trainer.model.named_parameters() if own.requires_grad}
+        assert all("lora_B" in name and own.dtype == torch.bfloat16 for name, own in learned.items()) and learned
+    torch.testing.assert_close(toys.weights(resumed), toys.weights(whole), rtol=0, atol=0)
+    whole.state.best_model_checkpoint = str(checkpoint)
+    whole._load_best_model()
+    assert {own.dtype for own in whole.model.parameters()} == {torch.bfloat16}
+
+
 def test_a_checkpoint_without_an_adapter_that_is_on_is_refused_with_the_way_out(build, tmp_path):
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     build(**settings, model=adapters("first")).train()

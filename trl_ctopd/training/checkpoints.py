@@ -358,7 +358,7 @@ def folder_of_adapter(checkpoint: str, name: str) -> Path | None:
 
 def load_adapters(model: PeftModel, checkpoint: str):
     """
-    Reads the weights of the adapters that `checkpoint` has. Which are on, and which weights are trained, stays as it is.
+    Reads the weights of the adapters that `checkpoint` has. Which are on, which weights are trained, and their dtype stay as they are.
 
     Raises:
         ValueError: where an adapter that is on is not there.
@@ -372,7 +372,7 @@ def load_adapters(model: PeftModel, checkpoint: str):
     training = model.training
     for name, folder in folders.items():
         if folder is not None:
-            model.load_adapter(folder, name)
+            model.load_adapter(folder, name, autocast_adapter_dtype=False)
     model.train(training)
 
 

@@ -241,7 +241,7 @@ class ResumableTrainer(EndedRun, GKDTrainer):
         with checkpoints.read_whole(checkpoint):
             if self._encoder is not None:
                 checkpoints.load_encoder(self._encoder, checkpoint)
-            elif self._has_folders(checkpoint):
+            elif self._has_adapters:
                 checkpoints.load_adapters(self.model, checkpoint)
             else:
                 super()._load_from_checkpoint(checkpoint, *args, **kwargs)
@@ -249,19 +249,16 @@ class ResumableTrainer(EndedRun, GKDTrainer):
     def _load_best_model(self):
         if self._encoder is not None:
             checkpoints.load_encoder(self._encoder, self.state.best_model_checkpoint)
-        elif self._has_folders(self.state.best_model_checkpoint):
+        elif self._has_adapters:
             checkpoints.load_adapters(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
-    def _has_folders(self, checkpoint: str) -> bool:
-        """Whether an adapter that is on has a folder of its own in `checkpoint`, as PEFT gives to all but "default". `Trainer` does not look for
-        the best one there, and a resume leaves only the first of several switched on, with all of its weights trained."""
-        if self.accelerator.distributed_type in SHARDING or not isinstance(self.model, PeftModel):
-            return False
-        return any(
-            checkpoints.folder_of_adapter(checkpoint, name) for name in self.model.active_adapters if name != "default"
-        )
+    @property
+    def _has_adapters(self) -> bool:
+        """Whether adapters are read here. `Trainer` reads those in half precision as float32, and looks for the best ones only in the
+        checkpoint's own folder, where PEFT saves "default" alone. Its resume leaves one of several switched on, with all of its weights trained."""
+        return self.accelerator.distributed_type not in SHARDING and isinstance(self.model, PeftModel)
 
     @property
     def _encoder(self) -> torch.nn.Module | None:
