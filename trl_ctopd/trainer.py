@@ -185,7 +185,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)
         self.start_is_not_base = why_not_start(self.model)
         start = Reference(self.model, self.accelerator, self.start_is_not_base) if keeps_start else None
-        self.aux_loss_enabled = self.aux_loss_enabled and student.balances(self.model, self.router_aux_loss_coef)
+        self.aux_loss_enabled = self.aux_loss_enabled and student.balances(args, self.model, self.router_aux_loss_coef)
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, start)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
         choice.check_losses(losses, self.model, self.panel, lambda: self.vocabulary)

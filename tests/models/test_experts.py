@@ -165,6 +165,20 @@ def test_a_mixture_without_a_balance_of_its_own_trains_without_one_and_says_so(b
     assert not any("aux_loss" in entry for entry in trainer.state.log_history)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_with_gradient_checkpointing_experts_are_balanced_or_it_says_that_they_are_not(build, caplog, reentrant):
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}, **SGD}
+    trainers = [
+        fix_rollouts(build(model=student("mixtral"), router_aux_loss_coef=coefficient, **settings))
+        for coefficient in (0.0, 10.0)
+    ]
+    without, balanced = map(step_of, trainers)
+    moves = not torch.allclose(without, balanced, rtol=0, atol=1e-4)
+    said = "has no effect: with gradient_checkpointing_kwargs={'use_reentrant': True}" in caplog.text
+    assert (moves, said) == (not reentrant, reentrant)
+    assert any("aux_loss" in entry for entry in trainers[1].state.log_history) == (not reentrant)
+
+
 def test_other_models_have_no_imbalance(build):
     trainer = build(model=student_model(), teacher=teacher_model())
     trainer.train()

@@ -230,12 +230,19 @@ def context_length(model, args: CrossTokenizerGKDConfig) -> int | None:
     return context
 
 
-def balances(model: nn.Module, coefficient: float) -> bool:
-    """Whether transformers has a load-balancing loss for the student; warns where it has none."""
+def balances(args: CrossTokenizerGKDConfig, model: nn.Module, coefficient: float) -> bool:
+    """Whether the student's load can be balanced; warns where transformers has no loss for it, or one without a gradient."""
     student = base_model(model)
     if not has_imbalance(student):
         logger.warning(
             f"router_aux_loss_coef={coefficient} has no effect: transformers has no load-balancing loss for {type(student).__name__}."
+        )
+        return False
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        logger.warning(
+            f"router_aux_loss_coef={coefficient} has no effect: with gradient_checkpointing_kwargs={{'use_reentrant': True}}, transformers notes the "
+            "router's logits in a forward pass without gradients. Set use_reentrant to False. With an adapter under ZeRO-3, TRL sets it to True: set "
+            "gradient_checkpointing=False there."
         )
         return False
     return True

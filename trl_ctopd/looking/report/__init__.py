@@ -56,7 +56,8 @@ class DistillationReportCallback(TrainerCallback, ExportableState):
 
     def _write(self, trainer):
         now = time.perf_counter()
-        ends = "train_loss" in trainer.state.log_history[-1]  # train_runtime is in all with include_num_input_tokens_seen
+        # train_runtime is in all logs with include_num_input_tokens_seen
+        ends = "train_loss" in trainer.state.log_history[-1]
         if now < self._not_before and not ends:
             return
         from .page import page  # loads the viewer, which nothing else here needs
