@@ -23,6 +23,7 @@ from trl_ctopd.rollouts.generation import (
     _SampledLogProbs,
     check_padding,
     check_prompt_learning,
+    check_virtual_tokens,
 )
 from trl_ctopd.rollouts.pairing import Prompt
 
@@ -309,6 +310,50 @@ def test_virtual_tokens_are_read_to_the_end():
     assert _generate(adapter, PROMPTS, settings(), rows_leave=True) == together
     with pytest.raises(ValueError, match="virtual tokens.*'transformers'"):
         _generate_continuously(adapter, PROMPTS, settings(), PAGED)
+
+
+VIRTUAL = {
+    "prompt tuning": ("PromptTuning", {"num_virtual_tokens": 3}),
+    "P-tuning": ("PromptEncoder", {"num_virtual_tokens": 3, "encoder_hidden_size": 8}),
+    "a prompt of examples": (
+        "CPT",
+        {"cpt_token_ids": [5, 6, 7], "cpt_mask": [1] * 3, "cpt_tokens_type_mask": [1, 2, 3]},
+    ),
+    "prefix tuning": ("PrefixTuning", {"num_virtual_tokens": 3}),
+    "a cartridge": ("Cartridge", {"num_virtual_tokens": 3}),
+}
+
+
+@pytest.mark.skipif(CACHE == "cache", reason="with this transformers, virtual tokens are refused")
+@pytest.mark.parametrize("size", [None, 5])
+@pytest.mark.parametrize("kind", VIRTUAL)
+@torch.no_grad()
+def test_a_student_with_virtual_tokens_writes_beside_longer_prompts_what_it_writes_alone(kind, size):
+    """Padding on the left would part some virtual tokens from the text."""
+    name, options = VIRTUAL[kind]
+    adapter = get_peft_model(model_of("Llama", scale=0.25), needs.adapter(name, **options)).double().eval()
+    torch.manual_seed(0)
+    for own in adapter.parameters():
+        if own.requires_grad:
+            own.normal_()
+    told, how = [], SimpleNamespace(generation_batch_size=size)
+    write, config = partial(_generate, rows_leave=True), settings(temperature=1.0)
+    together = _by_length(write, adapter, PROMPTS, config, how, True, lambda row, ids: told.append(row))
+    for prompt, (found, log_probs) in zip(PROMPTS, together, strict=True):
+        [(ids, expected)] = _by_length(write, adapter, [prompt], config, how, True)
+        assert found == ids
+        torch.testing.assert_close(torch.tensor(log_probs), torch.tensor(expected), rtol=0, atol=1e-4)
+    assert len(told) == len(set(told)) and (told or size is None)
+
+
+def test_virtual_tokens_before_padding_are_refused_where_the_processes_of_a_sharded_student_write_apart():
+    adapter, apart = with_virtual_tokens(), SimpleNamespace(gather_for_generation=False)
+    with pytest.raises(ValueError, match="PROMPT_TUNING with gather_for_generation=False.*gather_for_generation=True"):
+        check_virtual_tokens(adapter, apart, sharded=True)
+    check_virtual_tokens(adapter, apart, sharded=False)
+    check_virtual_tokens(adapter, SimpleNamespace(gather_for_generation=True), sharded=True)
+    prefix = get_peft_model(model_of("Llama"), needs.adapter("PrefixTuning", num_virtual_tokens=3))
+    check_virtual_tokens(prefix, apart, sharded=True)
 
 
 def test_small_batches_hold_prompts_of_like_length_and_come_back_in_order(build, monkeypatch):

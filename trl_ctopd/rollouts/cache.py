@@ -114,3 +114,9 @@ def is_plain(model: nn.Module, cache: Cache | None) -> bool:
 def has_virtual_tokens(model: nn.Module) -> bool:
     """Of an adapter that learns a prompt."""
     return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
+def embeds_virtual_tokens(model: nn.Module) -> bool:
+    """Of an adapter that embeds its prompt in front of a row's padding and passes no positions on (PEFT 0.21.2): padding then stands between
+    that prompt and the text. Other prompts are in the cache."""
+    return has_virtual_tokens(model) and model.active_peft_config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE")

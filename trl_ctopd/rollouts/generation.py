@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Container, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 from typing import Protocol
 
 import peft
@@ -47,7 +48,7 @@ from ..models.merging import mergeable, merged
 from ..models.products import packed, packing_is_faster
 from ..models.sharding import gathered_under_fsdp, is_sharded
 from ..models.trials import can_run
-from .cache import CACHE, has_virtual_tokens, selected
+from .cache import CACHE, embeds_virtual_tokens, has_virtual_tokens, selected
 from .pairing import Prompt, pad_rows
 from .reading import begun, greedy
 
@@ -205,9 +206,14 @@ def _by_length(
     recorded: bool,
     ended: Ended | None = None,
 ) -> list[Written]:
-    """Completions of `prompts` in the same order, written the longest prompts first."""
+    """Completions of `prompts` in the same order, written the longest prompts first, and without padding where padding would part them from
+    an adapter's virtual tokens."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    alike = [order]
+    if embeds_virtual_tokens(model):
+        alike = [list(rows) for _, rows in groupby(order, key=lambda row: len(prompts[row]))]
     size = _at_the_same_time(prompts, args)
+    batches = [rows[start : start + size] for rows in alike for start in range(0, len(rows), size)]
     stop_ids, completions, told = set(config.eos_token_id), [([], None)] * len(prompts), set()
 
     def tell(row: int, ids: list[int]):
@@ -215,8 +221,7 @@ def _by_length(
             told.add(row)
             ended(row, up_to_stop(ids, stop_ids))
 
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
+    for rows in batches:
         recorder = {"recorder": _SampledLogProbs(len(rows), config)} if recorded else {}
         leaves = {} if ended is None else {"left": lambda place, ids, rows=rows: tell(rows[place], ids)}
         with _logits_are_finite():
@@ -225,7 +230,7 @@ def _by_length(
         for row, ids, own in zip(rows, written, scores, strict=True):
             ids = up_to_stop(ids, stop_ids)
             completions[row] = ids, None if own is None else own[: len(ids)]
-            if ended is not None and start + size < len(order):
+            if ended is not None and rows is not batches[-1]:
                 tell(row, ids)
     return completions
 
@@ -460,6 +465,16 @@ def check_continuous(model: nn.Module):
     if left_out is not None:
         raise ValueError(
             f"generation_backend='transformers_continuous' would leave out {left_out}: choose 'transformers'."
+        )
+
+
+def check_virtual_tokens(model: nn.Module, args: CrossTokenizerGKDConfig, sharded: bool):
+    """Raises `ValueError` where the processes of a sharded student would make unlike numbers of calls, for prompts of unlike lengths."""
+    if sharded and not args.gather_for_generation and embeds_virtual_tokens(model):
+        raise ValueError(
+            f"{model.active_peft_config.peft_type.value} with gather_for_generation=False: PEFT embeds its virtual tokens in front of padding, so that prompts "
+            "of one length alone are written for at the same time, and the processes of a sharded student would wait for each other for ever. Set "
+            "gather_for_generation=True, or train a LoRA adapter."
         )
 
 

@@ -24,7 +24,7 @@ from ..redact import redact
 from ..rollouts.ahead import check_ahead
 from ..rollouts.compiled import check_compiled
 from ..rollouts.early_stop import check_early_stop, check_pieces
-from ..rollouts.generation import check_continuous, check_padding
+from ..rollouts.generation import check_continuous, check_padding, check_virtual_tokens
 from ..teachers.servers import is_url, is_url_without_scheme
 from .identity import dataset_digest
 from .student import check_activated, check_student, check_trainable, warn_of_slow_half, warn_of_turning_positions
@@ -206,6 +206,7 @@ def check_run(
     check_vocabulary("student", base_model(model), tokenizer)
     check_causal("student", model)
     check_padding(model, args)
+    check_virtual_tokens(model, args, shards_student(accelerator))
     warn_of_experts(model)
     warn_of_slow_half(accelerator, model)
     warn_of_turning_positions(args, model, train_dataset)
