@@ -1,4 +1,4 @@
-"""The tables and the picture of docs/real_models.md, from the lines of `run.py`.
+"""The tables and the picture of docs/real_models.md, from the lines of `run.py`, and the tasks solved from what `solved.py` has saved.
 
     python -m benchmarks.real_models.report       # from the repository root
 
@@ -10,6 +10,7 @@ another count as unknown.
 """
 
 import argparse
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from demo_real.measuring import ratio
 from benchmarks.quality.report import fill
 from benchmarks.quality.run import read
 
+from . import solved
 from .data import DATASETS
 from .run import METHODS, PAIRS, RESULTS, UPDATES
 
@@ -432,5 +434,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     lines = [*read(options.results).values()]
     closer = [*read(RESULTS / "closer.jsonl").values()]
-    fill(PAGE, blocks(lines, closer), "real_models")
+    tasks = {"solved": solved.table(json.loads(solved.RESULTS.read_text()))}
+    fill(PAGE, {**blocks(lines, closer), **tasks}, "real_models")
     plot(lines, RESULTS / "gap.png")

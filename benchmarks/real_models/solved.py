@@ -58,6 +58,25 @@ def gain(after: Sequence[bool], before: Sequence[bool]) -> tuple[float, float]:
     return mean, math.sqrt(spread / len(differences))
 
 
+def gained(row: dict, student: dict, how: str) -> str:
+    """How many tasks `row` solves, "greedy" or in "any" sample, and the mean difference from `student`."""
+    mean, error = gain(row[how], student[how])
+    return f"{sum(row[how])}" + ("" if row is student else f" ({mean:+.2f} ± {error:.2f})")
+
+
+def table(kept: dict) -> str:
+    """Of an output file: a row for each model and adapter."""
+    rows, samples = kept["rows"], max(row["samples"] for row in kept["rows"].values())
+    lines = [f"| of {kept['tasks']} tasks | greedy | in any of {samples} samples | Python, greedy | tokens, greedy |"]
+    lines += ["|---" * 5 + "|"]
+    for name, row in rows.items():
+        sampled = gained(row, rows["student"], "any") if "any" in row else ""
+        lines += [
+            f"| {name} | {gained(row, rows['student'], 'greedy')} | {sampled} | {row['python']} | {row['mean_length']:.0f} |"
+        ]
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = script.parser(__doc__, RESULTS)
     parser.add_argument("--adapter", help="folder of a trained adapter")
@@ -86,15 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             samples = 0 if name == "teacher" else options.samples
             rows[name] = {"samples": samples, **count(model, adapter, tasks, samples)}
             report.save(options.output, kept)
-    for name, row in rows.items():
-        mean, error = gain(row["greedy"], rows["student"]["greedy"])
-        said = f"{name}: {sum(row['greedy'])} of {options.tasks} greedy ({mean:+.2f} ± {error:.2f})"
-        if "any" in row:
-            said += f", {sum(row['any'])} in any of {row['samples']} samples"
-            if "any" in rows["student"]:
-                mean, error = gain(row["any"], rows["student"]["any"])
-                said += f" ({mean:+.2f} ± {error:.2f})"
-        print(said)
+    print(table(kept))
 
 
 if __name__ == "__main__":

@@ -373,7 +373,9 @@ def test_tasks_solved_are_counted_once_for_each_model_and_for_the_adapter(folder
     assert asked == [0, 2]
     assert second["trained"]["greedy"] == [False, True, False]
     assert second["trained"]["any"] == [True, False, True]
-    assert "trained: 1 of 3 greedy (+0.33 ± 0.33), 2 in any of 2 samples (+0.67 ± 0.33)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| of 3 tasks | greedy | in any of 2 samples |" in said
+    assert "| trained | 1 (+0.33 ± 0.33) | 2 (+0.67 ± 0.33) | 3 | 4 |" in said
     with pytest.raises(SystemExit):
         solved.main([*arguments[:4], "--tasks", "201"])
     with pytest.raises(SystemExit):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers_for_tests import byte_level, gemma_like, legacy_llama, unigram
 from toys import student_tokenizer, teacher_tokenizer
 
 from trl_ctopd.rollouts.rewards import Judges
@@ -48,6 +49,30 @@ def test_the_text_is_decoded_once_however_long_it_is():
     own._text = lambda ids: calls.append(len(ids)) or decode(ids)
     assert own._touching(ids, [(0, 3), (900, 950)]).sum() > 10
     assert calls == [len(ids)]
+
+
+@pytest.mark.parametrize("make", [legacy_llama, gemma_like, unigram, byte_level])
+def test_a_text_that_is_cut_within_a_character_loses_that_one_alone(make):
+    """With byte fallback, `decode` loses all that are spelled in bytes beside it."""
+    tokenizer, text = make(), "so: ቀቐበተነአከ"
+    ids = encoded(tokenizer, text)
+    own = judges(tokenizer)
+    assert own._text(ids) == text
+    cut = own._text(ids[:-1])
+    assert cut == text[:-1] + "�"
+    found = own._touching(ids[:-1], [(len(text) - 2, len(text) - 1)])
+    assert 1 <= found.sum() < len(ids) / 2 and not found[0]
+
+
+@pytest.mark.parametrize("make", [byte_level, gemma_like])
+def test_functions_read_added_tokens_as_they_were_added(make):
+    """A byte-level decoder takes "é" for the name of a byte."""
+    tokenizer = make()
+    tokenizer.add_tokens(["<réponse>", "</réponse>"])
+    tokenizer.add_special_tokens({"eos_token": "<fin é>"})
+    text = "<réponse>two</réponse>"
+    ids = encoded(tokenizer, text)
+    assert judges(tokenizer)._text([*ids, tokenizer.eos_token_id]) == text
 
 
 @pytest.mark.parametrize("make", [student_tokenizer, teacher_tokenizer])

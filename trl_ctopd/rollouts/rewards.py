@@ -30,11 +30,12 @@ from trl import apply_chat_template
 
 from ..config import CrossTokenizerGKDConfig
 from ..losses.rewards import group_advantages, total_rewards
-from ..text.token_bytes import UnsupportedTokenizerError, token_bytes
+from ..text.token_bytes import TokenTable, UnsupportedTokenizerError, token_table
 from .pairing import Prompt, Rollout, unscored
 
 
 logger = get_logger(__name__)
+_LOST = "\N{REPLACEMENT CHARACTER}"
 
 Figures = dict[str, tuple[float, float]]
 
@@ -196,10 +197,10 @@ class Judges:
         return without_chunks(rollout, set(chunks.tolist()) - {-1})
 
     @cached_property
-    def _bytes(self) -> list[bytes] | None:
-        """By student id; None for a tokenizer of which they are not known."""
+    def _table(self) -> TokenTable | None:
+        """The bytes of the student's tokens; None for a tokenizer of which they are not known."""
         try:
-            return token_bytes(self._tokenizer)
+            return token_table(self._tokenizer)
         except UnsupportedTokenizerError:
             return None
 
@@ -207,10 +208,10 @@ class Judges:
         """(S,) True for tokens that spell a part of a character of `ranges`. Reads the text once, where the tokens' bytes are its
         own; else, as where the bytes are no UTF-8, every beginning of it, in quadratic time."""
         text = self._text(ids)
-        spelled = None if self._bytes is None else [self._bytes[token] for token in ids]
+        spelled, widths = (b"", ()) if self._table is None else self._table.read(np.array(ids, dtype=np.int64))
         for dropped in (0, 1) if spelled else ():  # the space that some tokenizers put before a text and take off again
-            if b"".join(spelled)[dropped:] == text.encode():
-                ends = (np.cumsum([0, *map(len, spelled)]) - dropped).clip(0)
+            if spelled[dropped:] == text.encode():
+                ends = (np.cumsum([0, *widths]) - dropped).clip(0)
                 at = np.cumsum([0, *(len(character.encode()) for character in text)])
                 break
         else:
@@ -225,7 +226,13 @@ class Judges:
     # What functions are called with
 
     def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        """As TRL decodes it. Where that has U+FFFD, the tokens' own bytes are read: with byte fallback a character that is cut off takes all bytes
+        beside it along, and byte-level decoders take letters of an added token for names of bytes (tokenizers 0.23.3)."""
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        if _LOST not in text or self._table is None:
+            return text
+        spelled = self._table.read(np.array(ids, dtype=np.int64))[0].decode(errors="replace")
+        return spelled[1:] if spelled[:1] == " " != text[:1] else spelled
 
     def _asked(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> dict[str, list]:
         """As TRL calls its reward functions: the prompts as the dataset has them, the completions of the same kind, the student's
