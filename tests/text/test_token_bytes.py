@@ -22,6 +22,7 @@ from tokenizers_for_tests import (
     REAL_LOSSLESS,
     byte_level,
     gemma_like,
+    legacy_llama,
     metaspace_bpe,
     slow_sentencepiece,
     unigram,
@@ -160,6 +161,21 @@ def test_tokens_added_after_the_first_call_are_seen():
     assert token_bytes(tokenizer)[before] == b"<later>"
     tokenizer.add_special_tokens({"eos_token": "<later>"})
     assert token_bytes(tokenizer)[before] == b""
+
+
+@pytest.mark.parametrize("make", [byte_level, legacy_llama, unigram, word_piece])
+@pytest.mark.parametrize("role", ["pad", "eos"])
+def test_a_token_of_text_with_a_role_is_refused_and_one_that_was_added_is_not(make, role):
+    """`pad_token_id = 0` is copied from one model's scripts to another's, where 0 is text."""
+    tokenizer = make()
+    text = tokenizer.encode("money", add_special_tokens=False)[-1]
+    setattr(tokenizer, f"{role}_token_id", text)
+    with pytest.raises(ValueError, match=rf"{role}_token is .* \(id {text}\), a token of text.*add_special_tokens"):
+        token_bytes(tokenizer)
+    tokenizer.add_special_tokens({f"{role}_token": "<of its own>"})
+    assert (
+        token_bytes(tokenizer)[text] and token_bytes(tokenizer)[tokenizer.convert_tokens_to_ids("<of its own>")] == b""
+    )
 
 
 def test_a_callers_change_to_the_table_stays_the_callers():

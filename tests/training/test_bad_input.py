@@ -74,6 +74,7 @@ def build(tmp_path):
             "chat_template_kwargs must be a dict.*enable_thinking=False",
         ),
         ({"pad_token": "<padd>"}, "no token '<padd>'"),
+        ({"pad_token": "a"}, "pad_token is 'a'.*a token of text"),
         ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "teacher_model_init_kwargs.*loaded already"),
     ],
 )

@@ -105,6 +105,7 @@ def _build_table(tokenizer: Any) -> TokenTable:
     read = _fast_pieces if getattr(tokenizer, "backend_tokenizer", None) is not None else _slow_pieces
     spelled, unknown, word_starts = read(tokenizer)
     added = _added_tokens(tokenizer)
+    _check_roles(tokenizer, added)
     _check_ids(tokenizer, added, spelled)
     # An added token that the model's own vocabulary has too (Gemma's `▁▁`) keeps the model's spelling.
     spelled = {i: token.content.encode() for i, token in added.items()} | spelled
@@ -116,6 +117,24 @@ def _build_table(tokenizer: Any) -> TokenTable:
     silent = [*special, *unknown]
     names = dict(zip(silent, tokenizer.convert_ids_to_tokens(silent), strict=True))
     return TokenTable(rows, special, unknown, word_starts - special - unknown, _prefix_space(tokenizer, rows), names)
+
+
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+def _check_roles(tokenizer: Any, added: dict[int, Any]):
+    """Raises `ValueError` where a token of the text was given a role, as by `pad_token_id = 0`, which is "!" in many vocabularies. It stays text in memory,
+    and is a special token once the tokenizer has been saved (findings/saved_padding_is_read_otherwise.sh)."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return
+    for role in _ROLES:
+        i = getattr(tokenizer, f"{role}_token_id", None)
+        if i is not None and i not in added and role != "unk":
+            raise ValueError(
+                f"{type(tokenizer).__name__}: {role}_token is {tokenizer.convert_ids_to_tokens(i)!r} (id {i}), a token of text. The text's own such tokens would "
+                "count as control tokens, and saved and loaded the tokenizer would read text otherwise. Choose a special token of its own, or "
+                "add one (`add_special_tokens`)."
+            )
 
 
 def _check_ids(tokenizer: Any, added: dict[int, Any], spelled: dict[int, bytes]):
@@ -137,8 +156,7 @@ def _check_ids(tokenizer: Any, added: dict[int, Any], spelled: dict[int, bytes])
 def _control_ids(tokenizer: Any, added: dict[int, Any]) -> frozenset[int]:
     """Ids of tokens marked as special, and of those with a role (bos, eos, ...). Being listed in `all_special_ids` is not
     enough: transformers lists a SentencePiece model's user-defined symbols (newlines, runs of spaces), which are text."""
-    roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-    ids = {getattr(tokenizer, f"{role}_token_id", None) for role in roles} - {None}
+    ids = {getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES} - {None}
     ids |= {i for i in tokenizer.all_special_ids if i not in added or added[i].special}
     return frozenset(ids | {i for i, token in added.items() if token.special})
 
