@@ -381,7 +381,7 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
     if not isinstance(model, PeftModel):
         return None
     config = model.active_peft_config
-    projects = config.peft_type == PeftType.P_TUNING or getattr(config, "prefix_projection", False)
+    projects = config.peft_type in (PeftType.P_TUNING, PeftType.CPT) or getattr(config, "prefix_projection", False)
     return model.prompt_encoder[model.active_adapter] if projects else None
 
 
