@@ -685,7 +685,8 @@ def test_what_makes_virtual_tokens_is_resumed_and_is_that_of_the_best_checkpoint
     checkpoint = tmp_path / "run" / "checkpoint-2"
     resumed = build(**{**settings, "save_strategy": "no"}, peft_config=ENCODED[kind]())
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    resumed.model.get_prompt_embedding_to_save("default")  # as saving does: CPT shortens its weights whenever it makes the tokens
+    # as saving does: CPT shortens its weights whenever it makes the tokens
+    resumed.model.get_prompt_embedding_to_save("default")
     torch.testing.assert_close(toys.weights(resumed), toys.weights(whole), rtol=0, atol=0)
     whole.state.best_model_checkpoint = str(checkpoint)
     whole._load_best_model()
