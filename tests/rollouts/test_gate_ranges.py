@@ -1,5 +1,6 @@
 """Which tokens touch the characters that a gate calls wrong."""
 
+import copy
 import random
 from types import SimpleNamespace
 
@@ -67,7 +68,7 @@ def test_a_text_that_is_cut_within_a_character_loses_that_one_alone(make):
 @pytest.mark.parametrize("make", [byte_level, gemma_like])
 def test_functions_read_added_tokens_as_they_were_added(make):
     """A byte-level decoder takes "é" for the name of a byte."""
-    tokenizer = make()
+    tokenizer = copy.deepcopy(make())
     tokenizer.add_tokens(["<réponse>", "</réponse>"])
     tokenizer.add_special_tokens({"eos_token": "<fin é>"})
     text = "<réponse>two</réponse>"

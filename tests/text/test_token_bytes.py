@@ -1,5 +1,6 @@
 """The byte tables against independent truths: the text that was encoded, the library's decoding, a second backend."""
 
+import copy
 import gc
 import json
 import re
@@ -167,7 +168,7 @@ def test_tokens_added_after_the_first_call_are_seen():
 @pytest.mark.parametrize("role", ["pad", "eos"])
 def test_a_token_of_text_with_a_role_is_refused_and_one_that_was_added_is_not(make, role):
     """`pad_token_id = 0` is copied from one model's scripts to another's, where 0 is text."""
-    tokenizer = make()
+    tokenizer = copy.deepcopy(make())
     text = tokenizer.encode("money", add_special_tokens=False)[-1]
     setattr(tokenizer, f"{role}_token_id", text)
     with pytest.raises(ValueError, match=rf"{role}_token is .* \(id {text}\), a token of text.*add_special_tokens"):
@@ -176,6 +177,18 @@ def test_a_token_of_text_with_a_role_is_refused_and_one_that_was_added_is_not(ma
     assert (
         token_bytes(tokenizer)[text] and token_bytes(tokenizer)[tokenizer.convert_tokens_to_ids("<of its own>")] == b""
     )
+
+
+def test_a_pad_token_that_was_text_when_it_was_saved_is_read_as_text(tmp_path):
+    tokenizer = copy.deepcopy(byte_level())
+    tokenizer.pad_token = "!"
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="pad_token is '!'.*a token of text that was saved as a special one"):
+        rows = token_bytes(loaded)
+    ids = loaded.encode("so! it costs", add_special_tokens=False)
+    assert b"".join(rows[i] for i in ids) == b"so! it costs"
+    assert loaded.pad_token_id not in token_table(loaded).special
 
 
 def test_a_callers_change_to_the_table_stays_the_callers():

@@ -10,6 +10,7 @@ Left out: decoders that cannot be read token by token (regular expressions, end-
 
 import json
 import re
+import warnings
 import weakref
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,7 +110,7 @@ def _build_table(tokenizer: Any) -> TokenTable:
     _check_ids(tokenizer, added, spelled)
     # An added token that the model's own vocabulary has too (Gemma's `▁▁`) keeps the model's spelling.
     spelled = {i: token.content.encode() for i, token in added.items()} | spelled
-    special = _control_ids(tokenizer, added) - unknown
+    special = _control_ids(tokenizer, added) - unknown - _text_that_pads(tokenizer, added, spelled)
     rows = [b""] * (max(spelled, default=-1) + 1)
     for i, row in spelled.items():
         if i not in special and i not in unknown:
@@ -135,6 +136,24 @@ def _check_roles(tokenizer: Any, added: dict[int, Any]):
                 "count as control tokens, and saved and loaded the tokenizer would read text otherwise. Choose a special token of its own, or "
                 "add one (`add_special_tokens`)."
             )
+
+
+def _text_that_pads(tokenizer: Any, added: dict[int, Any], own: dict[int, bytes]) -> frozenset[int]:
+    """A pad token of one character that the model's vocabulary (`own`) has too, and that has no other role: it was text when its role was given and
+    saved, and the model writes it as text. Warns of it."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return frozenset()
+    i = tokenizer.pad_token_id
+    others = {getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES if role != "pad"}
+    if i not in added or i in others or i not in own or len(added[i].content) > 1:
+        return frozenset()
+    warnings.warn(
+        f"{type(tokenizer).__name__}: pad_token is {added[i].content!r} (id {i}), a token of text that was saved as a special one. It is read as text "
+        "here, but the tokenizer cuts text at it, before all merges, and decode(..., skip_special_tokens=True) drops it. Load the tokenizer "
+        "that the model was first published with.",
+        stacklevel=2,
+    )
+    return frozenset({i})
 
 
 def _check_ids(tokenizer: Any, added: dict[int, Any], spelled: dict[int, bytes]):
