@@ -32,6 +32,7 @@ from transformers.trainer_utils import has_length
 from ..config import CrossTokenizerGKDConfig
 from .generation import Written
 from .pairing import Prompt
+from .waiting import wait_for
 
 
 logger = get_logger(__name__)
@@ -152,7 +153,7 @@ class _Job:
         if self._end is None:
             return
         begin = time.perf_counter()
-        self._done.wait()
+        wait_for(self._done)
         self.waited += time.perf_counter() - begin
         end, self._end = self._end, None
         self.written = end(self._result)
@@ -164,7 +165,7 @@ class _Job:
     def cancel(self, wait: bool):
         self._cancelled.set()
         if wait and self._end is not None:
-            self._done.wait()
+            wait_for(self._done)
 
 
 class Ahead:

@@ -32,6 +32,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..losses.rewards import group_advantages, total_rewards
 from ..text.token_bytes import TokenTable, UnsupportedTokenizerError, token_table
 from .pairing import Prompt, Rollout, unscored
+from .waiting import result_of
 
 
 logger = get_logger(__name__)
@@ -349,7 +350,7 @@ def _called(func: Callable, asked: dict) -> Any:
         return await found
 
     with ThreadPoolExecutor(1) as pool:  # a notebook's own thread has a loop that runs already
-        return pool.submit(asyncio.run, waited()).result()
+        return result_of(pool.submit(asyncio.run, waited()))
 
 
 def _one_each(found: Any, count: int, name: str) -> list:

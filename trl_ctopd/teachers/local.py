@@ -25,6 +25,7 @@ from ..models.products import use_faster_products
 from ..models.sharding import SHARDING, is_on, is_sharded, place_teacher, stays
 from ..models.trials import check_causal
 from ..rollouts.pairing import by_length, of_like_length, pad_rows
+from ..rollouts.waiting import result_of
 
 
 logger = get_logger(__name__)
@@ -52,15 +53,15 @@ class LocalScores:
 
     def row(self, row: int) -> torch.Tensor:
         """Waits for the log-probs of that completion's tokens. Raises what the teacher's forward pass raised."""
-        return self.futures[row].result().log_probs
+        return result_of(self.futures[row]).log_probs
 
     def close(self, row: int) -> torch.Tensor | None:
         """Waits for `TeacherScores.close` of that completion."""
-        return self.futures[row].result().close
+        return result_of(self.futures[row]).close
 
     def hidden(self, row: int) -> torch.Tensor | None:
         """Waits for `TeacherScores.hidden` of that completion."""
-        return self.futures[row].result().hidden
+        return result_of(self.futures[row]).hidden
 
     def likeliest(self, row: int) -> None:
         """Only servers tell their likeliest tokens: here a loss reads what it needs in the teacher's LM head."""

@@ -25,6 +25,7 @@ from threading import Lock
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..rollouts.waiting import result_of
 from . import answers
 from .answers import AnswerError
 from .engines import find_engine
@@ -414,9 +415,9 @@ class RemoteScores:
     def _wait(self, row: int) -> tuple[torch.Tensor, Likeliest]:
         if row not in self._settled:
             try:
-                self._settled[row] = self._futures[row].result()
+                self._settled[row] = result_of(self._futures[row])
                 if len(self._settled) == len(self._futures):
-                    self._end.result()
+                    result_of(self._end)
             except BaseException:
                 for future in self._futures:
                     future.cancel()

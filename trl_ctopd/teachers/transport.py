@@ -17,6 +17,8 @@ from urllib.request import getproxies_environment, proxy_bypass_environment
 import httpcore2
 import httpx2
 
+from ..rollouts.waiting import result_of
+
 
 _mine = threading.local()  # the deadline of this thread's request, in seconds of `time.monotonic`
 
@@ -173,7 +175,7 @@ class DaemonPool:
         return future
 
     def map(self, task: Callable, items: Iterable) -> list:
-        return [future.result() for future in [self.submit(task, item) for item in items]]
+        return [result_of(future) for future in [self.submit(task, item) for item in items]]
 
 
 def _work(tasks: queue.SimpleQueue, idle: threading.Semaphore):
