@@ -9,6 +9,14 @@ import pytest
 from trl_ctopd.rollouts.waiting import result_of, wait_for
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """A shell's background jobs ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_that_arrives_in_another_thread_ends_a_wait_for_a_result():
     """It wakes no lock that the main thread waits for, and neither does one that arrives just before that wait."""
     future = Future()

@@ -154,7 +154,8 @@ def test_a_silent_server_beside_a_live_one_costs_one_timeout_and_not_one_a_step(
 
 
 INTERRUPTED = """
-import sys, threading, time, torch
+import signal, sys, threading, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path[:0] = {paths!r}
 from benchmarks.faults.server import HabitServer
 from toys import student_model, student_tokenizer, teacher_tokenizer, prompts
