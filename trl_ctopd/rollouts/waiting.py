@@ -13,7 +13,7 @@ T = TypeVar("T")
 _SECONDS = 1.0
 
 
-def result_of(future: "Future[T]") -> T:
+def result_of(future: Future[T]) -> T:
     """`future.result()`."""
     while not future.done():
         wait([future], timeout=_SECONDS)
