@@ -17,33 +17,26 @@ def interrupts():
     signal.signal(signal.SIGINT, before)
 
 
-def test_an_interrupt_that_arrives_in_another_thread_ends_a_wait_for_a_result():
+FUTURE, EVENT = Future(), threading.Event()
+
+
+@pytest.mark.parametrize(
+    ("wait", "awaited", "come", "has_come"),
+    [
+        (result_of, FUTURE, lambda: FUTURE.set_result(None), FUTURE.done),
+        (wait_for, EVENT, EVENT.set, EVENT.is_set),
+    ],
+    ids=["a result", "an event"],
+)
+def test_an_interrupt_that_arrives_in_another_thread_ends_a_wait(wait, awaited, come, has_come):
     """It wakes no lock that the main thread waits for, and neither does one that arrives just before that wait."""
-    future = Future()
-    threads = [
-        threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)),
-        threading.Timer(60, lambda: future.set_result(None)),  # lest the test wait for ever
-    ]
-    for thread in threads:
-        thread.start()
+    rescue = threading.Timer(60, come)  # lest the test wait for ever
+    rescue.start()
+    threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        result_of(future)
-    threads[1].cancel()
-    assert not future.done()
-
-
-def test_an_interrupt_that_arrives_in_another_thread_ends_a_wait_for_an_event():
-    event = threading.Event()
-    threads = [
-        threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)),
-        threading.Timer(60, event.set),
-    ]
-    for thread in threads:
-        thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        wait_for(event)
-    threads[1].cancel()
-    assert not event.is_set()
+        wait(awaited)
+    rescue.cancel()
+    assert not has_come()
 
 
 def test_a_result_or_an_error_that_comes_later_is_that_of_the_future():

@@ -14,6 +14,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 # its name in what `generate` takes and returns: transformers 5.24 renamed it
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+CACHED_PROMPTS = ("PREFIX_TUNING", "CARTRIDGE")  # PEFT's adapters whose prompt is keys and values; others embed it
 
 
 class GrowingLayer(DynamicLayer):
@@ -118,5 +119,5 @@ def has_virtual_tokens(model: nn.Module) -> bool:
 
 def embeds_virtual_tokens(model: nn.Module) -> bool:
     """Of an adapter that embeds its prompt in front of a row's padding and passes no positions on (PEFT 0.21.2): padding then stands between
-    that prompt and the text. Other prompts are in the cache."""
-    return has_virtual_tokens(model) and model.active_peft_config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE")
+    that prompt and the text."""
+    return has_virtual_tokens(model) and model.active_peft_config.peft_type not in CACHED_PROMPTS

@@ -205,11 +205,15 @@ class Judges:
         except UnsupportedTokenizerError:
             return None
 
+    def _spelled(self, ids: list[int]) -> tuple[bytes, np.ndarray]:
+        """As `TokenTable.read`."""
+        return self._table.read(np.array(ids, dtype=np.int64))
+
     def _touching(self, ids: list[int], ranges: Sequence[tuple[int, int]]) -> np.ndarray:
         """(S,) True for tokens that spell a part of a character of `ranges`. Reads the text once, where the tokens' bytes are its
         own; else, as where the bytes are no UTF-8, every beginning of it, in quadratic time."""
         text = self._text(ids)
-        spelled, widths = (b"", ()) if self._table is None else self._table.read(np.array(ids, dtype=np.int64))
+        spelled, widths = (b"", ()) if self._table is None else self._spelled(ids)
         for dropped in (0, 1) if spelled else ():  # the space that some tokenizers put before a text and take off again
             if spelled[dropped:] == text.encode():
                 ends = (np.cumsum([0, *widths]) - dropped).clip(0)
@@ -232,7 +236,7 @@ class Judges:
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         if _LOST not in text or self._table is None:
             return text
-        spelled = self._table.read(np.array(ids, dtype=np.int64))[0].decode(errors="replace")
+        spelled = self._spelled(ids)[0].decode(errors="replace")
         return spelled[1:] if spelled[:1] == " " != text[:1] else spelled
 
     def _asked(self, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> dict[str, list]:

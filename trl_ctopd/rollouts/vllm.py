@@ -30,6 +30,7 @@ from ..config import CrossTokenizerGKDConfig
 from ..losses import Metrics, ScoredChunks
 from ..models.activated import invocation_of
 from ..models.merging import adapted_where_tied, bases_kept
+from .cache import has_virtual_tokens
 from .generation import Written, up_to_stop
 from .pairing import Prompt
 
@@ -53,7 +54,7 @@ def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
             f"generation_kwargs has {', '.join(further)}, which use_vllm=True does not know: repetition_penalty alone can be "
             "set there."
         )
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+    if has_virtual_tokens(model):
         raise ValueError(
             "use_vllm=True gives the engine the weights with the adapter merged, and a prompt-learning adapter cannot be "
             "merged: choose LoRA, or use_vllm=False."

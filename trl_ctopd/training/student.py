@@ -24,6 +24,7 @@ from ..models.packing import turning_length
 from ..models.quantized import dequantizes, saved_quantization
 from ..models.reference import trained_beside
 from ..models.trials import draws_noise
+from ..rollouts.cache import CACHED_PROMPTS
 from ..rollouts.generation import check_prompt_learning
 
 
@@ -104,7 +105,7 @@ def check_adapter(config: PeftConfig, args: CrossTokenizerGKDConfig):
         raise ValueError(
             "ADAPTION_PROMPT: PEFT wraps the student otherwise for it than for other adapters. Train a LoRA adapter."
         )
-    if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE") and args.gradient_checkpointing:
+    if config.peft_type in CACHED_PROMPTS and args.gradient_checkpointing:
         raise ValueError(
             f"{config.peft_type.value} does not work with gradient checkpointing, which computes each layer again without the prefix: set "
             "gradient_checkpointing=False (it is True unless it is set), or train a LoRA adapter."
