@@ -178,6 +178,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         loop = ToolLoop(tools, *sides, self.stop_ids, args, self.student_context) if tools else None
         reads = self._reads_distributions, self._tables_for
         own = args, self.accelerator, self.student_side, self.panel
+        self.aux_loss_enabled = self.aux_loss_enabled and student.balances(args, self.model, self.router_aux_loss_coef)
         # noise would be drawn once for a prompt that rows share; experts are balanced over the tokens of padded rows
         packs = student.learns_as_it_writes(args, self.model) and not self.aux_loss_enabled
         packer = packer_for("student", self.model, self.accelerator) if packs else None
@@ -185,7 +186,6 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         keeps_start = args.reference_kl or getattr(self.distillation_loss, "reads_start", False)
         self.start_is_not_base = why_not_start(self.model)
         start = Reference(self.model, self.accelerator, self.start_is_not_base) if keeps_start else None
-        self.aux_loss_enabled = self.aux_loss_enabled and student.balances(args, self.model, self.router_aux_loss_coef)
         self._scorer = Scorer(args, self.accelerator, self.panel, lambda: self.vocabulary, self.aux_loss_enabled, start)
         losses = [self.distillation_loss, *([self.off_policy_loss] if args.lmbda < 1 else [])]
         choice.check_losses(losses, self.model, self.panel, lambda: self.vocabulary)

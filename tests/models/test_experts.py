@@ -177,6 +177,8 @@ def test_with_gradient_checkpointing_experts_are_balanced_or_it_says_that_they_a
     said = "has no effect: with gradient_checkpointing_kwargs={'use_reentrant': True}" in caplog.text
     assert (moves, said) == (not reentrant, reentrant)
     assert any("aux_loss" in entry for entry in trainers[1].state.log_history) == (not reentrant)
+    packs = [trainer.rollouts._packer is not None for trainer in trainers]
+    assert packs == [True, reentrant]  # padded rows only where experts are balanced over them
 
 
 def test_other_models_have_no_imbalance(build):
