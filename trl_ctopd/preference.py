@@ -43,6 +43,7 @@ from .models.heads import base_model, context_of
 from .models.loading import by_name, check_vocabulary, disable_dropout, load_tokenizer
 from .models.products import faster_products
 from .models.quantized import prepare_quantized
+from .models.sharding import keep_scores_in_float32
 from .models.trials import check_causal
 from .rollouts.pairing import Prompt, Rollout
 from .rollouts.prompts import COLUMNS, check_dataset, render_row
@@ -374,6 +375,7 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
     def _seat_teachers(self) -> None:
         if self._teachers_sit:
             return
+        keep_scores_in_float32(self.accelerator)
         stop_ids = self._side.stop_ids(base_model(self.model).generation_config)
         self._panel.sit(self.accelerator, self._side, stop_ids)
         args, seat = self.args, self._panel.only

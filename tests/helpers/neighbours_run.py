@@ -54,6 +54,19 @@ def preference(folder: Path, processes: int) -> CrossTokenizerDPOTrainer:
     return CrossTokenizerDPOTrainer(student, teacher, args, Dataset.from_list(rows), **TOKENIZERS)
 
 
+def preference_of_itself(folder: Path, processes: int) -> CrossTokenizerDPOTrainer:
+    """In half precision, with the student as its own reference, and texts whose log-probs half precision would round to whole nats."""
+    rows = [
+        {"prompt": row, "chosen": said(f"{n + 40} is the sum" + " of one" * 40), "rejected": said("is what" + " of two" * n)}
+        for n, row in enumerate(prompts(8)["prompt"])
+    ]
+    settings = {**PLAIN, "bf16": True, "beta": 1.0, "max_steps": 1}
+    args = CrossTokenizerDPOConfig(str(folder), per_device_train_batch_size=4 // processes, **settings)
+    student = str(folder.parent / "student")
+    tokenizers = dict.fromkeys(TOKENIZERS, TOKENIZERS["processing_class"])
+    return CrossTokenizerDPOTrainer(student, student, args, Dataset.from_list(rows), **tokenizers)
+
+
 def rewards(folder: Path, processes: int) -> CrossTokenizerGKDTrainer:
     args = CrossTokenizerGKDConfig(
         str(folder), per_device_train_batch_size=4 // processes, num_generations=2, max_new_tokens=8, **PLAIN
@@ -76,7 +89,7 @@ def rewards(folder: Path, processes: int) -> CrossTokenizerGKDTrainer:
     return trainer
 
 
-CASES = {"preference": preference, "rewards": rewards}
+CASES = {"preference": preference, "preference-of-itself": preference_of_itself, "rewards": rewards}
 
 
 def save_models(folder: Path):
