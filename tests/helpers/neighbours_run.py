@@ -57,7 +57,11 @@ def preference(folder: Path, processes: int) -> CrossTokenizerDPOTrainer:
 def preference_of_itself(folder: Path, processes: int) -> CrossTokenizerDPOTrainer:
     """In half precision, with the student as its own reference, and texts whose log-probs half precision would round to whole nats."""
     rows = [
-        {"prompt": row, "chosen": said(f"{n + 40} is the sum" + " of one" * 40), "rejected": said("is what" + " of two" * n)}
+        {
+            "prompt": row,
+            "chosen": said(f"{n + 40} is the sum" + " of one" * 40),
+            "rejected": said("is what" + " of two" * n),
+        }
         for n, row in enumerate(prompts(8)["prompt"])
     ]
     settings = {**PLAIN, "bf16": True, "beta": 1.0, "max_steps": 1}
