@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from torch.distributed.tensor import DTensor
@@ -152,8 +152,8 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
     on the preference and one on its opposite, a chunk's weight depends on the difference between their log-probs.
 
     Overrides of `DPOTrainer`: `_prepare_dataset` (two conversations), `_precompute_ref_logps` (the teacher's columns),
-    `_compute_loss` (a weight for each token), `prediction_step` (see `without_backward`) and `train` (a resumed run keeps the day that
-    its prompts write). All else is inherited.
+    `_prepare_input` (columns keep their precision), `_compute_loss` (a weight for each token), `prediction_step` (see
+    `without_backward`) and `train` (a resumed run keeps the day that its prompts write). All else is inherited.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
@@ -443,6 +443,10 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
         return weights
 
     # Loss
+
+    def _prepare_input(self, data):
+        """Moves `data` to the device and keeps its precision. Trainer's own would round the teacher's columns to DeepSpeed's."""
+        return send_to_device(data, self.args.device)
 
     def _compute_loss(self, model, inputs, return_outputs):
         weights, starts = inputs.pop("completion_weights"), inputs["completion_mask"].argmax(1)

@@ -179,6 +179,16 @@ def test_a_reference_that_is_the_student_costs_log_two_at_the_first_step(tmp_pat
     assert losses(trainer) == pytest.approx([math.log(2)], abs=1e-5)
 
 
+def test_the_teachers_columns_keep_their_precision_under_deepspeed(tmp_path):
+    """Trainer would round them to DeepSpeed's bfloat16: a sum of log-probs by up to 1 where it is below -256."""
+    trainer = build(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    batch = next(iter(trainer.get_train_dataloader()))
+    moved = trainer._prepare_inputs(dict(batch))
+    for name in ("ref_chosen_logps", "ref_rejected_logps", "completion_weights"):
+        assert moved[name].dtype == torch.float32 and torch.equal(moved[name], batch[name])
+
+
 def test_swapping_a_pair_and_the_sign_of_mu_turns_the_margin_round(tmp_path):
     weighers = teacher_model(), teacher_model()
     with torch.no_grad():
