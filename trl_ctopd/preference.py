@@ -17,6 +17,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -51,10 +52,12 @@ from .teachers.local import LocalTeacher, load_teacher
 from .teachers.panel import Panel
 from .teachers.readings import arrived
 from .text.chat import Speaker
+from .training.adapters import ResumedAdapters
 from .training.checkpoints import asked_for
 from .training.checks import check_offloading
 from .training.ended import EndedRun
 from .training.student import check_invoked
+from .training.watch import FiniteWeights
 
 
 logger = get_logger(__name__)
@@ -143,7 +146,7 @@ class CrossTokenizerDPOConfig(DPOConfig):
         return super(CrossTokenizerDPOConfig, with_kwargs_as_json(self)).to_dict()
 
 
-class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
+class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
     """
     CTPD (arXiv 2601.11865): DPO by chunks, whose reference is a teacher with another tokenizer and chat template.
 
@@ -203,7 +206,7 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
             raise ValueError(
                 "A chunk's weight needs both positive_teacher and negative_teacher: pass both, or neither."
             )
-        if kwargs.get("ref_model") is not None:
+        if kwargs.pop("ref_model", None) is not None:
             raise ValueError("`ref_model` cannot be set, since the teacher is the reference: leave it out.")
         evaluated = kwargs.get("eval_dataset")
         evaluated = evaluated if isinstance(evaluated, Mapping) else {"eval": evaluated}
@@ -228,6 +231,7 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
         self._teachers_sit = False
         super().__init__(
             model,
+            ref_model=nn.Module(),  # see `ref_model`
             args=args,
             data_collator=_Collator(
                 pad_token_id=processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
@@ -243,7 +247,20 @@ class CrossTokenizerDPOTrainer(EndedRun, DPOTrainer):
         self._invocation = invocation_of(self.model)
         if self._invocation is not None:
             check_invoked(self._invocation, self.train_dataset)
-        self.add_callback(self._day)
+        finite = FiniteWeights()
+        finite.accelerator = self.accelerator
+        for own in (self._day, finite):
+            self.add_callback(own)
+
+    @property
+    def ref_model(self) -> None:
+        """No model: the reference is the teacher's columns. What is set is not kept. With one given, `DPOTrainer` adds no copy of a `PeftModel`'s
+        adapter, which would be saved with it, and which with PiSSA changes the student; and under FSDP it loads no second student."""
+        return None
+
+    @ref_model.setter
+    def ref_model(self, given):
+        pass
 
     # Card
 

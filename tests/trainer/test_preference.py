@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoHaConfig, LoraConfig, get_peft_model
-from toys import student_model, student_tokenizer, teacher_model, teacher_tokenizer
+from toys import student_model, student_tokenizer, teacher_model, teacher_tokenizer, weights
 from trl import DPOConfig, DPOTrainer
 
 from trl_ctopd import preference
@@ -94,6 +94,47 @@ def build(folder, dataset=None, model=None, teacher=None, teacher_tokens=None, w
 def losses(trainer):
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_an_adapter_in_half_precision_goes_on_in_it_when_its_run_is_resumed(tmp_path):
+    """As TRL makes that of a quantized student."""
+
+    def student():
+        torch.manual_seed(5)
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        return get_peft_model(student_model().to(torch.bfloat16), config, autocast_adapter_dtype=False)
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 0.1}
+    whole = build(tmp_path, model=student(), **settings)
+    whole.train()
+    resumed = build(tmp_path, model=student(), **{**settings, "save_strategy": "no"})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert {own.dtype for own in resumed.model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_an_adapter_that_is_given_is_learned_as_it_is_and_saved_alone(tmp_path, name):
+    """TRL's DPOTrainer adds a copy as the reference, of which PiSSA makes another base model."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    student = get_peft_model(student_model(), config, adapter_name=name)
+    before = {own: weight.clone() for own, weight in student.state_dict().items()}
+    trainer = build(tmp_path, model=student)
+    assert list(trainer.model.peft_config) == [name]
+    assert all(torch.equal(weight, before[own]) for own, weight in trainer.model.state_dict().items())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    folders = [own.name for own in (tmp_path / "saved").iterdir() if own.is_dir()]
+    assert folders == ([] if name == "default" else [name])
+
+
+def test_pairs_of_a_student_whose_weights_are_not_finite_end_the_run_before_a_checkpoint_of_them(tmp_path):
+    trainer = build(tmp_path, save_strategy="steps", save_steps=1)
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[5] = torch.nan
+    with pytest.raises(FloatingPointError, match="Weights of the student are NaN or infinite before the first step"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("streamed", ["dataset", "eval_dataset"])

@@ -26,10 +26,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
-from peft import PeftModel, PeftType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
-from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
@@ -41,7 +38,6 @@ from ..teachers.readings import settled
 logger = get_logger(__name__)
 
 MANIFEST = "checkpoint.json"
-_ENCODER = "prompt_encoder.pt"
 RUN = "_run.json"  # the leading underscore keeps it from being pushed to the hub
 # settings that are saved with the optimizer's state, and come back with it
 _OF_OPTIMIZER = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
@@ -347,58 +343,6 @@ def _steps_in(run: Path, lineage: Lineage | None) -> tuple[set[int], set[int], s
         found = {step for path, step in steps.items() if step in everywhere and lineage.has(path, step)}
         own = set.intersection(*gather_object([found]))
     return own, set(steps.values()) - everywhere, everywhere - own
-
-
-def folder_of_adapter(checkpoint: str, name: str) -> Path | None:
-    """Where PEFT has saved the adapter `name`; None where `checkpoint` has none of that name."""
-    folder = Path(checkpoint, "" if name == "default" else name)
-    files = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    return folder if any((folder / file).is_file() for file in files) else None
-
-
-def load_adapters(model: PeftModel, checkpoint: str):
-    """
-    Reads the weights of the adapters that `checkpoint` has. Which are on, which weights are trained, and their dtype stay as they are.
-
-    Raises:
-        ValueError: where an adapter that is on is not there.
-    """
-    folders = {name: folder_of_adapter(checkpoint, name) for name in model.peft_config}
-    if lacking := [name for name in model.active_adapters if folders[name] is None]:
-        raise ValueError(
-            f"{checkpoint} has no adapter named {lacking[0]!r}, which the student has switched on: switch on those of the run that was saved "
-            "(`set_adapter`), or begin a new run."
-        )
-    training = model.training
-    for name, folder in folders.items():
-        if folder is not None:
-            model.load_adapter(folder, name, autocast_adapter_dtype=False)
-    model.train(training)
-
-
-def encoder_of(model: nn.Module) -> nn.Module | None:
-    """What makes the virtual tokens of an adapter, where PEFT saves only what it makes, and reads that as what it makes them of; else None."""
-    if not isinstance(model, PeftModel):
-        return None
-    config = model.active_peft_config
-    projects = config.peft_type in (PeftType.P_TUNING, PeftType.CPT) or getattr(config, "prefix_projection", False)
-    return model.prompt_encoder[model.active_adapter] if projects else None
-
-
-def save_encoder(encoder: nn.Module, folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(encoder.state_dict(), folder / _ENCODER)
-
-
-def load_encoder(encoder: nn.Module, checkpoint: str):
-    """Raises `ValueError` for a checkpoint without the encoder."""
-    file = Path(checkpoint) / _ENCODER
-    if not file.exists():
-        raise ValueError(
-            f"{checkpoint} has no {_ENCODER}: it holds the adapter's virtual tokens, and not the {type(encoder).__name__} that makes them, "
-            "so that training cannot go on from it. Begin a new run."
-        )
-    encoder.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
 class PendingRollouts:

@@ -12,17 +12,16 @@ from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import SCHEDULER_NAME
 
 from ..config import CrossTokenizerGKDConfig
 from ..gkd import GKDTrainer
-from ..models.sharding import SHARDING
 from ..rollouts.ahead import Windows
 from ..rollouts.pairing import Prompt
 from ..rollouts.prompts import RepeatedWindows, WholeBatches
 from . import checkpoints
+from .adapters import ResumedAdapters
 from .ended import EndedRun
 from .identity import identity
 
@@ -30,7 +29,7 @@ from .identity import identity
 logger = get_logger(__name__)
 
 
-class ResumableTrainer(EndedRun, GKDTrainer):
+class ResumableTrainer(EndedRun, ResumedAdapters, GKDTrainer):
     """
     A `GKDTrainer` whose runs resume to the weights of the uninterrupted run. docs/resuming.md says what is promised.
 
@@ -42,9 +41,7 @@ class ResumableTrainer(EndedRun, GKDTrainer):
       is, and takes all steps for the first one's;
     - `_run_epoch`: tells where an epoch's rows come from, for prompts that are read before they are due;
     - `train`, `_save_checkpoint`, `_save_rng_state`, `_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_from_checkpoint`: a
-      run resumes from a complete checkpoint of its own, with the rollouts that were not yet used;
-    - `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`: what makes an adapter's virtual tokens is saved and loaded too, and
-      adapters of any name are loaded.
+      run resumes from a complete checkpoint of its own, with the rollouts that were not yet used.
 
     A subclass calls `_prepare_to_resume` before it renders its datasets, and has `panel`, `student_side`, `rollouts` and
     `_prepare_dataset`.
@@ -161,8 +158,6 @@ class ResumableTrainer(EndedRun, GKDTrainer):
         folder = checkpoints.folder_of(self._get_output_dir(trial), self.state.global_step)
         if self.args.should_save:
             checkpoints.clear(folder)
-            if self._encoder is not None:
-                checkpoints.save_encoder(self._encoder, folder)
         self.accelerator.wait_for_everyone()
         epoch, before = self._epoch_began
         place = epoch, self.state.global_step - before
@@ -239,27 +234,4 @@ class ResumableTrainer(EndedRun, GKDTrainer):
 
     def _load_from_checkpoint(self, checkpoint: str, *args, **kwargs):
         with checkpoints.read_whole(checkpoint):
-            if self._encoder is not None:
-                checkpoints.load_encoder(self._encoder, checkpoint)
-            elif self._has_adapters:
-                checkpoints.load_adapters(self.model, checkpoint)
-            else:
-                super()._load_from_checkpoint(checkpoint, *args, **kwargs)
-
-    def _load_best_model(self):
-        if self._encoder is not None:
-            checkpoints.load_encoder(self._encoder, self.state.best_model_checkpoint)
-        elif self._has_adapters:
-            checkpoints.load_adapters(self.model, self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
-
-    @property
-    def _has_adapters(self) -> bool:
-        """Whether adapters are read here. `Trainer` reads those in half precision as float32, and looks for the best ones only in the
-        checkpoint's own folder, where PEFT saves "default" alone. Its resume leaves one of several switched on, with all of its weights trained."""
-        return self.accelerator.distributed_type not in SHARDING and isinstance(self.model, PeftModel)
-
-    @property
-    def _encoder(self) -> torch.nn.Module | None:
-        return None if self.accelerator.distributed_type in SHARDING else checkpoints.encoder_of(self.model)
+            super()._load_from_checkpoint(checkpoint, *args, **kwargs)
