@@ -29,7 +29,7 @@ trainer.train()
 trainer.save_model()
 print(json.dumps({{
     "weights": weights(trainer)[:2000].double().tolist(),
-    "parents": [base.__module__ for base in type(trainer).__mro__[3:5]],
+    "parents": [base.__module__ for base in type(trainer).__mro__[4:6]],
     "settings": {{name: str(value) for name, value in args.to_dict().items() if name != "output_dir"}},
 }}))
 """
