@@ -156,7 +156,8 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
 
     Overrides of `DPOTrainer`: `_prepare_dataset` (two conversations), `_precompute_ref_logps` (the teacher's columns),
     `_prepare_input` (columns keep their precision), `_compute_loss` (a weight for each token), `prediction_step` (see
-    `without_backward`) and `train` (a resumed run keeps the day that its prompts write). All else is inherited.
+    `without_backward`), `ref_model` (there is none) and `train` (a resumed run keeps the day that its prompts write). All else is inherited
+    from there and from [`ResumedAdapters`].
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
