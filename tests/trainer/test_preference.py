@@ -279,7 +279,8 @@ def test_it_trains_an_adapter_across_tokenizers_and_the_margin_grows(tmp_path):
 
 
 def test_the_student_multiplies_by_the_faster_library_while_it_learns_pairs(tmp_path, monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    for name in ("onednn_packs", "onednn_is_faster"):
+        monkeypatch.setattr(products, name, lambda: True)
     trainer, seen = build(tmp_path, max_steps=1), set()
     layers = [own for name, own in trainer.model.named_modules() if name.endswith("_proj")]
     for own in layers:
