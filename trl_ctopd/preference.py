@@ -248,9 +248,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
         self._invocation = invocation_of(self.model)
         if self._invocation is not None:
             check_invoked(self._invocation, self.train_dataset)
-        finite = FiniteWeights()
-        finite.accelerator = self.accelerator
-        for own in (self._day, finite):
+        for own in (self._day, FiniteWeights()):
             self.add_callback(own)
 
     @property

@@ -149,7 +149,6 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         self._sampling = SamplingWatch(args)
         self._prepare_to_resume(args, train_dataset, eval_dataset)
 
-        finite = FiniteWeights()
         reports = [DistillationReportCallback()] if args.report else []
         # Not GKDTrainer's own, which refuses two vocabularies; everything else that it sets up is replaced here.
         super(GKDTrainer, self).__init__(
@@ -159,13 +158,12 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[self._timers["train"], finite, *reports, *(callbacks or [])],
+            callbacks=[self._timers["train"], FiniteWeights(), *reports, *(callbacks or [])],
             optimizers=optimizers,
             peft_config=peft_config,
         )
         data = self.train_dataset, self.eval_dataset, bool(tools)
         checks.check_run(args, self.accelerator, self.model, processing_class, *data)
-        finite.accelerator = self.accelerator
         keep_scores_in_float32(self.accelerator)
         # Trainer counts a step's tokens only for models that take loss kwargs. The loss here always needs the count.
         self.model_accepts_loss_kwargs = True

@@ -4,6 +4,7 @@ import math
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import reduce
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -23,18 +24,15 @@ _NATS = 0.02  # a smaller difference is rounding
 class FiniteWeights(TrainerCallback):
     """Ends a run whose student has NaN or infinite weights, before a checkpoint of it replaces the last good one."""
 
-    def __init__(self):
-        self.accelerator = None  # set once the trainer is built
-
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._check(model, "before the first step" if state.global_step == 0 else f"at step {state.global_step}")
+        when = "before the first step" if state.global_step == 0 else f"at step {state.global_step}"
+        self._check(model, args.device, when)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self._check(model, f"after step {state.global_step}")
+        self._check(model, args.device, f"after step {state.global_step}")
 
-    def _check(self, model: nn.Module, when: str):
-        bad = self.accelerator.reduce(torch.tensor(float(not are_finite(model)), device=self.accelerator.device))
-        if bad.item():
+    def _check(self, model: nn.Module, device: torch.device, when: str):
+        if reduce(torch.tensor(float(not are_finite(model)), device=device), "sum").item():
             raise FloatingPointError(
                 f"Weights of the student are NaN or infinite {when}, and nothing can be learned from there. No checkpoint of them was "
                 "saved: resume_from_checkpoint=True goes on from the last good one. Lower learning_rate, clip gradients "
