@@ -8,7 +8,15 @@ import torch
 from packaging.version import Version
 from peft import LoraConfig
 from toys import SGD, SHAPE, fix_rollouts, step_of, student_model, student_tokenizer, teacher_model, teacher_tokenizer
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DogeConfig, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DogeConfig,
+    Glm4MoeConfig,
+    GptOssConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
 
 from trl_ctopd.models.heads import _imbalance
 
@@ -131,6 +139,26 @@ def test_an_adapter_on_all_linear_layers_says_whether_it_reaches_the_experts(bui
     reached = reached and Version(peft.__version__) >= Version("0.20")  # before, PEFT counted linear layers alone
     assert bool(trained) == reached == ("The adapter reaches the experts of this " in caplog.text)
     assert ("leaves the experts of this " in caplog.text) != reached
+
+
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.20"), reason="before, PEFT counted linear layers alone")
+def test_shared_experts_that_an_adapter_leaves_out_are_named_with_the_setting_that_reaches_them(build, caplog):
+    own = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+    own |= {"head_dim": 16, "first_k_dense_replace": 1, "n_shared_experts": 1, "num_hidden_layers": 2}
+    config = Glm4MoeConfig(**{**SHAPE, "vocab_size": len(student_tokenizer()), **own})
+    build(model=AutoModelForCausalLM.from_config(config), peft_config=LoraConfig(target_modules="all-linear"))
+    assert "leaves linear layers beside them as they are" in caplog.text
+    names = sorted(f"mlp.{of}{part}_proj.weight" for of in ("", "shared_experts.") for part in ("down", "gate", "up"))
+    assert f"target_parameters={names}" in caplog.text
+    caplog.clear()
+    adapter = LoraConfig(target_modules="all-linear", target_parameters=names)
+    trainer = build(model=AutoModelForCausalLM.from_config(config), peft_config=adapter, max_steps=1)
+    assert "as they are" not in caplog.text
+    before = {name: part.clone() for name, part in trainer.model.named_parameters() if "lora_B" in name}
+    trainer.train()
+    moved = [name for name, part in trainer.model.named_parameters() if name in before and not part.equal(before[name])]
+    for own in ("layers.0.mlp.down_proj", "layers.1.mlp.shared_experts.down_proj", "layers.1.mlp.experts"):
+        assert any(own in name for name in moved)
 
 
 def test_the_three_shapes_have_a_balance_of_their_own():

@@ -50,6 +50,7 @@ _UNKNOWN = "an unknown token"
 # merges.
 _SPLIT_AS_GPT2 = {"gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"}
 _IGNORE_MERGES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+_NAMES_OF_EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
 
 
 def adapter_base(name: str, revision: str | None = None) -> str | None:
@@ -412,16 +413,23 @@ def switch_router_logits_off(model: PreTrainedModel):
 
 
 def warn_of_experts(model: nn.Module):
-    """Says whether an adapter reaches the experts of a mixture: with "all-linear" PEFT takes some families' and leaves others'."""
+    """Says whether an adapter reaches the experts of a mixture: with "all-linear" PEFT takes some families' and leaves others'. Where it takes them,
+    it takes the names of linear layers beside them for the experts' too (PEFT 0.21.2: shared experts, dense first layers), which have no adapter then."""
     if not isinstance(model, PeftModel):
         return
     experts = {
         name.rpartition(".")[2] for name, part in model.named_parameters() if ".experts." in name and part.ndim == 3
     }
     kind = type(model.get_base_model()).__name__
-    if trained := [name for name, part in model.named_parameters() if ".experts." in name and part.requires_grad]:
-        reached = sorted({name.partition(".experts.")[2].removesuffix(".weight") for name in trained})
-        logger.info(f"The adapter reaches the experts of this {kind}: {', '.join(reached)}.")
+    if any(".experts." in name and part.requires_grad for name, part in model.named_parameters()):
+        logger.info(f"The adapter reaches the experts of this {kind}.")
+        names = (name for name, part in model.named_modules() if isinstance(part, nn.Linear))
+        beside = {re.sub(r".*\.layers\.\d+\.", "", name) for name in names if name.endswith(_NAMES_OF_EXPERTS)}
+        if beside:
+            names = ", ".join(f"'{name}.weight'" for name in sorted(beside))
+            logger.warning(
+                f"The adapter reaches the experts of this {kind}, and leaves linear layers beside them as they are. To train them too, add target_parameters=[{names}] to its config."
+            )
     elif experts:
         names = ", ".join(f"'mlp.experts.{name}'" for name in sorted(experts) if "lora_" not in name)
         logger.warning(
