@@ -1,5 +1,6 @@
 """Models as they come: adapters by name or as modules, and students that could not be saved."""
 
+import itertools
 import json
 import shutil
 
@@ -21,7 +22,14 @@ from toys import (
     teacher_tokenizer,
     weights,
 )
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Glm4MoeConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from trl_ctopd.models.loading import adapter_base, check_saves, load_model, load_tokenizer
 
@@ -101,6 +109,48 @@ def test_an_adapter_that_does_not_say_of_which_model_is_refused_in_words(tmp_pat
     folder = saved(get_peft_model(student_model(), lora()), None, tmp_path / "bare")
     with pytest.raises(ValueError, match="does not say of which model"):
         adapter_base(folder)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_an_adapter_with_weights_that_fit_nothing_is_refused_in_words(build, tmp_path, student, side):
+    base = AutoModelForCausalLM.from_pretrained(student)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    folder = saved(adapted, student_tokenizer(), tmp_path / "adapter")
+    LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", base_model_name_or_path=student).save_pretrained(
+        folder
+    )
+    with pytest.raises(ValueError, match=r"of which 4 fit nothing in LlamaForCausalLM .*down_proj.*merge_and_unload"):
+        if side == "student":
+            build(model=folder, processing_class=None)
+        else:
+            build(teacher=folder, teacher_processing_class=student_tokenizer())
+
+
+@pytest.mark.parametrize(("shared", "refused"), [(1, True), (0, False)])
+def test_an_adapter_on_each_expert_is_read_into_fused_ones_or_refused(build, tmp_path, shared, refused):
+    """As transformers 4 has trained it, which has a module for each expert. PEFT has no place for what is on shared experts."""
+    own = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}
+    own |= {"head_dim": 16, "first_k_dense_replace": 0, "n_shared_experts": shared, "num_hidden_layers": 1}
+    config = Glm4MoeConfig(**{**SHAPE, "vocab_size": len(student_tokenizer()), **own})
+    base = saved(AutoModelForCausalLM.from_config(config), student_tokenizer(), tmp_path / "base")
+    ends = {"gate": (32, 64), "up": (32, 64), "down": (64, 32)}
+    layers = [f"experts.{n}." for n in range(4)] + ["shared_experts."] * shared
+    found = {}
+    for layer, (part, (size, out)) in itertools.product(layers, ends.items()):
+        at = f"base_model.model.model.layers.0.mlp.{layer}{part}_proj"
+        found |= {f"{at}.lora_A.weight": torch.randn(8, size), f"{at}.lora_B.weight": torch.randn(out, 8)}
+    adapter = LoraConfig(
+        r=8, target_modules=[f"{part}_proj" for part in ends], task_type="CAUSAL_LM", base_model_name_or_path=base
+    )
+    adapter.save_pretrained(tmp_path / "adapter")
+    save_file(found, tmp_path / "adapter" / "adapter_model.safetensors")
+    if not refused:
+        trainer = build(model=str(tmp_path / "adapter"), processing_class=None)
+        loaded = {n: p for n, p in trainer.model.named_parameters() if "lora_B" in n}
+        assert loaded and all(weight.count_nonzero() for weight in loaded.values())
+        return
+    with pytest.raises(ValueError, match=r"of which 6 fit nothing in Glm4MoeForCausalLM .*shared_experts"):
+        build(model=str(tmp_path / "adapter"), processing_class=None)
 
 
 # --- what could not be saved

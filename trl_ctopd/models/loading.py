@@ -11,12 +11,13 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import peft
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import get_max_memory
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -50,6 +51,12 @@ _UNKNOWN = "an unknown token"
 # merges.
 _SPLIT_AS_GPT2 = {"gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"}
 _IGNORE_MERGES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+_OF_THE_HUB = (
+    "revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+)  # arguments of `from_pretrained` that find an adapter's file
 _NAMES_OF_EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
 
 
@@ -88,7 +95,24 @@ def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedMo
     dtype = kwargs.get("dtype", "float32")
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
-    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trainable, **{**kwargs, "dtype": dtype})
+    model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=trainable, **{**kwargs, "dtype": dtype})
+    _check_adapter_fits(model, name, {key: kwargs[key] for key in _OF_THE_HUB if key in kwargs})
+    return model
+
+
+def _check_adapter_fits(model: PeftModel, name: str, of_the_hub: dict):
+    """Raises `ValueError` where the file of the adapter `name` has weights that fit nothing in `model`: PEFT leaves them out and says nothing. It
+    says what it has left out to who loads weights into a model, and so they are loaded once more."""
+    if model.active_peft_config.is_prompt_learning or any(part.is_meta for part in model.parameters()):
+        return  # PEFT counts virtual tokens as unfit, and cannot load into weights that are on disk
+    weights = load_peft_weights(name, device="cpu", **of_the_hub)
+    if unfit := set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter).unexpected_keys:
+        raise ValueError(
+            f"{name} is an adapter with {len(weights)} weights, of which {len(unfit)} fit nothing in {type(model.get_base_model()).__name__} as "
+            f"transformers {transformers.__version__} and PEFT {peft.__version__} build it ({unfit[0]}): they would be left out, and the model would "
+            "be another one. With the versions that it was trained with, save the merged model (`merge_and_unload().save_pretrained(folder)`), and "
+            "pass that."
+        )
 
 
 def _check_gguf_positions(name: str, gguf_file: str, revision: str | None):
