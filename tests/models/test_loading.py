@@ -126,9 +126,17 @@ def test_an_adapter_with_weights_that_fit_nothing_is_refused_in_words(build, tmp
             build(teacher=folder, teacher_processing_class=student_tokenizer())
 
 
-@pytest.mark.parametrize(("shared", "refused"), [(1, True), (0, False)])
-def test_an_adapter_on_each_expert_is_read_into_fused_ones_or_refused(build, tmp_path, shared, refused):
-    """As transformers 4 has trained it, which has a module for each expert. PEFT has no place for what is on shared experts."""
+@pytest.mark.parametrize(
+    ("shared", "rslora", "refusal"),
+    [
+        (0, False, None),
+        (1, False, "of which 6 fit nothing in Glm4MoeForCausalLM .*shared_experts"),
+        (0, True, "rsLoRA"),
+    ],
+)
+def test_an_adapter_on_each_expert_is_read_into_fused_ones_or_refused(build, tmp_path, shared, rslora, refusal):
+    """As transformers 4 has trained it, which has a module for each expert. PEFT has no place for what is on shared experts, and scales rsLoRA
+    otherwise."""
     own = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}
     own |= {"head_dim": 16, "first_k_dense_replace": 0, "n_shared_experts": shared, "num_hidden_layers": 1}
     config = Glm4MoeConfig(**{**SHAPE, "vocab_size": len(student_tokenizer()), **own})
@@ -140,16 +148,20 @@ def test_an_adapter_on_each_expert_is_read_into_fused_ones_or_refused(build, tmp
         at = f"base_model.model.model.layers.0.mlp.{layer}{part}_proj"
         found |= {f"{at}.lora_A.weight": torch.randn(8, size), f"{at}.lora_B.weight": torch.randn(out, 8)}
     adapter = LoraConfig(
-        r=8, target_modules=[f"{part}_proj" for part in ends], task_type="CAUSAL_LM", base_model_name_or_path=base
+        r=8,
+        target_modules=[f"{part}_proj" for part in ends],
+        use_rslora=rslora,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
     )
     adapter.save_pretrained(tmp_path / "adapter")
     save_file(found, tmp_path / "adapter" / "adapter_model.safetensors")
-    if not refused:
+    if refusal is None:
         trainer = build(model=str(tmp_path / "adapter"), processing_class=None)
         loaded = {n: p for n, p in trainer.model.named_parameters() if "lora_B" in n}
         assert loaded and all(weight.count_nonzero() for weight in loaded.values())
         return
-    with pytest.raises(ValueError, match=r"of which 6 fit nothing in Glm4MoeForCausalLM .*shared_experts"):
+    with pytest.raises(ValueError, match=refusal):
         build(model=str(tmp_path / "adapter"), processing_class=None)
 
 

@@ -101,17 +101,24 @@ def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedMo
 
 
 def _check_adapter_fits(model: PeftModel, name: str, of_the_hub: dict):
-    """Raises `ValueError` where the file of the adapter `name` has weights that fit nothing in `model`: PEFT leaves them out and says nothing. It
-    says what it has left out to who loads weights into a model, and so they are loaded once more."""
+    """Raises `ValueError` where the file of the adapter `name` has weights that fit nothing in `model`, or that PEFT 0.21.2 scales otherwise
+    (findings/shared_experts_get_no_adapter.sh). It leaves the former out and says nothing; it says what it has left out to who loads weights into a
+    model, and so they are loaded once more."""
     if model.active_peft_config.is_prompt_learning or any(part.is_meta for part in model.parameters()):
         return  # PEFT counts virtual tokens as unfit, and cannot load into weights that are on disk
     weights = load_peft_weights(name, device="cpu", **of_the_hub)
+    instead = "With the versions that it was trained with, save the merged model (`merge_and_unload().save_pretrained(folder)`), and pass that."
+    saved, built = (any(".experts.0." in key for key in keys) for keys in (weights, dict(model.named_modules())))
+    if getattr(model.active_peft_config, "use_rslora", False) and saved and not built:
+        raise ValueError(
+            f"{name} is an adapter with rsLoRA on each expert, which PEFT {peft.__version__} reads into the fused ones of transformers "
+            f"{transformers.__version__} with twice the rank and alpha: its part in them would be larger by the root of 2. {instead}"
+        )
     if unfit := set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter).unexpected_keys:
         raise ValueError(
             f"{name} is an adapter with {len(weights)} weights, of which {len(unfit)} fit nothing in {type(model.get_base_model()).__name__} as "
             f"transformers {transformers.__version__} and PEFT {peft.__version__} build it ({unfit[0]}): they would be left out, and the model would "
-            "be another one. With the versions that it was trained with, save the merged model (`merge_and_unload().save_pretrained(folder)`), and "
-            "pass that."
+            f"be another one. {instead}"
         )
 
 
