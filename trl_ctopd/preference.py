@@ -40,7 +40,7 @@ from .config import (
 from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.activated import activation_of_rows, invocation_of, without_backward
-from .models.heads import base_model, context_of
+from .models.heads import base_model, context_of, unbind_forward
 from .models.loading import by_name, check_vocabulary, disable_dropout, load_tokenizer
 from .models.products import faster_products
 from .models.quantized import prepare_quantized
@@ -241,6 +241,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        unbind_forward(base_model(self.model))
         prepare_quantized(base_model(self.model), self.accelerator.autocast)
         check_causal("student", self.model)
         if args.disable_dropout:

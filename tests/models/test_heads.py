@@ -1,6 +1,7 @@
 """The LM head by itself, on what the backbone hands to it, against the model's own logits: tiny models of many families
 that do more with them than a matrix product, or do it in their own way."""
 
+import copy
 import functools
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import transformers
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
-from toys import student_model
+from toys import student_model, teacher_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trl_ctopd.models import heads
@@ -427,3 +428,16 @@ def test_padding_at_the_end_changes_no_score_though_nothing_masks_it(family):
     targets = short[:, [1, 2, 4]].flatten()
     together = model(input_ids=padded, scored=torch.stack([rows, (columns - 3).repeat(2)]), targets=targets)
     torch.testing.assert_close(together.log_probs, torch.cat([own.log_probs for own in alone]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")])
+def test_a_copy_of_a_student_or_a_teacher_computes_with_its_own_weights(build, adapter):
+    trainer = build(model=student_model(), teacher=teacher_model(), peft_config=adapter)
+    trainer.train()
+    for model in (trainer.model, trainer.teacher_model):
+        other = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            assert torch.equal(other(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+            for weight in other.parameters():
+                weight.zero_()
+            assert not other(input_ids=IDS).logits.any()

@@ -549,3 +549,14 @@ def test_the_end_of_a_plain_text_weighs_by_all_the_ends_that_its_teachers_may_wr
     asked = [rollout.teacher_prompt_ids], [rollout.teacher_ids], [rollout.other_ends]
     ends = [own.log_probs(*asked)[0][-1].item() for own in trainer._weighers]
     assert row["chosen_weights"][-1] == pytest.approx(np.exp(ends[0] - ends[1]), rel=1e-4)
+
+
+def test_a_copy_of_the_student_computes_with_its_own_weights(tmp_path):
+    trainer = build(tmp_path, model=student_model(), max_steps=1)
+    trainer.train()
+    other, ids = copy.deepcopy(trainer.model).eval(), torch.arange(20, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(other(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+        for weight in other.parameters():
+            weight.zero_()
+        assert not other(input_ids=ids).logits.any()

@@ -9,6 +9,7 @@ head. Under ZeRO-3 and FSDP2 its weight is gathered once for a micro-batch, not 
 """
 
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -89,13 +90,13 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
         temperature (`float`): the logits are divided by it.
         entropy (`bool`): whether entropies are computed too.
     """
-    original = model.forward
+    original = _of_any(model.forward)
     outputs = ("entropy",) if entropy else ()
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
     def forward(self, *args, scored=None, targets=None, routed=None, going_on=None, ends=None, **kwargs):
         if scored is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         kwargs["use_cache"] = False
         if routed is not None:
             kwargs["output_router_logits"] = True
@@ -137,6 +138,30 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
             )
 
     model.forward = types.MethodType(forward, model)
+
+
+def unbind_forward(model: PreTrainedModel):
+    """Makes a deep copy of `model` compute with its own weights, after TRL has added its fused head, beneath which it keeps the forward pass of `model` (findings/copies_compute_as_the_original.sh)."""
+    model.forward = types.MethodType(_of_any(model.forward), model)
+
+
+def _of_any(forward: Callable) -> Callable:
+    """A model's `forward` as a function of the model, and so that of a deep copy too."""
+    if not hasattr(forward, "__func__"):  # a hook of Accelerate's
+        return lambda _, *args, **kwargs: forward(*args, **kwargs)
+    function = forward.__func__
+    beneath = inspect.getclosurevars(function).nonlocals.get("original_forward")
+    if beneath is None:
+        return function
+    plain = _of_any(beneath)
+
+    @functools.wraps(function)
+    def own(self, *args, fused_lm_head=False, **kwargs):
+        if fused_lm_head:
+            return function(self, *args, fused_lm_head=True, **kwargs)
+        return plain(self, *args, **kwargs)
+
+    return own
 
 
 def attention_mask_of(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
