@@ -54,7 +54,7 @@ from .teachers.readings import arrived
 from .text.chat import Speaker
 from .training.adapters import ResumedAdapters
 from .training.checkpoints import asked_for
-from .training.checks import check_offloading
+from .training.checks import check_apart, check_offloading
 from .training.ended import EndedRun
 from .training.student import check_invoked
 from .training.watch import FiniteWeights
@@ -203,6 +203,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
         if not isinstance(args, CrossTokenizerDPOConfig):
             raise TypeError(f"`args` must be a CrossTokenizerDPOConfig, got {type(args).__name__}.")
         check_offloading(args)
+        check_apart(model, teacher_model, positive_teacher, negative_teacher)
         if (positive_teacher is None) != (negative_teacher is None):
             raise ValueError(
                 "A chunk's weight needs both positive_teacher and negative_teacher: pass both, or neither."

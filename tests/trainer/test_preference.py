@@ -560,3 +560,11 @@ def test_a_copy_of_the_student_computes_with_its_own_weights(tmp_path):
         for weight in other.parameters():
             weight.zero_()
         assert not other(input_ids=ids).logits.any()
+
+
+@pytest.mark.parametrize("side", ["teacher", "weighers"])
+def test_a_student_that_is_one_of_its_teachers_is_refused(tmp_path, side):
+    model = student_model()
+    given = {"teacher": model} if side == "teacher" else {"weighers": (model, student_model(1))}
+    with pytest.raises(ValueError, match="Teacher and student are the same module"):
+        build(tmp_path, model=model, **given)

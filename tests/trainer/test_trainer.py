@@ -139,6 +139,16 @@ def test_the_head_never_sees_a_whole_vocabulary_of_logits_to_score(build):
     assert calls == [], "scoring goes through the fused head, which multiplies tile by tile"
 
 
+def test_two_trainers_of_unlike_temperatures_share_a_teacher_and_a_student(build):
+    steps = []
+    for temperatures in ([1.0], [1.0, 0.5], [0.5]):
+        shared = {"model": student_model(), "teacher": teacher_model()}
+        first, *_ = [fix_rollouts(build(**shared, temperature=own, **SGD)) for own in temperatures]
+        steps.append(step_of(first))
+    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=0)
+    assert (steps[0] - steps[2]).abs().max() > 0.1 * steps[0].abs().max()
+
+
 def test_rollouts_are_scored_at_the_temperature_they_were_drawn_at(build):
     for temperature in (1.0, 0.5):
         trainer = fix_rollouts(build(temperature=temperature))

@@ -89,12 +89,24 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
         model (`PreTrainedModel`): a causal language model.
         temperature (`float`): the logits are divided by it.
         entropy (`bool`): whether entropies are computed too.
+
+    A call with `scored` may have a `temperature` and an `entropy` of its own: a model that two trainers share has been made ready twice.
     """
     original = _of_any(model.forward)
-    outputs = ("entropy",) if entropy else ()
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
-    def forward(self, *args, scored=None, targets=None, routed=None, going_on=None, ends=None, **kwargs):
+    def forward(
+        self,
+        *args,
+        scored=None,
+        targets=None,
+        routed=None,
+        going_on=None,
+        ends=None,
+        temperature=temperature,
+        entropy=entropy,
+        **kwargs,
+    ):
         if scored is None:
             return original(self, *args, **kwargs)
         kwargs["use_cache"] = False
@@ -132,7 +144,7 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
                     _TILE_COLUMNS.get(weight.device.type, _SMALL_TILE_COLUMNS),
                     softcap,
                     scale,
-                    outputs,
+                    ("entropy",) if entropy else (),
                 )[:2],
                 imbalance,
             )

@@ -105,7 +105,7 @@ class LocalTeacher:
         self.config = model.config
         self.generation_config = model.generation_config
         self.batch_size = batch_size
-        self._accelerator = accelerator
+        self._accelerator, self._temperature = accelerator, temperature
         if not getattr(self.base_model, "is_quantized", False):  # many of these have no derivatives
             check_causal("teacher", model)
         self.model = place_teacher(model, accelerator)
@@ -289,7 +289,7 @@ class LocalTeacher:
             places = [own + start for own, start in zip(places, starts, strict=True)]
             inputs["going_on"] = in_tile_order(places, ids).to(self.device)
         with self._accelerator.autocast(), capture as states:  # the precision that the student is scored in
-            scores = self.model(**inputs)
+            scores = self.model(**inputs, temperature=self._temperature)
         *log_probs, others = scores.log_probs.split([*counts, len(ends)])
         for (row, _), other in zip(ends, others, strict=True):
             log_probs[row][-1] = torch.logaddexp(log_probs[row][-1], other)

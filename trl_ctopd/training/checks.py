@@ -44,11 +44,8 @@ def check_arguments(model, teacher_model, args, train_dataset, peft_config=None)
     check_reuse(args, train_dataset)
 
 
-def check_teachers(args: CrossTokenizerGKDConfig, model, teacher_model):
-    """Raises `ValueError` without a teacher, for one that is the student or within it, and for settings that `teacher_model` cannot follow."""
-    if teacher_model is None or teacher_model in ({}, []):
-        raise ValueError("No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` in the config.")
-    teachers = list(teacher_model.values()) if isinstance(teacher_model, Mapping) else [teacher_model]
+def check_apart(model, *teachers):
+    """Raises `ValueError` where the student is one of its teachers, or shares weights with one."""
     if any(teacher is model for teacher in teachers) and not isinstance(model, str):
         raise ValueError("Teacher and student are the same module; load the teacher apart, since it is frozen.")
     own = {id(parameter) for parameter in model.parameters()} if isinstance(model, nn.Module) else set()
@@ -59,6 +56,14 @@ def check_teachers(args: CrossTokenizerGKDConfig, model, teacher_model):
                 f"Teacher and student share {len(shared)} weights: the {type(teacher).__name__} is within the student, or the "
                 "student within it, and what an adapter adds is added in both. Load the teacher apart, since it is frozen."
             )
+
+
+def check_teachers(args: CrossTokenizerGKDConfig, model, teacher_model):
+    """Raises `ValueError` without a teacher, for one that is the student or within it, and for settings that `teacher_model` cannot follow."""
+    if teacher_model is None or teacher_model in ({}, []):
+        raise ValueError("No teacher: pass `teacher_model`, or set `teacher_model_name_or_path` in the config.")
+    teachers = list(teacher_model.values()) if isinstance(teacher_model, Mapping) else [teacher_model]
+    check_apart(model, *teachers)
     by_name = [teacher for teacher in teachers if isinstance(teacher, str) and not is_url(teacher)]
     for name in by_name:
         if is_url_without_scheme(name) and not Path(name).exists():

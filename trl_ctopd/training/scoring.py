@@ -122,6 +122,8 @@ class Scorer:
             scores = model(
                 **_rows(unwrapped, inputs, asked),
                 targets=targets,
+                temperature=self._args.temperature,
+                entropy=True,
                 **self._routed(inputs),
                 **({"going_on": inputs["going_on"]} if "going_on" in inputs else {}),
             )
@@ -168,7 +170,8 @@ class Scorer:
             metrics = {**metrics, **of_sampling}
         if self._reference is not None and inputs["on_policy"]:
             places, tokens = torch.cat([scored, asked[:, told:]], 1), torch.cat([targets[:count], targets[told:]])
-            found = self._reference.log_probs(model, **_rows(unwrapped, inputs, places), targets=tokens)
+            rows = _rows(unwrapped, inputs, places)
+            found = self._reference.log_probs(model, **rows, targets=tokens, temperature=self._args.temperature)
             _, batch.reference_log_probs = _of_ends(found, inputs)
         if on_distributions:
             length = log_probs.shape[1]  # prompt-learning adapters put virtual tokens in front
