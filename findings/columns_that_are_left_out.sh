@@ -2,15 +2,14 @@
 # trl 1.16.0 with transformers 5.23.0
 #
 # SFTTrainer gives a row's `tools` and `chat_template_kwargs` to the chat template. GKDTrainer, IWOPDTrainer, DistillationTrainer and GRPOTrainer leave
-# both columns out of the prompts that they make, GOLDTrainer the tools. GKD, GOLD and IW-OPD are given the columns (they are among the columns that
-# are not removed), and do not read them. No error, no warning.
+# both columns out of the prompts that they make, GOLDTrainer the tools. GKD, GOLD and IW-OPD keep the columns up to the data collator, which does
+# not read them. No error, no warning.
 #
 # Seen: one row with a tool `weather` and a variable of the template. The prompt of SFTTrainer has both. That of GOLD has the variable, that of
 # the four others neither.
 #
-# Why it matters: a student that is trained by SFT on conversations with tools, and distilled on the same rows, answers prompts without tools there:
-# it learns not to call them. Rows that ask for answers without a thought (`enable_thinking`: False) are answered with one. Teacher and student
-# read the same prompt, so the loss does not show it.
+# Why it matters: on the same rows a student is trained with its tools by SFT and asked without them when it is distilled, and a variable that turns
+# thoughts off (`enable_thinking`) does nothing. Teacher and student read the same prompt, so that the loss does not tell. Render prompts beforehand.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
