@@ -99,5 +99,5 @@ for name, (tool, variable) in found.items():
 expected = {"SFT": (True, True), "GOLD": (False, True)}
 sys.exit(found != {name: expected.get(name, (False, False)) for name in makers})
 PY
-"$folder/venv/bin/python" "$folder/look.py" "$folder" 2> "$folder/warnings" > "$folder/out" || { tail -30 "$folder/warnings"; cat "$folder/out"; exit 1; }
-grep '^seen' "$folder/out"
+"$folder/venv/bin/python" "$folder/look.py" "$folder" 2> "$folder/warnings" > "$folder/said" || { tail -30 "$folder/warnings"; cat "$folder/said"; exit 1; }
+grep '^seen' "$folder/said"

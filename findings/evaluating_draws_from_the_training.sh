@@ -92,5 +92,5 @@ for name in ("SFT", "GKD", "GOLD", "IW-OPD", "Distillation"):
     right = right and once[0].equal(again[0]) and first[0] == first[1] and (apart == 0 if name == "SFT" else apart > 0.01 and second[0] != second[1])
 sys.exit(not right)
 PY
-"$folder/venv/bin/python" "$folder/look.py" "$folder" 2> "$folder/warnings" > "$folder/out" || { tail -30 "$folder/warnings"; cat "$folder/out"; exit 1; }
-grep '^seen' "$folder/out"
+"$folder/venv/bin/python" "$folder/look.py" "$folder" 2> "$folder/warnings" > "$folder/said" || { tail -30 "$folder/warnings"; cat "$folder/said"; exit 1; }
+grep '^seen' "$folder/said"

@@ -68,5 +68,5 @@ short, long = step("a", **sgd)[0], step("a" * 35, **sgd)[0]
 print(f"seen: with answers of 2 tokens the step is {short / long:.1f} times as long as with answers of 36")
 sys.exit(not (finite == 0 and loss == 0 and round(short / long) == 18))
 PY
-"$folder/venv/bin/python" "$folder/look.py" "$folder" 2> "$folder/warnings" > "$folder/out" || { tail -30 "$folder/warnings"; cat "$folder/out"; exit 1; }
-grep '^seen' "$folder/out"
+"$folder/venv/bin/python" "$folder/look.py" "$folder" 2> "$folder/warnings" > "$folder/said" || { tail -30 "$folder/warnings"; cat "$folder/said"; exit 1; }
+grep '^seen' "$folder/said"

@@ -76,4 +76,4 @@ for parts in (1, 2):
     )
 sys.exit(found != [(24, 24, 16, 16, 0.0), (24, 8, 16, 8, 0.5)])
 PY
-"$folder/venv/bin/python" "$folder/look.py" "$folder" 2> "$folder/warnings" > "$folder/out" && grep '^seen' "$folder/out" || { tail -30 "$folder/warnings"; cat "$folder/out"; exit 1; }
+"$folder/venv/bin/python" "$folder/look.py" "$folder" 2> "$folder/warnings" > "$folder/said" && grep '^seen' "$folder/said" || { tail -30 "$folder/warnings"; cat "$folder/said"; exit 1; }

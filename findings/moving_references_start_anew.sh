@@ -89,5 +89,5 @@ for name in ("SDFT", "DPO"):
     right = right and moved > 0.05 and moved_again == 0 and same and min(apart, apart_average) > 1e-3
 sys.exit(not right)
 PY
-"$folder/venv/bin/python" "$folder/look.py" "$folder" 2> "$folder/warnings" > "$folder/out" || { tail -30 "$folder/warnings"; cat "$folder/out"; exit 1; }
-grep '^seen' "$folder/out"
+"$folder/venv/bin/python" "$folder/look.py" "$folder" 2> "$folder/warnings" > "$folder/said" || { tail -30 "$folder/warnings"; cat "$folder/said"; exit 1; }
+grep '^seen' "$folder/said"
