@@ -11,6 +11,7 @@ from pathlib import Path
 
 import needs
 import pytest
+import template_sides
 import trl
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -278,6 +279,22 @@ def test_a_prompt_that_ends_in_an_assistant_turn_is_continued_there(name):
     side = speaker(name)
     prompt = side.prompt_ids(Conversation([USER, {"role": "assistant", "content": "Well,"}]))
     assert prompt == side.tokenizer.encode(CONTINUED_PROMPT[name], add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("qwen2_5", False), ("llama3", False), ("qwen3", True), ("qwen3_5_think", True), ("glm4moe", True)],
+)
+def test_a_thought_that_is_begun_in_the_content_is_not_continued_behind_a_closed_one(name, refused):
+    side = template_sides.side(name)
+    begun = Conversation([USER, {"role": "assistant", "content": "<think>\nTwo and two"}])
+    if refused:
+        with pytest.raises(ValueError, match="begins with '<think>', and the chat template of .* writes an empty one"):
+            side.prompt_ids(begun)
+    else:
+        assert template_sides.spelled(side, side.prompt_ids(begun)).endswith("<think>\nTwo and two")
+    answer = Conversation([USER, {"role": "assistant", "content": "<b>Two</b> and"}])
+    assert template_sides.spelled(side, side.prompt_ids(answer)).endswith("<b>Two</b> and")
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.permutations(CHATTERS, 2)))

@@ -94,6 +94,7 @@ class Speaker(Template):
             self._refuse_what_is_left_out(conversation)
             text = self._render(conversation.prompt, conversation, open_ended=True)
             self._refuse_lost_instructions(conversation.prompt, text)
+            self._refuse_second_thought(conversation.begun, text)
             ids = self.encode(text)
         else:
             _ = self._writes_plain_turns
@@ -291,6 +292,20 @@ class Speaker(Template):
                 f"the chat template of {self._name} leaves out the system message {lost[0][:60]!r} (roles "
                 f"{[message['role'] for message in messages]}): it would read another conversation than the other model. Make one system "
                 "message of all, at the beginning, or put the text into a user message"
+            )
+
+    def _refuse_second_thought(self, begun: str | None, text: str) -> None:
+        """A template that writes an empty thought before every answer writes one before a thought that has been begun in the content, too
+        (findings/begun_thoughts_follow_a_closed_one.sh)."""
+        opening = re.match(r"\s*([<\[])([^<>\[\]/]+)[>\]]", begun or "")
+        if opening is None:
+            return
+        before = text[: max(text.rfind(begun.strip()), 0)].rstrip()
+        if re.search(rf"[<\[]/{re.escape(opening[2])}[>\]]$", before):
+            raise ValueError(
+                f"its prompt ends in an assistant message that begins with {opening[0].strip()!r}, and the chat template of {self._name} writes "
+                "an empty one before it, so that the model would continue a second one: end the prompt with the user's message, or give it as text "
+                "that is rendered already"
             )
 
     @cached_property
