@@ -17,6 +17,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -408,8 +410,8 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
     def _fingerprint(self) -> tuple:
         """Everything that the columns depend on besides the rendered rows. Every process must call it."""
         args, seat = self.args, self._panel.only
-        models = [] if seat.remote else [seat.teacher.base_model]
-        models += [teacher.base_model for teacher in self._weighers]
+        teachers = [*([] if seat.remote else [seat.teacher]), *self._weighers]
+        models = [self.accelerator.unwrap_model(teacher.model) for teacher in teachers]
         shares = gather_object([[_digest(model) for model in models]])  # of a sharded teacher, each process has its own
         shares = sorted({tuple(own) for own in shares})
         knobs = [args.weight_mu, args.weight_low, args.weight_high, args.weight_scale, args.eos_policy]
@@ -535,9 +537,15 @@ class _Collator(DataCollatorForPreference):
         return batch
 
 
-def _digest(model: PreTrainedModel) -> str:
-    """A hash of a teacher's config, and of what this process holds of its weights: their sums over rows and over columns."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _OF_A_FILE}
+def _digest(model: PreTrainedModel | PeftModel) -> str:
+    """A hash of a teacher's config, of which of its adapters are on and how, and of what this process holds of its weights: their sums over rows
+    and over columns."""
+    config = {name: value for name, value in base_model(model).config.to_dict().items() if name not in _OF_A_FILE}
+    config["adapters"] = [
+        (name, layer.active_adapters, layer.disable_adapters, layer.merged_adapters, getattr(layer, "scaling", None))
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
     held = {name: own.ds_tensor for name, own in model.named_parameters() if hasattr(own, "ds_tensor")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, value in {**model.state_dict(), **held}.items():

@@ -536,6 +536,32 @@ def test_columns_of_other_settings_are_computed_anew(tmp_path, settings):
     assert found.train_dataset["chosen_weights"][:] == alone.train_dataset["chosen_weights"][:]
 
 
+@pytest.mark.parametrize("change", ["another adapter", "another alpha", "no adapter"])
+def test_columns_of_a_teacher_whose_adapter_has_changed_are_computed_anew(tmp_path, change):
+    pairs().save_to_disk(tmp_path / "pairs")
+
+    def teacher(alpha):
+        model = get_peft_model(teacher_model(), LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear"))
+        model.add_adapter("other", model.peft_config["default"])
+        torch.manual_seed(0)
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.3)
+        return model
+
+    def columns_of(model):
+        dataset = Dataset.load_from_disk(str(tmp_path / "pairs"))
+        return build(tmp_path / "run", dataset, teacher=model).train_dataset["ref_chosen_logps"][:]
+
+    first = columns_of(teacher(8))
+    assert columns_of(teacher(8)) == first
+    changed = teacher(64 if change == "another alpha" else 8)
+    if change == "another adapter":
+        changed.set_adapter("other")
+    with changed.disable_adapter() if change == "no adapter" else nullcontext():
+        assert columns_of(changed) != first
+
+
 def test_the_end_of_a_plain_text_weighs_by_all_the_ends_that_its_teachers_may_write(tmp_path):
     teacher = teacher_model()
     teacher.generation_config.eos_token_id = [teacher_tokenizer().eos_token_id, 7]
