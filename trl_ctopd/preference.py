@@ -39,6 +39,7 @@ from .config import (
     set_bf16,
     with_kwargs_as_json,
 )
+from .looking.best_effort import best_effort
 from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.activated import activation_of_rows, invocation_of, without_backward
@@ -158,7 +159,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
 
     Overrides of `DPOTrainer`: `_prepare_dataset` (two conversations), `_precompute_ref_logps` (the teacher's columns),
     `_prepare_input` (columns keep their precision), `_compute_loss` (a weight for each token), `prediction_step` (see
-    `without_backward`), `ref_model` (there is none) and `train` (a resumed run keeps the day that its prompts write). All else is inherited
+    `without_backward`), `predict` (renders pairs), `ref_model` (there is none) and `train` (a resumed run keeps the day that its prompts write). All else is inherited
     from there and from [`ResumedAdapters`].
 
     Args:
@@ -273,7 +274,14 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
-        self._name_models(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir)
+        card = folder / "README.md"
+        drafted = card.exists() and "[More Information Needed]" not in card.read_text(encoding="utf-8")
+        if folder == Path(self.args.output_dir) and not drafted:  # only PEFT's placeholder, or none
+            with best_effort("The model card"):
+                self.create_model_card()
+        else:
+            self._name_models(folder)
 
     def _name_models(self, folder: str):
         if self.is_world_process_zero():
@@ -303,7 +311,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, "chosen_weights", "rejected_weights"]
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "chosen_weights", "rejected_weights"])]
 
     # The day in the prompts
 
@@ -461,6 +469,10 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
             mu = args.weight_mu if row % 2 == 0 else -args.weight_mu
             weights.append(chunk_weights(*sums, mu, args.weight_low, args.weight_high, args.weight_scale))
         return weights
+
+    def predict(self, test_dataset: Dataset, *args, **kwargs):
+        """Takes pairs as they are, as `evaluate` does."""
+        return super().predict(self._with_columns(test_dataset, "test"), *args, **kwargs)
 
     # Loss
 

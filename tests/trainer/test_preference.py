@@ -594,3 +594,21 @@ def test_a_student_that_is_one_of_its_teachers_is_refused(tmp_path, side):
     given = {"teacher": model} if side == "teacher" else {"weighers": (model, student_model(1))}
     with pytest.raises(ValueError, match="Teacher and student are the same module"):
         build(tmp_path, model=model, **given)
+
+
+def test_pairs_as_they_are_are_predicted_as_they_are_evaluated(tmp_path):
+    trainer = build(tmp_path, eval_dataset=pairs())
+    expected = trainer.evaluate()["eval_loss"]
+    assert trainer.predict(pairs()).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_saved_student_has_a_card_of_its_own_and_keeps_one_that_was_written(tmp_path):
+    trainer = build(tmp_path, peft_config=LoraConfig(target_modules="all-linear"), max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    card = tmp_path / "README.md"
+    assert "CTPD" in card.read_text() and "[More Information Needed]" not in card.read_text()
+    trainer.create_model_card(dataset_name="trl-lib/pairs")
+    trainer.save_model()
+    assert "trl-lib/pairs" in card.read_text()
