@@ -281,6 +281,16 @@ def test_a_prompt_that_ends_in_an_assistant_turn_is_continued_there(name):
     assert prompt == side.tokenizer.encode(CONTINUED_PROMPT[name], add_special_tokens=False)
 
 
+@pytest.mark.parametrize("name", ["add_generation_prompt", "continue_final_message", "tokenize", "tools"])
+def test_how_a_template_is_called_is_no_variable_of_it(name):
+    row = {"prompt": [USER], "chat_template_kwargs": {name: False}}
+    with pytest.raises(ValueError, match=f"`chat_template_kwargs` has {name}"):
+        read_example(row)
+    with pytest.raises(ValueError, match=f"`chat_template_kwargs` has {name}"):
+        Speaker(template_sides.side("qwen3").tokenizer, row["chat_template_kwargs"])
+    assert read_example({"prompt": [USER], "chat_template_kwargs": {name: None}}).chat_template_kwargs == {}
+
+
 @pytest.mark.parametrize(
     ("name", "refused"),
     [("qwen2_5", False), ("llama3", False), ("qwen3", True), ("qwen3_5_think", True), ("glm4moe", True)],

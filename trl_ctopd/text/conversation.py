@@ -13,6 +13,17 @@ _MESSAGES = ("prompt", "completion", "messages", "conversations", "teacher_promp
 _ASKS = ("prompt", "messages", "conversations")  # one of them holds what is asked
 _SPEAKERS = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 REASONING = ("reasoning_content", "reasoning", "thinking")  # all three name a thought
+# arguments of `apply_chat_template` itself
+_OF_THE_CALL = {
+    "conversation",
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+}
+_OF_THE_CALL |= {"return_assistant_tokens_mask", "padding", "truncation", "max_length", "tokenizer_kwargs"}
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -79,6 +90,16 @@ def read_example(example: Mapping) -> Conversation:
     return replace(conversation, teacher_prompt=_teacher_prompt(teacher_prompt, conversation.prompt))
 
 
+def check_template_kwargs(kwargs: Mapping):
+    """Raises `ValueError` where `kwargs` has more than variables of a chat template."""
+    if taken := sorted(_OF_THE_CALL & kwargs.keys()):
+        raise ValueError(
+            f"`chat_template_kwargs` has {', '.join(taken)}, which says how a template is called. The trainer says that itself: leave it out"
+        )
+    if "tools" in kwargs:
+        raise ValueError("`chat_template_kwargs` has tools: give them in the column `tools`")
+
+
 def _read(row: dict) -> Conversation:
     if ("prompt" in row) == ("messages" in row):
         raise ValueError(
@@ -88,10 +109,9 @@ def _read(row: dict) -> Conversation:
     kwargs = row.get("chat_template_kwargs", {})
     if not isinstance(kwargs, Mapping):
         raise ValueError(f"`chat_template_kwargs` must be a dict, got {kwargs!r}")
-    rest = {
-        "tools": _tools(row.get("tools")),
-        "chat_template_kwargs": _without_none(kwargs),
-    }
+    kwargs = _without_none(kwargs)
+    check_template_kwargs(kwargs)
+    rest = {"tools": _tools(row.get("tools")), "chat_template_kwargs": kwargs}
     if "messages" in row:
         *prompt, last = _messages(row["messages"], "messages")
         if last["role"] != "assistant":

@@ -20,7 +20,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from .aligner import continuations
-from .conversation import REASONING, Conversation
+from .conversation import REASONING, Conversation, check_template_kwargs
 from .token_bytes import token_table
 from .turns import (
     ANSWER,
@@ -62,6 +62,7 @@ class Template:
     ):
         self.tokenizer = tokenizer
         self.chat_template_kwargs = chat_template_kwargs or {}
+        check_template_kwargs(self.chat_template_kwargs)
         self.own_kwargs_win = own_kwargs_win
         self.day = date.today() if day is None else day
 
