@@ -47,7 +47,7 @@ from .models.heads import base_model, context_of, unbind_forward
 from .models.loading import by_name, check_vocabulary, disable_dropout, load_tokenizer
 from .models.products import faster_products
 from .models.quantized import prepare_quantized
-from .models.sharding import keep_scores_in_float32
+from .models.sharding import keep_scores_in_float32, left_unprepared
 from .models.trials import check_causal
 from .rollouts.pairing import Prompt, Rollout
 from .rollouts.prompts import COLUMNS, check_dataset, render_row
@@ -159,7 +159,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
 
     Overrides of `DPOTrainer`: `_prepare_dataset` (two conversations), `_precompute_ref_logps` (the teacher's columns),
     `_prepare_input` (columns keep their precision), `_compute_loss` (a weight for each token), `prediction_step` (see
-    `without_backward`), `predict` (renders pairs), `ref_model` (there is none) and `train` (a resumed run keeps the day that its prompts write). All else is inherited
+    `without_backward`), `evaluation_loop` (see `left_unprepared`), `predict` (renders pairs), `ref_model` (there is none) and `train` (a resumed run keeps the day that its prompts write). All else is inherited
     from there and from [`ResumedAdapters`].
 
     Args:
@@ -484,6 +484,10 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
         weights, starts = inputs.pop("completion_weights"), inputs["completion_mask"].argmax(1)
         begins = activation_of_rows(self._invocation, inputs["input_ids"], starts)
         return super()._compute_loss(_Weighted(model, weights[:, 1:], begins), inputs, return_outputs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        with left_unprepared(self.model, self.accelerator):
+            return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, *args, **kwargs):
         with without_backward(self.model):

@@ -612,3 +612,14 @@ def test_a_saved_student_has_a_card_of_its_own_and_keeps_one_that_was_written(tm
     trainer.create_model_card(dataset_name="trl-lib/pairs")
     trainer.save_model()
     assert "trl-lib/pairs" in card.read_text()
+
+
+def test_an_evaluation_before_training_leaves_the_student_to_be_prepared_for_training(tmp_path):
+    """Else it would be trained without DDP."""
+    trainer = build(tmp_path, eval_dataset=pairs(), max_steps=1)
+    forward = trainer.model.forward
+    trainer.evaluate()
+    assert trainer.model not in trainer.accelerator._models
+    assert trainer.model.forward == forward
+    trainer.train()
+    assert trainer.model in trainer.accelerator._models

@@ -575,6 +575,17 @@ def test_a_run_that_has_taken_its_steps_takes_no_more_when_it_is_started_again(b
     assert f"Nothing is left to train: the checkpoint has taken 3 steps, and the run has {steps}." in caplog.text
 
 
+def test_a_run_of_epochs_that_is_resumed_with_more_rows_a_step_says_that_nothing_is_left(build, caplog):
+    settings = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch", "dataset": prompts(4)}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    build(**settings).train()
+    more = build(**{**settings, "num_train_epochs": 4, "gradient_accumulation_steps": 2})
+    more.train(resume_from_checkpoint=True)
+    assert "the checkpoint has taken 8 steps, and the run's 4 epochs have 8" in caplog.text
+    more.train(resume_from_checkpoint=False)
+    assert caplog.text.count("Nothing is left to train") == 1
+
+
 def test_with_data_loaders_that_keep_their_processes_a_resumed_run_ends_with_the_same_weights(tmp_path):
     settings = {"max_steps": 8, "per_device_train_batch_size": 4, "save_total_limit": None}
     settings |= {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
