@@ -3,14 +3,14 @@
 #
 # `trainer.evaluate()` before `trainer.train()`, over several processes: Trainer has Accelerate prepare the model for the evaluation, without DDP,
 # and Accelerate then returns the same bare model for the training. Gradients are not averaged: every process trains a model of its own on its own
-# rows, and what is saved is the first one's. No error, no warning. `eval_on_start=True` does not do this.
+# rows. No error, no warning. `eval_on_start=True` does not do this.
 #
 # Seen: two processes, 16 steps of AdamW. Without the evaluation, and with `eval_on_start=True`, the model is in a DistributedDataParallel, and both
 # processes end with the same weights. After an evaluation it is a bare LlamaForCausalLM, and the two are 1.1 times as far from each other as
 # the first has come from its start. The loss over all rows is 3.37 in the one and 3.48 in the other, where it is 3.12 without the evaluation.
 #
-# Why it matters: the untrained student's figure is the one to compare with, and `evaluate()` before `train()` is how one gets it. The student that is
-# saved has then learned from the rows of the first process alone.
+# Why it matters: the untrained student's figure is the one to compare with, and `evaluate()` before `train()` is how one gets it. There are then as
+# many students as processes, and each has learned from its part of the rows.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
