@@ -227,6 +227,14 @@ def test_an_adapter_that_keeps_all_its_ranks_is_warned_of(build, caplog, wrapped
     assert "ranks" not in caplog.text
 
 
+def test_an_adapter_that_is_loaded_as_another_under_another_seed_is_warned_of(build, caplog):
+    build(peft_config=LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_4"))
+    assert caplog.text.count("another model unless the same seed was set") == 1
+    caplog.clear()
+    build(peft_config=LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+    assert "seed was set" not in caplog.text
+
+
 def test_a_quantized_student_without_an_adapter_is_refused_before_it_is_loaded(build):
     settings = {"model_init_kwargs": {"quantization_config": {"load_in_8bit": True}}}
     with pytest.raises(ValueError, match="quantized.*train an adapter on it .`--use_peft`, `peft_config=LoraConfig"):

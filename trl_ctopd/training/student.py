@@ -101,6 +101,11 @@ def check_adapter(config: PeftConfig, args: CrossTokenizerGKDConfig):
             f"does. Unless a callback calls it (`on_optimizer_step`), all {config.init_r} ranks of a layer are trained to the end. The term that keeps its "
             "factors orthogonal, which PEFT adds to a model's own loss, is left out (orth_reg_weight). Train a LoRA adapter."
         )
+    if (drawn := str(getattr(config, "init_lora_weights", ""))).startswith("pissa_niter"):
+        logger.warning(
+            f"init_lora_weights={drawn!r}: where a saved adapter is loaded, PEFT draws again what it took out of the base weights, so that the "
+            "student is another model unless the same seed was set (findings/a_saved_pissa_is_another_model.sh). 'pissa' draws nothing."
+        )
     if config.peft_type == PeftType.ADAPTION_PROMPT:
         raise ValueError(
             "ADAPTION_PROMPT: PEFT wraps the student otherwise for it than for other adapters. Train a LoRA adapter."
