@@ -59,7 +59,7 @@ from .training.adapters import ResumedAdapters
 from .training.checkpoints import asked_for
 from .training.checks import check_apart, check_offloading
 from .training.ended import EndedRun
-from .training.student import check_invoked
+from .training.student import check_invoked, check_second_adapter
 from .training.watch import FiniteWeights
 
 
@@ -207,6 +207,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
             raise TypeError(f"`args` must be a CrossTokenizerDPOConfig, got {type(args).__name__}.")
         check_offloading(args)
         check_apart(model, teacher_model, positive_teacher, negative_teacher)
+        check_second_adapter(model, kwargs.get("peft_config"))
         if (positive_teacher is None) != (negative_teacher is None):
             raise ValueError(
                 "A chunk's weight needs both positive_teacher and negative_teacher: pass both, or neither."

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
@@ -31,6 +32,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from trl_ctopd import CrossTokenizerDPOConfig, CrossTokenizerDPOTrainer
 from trl_ctopd.models.loading import adapter_base, check_saves, load_model, load_tokenizer
 
 
@@ -95,6 +97,24 @@ def test_an_adapter_by_name_is_trained_on_as_the_student(build, first_run, tmp_p
     assert names and all("lora_" in name for name in names)
     with pytest.raises(ValueError, match="is an adapter already, and `peft_config` asks for another"):
         build(model=str(first_run), peft_config=lora())
+
+
+def test_a_new_adapter_on_a_model_that_transformers_has_loaded_with_one_is_refused(build, first_run, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(first_run)
+    with pytest.raises(ValueError, match="what it has learned would be lost"):
+        build(model=model, peft_config=lora())
+    args = CrossTokenizerDPOConfig(str(tmp_path / "pairs"), use_cpu=True, bf16=False, report_to=[])
+    rows = Dataset.from_list([{"prompt": "What is 1?", "chosen": " one", "rejected": " two"}])
+    with pytest.raises(ValueError, match="what it has learned would be lost"):
+        CrossTokenizerDPOTrainer(
+            model,
+            teacher_model(),
+            args,
+            rows,
+            processing_class=student_tokenizer(),
+            teacher_processing_class=teacher_tokenizer(),
+            peft_config=lora(),
+        )
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(build, tmp_path, student):

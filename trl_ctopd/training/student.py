@@ -31,8 +31,19 @@ from ..rollouts.generation import check_prompt_learning
 logger = get_logger(__name__)
 
 
+def check_second_adapter(model, peft_config: PeftConfig | None):
+    """Raises `ValueError` for a new adapter on a model into which transformers has loaded one: PEFT would begin that anew, and say that there are two."""
+    if peft_config is not None and getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"The student is a {type(model).__name__} into which transformers has loaded an adapter, and `peft_config` asks for another, which would "
+            "take its place: what it has learned would be lost. Pass the adapter's folder or name as the student, without `peft_config`, to train it "
+            "on; or merge it first (`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()`)."
+        )
+
+
 def check_student(model, args: CrossTokenizerGKDConfig, peft_config: PeftConfig | None):
     """Raises `ValueError` for a student, a model or the name of one, whose quantized weights or whose adapter cannot be trained."""
+    check_second_adapter(model, peft_config)
     if isinstance(model, nn.Module):
         forget_gguf(model)
     if isinstance(model, str):
