@@ -32,7 +32,8 @@ logger = get_logger(__name__)
 
 
 def check_second_adapter(model, peft_config: PeftConfig | None):
-    """Raises `ValueError` for a new adapter on a model into which transformers has loaded one: PEFT would begin that anew, and say that there are two."""
+    """Raises `ValueError` for a new adapter on a model into which transformers has loaded one: PEFT would begin that anew, and say that there are two
+    (findings/a_new_adapter_begins_the_old_one_anew.sh)."""
     if peft_config is not None and getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"The student is a {type(model).__name__} into which transformers has loaded an adapter, and `peft_config` asks for another, which would "
