@@ -153,7 +153,8 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
 
 
 def unbind_forward(model: PreTrainedModel):
-    """Makes a deep copy of `model` compute with its own weights, after TRL has added its fused head, beneath which it keeps the forward pass of `model` (findings/copies_compute_as_the_original.sh)."""
+    """Makes a deep copy of `model` compute with its own weights, after TRL has added its fused head, beneath which it keeps the forward pass of
+    `model` (findings/copies_compute_as_the_original.sh)."""
     model.forward = types.MethodType(_of_any(model.forward), model)
 
 

@@ -51,12 +51,7 @@ _UNKNOWN = "an unknown token"
 # merges.
 _SPLIT_AS_GPT2 = {"gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"}
 _IGNORE_MERGES = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
-_OF_THE_HUB = (
-    "revision",
-    "token",
-    "cache_dir",
-    "subfolder",
-)  # arguments of `from_pretrained` that find an adapter's file
+_OF_THE_HUB = ("revision", "token", "cache_dir", "subfolder")  # arguments that find an adapter's file
 _NAMES_OF_EXPERTS = (".gate_proj", ".up_proj", ".down_proj")
 
 
