@@ -145,7 +145,7 @@ def test_two_trainers_of_unlike_temperatures_share_a_teacher_and_a_student(build
         shared = {"model": student_model(), "teacher": teacher_model()}
         first, *_ = [fix_rollouts(build(**shared, temperature=own, **SGD)) for own in temperatures]
         steps.append(step_of(first))
-    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=0)
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-4, atol=1e-6)
     assert (steps[0] - steps[2]).abs().max() > 0.1 * steps[0].abs().max()
 
 
