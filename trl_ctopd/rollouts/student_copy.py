@@ -72,7 +72,6 @@ class StudentCopy:
         self._device = device_of(args)
         self._trained: set[str] = set()
         self._copy = copy.deepcopy(model)
-        base_model(self._copy).__dict__.pop("forward", None)  # what scores tokens is bound to the student
         self._copy.to(self._device)
         use_faster_products(self._copy, accelerator)
 
