@@ -276,13 +276,13 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        card = folder / "README.md"
-        drafted = card.exists() and "[More Information Needed]" not in card.read_text(encoding="utf-8")
-        if folder == Path(self.args.output_dir) and not drafted:  # only PEFT's placeholder, or none
-            with best_effort("The model card"):
+        with best_effort("The model card"):
+            card = folder / "README.md"
+            drafted = card.exists() and "[More Information Needed]" not in card.read_text(encoding="utf-8")
+            if folder == Path(self.args.output_dir) and not drafted:  # only PEFT's placeholder, or none
                 self.create_model_card()
-        else:
-            self._name_models(folder)
+            else:
+                self._name_models(folder)
 
     def _name_models(self, folder: str):
         if self.is_world_process_zero():
