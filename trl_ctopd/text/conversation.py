@@ -22,8 +22,12 @@ _OF_THE_CALL = {
     "tokenize",
     "return_dict",
     "return_tensors",
+    "return_assistant_tokens_mask",
+    "padding",
+    "truncation",
+    "max_length",
+    "tokenizer_kwargs",
 }
-_OF_THE_CALL |= {"return_assistant_tokens_mask", "padding", "truncation", "max_length", "tokenizer_kwargs"}
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
