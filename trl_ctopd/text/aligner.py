@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
@@ -428,7 +428,7 @@ def encode_as_text(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
     tokens = []
     for text, offsets in zip(texts, altered, strict=True):
         own = next(encoded[offsets])
-        tokens.append(_Tokens(text, own.ids, own.token_to_chars if offsets else _asked_later(backend, text)))
+        tokens.append(_Tokens(text, own.ids, own.token_to_chars if offsets else _Offsets(backend, text)))
     return tokens
 
 
@@ -467,9 +467,18 @@ def _may_alter(normalizer: Any, text: str) -> bool:
     return not unicodedata.is_normalized("NFC", text) if kind == "NFC" else normalizer is not None
 
 
-def _asked_later(backend: Any, text: str) -> Callable[[int], tuple[int, int]]:
-    encoding = cache(lambda: _encode(backend, [text], offsets=True)[0])
-    return lambda token: encoding().token_to_chars(token)
+class _Offsets:
+    """The character span of each token of a text that was encoded without offsets. Asked for the first, it encodes the text again."""
+
+    __slots__ = ("_backend", "_encoding", "_text")
+
+    def __init__(self, backend: Any, text: str):
+        self._backend, self._text, self._encoding = backend, text, None
+
+    def __call__(self, token: int) -> tuple[int, int]:
+        if self._encoding is None:
+            [self._encoding] = _encode(self._backend, [self._text], offsets=True)
+        return self._encoding.token_to_chars(token)
 
 
 def _teacher_reading(

@@ -28,6 +28,7 @@ Letters: V_T teacher ids, U distinct texts of student tokens, M merges.
 import json
 import re
 import unicodedata
+import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -38,11 +39,12 @@ from typing import Any
 import numpy as np
 
 from .aligner import encode_as_text
-from .token_bytes import token_table
+from .token_bytes import TokenTable, token_table
 from .turns import MarkupBeside
 
 
 _RANK_BITS = 22  # the low bits of a merge's time hold its rank
+_DIGITS = re.compile(rb"[0-9]{2}")
 _SIGNS = re.compile(rb"[!-/:-@\[-`{-~]+(?=[A-Za-z])")
 
 
@@ -243,10 +245,21 @@ class Continuations:
             self._kinds.append(known[kind])
 
 
+_undone: weakref.WeakKeyDictionary[Any, tuple[TokenTable, bool]] = weakref.WeakKeyDictionary()
+
+
 def later_digits_undo(tokenizer: Any) -> bool:
     """Whether among the numbers of up to four digits there are two that begin with the same text and one more digit, and the tokenizer
-    cuts after that text in only one of them."""
-    rows = token_table(tokenizer).rows
+    cuts after that text in only one of them. Cached until the tokenizer's tokens change."""
+    table = token_table(tokenizer)
+    if tokenizer not in _undone or _undone[tokenizer][0] is not table:
+        _undone[tokenizer] = (table, _later_digits_undo(tokenizer, table.rows))
+    return _undone[tokenizer][1]
+
+
+def _later_digits_undo(tokenizer: Any, rows: list[bytes]) -> bool:
+    if not any(map(_DIGITS.search, rows)):
+        return False  # every digit is a token
     numbers = [f"{number:0{digits}}" for digits in (2, 3, 4) for number in range(10**digits)]
     decided: dict[str, bool] = {}
     for text, tokens in zip(numbers, encode_as_text(tokenizer, numbers), strict=True):
