@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from urllib.parse import quote
 
 
@@ -48,6 +49,7 @@ _SCHEME = re.compile(r"\b(Bearer|Basic)(\s+)[\w.~+/=%\-]{3,}", re.IGNORECASE)
 _NOTHING = re.compile(r"""\\*["']?(?:-?\d+(?:\.\d*)?|true|false|none|null|…|\*+|<[\w ]+>)?\\*["']?""", re.IGNORECASE)
 
 
+@lru_cache(maxsize=4096)  # every text that is redacted asks for all environment variables
 def is_secret_name(name: str) -> bool:
     """Whether the value of an option, variable, header or field with this name must be hidden."""
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name.strip()).lower()

@@ -540,8 +540,7 @@ def test_a_resume_under_the_same_circumstances_says_nothing(build, trained, capl
     assert "saved with" not in caplog.text
 
 
-@pytest.mark.parametrize("rows", [11, 9])
-@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize(("shuffled", "rows"), [(False, 11), (True, 9)])
 def test_a_stream_is_resumed_in_the_pass_in_which_it_was(build, tmp_path, shuffled, rows):
     """Four rows a step: passes end after steps 3 and 6, the last step of each with three rows, or one, in a single micro-batch."""
 
