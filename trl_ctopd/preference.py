@@ -50,7 +50,7 @@ from .models.quantized import prepare_quantized
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .models.trials import check_causal
 from .rollouts.pairing import Prompt, Rollout
-from .rollouts.prompts import COLUMNS, check_dataset, render_row
+from .rollouts.prompts import COLUMNS, check_dataset, render_row, rendered_fingerprint
 from .teachers.local import LocalTeacher, load_teacher
 from .teachers.panel import Panel
 from .teachers.readings import arrived
@@ -308,6 +308,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
             remove_columns=dataset.column_names,
             num_proc=args.dataset_num_proc,
             desc=f"Rendering {dataset_name} pairs for both models",
+            new_fingerprint=rendered_fingerprint(dataset, self._side, self._panel.sides, ["pairs", dataset_name]),
         )
 
     def _set_signature_columns_if_needed(self):

@@ -636,8 +636,15 @@ def test_the_day_is_the_one_it_is_given_however_a_template_asks_for_it(call):
 
 
 def test_the_day_is_no_part_of_what_a_dataset_is_cached_by_where_no_template_writes_it():
-    states = [Speaker(real("qwen2.5"), day=date(2001, 2, day)).__getstate__() for day in (3, 4)]
-    assert states[0] == states[1]
+    plain, dated = (
+        [
+            Speaker(real(name), {"chat_template": template} if template else None, day=date(2001, 2, day))
+            for day in (3, 4)
+        ]
+        for name, template in (("qwen2.5", None), ("llama-3.2", "{{ strftime_now('%d') }}"))
+    )
+    assert plain[0].cache_key == plain[1].cache_key and plain[0].__getstate__() == plain[1].__getstate__()
+    assert dated[0].cache_key != dated[1].cache_key
 
 
 # --- references

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -457,6 +458,26 @@ def test_prompts_are_rendered_once_and_found_again_by_the_next_run(build, tmp_pa
         files.append([(file["filename"], os.stat(file["filename"]).st_mtime_ns) for file in rendered.cache_files])
     assert len(files[0]) == 2, "a file for each process"
     assert files[1] == files[0]
+
+
+@pytest.mark.parametrize("newer", [None, "transformers", "tokenizers", "this package"])
+def test_rows_that_other_versions_have_rendered_are_rendered_anew(build, tmp_path, monkeypatch, newer):
+    path = tmp_path / "prompts.parquet"
+    prompts(6).to_parquet(path)
+
+    def files(**settings):
+        dataset = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+        return {file["filename"] for file in build(dataset=dataset, **settings).train_dataset.cache_files}
+
+    first = files()
+    if newer == "this package":
+        monkeypatch.setattr("trl_ctopd.rollouts.prompts.__version__", "newer")
+    elif newer:
+        monkeypatch.setattr(
+            "trl_ctopd.rollouts.prompts.version", lambda name: "newer" if name == newer else version(name)
+        )
+    assert (files() == first) == (newer is None)
+    assert files(teacher_chat_template_kwargs={"shout": True}).isdisjoint(first), "another rendering"
 
 
 def test_streaming_datasets_train(build):

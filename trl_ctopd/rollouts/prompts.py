@@ -2,16 +2,19 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset, LargeList, List, Value
+from datasets.fingerprint import Hasher
 from torch.utils.data import IterableDataset as TorchStream
 from torch.utils.data import Sampler
 
+from .. import __version__
 from ..config import CrossTokenizerGKDConfig
 from ..text.chat import Speaker
 from ..text.conversation import read_example
@@ -73,26 +76,29 @@ def render_dataset(
     longest_prompt = None if student_context is None else student_context - args.max_new_tokens
     drops = args.overlong_prompts == "drop"
     fingerprints = {name: f"{student.fingerprint}-{teacher.fingerprint}" for name, teacher in teachers.items()}
+    settings = {
+        "longest_prompt": None if drops else longest_prompt,
+        "needs_reference": args.lmbda < 1 and not args.seq_kd and dataset_name == "train",
+        "dataset_name": dataset_name,
+        "fingerprints": fingerprints,
+        "tools": tools,
+        "keep_row": keep_rows,
+        "teacher_weights": args.teacher_weights,
+        "teacher_writes": args.seq_kd and dataset_name == "train",
+    }
     options = {}
     if isinstance(dataset, Dataset):
         _warn_of_whole_floats(dataset, dataset_name)
-        options = {"num_proc": args.dataset_num_proc, "desc": f"Rendering {dataset_name} dataset for both models"}
+        options = {
+            "num_proc": args.dataset_num_proc,
+            "desc": f"Rendering {dataset_name} dataset for both models",
+            "new_fingerprint": rendered_fingerprint(dataset, student, teachers, settings),
+        }
     with args.main_process_first(local=True, desc="dataset rendering"):
         rendered = dataset.map(
             render_row,
             with_indices=True,
-            fn_kwargs={
-                "student": student,
-                "teachers": teachers,
-                "longest_prompt": None if drops else longest_prompt,
-                "needs_reference": args.lmbda < 1 and not args.seq_kd and dataset_name == "train",
-                "dataset_name": dataset_name,
-                "fingerprints": fingerprints,
-                "tools": tools,
-                "keep_row": keep_rows,
-                "teacher_weights": args.teacher_weights,
-                "teacher_writes": args.seq_kd and dataset_name == "train",
-            },
+            fn_kwargs={"student": student, "teachers": teachers, **settings},
             remove_columns=dataset.column_names or list(next(iter(dataset))),
             **options,
         )
@@ -101,6 +107,16 @@ def render_dataset(
     if isinstance(rendered, Dataset):
         check_room(rendered, server_contexts, args.max_new_tokens, dataset_name)
     return rendered
+
+
+def rendered_fingerprint(
+    dataset: Dataset, student: Speaker, teachers: Mapping[str, Speaker], settings: Sequence | Mapping
+) -> str:
+    """What `Dataset.map` keeps the rendered rows of `dataset` under. Its own fingerprint knows this package's functions by their names
+    alone, so that rows which another version has rendered would be found again; and it pickles both tokenizers, a second for each."""
+    versions = [__version__, version("transformers"), version("tokenizers")]
+    sides = [student.cache_key, *((name, teacher.cache_key) for name, teacher in teachers.items())]
+    return Hasher.hash((dataset._fingerprint, versions, sides, settings))
 
 
 def check_dataset(dataset, dataset_name: str):

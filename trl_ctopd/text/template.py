@@ -67,7 +67,7 @@ class Template:
         self.day = date.today() if day is None else day
 
     def __getstate__(self):
-        # what a dataset's cache is keyed by, so without the properties worked out so far
+        # for processes that render rows, without the properties worked out so far
         return {
             "tokenizer": self.tokenizer,
             "chat_template_kwargs": self.chat_template_kwargs,
@@ -92,6 +92,12 @@ class Template:
         template = [self.tokenizer.chat_template, self.chat_template_kwargs, self.own_kwargs_win]
         text = json.dumps([made_of, special, *template], sort_keys=True, default=str)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+    @property
+    def cache_key(self) -> tuple:
+        """Equal where every conversation is rendered alike, on this day too."""
+        is_slow = getattr(self.tokenizer, "backend_tokenizer", None) is None  # has options of its own
+        return self.fingerprint, self.day if self.writes_day else None, self.tokenizer if is_slow else None
 
     @cached_property
     def control_ids(self) -> set[int]:
