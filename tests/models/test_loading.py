@@ -512,6 +512,18 @@ def test_an_adapter_on_an_fp8_checkpoint_is_read_with_its_weights_where_no_quant
             torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
 
 
+def test_a_model_merged_over_its_adapter_is_warned_of_since_it_gets_the_adapter_twice(build, tmp_path, caplog):
+    model = get_peft_model(teacher_model(), lora())
+    folder = str(tmp_path / "merged")
+    model.save_pretrained(folder)
+    model.merge_and_unload().save_pretrained(tmp_path / "alone")
+    build(teacher=str(tmp_path / "alone"))
+    assert "and an adapter" not in caplog.text
+    model.get_base_model().save_pretrained(folder)
+    build(teacher=folder)
+    assert f"{folder} holds a whole model and an adapter, which is put on it" in caplog.text
+
+
 @pytest.mark.parametrize("side", ["model", "teacher"])
 def test_old_weights_beside_new_shards_are_warned_of_since_they_are_read(build, tmp_path, caplog, side):
     make = {"model": student_model, "teacher": teacher_model}[side]

@@ -196,7 +196,13 @@ def widen_for_cpu(side: str, model: PreTrainedModel | PeftModel):
 
 def warn_of_two_checkpoints(name: str):
     """Warns of a folder with weights in one file and in shards: transformers reads the file, and leaves it there when it saves shards
-    beside it."""
+    beside it. Also of a whole model beside an adapter of another, which transformers puts on it (findings/merged_over_its_adapter.sh)."""
+    adapter = Path(name) / "adapter_config.json"
+    if adapter.exists() and (Path(name) / "config.json").exists():
+        logger.warning(
+            f"{name} holds a whole model and an adapter, which is put on it: a model that the adapter was merged into would have it twice. "
+            "If it is such a one, remove the adapter's files."
+        )
     single, index = Path(name) / "model.safetensors", Path(name) / "model.safetensors.index.json"
     if not (single.exists() and index.exists()):
         return
