@@ -647,6 +647,23 @@ def test_the_day_is_no_part_of_what_a_dataset_is_cached_by_where_no_template_wri
     assert dated[0].cache_key != dated[1].cache_key
 
 
+@pytest.mark.parametrize("begun", ["", " "])
+@pytest.mark.parametrize(
+    "name", ["llama3", "llama3_2", "gemma", "gemma3", "glm4moe", "qwen2_5", "qwen3", "qwen3_5_think", "phi3"]
+)
+def test_an_empty_answer_that_is_begun_is_opened_as_one_with_words_is(name, begun):
+    source = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    speaker = Speaker(real("llama-3.2"), {"chat_template": source})
+
+    def prompt(answer):
+        conversation = Conversation([USER, {"role": "assistant", "content": answer}])
+        return speaker.tokenizer.decode(speaker.prompt_ids(conversation)), speaker.opened(conversation).ids
+
+    (empty, ids), (word, _) = prompt(begun), prompt("Six")
+    assert empty in (word.removesuffix("Six"), word.removesuffix("Six") + begun)
+    assert speaker.tokenizer.decode(ids) == empty
+
+
 # --- references
 
 
