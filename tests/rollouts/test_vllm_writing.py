@@ -180,6 +180,13 @@ def test_given_text_is_not_the_engines(build_vllm, engine):
             {"model": "tied", "peft_config": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])},
             "embed_tokens shares its weight",
         ),
+        (
+            {
+                "model": "tied",
+                "peft_config": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+            },
+            "embed_tokens shares its weight",
+        ),
         ({"peft_config": "Shadow"}, "PEFT cannot merge SHADOW and take it out again.*: choose LoRA"),
         ({"peft_config": "OSF"}, "PEFT cannot merge OSF and take it out again.*: choose LoRA"),
         ({"vllm_importance_sampling_clip_max": 0.0}, "clip_max must be positive"),
@@ -194,6 +201,12 @@ def test_what_vllm_cannot_write_under_is_refused(build_vllm, tmp_path, settings,
         settings = {**settings, "peft_config": needs.adapter(settings["peft_config"])}
     with pytest.raises(ValueError, match=message):
         build_vllm(**settings)
+
+
+def test_embeddings_that_are_trained_whole_and_stay_tied_are_not_refused(build_vllm, tmp_path):
+    student_model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    whole = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    build_vllm(model=AutoModelForCausalLM.from_pretrained(tmp_path / "tied"), peft_config=whole)
 
 
 def test_a_server_that_tells_other_log_probs_than_it_drew_with_is_refused(build_vllm, engine, monkeypatch):

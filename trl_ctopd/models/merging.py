@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .products import OneDnnLinear
@@ -31,13 +32,21 @@ def mergeable(model: nn.Module) -> list[LoraLayer]:
 
 def adapted_where_tied(model: nn.Module) -> list[str]:
     """The names of layers with an adapter whose weight another layer has too. Merged, the adapter is in both; with PEFT's `ensure_weight_tying`
-    it is so twice (findings/adapters_of_tied_weights_are_merged_twice.sh)."""
+    it is so twice (findings/adapters_of_tied_weights_are_merged_twice.sh). And of layers that are trained whole (`modules_to_save`) where
+    the other keeps the old weight (findings/the_engine_ties_what_was_trained_apart.sh)."""
     uses = _uses(model)
+
+    def shared(module: nn.Module) -> int:
+        return max((uses[id(weight)] for weight in module._parameters.values() if weight is not None), default=0)
+
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        and any(uses[id(weight)] > 1 for weight in module.get_base_layer()._parameters.values() if weight is not None)
+        if (isinstance(module, BaseTunerLayer) and shared(module.get_base_layer()) > 1)
+        or (
+            isinstance(module, ModulesToSaveWrapper)
+            and any(shared(module.original_module) > shared(trained) for trained in module.modules_to_save.values())
+        )
     ]
 
 

@@ -67,7 +67,8 @@ def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
     if tied := adapted_where_tied(model):
         raise ValueError(
             f"use_vllm=True gives the engine the weights with the adapter merged, and {', '.join(tied)} shares its weight with another layer, "
-            "which would get the adapter too: leave it out of target_modules, untie the model (tie_word_embeddings=False), or set use_vllm=False."
+            "which would get what is trained too: leave it out of target_modules, give modules_to_save ensure_weight_tying=True, untie the model "
+            "(tie_word_embeddings=False), or set use_vllm=False."
         )
     if isinstance(model, PeftModel):
         _check_merges(model)
