@@ -1,5 +1,6 @@
 """Bad input is refused before any training time is spent, with both values and the way out in the message."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import needs
@@ -17,7 +18,7 @@ from trl import LogCompletionsCallback
 
 from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.config import GKDConfig
-from trl_ctopd.training.checks import check_strategy
+from trl_ctopd.training.checks import check_strategy, check_tied
 
 
 @pytest.fixture
@@ -303,6 +304,28 @@ def test_what_cannot_work_in_several_processes_is_refused(tmp_path, kind, settin
     args = CrossTokenizerGKDConfig(str(tmp_path), use_cpu=True, **settings)
     with pytest.raises(ValueError, match=message):
         check_strategy(args, accelerator)
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules", "tied", "efficient", "refused"),
+    [
+        ("FSDP", ["embed_tokens"], True, True, True),
+        ("FSDP", ["lm_head"], True, True, True),
+        ("FSDP", None, True, True, False),
+        ("FSDP", ["lm_head"], False, True, False),
+        ("FSDP", ["embed_tokens"], True, False, False),
+        ("MULTI_GPU", ["embed_tokens"], True, True, False),
+    ],
+)
+def test_tied_embeddings_that_an_adapter_trains_apart_are_refused_under_fsdp(kind, modules, tied, efficient, refused):
+    """Accelerate would tie them again, so that another model is trained than is saved."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=efficient)
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind], state=SimpleNamespace(fsdp_plugin=plugin))
+    model = get_peft_model(
+        student_model(tie_word_embeddings=tied), LoraConfig(target_modules="all-linear", modules_to_save=modules)
+    )
+    with pytest.raises(ValueError, match="would tie them again. Use DDP or ZeRO") if refused else nullcontext():
+        check_tied(model, accelerator)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset, IterableDataset
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from trl import LogCompletionsCallback, WeaveCallback
@@ -199,6 +200,7 @@ def check_run(
     check_drop_last(args, accelerator, train_dataset, eval_dataset)
     check_best_metric(args, eval_dataset)
     check_trainable(model)
+    check_tied(model, accelerator)
     check_activated(args, model, train_dataset, tools)
     prepare_quantized(base_model(model), accelerator.autocast)
     check_compiled(model, args, accelerator)
@@ -212,6 +214,20 @@ def check_run(
     warn_of_slow_half(accelerator, model)
     warn_of_turning_positions(args, model, train_dataset)
     check_saves(model, tokenizer, args.output_dir if args.should_save else None)
+
+
+def check_tied(model: nn.Module, accelerator):
+    """Raises `ValueError` for tied embeddings of which an adapter trains one side, where Accelerate ties both sides again as it shards them: the
+    model that is trained would not be the one that is saved (findings/fsdp_ties_what_peft_untied.sh)."""
+    if accelerator.distributed_type != DistributedType.FSDP or not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        return
+    ends = [base_model(model).get_input_embeddings(), base_model(model).get_output_embeddings()]
+    if model.config.tie_word_embeddings and any(isinstance(end, AuxiliaryTrainingWrapper) for end in ends):
+        raise ValueError(
+            "The student's embeddings are tied, and the adapter trains them or the LM head apart (`modules_to_save`, `trainable_token_indices`): FSDP2 "
+            "with `fsdp_cpu_ram_efficient_loading: true` would tie them again. Use DDP or ZeRO, or set that to false and "
+            "`ensure_weight_tying=True` in the adapter's config."
+        )
 
 
 def check_strategy(args: CrossTokenizerGKDConfig, accelerator):
