@@ -44,7 +44,7 @@ from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.activated import activation_of_rows, invocation_of, without_backward
 from .models.heads import base_model, context_of, unbind_forward
-from .models.loading import by_name, check_vocabulary, disable_dropout, load_tokenizer
+from .models.loading import by_name, check_vocabulary, disable_dropout, load_tokenizer, warn_of_experts
 from .models.products import faster_products
 from .models.quantized import prepare_quantized
 from .models.sharding import keep_scores_in_float32, left_unprepared
@@ -57,9 +57,9 @@ from .teachers.readings import arrived
 from .text.chat import Speaker
 from .training.adapters import ResumedAdapters
 from .training.checkpoints import asked_for
-from .training.checks import check_apart, check_offloading
+from .training.checks import check_apart, check_offloading, check_parallelism, check_tied
 from .training.ended import EndedRun
-from .training.student import check_invoked, check_second_adapter
+from .training.student import check_invoked, check_second_adapter, warn_of_slow_half
 from .training.watch import FiniteWeights
 
 
@@ -248,7 +248,11 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
         )
         unbind_forward(base_model(self.model))
         prepare_quantized(base_model(self.model), self.accelerator.autocast)
+        check_parallelism(getattr(self.accelerator, "parallelism_config", None))
+        check_tied(self.model, self.accelerator)
         check_causal("student", self.model)
+        warn_of_experts(self.model)
+        warn_of_slow_half(self.accelerator, self.model)
         if args.disable_dropout:
             disable_dropout(self.model)  # TRL's own leaves that of attention and of some adapters on
         self._invocation = invocation_of(self.model)

@@ -4,14 +4,17 @@ import copy
 import math
 from contextlib import nullcontext
 from datetime import date
+from types import SimpleNamespace
 
 import needs
 import numpy as np
 import pytest
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, DatasetDict
 from peft import LoHaConfig, LoraConfig, get_peft_model
-from toys import student_model, student_tokenizer, teacher_model, teacher_tokenizer, weights
+from toys import SHAPE, student_model, student_tokenizer, teacher_model, teacher_tokenizer, weights
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from trl_ctopd import preference
@@ -408,6 +411,28 @@ def test_a_setting_that_cannot_work_is_refused(tmp_path, settings, message):
 def test_activations_are_not_offloaded_from_a_cpu(tmp_path):
     with pytest.raises(ValueError, match="this run is on a CPU.*set activation_offloading=False"):
         build(tmp_path / "run", activation_offloading=True)
+
+
+def test_tied_embeddings_that_an_adapter_trains_apart_are_refused_where_fsdp_would_tie_them_again(
+    tmp_path, monkeypatch
+):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True)
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+    check = preference.check_tied
+    monkeypatch.setattr(preference, "check_tied", lambda model, accelerator: check(model, sharded))
+    for modules in (None, ["embed_tokens"]):
+        model = get_peft_model(
+            student_model(tie_word_embeddings=True), LoraConfig(target_modules="all-linear", modules_to_save=modules)
+        )
+        with pytest.raises(ValueError, match="would tie them again") if modules else nullcontext():
+            build(tmp_path, model=model)
+
+
+def test_an_adapter_that_leaves_a_students_experts_out_says_so(tmp_path, caplog):
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": len(student_tokenizer())}
+    student = MixtralForCausalLM(MixtralConfig(**{**SHAPE, **sizes}))
+    build(tmp_path, model=student, peft_config=LoraConfig(target_modules=["q_proj"]))
+    assert "leaves the experts of this MixtralForCausalLM as they are" in caplog.text
 
 
 def test_one_weighing_teacher_alone_is_refused(tmp_path):
