@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
 from toys import SGD, step_of, student_model, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaModel
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_ctopd.losses import ScoredChunks
@@ -93,6 +93,19 @@ def test_the_engine_has_the_weights_of_each_step_before_it_writes(build_vllm, en
     assert len(made.synced) == len(made.calls) == 3
     torch.testing.assert_close(made.synced[0], first, rtol=0, atol=0)
     assert not torch.equal(made.synced[1], made.synced[0]) and not torch.equal(made.synced[2], made.synced[1])
+
+
+def test_an_engine_that_changes_the_students_class_is_refused(build_vllm, engine, monkeypatch):
+    """As vLLM's does where it runs a family by transformers' own code."""
+    own = engine.__init__
+
+    def made(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        monkeypatch.setattr(LlamaModel, "__call__", lambda *given, **named: pytest.fail("no forward pass"))
+
+    monkeypatch.setattr(engine, "__init__", made)
+    with pytest.raises(ValueError, match="has changed LlamaModel for it in this process.*vllm_mode='server'"):
+        build_vllm()
 
 
 def test_an_adapters_model_is_handed_over_whole_for_trl_to_merge(build_vllm, engine):

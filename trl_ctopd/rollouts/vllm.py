@@ -94,6 +94,11 @@ def _check_merges(model: PeftModel):
         ) from error
 
 
+def _behaviour(kind: type) -> tuple:
+    """What an engine in this process changes of a class that it shares (findings/students_lose_their_forward_pass.sh)."""
+    return kind.__bases__, kind.__init__, kind.__call__
+
+
 class VLLMWriter:
     """
     A [`Writer`] by vLLM, and with a server a [`Background`].
@@ -110,6 +115,7 @@ class VLLMWriter:
         self._stop_ids = set(stop_ids)
         self._model, self._accelerator = model, accelerator
         self._step = None  # the step whose weights the engine has
+        classes = {type(module): _behaviour(type(module)) for module in model.modules()}
         self._engine = VLLMGeneration(
             model=model,
             accelerator=accelerator,
@@ -132,6 +138,11 @@ class VLLMWriter:
             logprobs=0,  # only of the sampled token
             generation_kwargs={"stop_token_ids": list(stop_ids)},
         )
+        if changed := [kind.__name__ for kind, before in classes.items() if _behaviour(kind) != before]:
+            raise ValueError(
+                f"vLLM runs this family by transformers' own code, and has changed {', '.join(changed)} for it in this process: the student's own "
+                "forward pass would raise. Set vllm_mode='server' (a server is a process of its own), or use_vllm=False."
+            )
         if args.vllm_mode == "server" and accelerator.is_main_process:
             mode = self._engine.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
             if mode != "processed_logprobs":
