@@ -483,7 +483,7 @@ def learning_curve(log_history: list[dict]) -> bytes | None:
     for (where, points), style in zip(sets.items(), cycle(["-", "--", ":", "-."])):
         axes.plot(*zip(*points, strict=True), style, label=where)
     axes.set(
-        xlabel="optimizer step", ylabel="gap, nats a byte", title="What the student still differs from its teacher"
+        xlabel="optimizer step", ylabel="gap, nats a byte", title="How far the student still is from its teacher"
     )
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(0.0, bottom), max(0.0, top))  # on given text the gap may be negative
