@@ -43,7 +43,7 @@ from .looking.best_effort import best_effort
 from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.activated import activation_of_rows, invocation_of, without_backward
-from .models.heads import base_model, context_of, unbind_forward
+from .models.heads import base_model, context_of, forget_preparation, unbind_forward
 from .models.loading import by_name, check_vocabulary, disable_dropout, load_tokenizer, warn_of_experts
 from .models.products import faster_products
 from .models.quantized import prepare_quantized
@@ -208,6 +208,8 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
         check_offloading(args)
         check_apart(model, teacher_model, positive_teacher, negative_teacher)
         check_second_adapter(model, kwargs.get("peft_config"))
+        if not isinstance(model, str):
+            forget_preparation(model)
         if (positive_teacher is None) != (negative_teacher is None):
             raise ValueError(
                 "A chunk's weight needs both positive_teacher and negative_teacher: pass both, or neither."
@@ -337,6 +339,8 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
                 elif dataset is not None:
                     dataset = self._with_columns(dataset, name)
                 setattr(self, f"{name}_dataset", dataset)
+        if not self.accelerator._models:  # another trainer may have trained it since
+            forget_preparation(self.model)
         with faster_products(self.model, self.accelerator):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -27,7 +27,7 @@ from .looking.samples import Samples
 from .losses import Metrics, ScoredChunks
 from .losses.reference_kl import reference_kl
 from .models.activated import without_backward
-from .models.heads import base_model, head_rows
+from .models.heads import base_model, forget_preparation, head_rows
 from .models.loading import by_name, ensure_pad_token, load_tokenizer, warn_of_cloned_tokens
 from .models.packing import packer_for
 from .models.products import faster_products
@@ -271,6 +271,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
 
     def train(self, *args, **kwargs):
         checks.check_callbacks(self.callback_handler.callbacks)
+        if not self.accelerator._models:  # another trainer may have trained it since
+            forget_preparation(self.model)
         with faster_products(self.model, self.accelerator):
             return super().train(*args, **kwargs)
 

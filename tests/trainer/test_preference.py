@@ -13,7 +13,7 @@ import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, DatasetDict
 from peft import LoHaConfig, LoraConfig, get_peft_model
-from toys import SHAPE, student_model, student_tokenizer, teacher_model, teacher_tokenizer, weights
+from toys import SHAPE, student_model, student_tokenizer, teacher_model, teacher_tokenizer, trained_before, weights
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 
@@ -97,6 +97,16 @@ def build(folder, dataset=None, model=None, teacher=None, teacher_tokens=None, w
 def losses(trainer):
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("side", ["model", "teacher"])
+def test_models_that_were_trained_in_another_precision_are_compared_in_this_runs(tmp_path, side, bf16):
+    made = {"model": student_model, "teacher": teacher_model}[side]
+    fresh = build(tmp_path, bf16=bf16, **{side: made()})
+    before = build(tmp_path, bf16=bf16, **{side: trained_before(made(), tmp_path, not bf16)})
+    assert losses(before) == losses(fresh)
+    torch.testing.assert_close(weights(before), weights(fresh), rtol=0, atol=0)
 
 
 def test_an_adapter_in_half_precision_goes_on_in_it_when_its_run_is_resumed(tmp_path):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from accelerate.utils.operations import ConvertOutputsToFp32
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -158,11 +159,34 @@ def unbind_forward(model: PreTrainedModel):
     model.forward = types.MethodType(_of_any(model.forward), model)
 
 
+def forget_preparation(model: nn.Module):
+    """Makes Accelerate prepare `model` as if no trainer had trained it: an earlier one leaves its autocast on the forward pass, in which a later one
+    computes too, whatever its own precision, and a mark for which a later one's own autocast is left out (findings/the_first_precision_stays.sh).
+    """
+    for part in (model, base_model(model)):
+        part.__dict__.pop("_is_accelerate_prepared", None)
+        part.__dict__.pop("_original_forward", None)  # by which Accelerate would take its autocast off
+        if "forward" not in part.__dict__:
+            continue
+        if hasattr(part.forward, "__func__"):
+            part.forward = types.MethodType(_of_any(part.forward), part)
+        else:
+            part.forward = _without_autocast(part.forward)
+
+
+def _without_autocast(forward: Callable) -> Callable:
+    """What Accelerate has put its autocast around, as often as it has. (Its own `unwrap_model` also takes off what others put beneath.)"""
+    while isinstance(outer := getattr(forward, "__wrapped__", None), ConvertOutputsToFp32):
+        forward = outer.model_forward.__wrapped__
+    return forward
+
+
 def _of_any(forward: Callable) -> Callable:
-    """A model's `forward` as a function of the model, and so that of a deep copy too."""
+    """A model's `forward` as a function of the model, and so that of a deep copy too; without the autocast of an earlier trainer."""
     if not hasattr(forward, "__func__"):  # a hook of Accelerate's
-        return lambda _, *args, **kwargs: forward(*args, **kwargs)
-    function = forward.__func__
+        hooked = _without_autocast(forward)
+        return lambda _, *args, **kwargs: hooked(*args, **kwargs)
+    function = _without_autocast(forward.__func__)
     beneath = inspect.getclosurevars(function).nonlocals.get("original_forward")
     if beneath is None:
         return function

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..models.activated import activation, invocation_of
 from ..models.closing import in_tile_order
-from ..models.heads import add_token_scores, base_model, hidden_states
+from ..models.heads import add_token_scores, base_model, forget_preparation, hidden_states
 from ..models.loading import load_model, slow_weights, switch_router_logits_off, widen_for_cpu
 from ..models.packing import Packed, packed_inputs, packer_for, turning_length
 from ..models.products import use_faster_products
@@ -100,6 +100,7 @@ class LocalTeacher:
         model.requires_grad_(False)
         model.eval()
         self.base_model = base_model(model)
+        forget_preparation(model)
         switch_router_logits_off(self.base_model)
         add_token_scores(self.base_model, temperature)
         self.config = model.config

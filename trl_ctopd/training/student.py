@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from ..config import CrossTokenizerGKDConfig
 from ..models.activated import active_tokens, invocation_of
-from ..models.heads import AUTOCAST, base_model, context_of, has_imbalance
+from ..models.heads import AUTOCAST, base_model, context_of, forget_preparation, has_imbalance
 from ..models.loading import (
     adapter_base,
     computes_fast,
@@ -75,6 +75,7 @@ def open_student(model, args: CrossTokenizerGKDConfig, peft_config):
     `model_init_kwargs`) is loaded too. Raises `ValueError` for an adapter that would get a second one by `peft_config`."""
     kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     if not isinstance(model, str):
+        forget_preparation(model)
         return model
     warn_of_two_checkpoints(model)
     base = None if "gguf_file" in kwargs else adapter_base(model, kwargs.get("revision"))

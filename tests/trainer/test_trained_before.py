@@ -1,0 +1,73 @@
+"""Models that another trainer has trained earlier in the process."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from toys import SGD, fix_rollouts, step_of, student_model, teacher_model, trained_before
+from trl.trainer.utils import add_fused_lm_head
+
+from trl_ctopd.models.heads import forget_preparation
+
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+def adapted(model):
+    torch.manual_seed(4)
+    return get_peft_model(model, LORA)
+
+
+def fused(model):
+    add_fused_lm_head(model)
+    return model
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "history",
+    [
+        lambda own, earlier: earlier(own),
+        lambda own, earlier: fused(earlier(own)),
+        lambda own, earlier: earlier(fused(own)),
+        lambda own, earlier: earlier(adapted(own)),
+        lambda own, earlier: adapted(earlier(own)),
+    ],
+    ids=["plain", "beneath TRL's fused head", "above TRL's fused head", "an adapter", "beneath an adapter"],
+)
+@pytest.mark.parametrize("side", ["model", "teacher"])
+def test_a_model_that_was_trained_in_another_precision_computes_in_this_runs(build, tmp_path, side, history, bf16):
+    made = {"model": student_model, "teacher": teacher_model}[side]
+    fresh, before = (
+        fix_rollouts(build(**{side: history(made(), earlier)}, bf16=bf16, **SGD))
+        for earlier in (lambda own: own, lambda own: trained_before(own, tmp_path, not bf16))
+    )
+    torch.testing.assert_close(step_of(before), step_of(fresh), rtol=0, atol=0)
+    [new], [old] = fresh.state.log_history[:1], before.state.log_history[:1]
+    assert {
+        name: new[name] for name in new if name.startswith(("loss", "gap/", "student/", "teacher/"))
+    }.items() <= old.items()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_two_trainers_of_one_student_train_it_each_in_its_own_precision(build, bf16):
+    student = student_model()
+    first, second = (fix_rollouts(build(model=student, bf16=own, **SGD)) for own in (not bf16, bf16))
+    first.train()
+    alone = student_model()
+    alone.load_state_dict(student.state_dict())
+    alone = fix_rollouts(build(model=alone, bf16=bf16, **SGD))
+    torch.testing.assert_close(step_of(second), step_of(alone), rtol=0, atol=0)
+
+
+def test_only_the_autocast_is_taken_off(tmp_path):
+    """TRL's fused head stays, and what transformers puts around its own forward passes (`return_dict`)."""
+    model, plain = fused(student_model()), student_model()
+    forget_preparation(trained_before(model, tmp_path, bf16=True))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.eval()(input_ids=IDS).logits, plain.eval()(input_ids=IDS).logits, rtol=0, atol=0
+        )
+        assert model(input_ids=IDS, labels=IDS, fused_lm_head=True).log_probs is not None
+        assert isinstance(model(input_ids=IDS, return_dict=False), tuple)
+    assert model.generate(IDS, max_new_tokens=2, do_sample=False, eos_token_id=None).shape[1] == IDS.shape[1] + 2
