@@ -17,7 +17,7 @@ from trl_ctopd.losses import ScoredChunks
 from trl_ctopd.models.loading import disable_dropout
 from trl_ctopd.models.trials import draws_noise, stirred
 from trl_ctopd.training import checks
-from trl_ctopd.training.watch import DIFFERENCE, SamplingWatch, sampling_metrics
+from trl_ctopd.training.watch import DIFFERENCE, ENGINE_DIFFERENCE, SamplingWatch, sampling_metrics
 
 
 class Poison(TrainerCallback):
@@ -122,10 +122,18 @@ def test_the_entropy_difference_is_that_of_plain_sums():
     assert found.item() == pytest.approx(total) and weight == 3
 
 
-SAMPLED = {"top_p": 1.0, "top_k": 0, "min_p": None, "generation_kwargs": None, "early_stop": None, "async_rollouts": 0}
+SAMPLED = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "generation_kwargs": None,
+    "early_stop": None,
+    "async_rollouts": 0,
+    "use_vllm": False,
+}
 
 
-def watched(values, masked=0.0, **settings) -> list[str]:
+def watched(values, masked=0.0, figure=DIFFERENCE, **settings) -> list[str]:
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -134,7 +142,7 @@ def watched(values, masked=0.0, **settings) -> list[str]:
     try:
         watch = SamplingWatch(SimpleNamespace(**{**SAMPLED, **settings}))
         for value in values:
-            watch.read({DIFFERENCE: value, "alignment/masked_fraction": masked})
+            watch.read({figure: value, "alignment/masked_fraction": masked})
     finally:
         logger.removeHandler(handler)
     return said
@@ -150,6 +158,27 @@ def test_a_lasting_difference_is_warned_of_once_and_chance_never():
     assert watched([0.1 + 0.05 * value for value in noise], masked=0.02) == [], "masked tokens may explain it"
     for asked_for in ({"top_p": 0.9}, {"async_rollouts": 1}):
         assert watched([0.1 + 0.05 * value for value in noise], **asked_for) == []
+
+
+def test_an_engine_that_is_further_off_than_rounding_is_warned_of_once_at_the_first_log():
+    PartialState()
+    figure = {"figure": ENGINE_DIFFERENCE, "use_vllm": True}
+    assert watched([0.03, 0.13, math.nan], **figure) == [], "bfloat16, 8 bits, nothing told"
+    [line] = watched([0.8, 0.9], **figure)
+    assert f"{ENGINE_DIFFERENCE} is 0.80 nats" in line and "more than 0.30" in line and "use_vllm=False" in line
+    assert len(watched([0.03, 0.8], **figure)) == 1, "or later"
+    assert "one update before" in watched([0.8], **figure, async_rollouts=1)[0]
+    assert watched([0.8], **figure, top_p=0.5) == [], (
+        "the engine's log-probs are of the half that is left, up to ln 2 higher"
+    )
+    assert len(watched([1.1], **figure, top_p=0.5)) == 1
+    for other in (
+        {"use_vllm": False},
+        {"top_k": 20},
+        {"min_p": 0.1},
+        {"generation_kwargs": {"repetition_penalty": 1.3}},
+    ):
+        assert watched([0.8], **{**figure, **other}) == [], "asked for, or not an engine's"
 
 
 def test_text_drawn_from_another_distribution_shows_in_the_figure(build):
