@@ -7,8 +7,8 @@ import needs
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
-from toys import SGD, step_of, student_model, weights
-from transformers import AutoModelForCausalLM, LlamaModel
+from toys import SGD, SHAPE, step_of, student_model, student_tokenizer, weights
+from transformers import AutoModelForCausalLM, LlamaModel, Qwen3MoeConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_ctopd.losses import ScoredChunks
@@ -64,6 +64,15 @@ def build_vllm(build, engine, tmp_path):
         return build(model=settings.pop("model", str(tmp_path / "student")), use_vllm=True, **settings)
 
     return build_it
+
+
+def experts_model():
+    sizes = {name: value for name, value in SHAPE.items() if name != "intermediate_size"}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        Qwen3MoeConfig(**sizes, **experts, vocab_size=len(student_tokenizer()), router_aux_loss_coef=0.0)
+    )
 
 
 def test_what_is_used_of_trl_is_there():
@@ -154,6 +163,19 @@ def test_where_engine_and_trainer_disagree_the_step_is_weighed_by_the_ratio_up_t
     assert log["sampling/truncated_fraction"] == (shift == 2.0)
 
 
+@pytest.mark.parametrize("shift", [0.1, 0.8])
+def test_an_engine_that_writes_as_another_model_is_told_of_once(build_vllm, engine, monkeypatch, caplog, shift):
+    monkeypatch.setattr(engine, "shift", shift)
+    build_vllm(max_steps=3).train()
+    said = [
+        record.getMessage()
+        for record in caplog.records
+        if "log-probs of what it has just written" in record.getMessage()
+    ]
+    assert len(said) == (shift > 0.3)
+    assert not said or "sampling/log_prob_difference is 0.80 nats a token" in said[0]
+
+
 def test_importance_is_one_where_the_engine_told_nothing():
     chunks = torch.tensor([[0, 1, -1]])
     batch = ScoredChunks(
@@ -203,6 +225,14 @@ def test_given_text_is_not_the_engines(build_vllm, engine):
         ({"peft_config": "Shadow"}, "PEFT cannot merge SHADOW and take it out again.*: choose LoRA"),
         ({"peft_config": "OSF"}, "PEFT cannot merge OSF and take it out again.*: choose LoRA"),
         ({"vllm_importance_sampling_clip_max": 0.0}, "clip_max must be positive"),
+        (
+            {"model": "experts"},
+            r"on a CPU, and the student has experts \(model.layers.0.mlp.experts.*Set use_vllm=False",
+        ),
+        (
+            {"model": "experts", "peft_config": LoraConfig(r=4, target_modules=["q_proj"])},
+            "on a CPU, and the student has experts",
+        ),
     ],
 )
 def test_what_vllm_cannot_write_under_is_refused(build_vllm, tmp_path, settings, message):
@@ -210,10 +240,17 @@ def test_what_vllm_cannot_write_under_is_refused(build_vllm, tmp_path, settings,
         tied = student_model(tie_word_embeddings=True)
         tied.save_pretrained(tmp_path / "tied")
         settings = {**settings, "model": AutoModelForCausalLM.from_pretrained(tmp_path / "tied")}
+    if settings.get("model") == "experts":
+        experts_model().save_pretrained(tmp_path / "experts")
+        settings = {**settings, "model": str(tmp_path / "experts")}
     if isinstance(settings.get("peft_config"), str):
         settings = {**settings, "peft_config": needs.adapter(settings["peft_config"])}
     with pytest.raises(ValueError, match=message):
         build_vllm(**settings)
+
+
+def test_experts_are_not_refused_behind_a_server(build_vllm):
+    build_vllm(model=experts_model(), vllm_mode="server").train()
 
 
 def test_embeddings_that_are_trained_whole_and_stay_tied_are_not_refused(build_vllm, tmp_path):

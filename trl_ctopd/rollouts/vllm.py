@@ -29,6 +29,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Metrics, ScoredChunks
 from ..models.activated import invocation_of
+from ..models.heads import base_model
 from ..models.merging import adapted_where_tied, bases_kept
 from .cache import has_virtual_tokens
 from .generation import Written, up_to_stop
@@ -78,6 +79,13 @@ def check_vllm(model: nn.Module, args: CrossTokenizerGKDConfig):
         raise ValueError(
             "vllm_mode='colocate' first loads the student from its folder or hub name, and this model was created in memory: "
             "save it, and pass the folder."
+        )
+    experts = [name for name, _ in base_model(model).named_parameters() if ".experts." in name]
+    if experts and args.vllm_mode == "colocate" and args.device.type == "cpu":
+        raise ValueError(
+            f"vllm_mode='colocate' on a CPU, and the student has experts ({experts[0]}): vLLM brings these into the order of its kernel when it loads "
+            "them, and not when it gets those of a step, so that it would write with scrambled experts (findings/experts_are_scrambled_by_a_sync.sh). "
+            "Set use_vllm=False, or train on a GPU."
         )
 
 
