@@ -16,8 +16,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -qq torch==2.13.0
-"$folder/venv/bin/pip" install -qq transformers==5.23.0 accelerate==1.15.0
+"$folder/venv/bin/pip" install -qq --no-compile torch==2.13.0
+"$folder/venv/bin/pip" install -qq --no-compile transformers==5.23.0 accelerate==1.15.0
 cat > "$folder/look.py" <<'PY'
 import sys
 import tempfile
