@@ -34,6 +34,7 @@ from transformers import (
 
 from trl_ctopd import CrossTokenizerDPOConfig, CrossTokenizerDPOTrainer
 from trl_ctopd.models.loading import adapter_base, check_saves, load_model, load_tokenizer
+from trl_ctopd.models.sharding import keep_apart
 
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -510,6 +511,17 @@ def test_an_adapter_on_an_fp8_checkpoint_is_read_with_its_weights_where_no_quant
     for name, weight in found.get_base_model().state_dict().items():
         if "lora_" not in name:
             torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_a_checkpoint_has_beside_tied_embeddings_stays_apart_where_accelerate_ties(tmp_path, tied):
+    teacher_model(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    keep_apart(model)
+    model.tie_weights()  # as Accelerate does under FSDP2
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
 
 
 def test_a_model_merged_over_its_adapter_is_warned_of_since_it_gets_the_adapter_twice(build, tmp_path, caplog):

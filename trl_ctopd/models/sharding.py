@@ -74,6 +74,7 @@ def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
+        keep_apart(model)
         state, plugin = accelerator.state, accelerator.state.fsdp_plugin
         # the plugin stores which layers it wraps, and the student's are others
         state.fsdp_plugin = copy.copy(plugin)
@@ -84,6 +85,14 @@ def place_teacher(model: PreTrainedModel, accelerator) -> nn.Module:
         model.set_reshard_after_forward(True)  # there is no backward pass that needs the LM head again
         return model
     return model.to(accelerator.device)
+
+
+def keep_apart(model: PreTrainedModel):
+    """A head that the checkpoint has beside the embeddings stays apart from them, also where the config says that they are tied: transformers
+    has warned of it, and Accelerate would tie them as it shards the model (findings/a_head_of_its_own_is_tied_after_all.sh)."""
+    ends = [getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+    if all(weight is not None for weight in ends) and ends[0] is not ends[1]:
+        model.config.tie_word_embeddings = False
 
 
 def is_on(device: torch.device, model: nn.Module) -> bool:

@@ -219,7 +219,10 @@ def check_run(
 def check_tied(model: nn.Module, accelerator):
     """Raises `ValueError` for tied embeddings of which an adapter trains one side, where Accelerate ties both sides again as it shards them: the
     model that is trained would not be the one that is saved (findings/fsdp_ties_what_peft_untied.sh)."""
-    if accelerator.distributed_type != DistributedType.FSDP or not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+    if (
+        accelerator.distributed_type != DistributedType.FSDP
+        or not accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+    ):
         return
     ends = [base_model(model).get_input_embeddings(), base_model(model).get_output_embeddings()]
     if model.config.tie_word_embeddings and any(isinstance(end, AuxiliaryTrainingWrapper) for end in ends):
