@@ -201,6 +201,46 @@ def test_malformed_calls_say_what_is_wrong(calls, message):
         read_example({"prompt": [USER, {"role": "assistant", "tool_calls": calls}]})
 
 
+@pytest.mark.parametrize("name", [file.stem for file in FILES])
+@pytest.mark.parametrize("before", [(), ("user", "assistant"), ("user",)], ids=["first", "later", "after the user"])
+def test_a_message_of_an_unknown_role_is_shown_or_refused(name, before):
+    speaker = side(name)
+    turns = [{"role": role, "content": "Hi"} for role in before]
+    for role in ("human", "User", "customer", "developer", "gpt"):
+        try:
+            ids = speaker.prompt_ids(Conversation([*turns, {"role": role, "content": "What is 3 plus 4?"}]))
+        except ValueError:
+            continue
+        assert "What is 3 plus 4?" in text(speaker, ids)
+
+
+@pytest.mark.parametrize(
+    ("role", "way"), [("human", "user"), ("customer", "user"), ("gpt", "assistant"), ("developer", "system")]
+)
+def test_an_unknown_role_that_is_left_out_is_named_with_the_role_that_is_meant(role, way):
+    prompt = [USER, PLAIN, {"role": role, "content": "What is 3 plus 4?"}]
+    with pytest.raises(ValueError, match=f"leaves out the message of role '{role}'.*rename it to '{way}'"):
+        side("qwen2_5").prompt_ids(Conversation(prompt))
+
+
+@pytest.mark.parametrize("name", [file.stem for file in FILES])
+def test_messages_of_known_roles_are_not_taken_for_lost_whatever_a_template_does_to_their_text(name):
+    speaker = side(name)
+    for asked in (" Hi /think\n", "</think> <b>", '{"a": "\\n"}'):
+        turns = [{"role": "system", "content": asked}, {"role": "user", "content": asked}, PLAIN, USER, REASONED]
+        for prompt in (turns[:2], turns[:4], [*turns, USER], turns):
+            assert speaker._lost_places(Conversation(prompt)) == []
+            speaker.prompt_ids(Conversation(prompt))
+
+
+def test_an_answer_beside_a_call_that_a_later_answer_takes_away_is_refused():
+    prompt = [USER, {**CALLED, "content": "I look."}, RESULT]
+    speaker = side("gptoss")
+    assert "I look." in text(speaker, speaker.prompt_ids(Conversation(prompt, tools=TOOLS)))
+    with pytest.raises(ValueError, match="leaves out the message of role 'assistant', 'I look.'.*reasoning_content"):
+        speaker.prompt_ids(Conversation([*prompt, PLAIN, USER], tools=TOOLS))
+
+
 def test_tools_that_a_template_leaves_out_are_said_once():
     speaker = side("phi3")
     with pytest.warns(UserWarning, match="leaves out `tools`") as caught:

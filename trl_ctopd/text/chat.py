@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from .aligner import continuations
 from .calls import CallReader, find_reader
-from .conversation import REASONING, Conversation, read_example
+from .conversation import REASONING, SPEAKERS, Conversation, read_example
 from .planning import lost_of
 from .template import THINKING, Template
 from .token_bytes import token_table
@@ -51,6 +51,8 @@ __all__ = ["Conversation", "Opened", "Speaker", "plain_text", "read_example", "u
 
 # the usual names of the token between two texts of pretraining, which a chat model's generation config may leave out
 _TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
+
+_MEANT = {**SPEAKERS, "developer": "system", "model": "assistant", "function": "tool"}  # by other names of roles
 
 _THOUGHT_APART = "where the content begins with a thought, give that as `reasoning_content`"
 
@@ -94,6 +96,7 @@ class Speaker(Template):
             self._refuse_what_is_left_out(conversation)
             text = self._render(conversation.prompt, conversation, open_ended=True)
             self._refuse_lost_instructions(conversation.prompt, text)
+            self._refuse_lost_messages(conversation)
             self._refuse_second_thought(conversation.begun, text)
             ids = self.encode(text)
         else:
@@ -293,6 +296,52 @@ class Speaker(Template):
                 f"{[message['role'] for message in messages]}): it would read another conversation than the other model. Make one system "
                 "message of all, at the beginning, or put the text into a user message"
             )
+
+    def _refuse_lost_messages(self, conversation: Conversation) -> None:
+        """A template may leave out a message whose role it does not know, or which it takes for an earlier thought (gpt-oss: what stands beside
+        a call, once an answer has followed)."""
+        for message in (conversation.prompt[place] for place in self._lost_places(conversation)):
+            role, content = message["role"], message["content"]
+            way = "leave such rows out"
+            if role not in SPEAKERS.values():
+                way = f"rename it to {_MEANT.get(role.lower(), 'user')!r}"
+            elif role == "assistant":
+                way = "give it as `reasoning_content`, if it is a thought, or leave such rows out"
+            raise ValueError(
+                f"the chat template of {self._name} leaves out the message of role {role!r}, {content[:60]!r} (roles "
+                f"{[own['role'] for own in conversation.prompt]}): it would read another conversation than the other model. For this "
+                f"message, {way}"
+            )
+
+    def _lost_places(self, conversation: Conversation) -> list[int]:
+        """Which of the prompt's messages, but those of the system, are in no rendering. Found with probes as their content, once for all
+        conversations with the same roles, since a template may change what it is given."""
+        messages, tools, kwargs = conversation.prompt, bool(conversation.tools), conversation.chat_template_kwargs
+        shapes = [
+            [one["role"], len(one.get("tool_calls") or ()), sorted(key for key in one if one[key])] for one in messages
+        ]
+        key = json.dumps([shapes, tools, kwargs], sort_keys=True, default=repr)
+        if key not in self._lost:
+            probes = [f"qzmessage{place}zq" for place in range(len(messages))]
+            probed = [
+                {**one, "content": probe} if one.get("content") else one
+                for one, probe in zip(messages, probes, strict=True)
+            ]
+            try:
+                text = self._render(probed, conversation, open_ended=True)
+            except Unrenderable:  # of a template that reads the content
+                text = " ".join(probes)
+            self._lost[key] = [
+                place
+                for place, (one, probe) in enumerate(zip(messages, probes, strict=True))
+                if one.get("content") and one["role"] != "system" and probe not in text
+            ]
+        return self._lost[key]
+
+    @cached_property
+    def _lost(self) -> dict[str, list[int]]:
+        """What `_lost_places` has found so far."""
+        return {}
 
     def _refuse_second_thought(self, begun: str | None, text: str) -> None:
         """A template that writes an empty thought before every answer writes one before a thought that has been begun in the content, too

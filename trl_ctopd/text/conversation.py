@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 _MESSAGES = ("prompt", "completion", "messages", "conversations", "teacher_prompt")  # columns that may hold messages
 _ASKS = ("prompt", "messages", "conversations")  # one of them holds what is asked
-_SPEAKERS = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
+SPEAKERS = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 REASONING = ("reasoning_content", "reasoning", "thinking")  # all three name a thought
 # arguments of `apply_chat_template` itself
 _OF_THE_CALL = {
@@ -169,9 +169,9 @@ def _with_known_speaker(message, column: str):
     if not isinstance(message, Mapping) or message.get("from") is None:
         return _without_none(message)
     speaker = message["from"]
-    if speaker not in _SPEAKERS:
-        raise ValueError(f"`{column}` holds a message `from` {speaker!r}: make it one of {', '.join(_SPEAKERS)}")
-    return {**_without_none(message), "from": _SPEAKERS[speaker]}
+    if speaker not in SPEAKERS:
+        raise ValueError(f"`{column}` holds a message `from` {speaker!r}: make it one of {', '.join(SPEAKERS)}")
+    return {**_without_none(message), "from": SPEAKERS[speaker]}
 
 
 def _teacher_prompt(value, prompt: str | list[dict]) -> str | list[dict]:
