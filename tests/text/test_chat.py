@@ -405,6 +405,29 @@ def test_an_empty_prompt_is_the_bos_or_an_error():
         Speaker(toy()).prompt_ids(Conversation(""))
 
 
+@pytest.mark.parametrize("empty", ["", " \n", [], [{"type": "text", "text": ""}]])
+def test_a_conversation_that_asks_nothing_is_refused(empty):
+    asked = [SYSTEM, {"role": "user", "content": empty}]
+    begun = {"role": "assistant", "content": "The sum is"}
+    for row in (
+        {"prompt": asked},
+        {"prompt": [*LONG[:3], asked[1]]},
+        {"prompt": [*asked, begun]},
+        {"prompt": asked, "completion": [REFERENCE]},
+        {"messages": asked},
+        {"messages": [*asked, REFERENCE]},
+        {"prompt": [USER], "teacher_prompt": asked},
+    ):
+        with pytest.raises(ValueError, match="last user message of `.*` is empty.*leave such rows out"):
+            read_example(row)
+
+
+def test_a_begun_answer_may_be_empty_and_so_may_an_earlier_question():
+    begun = {"role": "assistant", "content": ""}
+    assert read_example({"prompt": [USER, begun]}).begun == ""
+    assert read_example({"prompt": [{"role": "user", "content": ""}, REFERENCE, USER]}).prompt[-1] == USER
+
+
 def test_without_a_template_the_conversation_is_plain_text():
     side = Speaker(toy())
     expected = "System:\nBe brief.\n\nUser:\nQ1 <|im_end|>\n\nAssistant:\nA1\n\nUser:\nQ2\n\nAssistant:\n"

@@ -77,8 +77,8 @@ def read_example(example: Mapping) -> Conversation:
     `maybe_convert_to_chatml` converts them, with human for user and gpt for assistant. None counts as absent, also inside
     messages and tools: Arrow fills missing keys with it.
 
-    Raises `ValueError` for a row without exactly one of `prompt` and `messages`, for a malformed one, and for a `teacher_prompt`
-    of another kind than the prompt.
+    Raises `ValueError` for a row without exactly one of `prompt` and `messages`, for a malformed one, for one whose last user message
+    is empty, and for a `teacher_prompt` of another kind than the prompt.
     """
     row = {column: value for column, value in example.items() if value is not None}
     if not row.keys() & _ASKS and (missing := [column for column in _ASKS if column in example]):
@@ -119,9 +119,11 @@ def _read(row: dict) -> Conversation:
     if "messages" in row:
         *prompt, last = _messages(row["messages"], "messages")
         if last["role"] != "assistant":
+            _refuse_empty_question([*prompt, last], "messages")
             return Conversation([*prompt, last], **rest)
         if not prompt:
             raise ValueError("`messages` holds an assistant turn only: put the turn that it answers before it")
+        _refuse_empty_question(prompt, "messages")
         return Conversation(prompt, last, **rest)
     if isinstance(row["prompt"], str):
         completion = row.get("completion")
@@ -131,6 +133,7 @@ def _read(row: dict) -> Conversation:
             )
         return Conversation(row["prompt"], completion, **rest)
     prompt = _messages(row["prompt"], "prompt")
+    _refuse_empty_question(prompt, "prompt")
     if "completion" not in row:
         return Conversation(prompt, **rest)
     completion = _messages(row["completion"], "completion")
@@ -184,6 +187,7 @@ def _teacher_prompt(value, prompt: str | list[dict]) -> str | list[dict]:
     if isinstance(value, str):
         return value
     messages = _messages(value, "teacher_prompt")
+    _refuse_empty_question(messages, "teacher_prompt")
     begun = [own[-1].get("content", "") if own[-1]["role"] == "assistant" else None for own in (prompt, messages)]
     if begun[0] != begun[1]:
         said = ["no begun answer" if answer is None else f"the begun answer {answer!r}" for answer in begun]
@@ -198,6 +202,15 @@ def _messages(value, column: str) -> list[dict]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"`{column}` must be a list of at least one message, got {value!r}")
     return [_message(message, column) for message in value]
+
+
+def _refuse_empty_question(messages: list[dict], column: str):
+    """The answer that an assistant has begun may be empty; what it is asked may not."""
+    asked = [message.get("content", "") for message in messages if message["role"] == "user"]
+    if asked and not asked[-1].strip():
+        raise ValueError(
+            f"the last user message of `{column}` is empty ({asked[-1]!r}), so that nothing is asked: leave such rows out (`dataset.filter`)"
+        )
 
 
 def _message(value, column: str) -> dict:
