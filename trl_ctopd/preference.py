@@ -59,7 +59,7 @@ from .training.adapters import ResumedAdapters
 from .training.checkpoints import asked_for
 from .training.checks import check_apart, check_offloading, check_parallelism, check_tied
 from .training.ended import EndedRun
-from .training.student import check_invoked, check_second_adapter, warn_of_slow_half
+from .training.student import check_invoked, check_second_adapter, warn_of_default_rate, warn_of_slow_half
 from .training.watch import FiniteWeights
 
 
@@ -255,6 +255,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
         check_causal("student", self.model)
         warn_of_experts(self.model)
         warn_of_slow_half(self.accelerator, self.model)
+        warn_of_default_rate(args, self.model, self.optimizer, "5e-6 to 1e-4")
         if args.disable_dropout:
             disable_dropout(self.model)  # TRL's own leaves that of attention and of some adapters on
         self._invocation = invocation_of(self.model)

@@ -164,6 +164,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         )
         data = self.train_dataset, self.eval_dataset, bool(tools)
         checks.check_run(args, self.accelerator, self.model, processing_class, *data)
+        student.warn_of_default_rate(args, self.model, optimizers[0], "1e-4 to 3e-4")
         keep_scores_in_float32(self.accelerator)
         # Trainer counts a step's tokens only for models that take loss kwargs. The loss here always needs the count.
         self.model_accepts_loss_kwargs = True

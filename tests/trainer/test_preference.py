@@ -438,6 +438,15 @@ def test_tied_embeddings_that_an_adapter_trains_apart_are_refused_where_fsdp_wou
             build(tmp_path, model=model)
 
 
+def test_an_adapter_that_learns_pairs_with_the_default_learning_rate_is_warned_of(tmp_path, caplog):
+    adapter = LoraConfig(target_modules=["q_proj"])
+    build(tmp_path, peft_config=adapter, learning_rate=CrossTokenizerDPOConfig.learning_rate)
+    assert caplog.text.count("the default, is for whole weights: an adapter learns next to nothing") == 1
+    caplog.clear()
+    build(tmp_path, peft_config=adapter)
+    assert "the default, is for" not in caplog.text
+
+
 def test_an_adapter_that_leaves_a_students_experts_out_says_so(tmp_path, caplog):
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": len(student_tokenizer())}
     student = MixtralForCausalLM(MixtralConfig(**{**SHAPE, **sizes}))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import needs
 import pytest
+import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset, IterableDataset
@@ -226,6 +227,26 @@ def test_an_adapter_that_keeps_all_its_ranks_is_warned_of(build, caplog, wrapped
     caplog.clear()
     build(peft_config=LoraConfig(target_modules=["q_proj"]))
     assert "ranks" not in caplog.text
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["an adapter to be made", "a PeftModel"])
+def test_an_adapter_with_the_default_learning_rate_is_warned_of(build, caplog, wrapped):
+    def built(**settings):
+        caplog.clear()
+        config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        given = {"model": get_peft_model(student_model(), config)} if wrapped else {"peft_config": config}
+        build(**given, **settings)
+        return caplog.text
+
+    assert built().count("learning_rate=1e-06, the default, is for whole weights") == 1
+    assert "the default, is for" not in built(settings={"learning_rate": 2e-4})
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    assert "the default, is for" not in built(optimizers=(optimizer, None))
+
+
+def test_whole_weights_with_the_default_learning_rate_are_not_warned_of(build, caplog):
+    build()
+    assert "the default, is for" not in caplog.text
 
 
 def test_an_adapter_that_is_loaded_as_another_under_another_seed_is_warned_of(build, caplog):

@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainingArguments
 
 from ..config import CrossTokenizerGKDConfig
 from ..models.activated import active_tokens, invocation_of
@@ -199,6 +199,17 @@ def warn_of_slow_half(accelerator, model: nn.Module):
         name = accelerator.mixed_precision
         logger.warning(
             f"{name}=True on a CPU without instructions for it: the student computes several times slower than in float32. Set {name}=False."
+        )
+
+
+def warn_of_default_rate(args: TrainingArguments, model: nn.Module, optimizer, usual: str):
+    """Warns of an adapter that is trained with the default learning rate, which is for whole weights. `optimizer`: the user's own, which has
+    its own rate; `usual`: what an adapter takes."""
+    default = type(args).__dataclass_fields__["learning_rate"].default
+    adapted = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
+    if adapted and optimizer is None and args.learning_rate == default:
+        logger.warning(
+            f"learning_rate={default:g}, the default, is for whole weights: an adapter learns next to nothing with it. Set learning_rate to {usual}."
         )
 
 
