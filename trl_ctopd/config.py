@@ -4,7 +4,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
@@ -41,8 +41,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
     r"""
     Configuration of [`CrossTokenizerGKDTrainer`]. It lists only fields that are new or have another default than in
     [`~trl.experimental.gkd.GKDConfig`]; all others are inherited. The method is `distillation_loss`. `loss_type` belongs to
-    SFT and `beta` to GKD's own loss: neither has an effect. Nor have `completion_only_loss`, `dataset_kwargs`, `dataset_text_field`,
-    `eval_packing`, `packing_strategy` and `truncation_mode`, which say what SFT makes of a dataset's own text; nor `label_names`,
+    SFT and has no effect; `beta` belongs to GKD's own loss, and another than the default is refused. Without effect are also `completion_only_loss`, `dataset_kwargs`, `dataset_text_field`,
+    `eval_packing`, `packing_strategy` and `truncation_mode`, which say what SFT makes of a dataset's own text; and `label_names`,
     `batch_eval_metrics` and `eval_accumulation_steps`, since an evaluation keeps no labels and no predictions.
 
     A prompt is never truncated. `per_device_train_batch_size` counts prompts: a micro-batch holds
@@ -115,7 +115,11 @@ class CrossTokenizerGKDConfig(GKDConfig):
         },
     )
     beta: float = field(
-        default=0.5, metadata={"help": "Belongs to GKD's own loss, which this trainer does not use: no effect."}
+        default=0.5,
+        metadata={
+            "help": "Belongs to GKD's own loss, which this trainer does not use: leave it out. That of gold or bpm goes to "
+            "`distillation_loss_kwargs`."
+        },
     )
     loss_type: str = field(
         default="nll", metadata={"help": "Belongs to SFT, not used here: no effect. The method is `distillation_loss`."}
@@ -687,6 +691,20 @@ class CrossTokenizerGKDConfig(GKDConfig):
             known = isinstance(self.off_policy_loss, str) and self.off_policy_loss in LOSSES
             problem = "cannot learn from text the student did not write" if known else "is not the name of a loss"
             raise ValueError(f"off_policy_loss {self.off_policy_loss!r} {problem}: choose one of {', '.join(allowed)}.")
+        self._check_beta()
+
+    def _check_beta(self):
+        if self.beta == type(self).__dataclass_fields__["beta"].default:
+            return
+        able = [name for name, loss in LOSSES.items() if "beta" in {knob.name for knob in fields(loss)}]
+        names = {"distillation_loss": self.distillation_loss, "off_policy_loss": self.off_policy_loss}
+        own = [name for name, loss in names.items() if isinstance(loss, str) and loss in able]
+        way = f"leave it out ({' and '.join(able)} have a beta of their own, in distillation_loss_kwargs)"
+        if own:
+            way = f"give that of {names[own[0]]} as {own[0]}_kwargs={{'beta': {self.beta}}}"
+        raise ValueError(
+            f"beta={self.beta} has no effect: it is a setting of GKD's own loss, which this trainer does not use. Instead, {way}."
+        )
 
     def _check_generation_kwargs(self):
         asked = {name for name, value in (self.generation_kwargs or {}).items() if value is not None}

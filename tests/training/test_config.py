@@ -252,3 +252,41 @@ def test_the_best_model_is_one_of_a_named_evaluation_dataset(build):
         build(metric_for_best_model="gap/nats_per_byte", **evaluated)
     build(metric_for_best_model="eval_two_gap/nats_per_byte", **evaluated)
     build(metric_for_best_model="gap/nats_per_byte", **evaluated | {"eval_strategy": "no"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ({"distillation_loss": "gold"}, r"give that of gold as distillation_loss_kwargs=\{'beta': 0.9\}"),
+        ({"off_policy_loss": "gold"}, r"give that of gold as off_policy_loss_kwargs=\{'beta': 0.9\}"),
+        ({"distillation_loss": "gold", "distillation_loss_kwargs": {"beta": 0.9}}, "beta=0.9 has no effect"),
+        ({"distillation_loss": "dpca"}, r"leave it out \(bpm and gold have a beta of their own"),
+        ({"distillation_loss": alm}, "leave it out"),
+        ({}, "leave it out"),
+    ],
+)
+def test_a_beta_which_is_that_of_gkds_own_loss_is_refused_with_the_way_out(settings, way):
+    with pytest.raises(ValueError, match=way):
+        config(beta=0.9, **settings)
+    assert config(**settings, beta=0.5).beta == 0.5
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "knob"),
+    [
+        ("reverse_kl", {"top_k": 8}, "top_k"),
+        ("auto", {"top_k": 8}, "top_k"),
+        ("alm", {"temperature": 0.7}, "temperature"),
+    ],
+)
+def test_a_setting_of_sampling_that_a_setting_of_the_loss_has_the_name_of_is_warned_of(
+    build, caplog, loss, settings, knob
+):
+    said = f"The {knob} of distillation_loss="
+    build(distillation_loss=loss, **settings)
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    build(distillation_loss=loss, **settings, distillation_loss_kwargs={knob: 4})
+    build(distillation_loss=loss)
+    build(distillation_loss="dpca", **settings)
+    assert said not in caplog.text

@@ -19,6 +19,7 @@ from ..text.vocabulary import VocabularyPair
 
 logger = get_logger(__name__)
 _RATIOS = ("clip_ratio_low", "clip_ratio_high")
+_OF_SAMPLING = ("top_k", "temperature")  # settings of single losses have these names, too
 _KNOBS = ("event", "credit", "baseline", "baseline_top_k", "advantage_clip", *_RATIOS)  # of single losses
 
 
@@ -78,7 +79,7 @@ def chosen_losses(args: CrossTokenizerGKDConfig) -> tuple[Callable, Callable]:
 
 def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
     """
-    The loss that `args` name. Raises `ValueError` where it cannot learn from the text that `args.lmbda` gives it, or where
+    The loss that `args` name. Warns of settings of sampling that a setting of the loss has the name of. Raises `ValueError` where it cannot learn from the text that `args.lmbda` gives it, or where
     a setting would have no effect on it.
     """
     name, kwargs = args.distillation_loss, dict(args.distillation_loss_kwargs or {})
@@ -98,6 +99,13 @@ def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
             )
         if knob in knobs:
             kwargs.setdefault(knob, value)
+    for knob, value in _changed(args, _OF_SAMPLING).items():
+        if knob in knobs and knob not in kwargs:
+            default = next(field.default for field in fields(LOSSES[name]) if field.name == knob)
+            logger.warning(
+                f"{knob}={value!r} says how the student samples, and changes the policy. The {knob} of distillation_loss={name!r} is another setting, "
+                f"{default!r} unless distillation_loss_kwargs={{{knob!r}: ...}} gives it."
+            )
     loss = build_loss(name, **kwargs)
     for attribute, known in (("signal", ("none", "logprobs", "logits")), ("policy", ("on", "off", "both"))):
         if getattr(loss, attribute, known[0]) not in known:
