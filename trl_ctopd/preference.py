@@ -308,7 +308,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
                 f"{', '.join(map(repr, dataset.column_names))}: a pair has a chosen and a rejected answer. Rename columns "
                 "(`dataset.rename_column`), or train on prompts with CrossTokenizerGKDTrainer (`ctopd distill`)."
             )
-        return dataset.map(
+        rendered = dataset.map(
             _render_pair,
             with_indices=True,
             fn_kwargs={"student": self._side, "teachers": self._panel.sides, "dataset_name": dataset_name},
@@ -317,6 +317,8 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
             desc=f"Rendering {dataset_name} pairs for both models",
             new_fingerprint=rendered_fingerprint(dataset, self._side, self._panel.sides, ["pairs", dataset_name]),
         )
+        _warn_of_equal_answers(rendered, dataset_name)
+        return rendered
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -618,6 +620,17 @@ def _render_pair(example: dict, index: int, student: Speaker, teachers: dict[str
         "teacher_prompt_ids": chosen.teacher_ids,
         "frame": chosen.frame,
     }
+
+
+def _warn_of_equal_answers(rendered: Dataset, dataset_name: str):
+    """Warns of pairs whose answers the student writes with the same ids. The student's margin is 0 whatever it learns, so that
+    the gradient is but rounding."""
+    pairs = zip(*(rendered[f"{side}_ids"] for side in _SIDES), strict=True)
+    if alike := [row for row, (chosen, rejected) in enumerate(pairs) if chosen == rejected]:
+        logger.warning(
+            f"{len(alike)} of {len(rendered)} pairs of the {dataset_name} dataset have the same answer as `chosen` and as `rejected`, the first in row "
+            f"{alike[0]}: they teach nothing. Filter them out (`dataset.filter(lambda row: row['chosen'] != row['rejected'])`)."
+        )
 
 
 def _prompt(pair: dict) -> Prompt:

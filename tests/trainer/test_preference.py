@@ -447,6 +447,18 @@ def test_an_adapter_that_learns_pairs_with_the_default_learning_rate_is_warned_o
     assert "the default, is for" not in caplog.text
 
 
+def test_pairs_of_the_same_answer_are_counted(tmp_path, caplog):
+    rows = pairs(4).to_list()
+    alike = [{**row, "rejected": row["chosen"]} for row in rows]
+    build(tmp_path, Dataset.from_list([rows[0], *alike[1:3], rows[3]]))
+    assert (
+        caplog.text.count("2 of 4 pairs of the train dataset have the same answer") == 1 and "in row 1" in caplog.text
+    )
+    caplog.clear()
+    build(tmp_path)
+    assert "the same answer" not in caplog.text
+
+
 def test_an_adapter_that_leaves_a_students_experts_out_says_so(tmp_path, caplog):
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": len(student_tokenizer())}
     student = MixtralForCausalLM(MixtralConfig(**{**SHAPE, **sizes}))
