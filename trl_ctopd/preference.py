@@ -50,7 +50,7 @@ from .models.quantized import prepare_quantized
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .models.trials import check_causal
 from .rollouts.pairing import Prompt, Rollout
-from .rollouts.prompts import COLUMNS, check_dataset, render_row, rendered_fingerprint
+from .rollouts.prompts import COLUMNS, check_dataset, render_row, rendered_fingerprint, warn_of_plain_prompts
 from .teachers.local import LocalTeacher, load_teacher
 from .teachers.panel import Panel
 from .teachers.readings import arrived
@@ -308,6 +308,8 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
                 f"{', '.join(map(repr, dataset.column_names))}: a pair has a chosen and a rejected answer. Rename columns "
                 "(`dataset.rename_column`), or train on prompts with CrossTokenizerGKDTrainer (`ctopd distill`)."
             )
+        if dataset_name == "train":
+            warn_of_plain_prompts(dataset, self._side, self._panel.sides)
         rendered = dataset.map(
             _render_pair,
             with_indices=True,

@@ -7,7 +7,7 @@ from toys import TEACHER_TEMPLATE, prompts, student_model, student_tokenizer, te
 from trl_ctopd.rollouts.frames import Share, to_json
 from trl_ctopd.rollouts.pairing import Prompt
 from trl_ctopd.rollouts.prompts import BLEND, COLUMNS, RENDERED_FOR, _without_overlong, check_room, render_row
-from trl_ctopd.text.chat import Speaker
+from trl_ctopd.text.chat import Speaker, read_example
 
 
 def retemplated(tokenizer, old: str, new: str):
@@ -42,6 +42,29 @@ def test_a_dataset_that_was_rendered_for_the_same_models_is_taken_as_it_is(build
     tokenizer = student_tokenizer()
     tokenizer(["one", "two three"], padding=True, truncation=True, max_length=2)  # it keeps how it was called
     build(dataset=rendered, processing_class=tokenizer)
+
+
+def test_prompts_that_are_all_text_are_warned_of_where_both_models_have_templates(build, caplog):
+    def warned(rows, **settings):
+        caplog.clear()
+        build(dataset=Dataset.from_list(rows), **settings)
+        return caplog.text.count("All prompts are text, and the models have chat templates")
+
+    def plain(tokenizer):
+        tokenizer.chat_template = None
+        return tokenizer
+
+    question = "What is 3 plus 4?"
+    text, asked = [{"prompt": question}] * 2, [{"prompt": [{"role": "user", "content": question}]}] * 2
+    side = Speaker(student_tokenizer())
+    rendered = side.tokenizer.decode(side.prompt_ids(read_example(asked[0]))).removeprefix(
+        side.tokenizer.bos_token or ""
+    )
+    assert warned(text) == 1
+    assert warned(asked) == 0
+    assert warned([{"prompt": rendered}] * 2) == 0
+    assert warned(text, processing_class=plain(student_tokenizer())) == 0
+    assert warned(text, teacher_processing_class=plain(teacher_tokenizer())) == 0
 
 
 TRIMS = TEACHER_TEMPLATE.replace("message['content']", "message['content'] | trim")

@@ -447,6 +447,15 @@ def test_an_adapter_that_learns_pairs_with_the_default_learning_rate_is_warned_o
     assert "the default, is for" not in caplog.text
 
 
+def test_pairs_whose_prompts_are_all_text_are_warned_of(tmp_path, caplog):
+    said = "All prompts are text, and the models have chat templates"
+    build(tmp_path, Dataset.from_list([{"prompt": "Two and two", "chosen": " is four", "rejected": " is five"}] * 2))
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    build(tmp_path)
+    assert said not in caplog.text
+
+
 def test_pairs_of_the_same_answer_are_counted(tmp_path, caplog):
     rows = pairs(4).to_list()
     alike = [{**row, "rejected": row["chosen"]} for row in rows]

@@ -89,6 +89,8 @@ def render_dataset(
     options = {}
     if isinstance(dataset, Dataset):
         _warn_of_whole_floats(dataset, dataset_name)
+        if dataset_name == "train":
+            warn_of_plain_prompts(dataset, student, teachers)
         options = {
             "num_proc": args.dataset_num_proc,
             "desc": f"Rendering {dataset_name} dataset for both models",
@@ -132,6 +134,20 @@ def check_dataset(dataset, dataset_name: str):
         )
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError(f"The {dataset_name} dataset is empty.")
+
+
+def warn_of_plain_prompts(dataset: Dataset, student: Speaker, teachers: Mapping[str, Speaker]):
+    """Warns of prompts that are all text where both models have a chat template, which none goes through. Text in which the first rows have
+    the student's markup is rendered already."""
+    is_text = getattr(dataset.features.get("prompt"), "dtype", None) in ("string", "large_string")
+    if not (is_text and student.template and all(teacher.template for teacher in teachers.values())):
+        return
+    texts = dataset.select(range(min(len(dataset), _LOOKED_AT)))["prompt"]
+    if not any(name in text for text in texts if isinstance(text, str) for name in student.controls):
+        logger.warning(
+            "All prompts are text, and the models have chat templates: none is used, and the student learns to go on with text as the teacher would. "
+            "To train it to answer, give messages: [{'role': 'user', 'content': ...}]."
+        )
 
 
 def _warn_of_whole_floats(dataset: Dataset, dataset_name: str):
