@@ -27,7 +27,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import extract_prompt
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import get_config_model_id
 
 from .config import (
     EOS_POLICIES,
@@ -59,7 +58,7 @@ from .training.adapters import ResumedAdapters
 from .training.checkpoints import asked_for
 from .training.checks import check_apart, check_offloading, check_parallelism, check_tied
 from .training.ended import EndedRun
-from .training.student import check_invoked, check_second_adapter, warn_of_default_rate, warn_of_slow_half
+from .training.student import check_invoked, check_second_adapter, name_of_student, warn_of_default_rate, warn_of_slow_half
 from .training.watch import FiniteWeights
 
 
@@ -201,7 +200,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
     ):
         model, teacher_model = by_name(model), by_name(teacher_model)
         positive_teacher, negative_teacher = by_name(positive_teacher), by_name(negative_teacher)
-        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        model_id = name_of_student(model)
         args = CrossTokenizerDPOConfig(f"{os.path.basename(model_id)}-ctpd") if args is None else args
         if not isinstance(args, CrossTokenizerDPOConfig):
             raise TypeError(f"`args` must be a CrossTokenizerDPOConfig, got {type(args).__name__}.")

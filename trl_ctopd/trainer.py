@@ -13,7 +13,6 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import is_in_notebook
-from trl.trainer.utils import get_config_model_id
 
 from .config import CrossTokenizerGKDConfig
 from .gkd import BASE, GKDTrainer
@@ -116,7 +115,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         teacher_gate: Callable | None = None,
     ):
         model, teacher_model = by_name(model), by_name(teacher_model)
-        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        model_id = student.name_of_student(model)
         args = CrossTokenizerGKDConfig(f"{Path(model_id).name}-ctopd") if args is None else args
         if teacher_model is None:
             teacher_model = args.teacher_models or args.teacher_server_url or args.teacher_model_name_or_path

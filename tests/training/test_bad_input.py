@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import LogCompletionsCallback
 
-from trl_ctopd import CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+from trl_ctopd import CrossTokenizerDPOTrainer, CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
 from trl_ctopd.config import GKDConfig
 from trl_ctopd.training.checks import check_strategy, check_tied
 
@@ -88,6 +88,12 @@ def test_a_setting_that_cannot_work_is_refused(build, setting, message):
 def test_a_missing_teacher_is_named(build):
     with pytest.raises(ValueError, match="No teacher: pass `teacher_model`"):
         build(teacher_model=None)
+
+
+@pytest.mark.parametrize("trainer", [CrossTokenizerGKDTrainer, CrossTokenizerDPOTrainer])
+def test_a_missing_student_is_named(trainer):
+    with pytest.raises(ValueError, match="No student: pass `model`, or `--model_name_or_path`"):
+        trainer(None, teacher_model())
 
 
 def test_the_student_cannot_teach_itself_in_place(build):

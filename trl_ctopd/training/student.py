@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, PeftType
 from torch import nn
 from transformers import AutoConfig, TrainingArguments
+from trl.trainer.utils import get_config_model_id
 
 from ..config import CrossTokenizerGKDConfig
 from ..models.activated import active_tokens, invocation_of
@@ -29,6 +30,13 @@ from ..rollouts.generation import check_prompt_learning
 
 
 logger = get_logger(__name__)
+
+
+def name_of_student(model) -> str:
+    """Hub name or folder of the student, a model or the name of one. Raises `ValueError` where there is none."""
+    if model is None or model == "":
+        raise ValueError("No student: pass `model`, or `--model_name_or_path` on the command line or in its file of settings.")
+    return model if isinstance(model, str) else get_config_model_id(model.config)
 
 
 def check_second_adapter(model, peft_config: PeftConfig | None):
