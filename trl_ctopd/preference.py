@@ -43,7 +43,7 @@ from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.activated import activation_of_rows, invocation_of, without_backward
 from .models.heads import base_model, context_of, forget_preparation, unbind_forward
-from .models.loading import by_name, check_vocabulary, disable_dropout, load_tokenizer, warn_of_experts
+from .models.loading import by_name, check_goes_on, check_vocabulary, disable_dropout, load_tokenizer, warn_of_experts
 from .models.products import faster_products
 from .models.quantized import prepare_quantized
 from .models.sharding import keep_scores_in_float32, left_unprepared
@@ -207,6 +207,10 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
         check_offloading(args)
         check_apart(model, teacher_model, positive_teacher, negative_teacher)
         check_second_adapter(model, kwargs.get("peft_config"))
+        check_goes_on("student", model, (args.model_init_kwargs or {}).get("revision"))
+        for own in (positive_teacher, negative_teacher):
+            if own is not None:
+                check_goes_on("teacher", own, (args.teacher_model_init_kwargs or {}).get("revision"))
         if not isinstance(model, str):
             forget_preparation(model)
         if (positive_teacher is None) != (negative_teacher is None):

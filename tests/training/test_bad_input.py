@@ -12,12 +12,27 @@ from datasets import Dataset, IterableDataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
-from transformers import AutoModelForCausalLM, Phi3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    Phi3Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import LogCompletionsCallback
 
-from trl_ctopd import CrossTokenizerDPOTrainer, CrossTokenizerGKDConfig, CrossTokenizerGKDTrainer
+from trl_ctopd import (
+    CrossTokenizerDPOConfig,
+    CrossTokenizerDPOTrainer,
+    CrossTokenizerGKDConfig,
+    CrossTokenizerGKDTrainer,
+)
 from trl_ctopd.config import GKDConfig
 from trl_ctopd.training.checks import check_strategy, check_tied
 
@@ -94,6 +109,43 @@ def test_a_missing_teacher_is_named(build):
 def test_a_missing_student_is_named(trainer):
     with pytest.raises(ValueError, match="No student: pass `model`, or `--model_name_or_path`"):
         trainer(None, teacher_model())
+
+
+_SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_NO_WRITERS = {
+    "an encoder .BertForMaskedLM.": BertForMaskedLM(BertConfig(**_SMALL)),
+    "an encoder .BertModel.": BertModel(BertConfig(**_SMALL)),
+    "an encoder-decoder .T5For": T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2)),
+    "a LlamaModel without a head": LlamaModel(LlamaConfig(**_SMALL, vocab_size=400)),
+}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["a model", "its name"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("kind", _NO_WRITERS)
+def test_a_model_that_does_not_go_on_from_text_is_refused_before_anything_is_written(
+    build, tmp_path, kind, side, named
+):
+    model, output = _NO_WRITERS[kind], tmp_path / "output"
+    if named:
+        model.save_pretrained(tmp_path / "model")
+        model = str(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"The {side}.* is {kind}.*a causal language model is needed"):
+        build({"output_dir": str(output)}, **{"model" if side == "student" else "teacher_model": model})
+    teacher = {"teacher_model": teacher_model(), "teacher_processing_class": teacher_tokenizer()}
+    for name in ("model",) if side == "student" else ("teacher_model", "positive_teacher"):
+        models = {
+            "model": student_model(),
+            **teacher,
+            "positive_teacher": teacher_model(),
+            "negative_teacher": teacher_model(),
+        }
+        args = CrossTokenizerDPOConfig(str(output), use_cpu=True, report_to=[])
+        with pytest.raises(ValueError, match=f"The {side}.* is {kind}"):
+            CrossTokenizerDPOTrainer(
+                args=args, train_dataset=prompts(4), processing_class=student_tokenizer(), **{**models, name: model}
+            )
+    assert not output.exists()
 
 
 def test_the_student_cannot_teach_itself_in_place(build):

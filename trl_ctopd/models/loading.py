@@ -32,12 +32,13 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.gguf import read_gguf_metadata
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file, is_sentencepiece_available, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
 from .heads import base_model
-from .quantized import saved_quantization, with_quantization_config
+from .quantized import saved_config, saved_quantization, with_quantization_config
 
 
 logger = get_logger(__name__)
@@ -68,6 +69,31 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
             "`PeftModel.from_pretrained(base, folder)`, and pass that."
         )
     return base
+
+
+def check_goes_on(side: str, model: str | PreTrainedModel | PeftModel, revision: str | None = None):
+    """Raises `ValueError` for an encoder, an encoder-decoder and a model without the head that goes on from a text. Of a name the config.json
+    says it, before anything is loaded."""
+    if isinstance(model, str):
+        base = adapter_base(model, revision)
+        name, config = model, saved_config(base or model, None if base else revision)
+        kind, both = (config.get("architectures") or [""])[0], config.get("is_encoder_decoder")
+        kind_of_config, made = config.get("model_type"), getattr(transformers, kind, None) if kind else None
+        goes_on = made is None or made.can_generate()  # None: its code is not in transformers
+    else:
+        name, own = "", base_model(model)
+        kind, both = type(own).__name__, own.config.is_encoder_decoder
+        kind_of_config, goes_on = own.config.model_type, own.can_generate()
+    if goes_on and not both:
+        return
+    found = f"a {kind} without a head that writes text"
+    if both:
+        found = f"an encoder-decoder ({kind})"
+    elif kind_of_config in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        found = f"an encoder ({kind})"
+    raise ValueError(
+        f"The {side}{f' {name!r}' if name else ''} is {found}: a causal language model is needed, which `AutoModelForCausalLM.from_pretrained` loads."
+    )
 
 
 def load_model(name: str, kwargs: dict, trainable: bool = False) -> PreTrainedModel | PeftModel:

@@ -19,16 +19,21 @@ from transformers.utils import cached_file
 _ADAPTER = "lora_"
 
 
-def saved_quantization(name: str, revision: str | None = None) -> dict | None:
-    """What the config.json of a saved model says of its quantization; None for a plain model, and for one that is not found."""
+def saved_config(name: str, revision: str | None = None) -> dict:
+    """The config.json of a saved model; empty where it is not found."""
     try:
         file = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError:
-        return None
+        return {}
     if file is None:
-        return None
+        return {}
     with open(file, encoding="utf-8") as opened:
-        config = json.load(opened)
+        return json.load(opened)
+
+
+def saved_quantization(name: str, revision: str | None = None) -> dict | None:
+    """What the config.json of a saved model says of its quantization; None for a plain model, and for one that is not found."""
+    config = saved_config(name, revision)
     return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
 
 

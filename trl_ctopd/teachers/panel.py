@@ -18,7 +18,7 @@ from trl.trainer.utils import get_config_model_id
 from ..config import CrossTokenizerGKDConfig
 from ..losses import LOSSES
 from ..models.heads import check_head, context_of, head_rows
-from ..models.loading import check_vocabulary, load_tokenizer
+from ..models.loading import check_goes_on, check_vocabulary, load_tokenizer
 from ..rollouts.blending import blended, prompts_of
 from ..rollouts.closing import Tables, look_up, teacher_going_on, views
 from ..rollouts.pairing import Prompt, Rollout, pair
@@ -79,6 +79,7 @@ class Seat:
             self.name = model if isinstance(model, str) else get_config_model_id(model.config)
             given = args.teacher_model_init_kwargs or {}
             revision, gguf_file = given.get("revision"), given.get("gguf_file")
+            check_goes_on("teacher", model, revision)
             self.tokenizer = load_tokenizer(tokenizer, self.name, revision, args.trust_remote_code, gguf_file)
         own = args.teacher_chat_template_kwargs
         kwargs = args.chat_template_kwargs if own is None else own

@@ -15,6 +15,7 @@ from ..models.activated import active_tokens, invocation_of
 from ..models.heads import AUTOCAST, base_model, context_of, forget_preparation, has_imbalance
 from ..models.loading import (
     adapter_base,
+    check_goes_on,
     computes_fast,
     forget_gguf,
     load_model,
@@ -35,7 +36,9 @@ logger = get_logger(__name__)
 def name_of_student(model) -> str:
     """Hub name or folder of the student, a model or the name of one. Raises `ValueError` where there is none."""
     if model is None or model == "":
-        raise ValueError("No student: pass `model`, or `--model_name_or_path` on the command line or in its file of settings.")
+        raise ValueError(
+            "No student: pass `model`, or `--model_name_or_path` on the command line or in its file of settings."
+        )
     return model if isinstance(model, str) else get_config_model_id(model.config)
 
 
@@ -53,6 +56,7 @@ def check_second_adapter(model, peft_config: PeftConfig | None):
 def check_student(model, args: CrossTokenizerGKDConfig, peft_config: PeftConfig | None):
     """Raises `ValueError` for a student, a model or the name of one, whose quantized weights or whose adapter cannot be trained."""
     check_second_adapter(model, peft_config)
+    check_goes_on("student", model, (args.model_init_kwargs or {}).get("revision"))
     if isinstance(model, nn.Module):
         forget_gguf(model)
     if isinstance(model, str):
