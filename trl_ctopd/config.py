@@ -3,7 +3,7 @@
 import copy
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
@@ -30,6 +30,11 @@ LOWER_IS_BETTER = (
     "nats_per_byte", "completions/truncated_fraction", "completions/empty_fraction", "tools/failure_frequency",
     "tools/unanswered_fraction", "teacher/failed_fraction",
 )  # fmt: skip
+_COUNTED_WITH = {
+    "max_steps": int, "num_train_epochs": float, "per_device_train_batch_size": int, "per_device_eval_batch_size": int,
+    "gradient_accumulation_steps": int, "logging_steps": float, "save_steps": float, "eval_steps": float | None, "eval_delay": float,
+    "warmup_steps": float, "save_total_limit": int | None, "learning_rate": float, "weight_decay": float, "seed": int,
+}  # fmt: skip
 _OWNED_BY_TRAINER = {
     "max_new_tokens", "max_length", "temperature", "top_p", "top_k", "min_p", "do_sample", "num_beams", "use_cache",
     "eos_token_id", "pad_token_id", "num_return_sequences", "return_dict_in_generate",
@@ -620,9 +625,8 @@ class CrossTokenizerGKDConfig(GKDConfig):
         )
         if not 0 <= self.reward_weight < float("inf"):
             raise ValueError(f"reward_weight must be finite and not negative, got {self.reward_weight}.")
-        if isinstance(self.mask_strings, str) or not all(
-            isinstance(own, str) and own for own in self.mask_strings or ()
-        ):
+        strings = () if self.mask_strings is None else self.mask_strings
+        if not isinstance(strings, list | tuple | set) or not all(isinstance(own, str) and own for own in strings):
             raise ValueError(f"mask_strings must be a list of strings that are not empty, got {self.mask_strings!r}.")
         for name in ("teacher_server_url", "generation_device"):
             if isinstance(getattr(self, name), str):
@@ -764,9 +768,9 @@ class CrossTokenizerGKDConfig(GKDConfig):
 
 
 def check_numbers(args: TrainingArguments, own: type):
-    """Refuses text and NaN among the numbers that the class `own` declares, before anything compares them: NaN is neither too small
-    nor too large."""
-    for name, kind in own.__annotations__.items():
+    """Refuses text and NaN among the numbers that the class `own` declares and those of transformers' that a run counts with, before anything
+    compares them: NaN is neither too small nor too large."""
+    for name, kind in {**_COUNTED_WITH, **own.__annotations__}.items():
         value = getattr(args, name)
         if value is None and kind in (int | None, float | None):
             continue
@@ -774,6 +778,7 @@ def check_numbers(args: TrainingArguments, own: type):
             raise ValueError(f"{name} must be a whole number, an int, got {value!r} ({type(value).__name__}).")
         if kind in (float, float | None) and (not isinstance(value, Real) or isinstance(value, bool) or value != value):
             raise ValueError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
+    check_counts(args, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
 def check_choices(args: TrainingArguments, **choices: Iterable[str]):
@@ -792,10 +797,10 @@ def check_counts(args: TrainingArguments, *names: str):
 
 
 def check_dicts(args: TrainingArguments, own: type):
-    """Refuses text among the dicts that the class `own` declares. JSON text has become a dict before."""
+    """Refuses all but dicts for the dicts that the class `own` declares. JSON text has become a dict before."""
     for name in args._VALID_DICT_FIELDS:
         value = getattr(args, name)
-        if isinstance(value, str) and name in own.__annotations__:
+        if value is not None and not isinstance(value, Mapping) and name in own.__annotations__:
             raise ValueError(f"{name} must be a dict, or the JSON text of one, got {value!r}.")
 
 

@@ -92,12 +92,27 @@ def build(tmp_path):
         ),
         ({"pad_token": "<padd>"}, "no token '<padd>'"),
         ({"pad_token": "a"}, "pad_token is 'a'.*a token of text"),
+        ({"max_steps": [4]}, r"max_steps must be a whole number, an int, got \[4\] .list."),
+        ({"max_steps": 4.5}, "max_steps must be a whole number, an int, got 4.5"),
+        ({"max_steps": "2"}, "max_steps must be a whole number, an int, got '2' .str."),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
+        ({"save_steps": None}, "save_steps must be a number, got None"),
+        ({"num_train_epochs": "3"}, "num_train_epochs must be a number, got '3' .str."),
+        ({"mask_strings": 5}, "mask_strings must be a list of strings that are not empty, got 5"),
+        ({"distillation_loss_kwargs": 3}, "distillation_loss_kwargs must be a dict, or the JSON text of one, got 3"),
         ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "teacher_model_init_kwargs.*loaded already"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused(build, setting, message):
     with pytest.raises(ValueError, match=message):
         build(setting)
+
+
+@pytest.mark.parametrize("name", ["max_steps", "per_device_eval_batch_size", "warmup_steps"])
+def test_a_number_of_a_run_on_pairs_that_is_none_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name} must be .*number.*, got \[4\] .list."):
+        CrossTokenizerDPOConfig(str(tmp_path), use_cpu=True, report_to=[], **{name: [4]})
 
 
 def test_a_missing_teacher_is_named(build):
