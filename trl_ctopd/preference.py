@@ -49,7 +49,7 @@ from .models.quantized import prepare_quantized
 from .models.sharding import keep_scores_in_float32, left_unprepared
 from .models.trials import check_causal
 from .rollouts.pairing import Prompt, Rollout
-from .rollouts.prompts import COLUMNS, check_dataset, render_row, rendered_fingerprint, warn_of_plain_prompts
+from .rollouts.prompts import COLUMNS, check_datasets, render_row, rendered_fingerprint, warn_of_plain_prompts
 from .teachers.local import LocalTeacher, load_teacher
 from .teachers.panel import Panel
 from .teachers.readings import arrived
@@ -220,12 +220,10 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
         if kwargs.pop("ref_model", None) is not None:
             raise ValueError("`ref_model` cannot be set, since the teacher is the reference: leave it out.")
         evaluated = kwargs.get("eval_dataset")
-        evaluated = evaluated if isinstance(evaluated, Mapping) else {"eval": evaluated}
-        for name, dataset in {"train": train_dataset, **evaluated}.items():
-            if isinstance(dataset, IterableDataset):
-                raise ValueError("The teacher's columns are computed once: pass a map-style Dataset, not a stream.")
-            if dataset is not None:
-                check_dataset(dataset, name)
+        check_datasets(train_dataset, evaluated)
+        evaluated = evaluated.values() if isinstance(evaluated, Mapping) else [evaluated]
+        if any(isinstance(dataset, IterableDataset) for dataset in [train_dataset, *evaluated]):
+            raise ValueError("The teacher's columns are computed once: pass a map-style Dataset, not a stream.")
         self._student_name = model_id
         revision = (args.model_init_kwargs or {}).get("revision")
         processing_class = load_tokenizer(processing_class, model_id, revision, args.trust_remote_code)

@@ -120,7 +120,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         if teacher_model is None:
             teacher_model = args.teacher_models or args.teacher_server_url or args.teacher_model_name_or_path
         args = choice.with_loss(args, teacher_model)
-        checks.check_arguments(model, teacher_model, args, train_dataset, peft_config)
+        checks.check_arguments(model, teacher_model, args, train_dataset, peft_config, eval_dataset)
         model = student.open_student(model, args, peft_config)
 
         given = args.model_init_kwargs or {}

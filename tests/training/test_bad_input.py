@@ -1,6 +1,7 @@
 """Bad input is refused before any training time is spent, with both values and the way out in the message."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import needs
@@ -8,7 +9,7 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from toys import prompts, student_model, student_tokenizer, teacher_model, teacher_tokenizer
@@ -196,6 +197,26 @@ def test_no_prompts_is_an_error(build, dataset, state):
 def test_an_empty_evaluation_set_is_an_error(build):
     with pytest.raises(ValueError, match="eval dataset is empty"):
         build(eval_dataset=prompts(4).select([]))
+
+
+@pytest.mark.parametrize("trainer", [CrossTokenizerGKDTrainer, CrossTokenizerDPOTrainer])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train_dataset": [{"prompt": "two?"}]}, r"train .*got `list`: `Dataset.from_list\(rows\)`"),
+        ({"train_dataset": {"prompt": ["two?"]}}, "train .*got `dict`: `Dataset.from_dict"),
+        ({"train_dataset": "prompts.jsonl"}, "train .*got `str`: `datasets.load_dataset` reads one"),
+        ({"train_dataset": Path("prompts.jsonl")}, "train .*got `.*Path`: `datasets.load_dataset` reads one"),
+        ({"train_dataset": DatasetDict(train=prompts(2))}, "train .*got `DatasetDict`: choose one of its splits"),
+        ({"eval_dataset": [{"prompt": "two?"}]}, "eval .*got `list`: `Dataset.from_list"),
+        ({"eval_dataset": {"hard": "prompts.jsonl"}}, "hard .*got `str`: `datasets.load_dataset` reads one"),
+    ],
+)
+def test_what_is_no_dataset_is_told_how_to_become_one(tmp_path, trainer, given, message):
+    kind = CrossTokenizerGKDConfig if trainer is CrossTokenizerGKDTrainer else CrossTokenizerDPOConfig
+    args = kind(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(TypeError, match=f"The {message}"):
+        trainer(student_model(), teacher_model(), args, **{"train_dataset": prompts(4), **given})
 
 
 def test_a_row_without_prompt_is_named_with_its_columns(build):

@@ -4,12 +4,13 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from os import PathLike
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset, LargeList, List, Value
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, LargeList, List, Value
 from datasets.fingerprint import Hasher
 from torch.utils.data import IterableDataset as TorchStream
 from torch.utils.data import Sampler
@@ -124,11 +125,13 @@ def rendered_fingerprint(
 def check_dataset(dataset, dataset_name: str):
     """Raises `TypeError` for what is no dataset, and `ValueError` for a dataset without rows."""
     if not isinstance(dataset, Dataset | IterableDataset):
-        way = (
-            "choose one of its splits"
-            if isinstance(dataset, Mapping)
-            else "`Dataset.from_list(rows)` makes one of rows"
-        )
+        way = "`Dataset.from_list(rows)` makes one of rows"
+        if isinstance(dataset, str | PathLike):
+            way = "`datasets.load_dataset` reads one, such as `load_dataset('json', data_files=path, split='train')`"
+        elif isinstance(dataset, DatasetDict | IterableDatasetDict):
+            way = "choose one of its splits"
+        elif isinstance(dataset, Mapping):
+            way = "`Dataset.from_dict(columns)` makes one of columns"
         raise TypeError(
             f"The {dataset_name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`: {way}."
         )
@@ -148,6 +151,14 @@ def warn_of_plain_prompts(dataset: Dataset, student: Speaker, teachers: Mapping[
             "All prompts are text, and the models have chat templates: none is used, and the student learns to go on with text as the teacher would. "
             "To train it to answer, give messages: [{'role': 'user', 'content': ...}]."
         )
+
+
+def check_datasets(train_dataset, eval_dataset):
+    """`check_dataset` for what a trainer is given, before TRL meets it. Either may be None, and `eval_dataset` several by name."""
+    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
+    for name, dataset in [("train", train_dataset), *evaluated.items()]:
+        if dataset is not None:
+            check_dataset(dataset, name)
 
 
 def _warn_of_whole_floats(dataset: Dataset, dataset_name: str):

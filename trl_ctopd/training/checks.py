@@ -22,6 +22,7 @@ from ..rollouts.ahead import check_ahead
 from ..rollouts.compiled import check_compiled
 from ..rollouts.early_stop import check_early_stop, check_pieces
 from ..rollouts.generation import check_continuous, check_padding, check_virtual_tokens
+from ..rollouts.prompts import check_datasets
 from ..teachers.servers import is_url, is_url_without_scheme
 from .identity import dataset_digest
 from .student import check_activated, check_student, check_trainable, warn_of_slow_half, warn_of_turning_positions
@@ -30,12 +31,13 @@ from .student import check_activated, check_student, check_trainable, warn_of_sl
 logger = get_logger(__name__)
 
 
-def check_arguments(model, teacher_model, args, train_dataset, peft_config=None):
-    """Raises `TypeError` or `ValueError` for arguments of the trainer that cannot work together."""
+def check_arguments(model, teacher_model, args, train_dataset, peft_config=None, eval_dataset=None):
+    """Raises `TypeError` or `ValueError` for arguments of the trainer that cannot work, or not together."""
     if not isinstance(args, CrossTokenizerGKDConfig):
         raise TypeError(f"`args` must be a CrossTokenizerGKDConfig, got {type(args).__name__}.")
     check_teachers(args, model, teacher_model)
     check_prompts(train_dataset)
+    check_datasets(train_dataset, eval_dataset)
     check_student(model, args, peft_config)
     check_settings(args)
     check_parallelism(args.parallelism_config)
