@@ -180,7 +180,8 @@ def test_a_prompt_that_leaves_no_room_is_an_error_by_default(build):
     build(dataset=Dataset.from_list(rows[:3]), max_length=room(build, rows))
     with pytest.raises(
         ValueError,
-        match=r"Row 3 of the train dataset: its prompt has \d+ student tokens, and context and max_new_tokens leave room for",
+        match=r"Row 3 of the train dataset: its prompt has \d+ student tokens, and a context of \d+ .*leaves room for \d+ beside "
+        r'max_new_tokens=8. Set overlong_prompts="drop" to leave such rows out[.]$',
     ):
         build(dataset=Dataset.from_list(rows), max_length=room(build, rows))
 

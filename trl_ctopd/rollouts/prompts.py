@@ -79,6 +79,7 @@ def render_dataset(
     fingerprints = {name: f"{student.fingerprint}-{teacher.fingerprint}" for name, teacher in teachers.items()}
     settings = {
         "longest_prompt": None if drops else longest_prompt,
+        "max_new_tokens": None if drops or longest_prompt is None else args.max_new_tokens,
         "needs_reference": args.lmbda < 1 and not args.seq_kd and dataset_name == "train",
         "dataset_name": dataset_name,
         "fingerprints": fingerprints,
@@ -200,6 +201,7 @@ def render_row(
     keep_row: bool = False,
     teacher_weights: Mapping[str, float] | None = None,
     teacher_writes: bool = False,
+    max_new_tokens: int | None = None,
 ) -> dict[str, list[int] | str]:
     """
     The ids of one row for both models (`COLUMNS`); `reference_ids` are student ids, empty unless `needs_reference`. Among
@@ -210,7 +212,7 @@ def render_row(
     Raises:
         ValueError: naming the row, and the model that cannot read it where it is one of them, whatever is wrong: where it has no prompt,
             cannot be rendered, has no reference though one is needed, names none of several teachers, has several with tools, or is longer
-            than `longest_prompt` student tokens.
+            than `longest_prompt` student tokens, which is what `max_new_tokens` leaves of the context.
     """
     reading = ""
     try:
@@ -251,9 +253,12 @@ def render_row(
         said = f"{reading}{type(error).__name__}: {error}"
         raise ValueError(f"Row {index} of the {dataset_name} dataset: {said}.") from error
     if longest_prompt is not None and len(prompt_ids) > longest_prompt:
+        context = longest_prompt + max_new_tokens
+        lower = ", or lower max_new_tokens" if len(prompt_ids) < context else ""
         raise ValueError(
-            f"Row {index} of the {dataset_name} dataset: its prompt has {len(prompt_ids)} student tokens, and context and max_new_tokens "
-            f"leave room for {longest_prompt}. Filter such rows out, lower max_new_tokens or raise max_length."
+            f"Row {index} of the {dataset_name} dataset: its prompt has {len(prompt_ids)} student tokens, and a context of {context} (max_length or "
+            f'the student\'s own, the shorter) leaves room for {longest_prompt} beside max_new_tokens={max_new_tokens}. Set overlong_prompts="drop" '
+            f"to leave such rows out{lower}."
         )
     asked = conversation_to_json(conversation) if tools else ""
     shares = [
