@@ -185,12 +185,16 @@ def test_the_teachers_prompt_takes_the_place_of_the_prompt_for_the_teacher_alone
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "2+2", "answer": "4"}, r"columns \['answer', 'question'\].*rename"),
-        ({"prompt": "hi", "messages": [USER]}, r"columns \['messages', 'prompt'\].*remove_columns"),
+        (
+            {"question": "2+2"},
+            r"neither \(columns \['question'\]\).*rename_column\(name, 'prompt'\).*`--prompt_column name`",
+        ),
+        ({"prompt": "hi", "messages": [USER]}, r"both \(columns \['messages', 'prompt'\]\).*remove_columns"),
         ({"prompt": None}, "its `prompt` is None.*dataset.filter"),
         ({"messages": None, "question": "2+2"}, "its `messages` is None"),
         ({"prompt": None, "conversations": None}, "its `prompt` and its `conversations` is None"),
         ({"messages": []}, "`messages` must be a list of at least one message"),
+        ({"prompt": 3}, "`prompt` must be text or a list of at least one message, got 3"),
         ({"messages": "hi"}, "`messages` must be a list"),
         ({"prompt": ["hi"]}, "dicts with `role` and `content`, got 'hi'"),
         ({"prompt": [{"content": "hi"}]}, "`role`"),
@@ -204,7 +208,7 @@ def test_the_teachers_prompt_takes_the_place_of_the_prompt_for_the_teacher_alone
         ({"prompt": [USER], "tools": "{}"}, "`tools` must be a list"),
         ({"prompt": [USER], "teacher_prompt": "hi"}, "the prompt is messages and `teacher_prompt` is text: make both"),
         ({"prompt": "hi", "teacher_prompt": [USER]}, "the prompt is text and `teacher_prompt` is messages: make both"),
-        ({"prompt": [USER], "teacher_prompt": []}, "`teacher_prompt` must be a list of at least one message"),
+        ({"prompt": [USER], "teacher_prompt": []}, "`teacher_prompt` must be text or a list of at least one message"),
         (
             {"prompt": [USER], "teacher_prompt": [USER, REFERENCE]},
             "ends with no begun answer and `teacher_prompt` with the begun answer 'It is four, zweifellos.'",

@@ -105,10 +105,15 @@ def check_template_kwargs(kwargs: Mapping):
 
 
 def _read(row: dict) -> Conversation:
-    if ("prompt" in row) == ("messages" in row):
+    if "prompt" in row and "messages" in row:
         raise ValueError(
-            f"a row needs either `prompt` or `messages`, and this one has the columns {sorted(row)}: rename or remove "
-            "columns of the dataset (`dataset.rename_column`, `dataset.remove_columns`) so that one of the two is left"
+            f"a row needs one of `prompt` and `messages`, and this one has both (columns {sorted(row)}): remove one of the two "
+            "(`dataset.remove_columns`)"
+        )
+    if "prompt" not in row and "messages" not in row:
+        raise ValueError(
+            f"a row needs `prompt` or `messages`, and this one has neither (columns {sorted(row)}): rename the column with what is asked "
+            "(`dataset.rename_column(name, 'prompt')`; on the command line `--prompt_column name`)"
         )
     kwargs = row.get("chat_template_kwargs", {})
     if not isinstance(kwargs, Mapping):
@@ -200,7 +205,8 @@ def _teacher_prompt(value, prompt: str | list[dict]) -> str | list[dict]:
 
 def _messages(value, column: str) -> list[dict]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"`{column}` must be a list of at least one message, got {value!r}")
+        text = "text or " if column in ("prompt", "teacher_prompt") else ""
+        raise ValueError(f"`{column}` must be {text}a list of at least one message, got {value!r}")
     return [_message(message, column) for message in value]
 
 
