@@ -58,7 +58,7 @@ from .training.adapters import ResumedAdapters
 from .training.checkpoints import asked_for
 from .training.checks import check_apart, check_offloading, check_parallelism, check_tied
 from .training.ended import EndedRun
-from .training.student import check_invoked, check_second_adapter, name_of_student, warn_of_default_rate, warn_of_slow_half
+from .training.student import check_invoked, check_new_adapter, name_of_student, warn_of_default_rate, warn_of_slow_half
 from .training.watch import FiniteWeights
 
 
@@ -206,7 +206,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
             raise TypeError(f"`args` must be a CrossTokenizerDPOConfig, got {type(args).__name__}.")
         check_offloading(args)
         check_apart(model, teacher_model, positive_teacher, negative_teacher)
-        check_second_adapter(model, kwargs.get("peft_config"))
+        check_new_adapter(model, kwargs.get("peft_config"))
         check_goes_on("student", model, (args.model_init_kwargs or {}).get("revision"))
         for own in (positive_teacher, negative_teacher):
             if own is not None:

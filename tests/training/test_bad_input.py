@@ -72,7 +72,10 @@ def build(tmp_path):
         ({"lmbda": 1.5}, "lmbda"),
         ({"max_new_tokens": 300}, "max_new_tokens=300.*256"),
         ({"max_new_tokens": 8, "max_length": 8}, "max_new_tokens=8.*8 tokens"),
-        ({"max_new_tokens": 240}, "Row 0.*prompt has .* student tokens.*room for 16"),
+        (
+            {"max_new_tokens": 240},
+            "Row 0.*prompt has .* tokens.*context of 256 .*room for 16 beside .*=240.*, or lower max_new_tokens",
+        ),
         ({"packing": True}, "packing"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not apply: text is written without noise"),
         ({"include_for_metrics": ["inputs"]}, "include_for_metrics.*what the student writes"),
@@ -280,9 +283,27 @@ def test_a_tokenizer_larger_than_the_embedding_is_an_error(build, side):
         build(**small[side])
 
 
-def test_a_processor_is_refused_with_the_way_out(build):
-    with pytest.raises(TypeError, match=r"got object: pass its `.tokenizer`"):
-        build(processing_class=object())
+@pytest.mark.parametrize("side", ["processing_class", "teacher_processing_class"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (SimpleNamespace(tokenizer=None), "SimpleNamespace: pass its `.tokenizer`"),
+        (object(), r"object: pass `AutoTokenizer.from_pretrained\(name\)`"),
+        ("a/model", r"str: pass `AutoTokenizer.from_pretrained\('a/model'\)`"),
+        (Path("model"), r"Path: pass `AutoTokenizer.from_pretrained\('model'\)`"),
+    ],
+)
+def test_a_processing_class_that_is_no_tokenizer_is_refused_with_the_way_out(build, side, given, message):
+    with pytest.raises(TypeError, match=f"A processing class must be a text tokenizer, got .*{message}"):
+        build(**{side: given})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({"r": 4}, r"dict: pass `LoraConfig\(\*\*peft_config\)`"), ("lora", "str: pass `LoraConfig")]
+)
+def test_an_adapter_that_is_no_config_is_refused_with_the_way_out(build, given, message):
+    with pytest.raises(TypeError, match=f"`peft_config` must be a PeftConfig, got {message}"):
+        build(peft_config=given)
 
 
 @pytest.mark.parametrize(

@@ -267,9 +267,12 @@ def load_tokenizer(tokenizer, model_id, revision, trust_remote_code, gguf_file=N
             model_id, revision = base, None
         return _saved_tokenizer(model_id, revision=revision, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(
-            f"A processing class must be a text tokenizer, got {type(tokenizer).__name__}: pass its `.tokenizer`."
+        way = (
+            "pass its `.tokenizer`" if hasattr(tokenizer, "tokenizer") else "pass `AutoTokenizer.from_pretrained(name)`"
         )
+        if isinstance(tokenizer, str | os.PathLike):
+            way = f"pass `AutoTokenizer.from_pretrained({os.fspath(tokenizer)!r})`"
+        raise TypeError(f"A processing class must be a text tokenizer, got {type(tokenizer).__name__}: {way}.")
     if _is_mistral_common(tokenizer):
         raise TypeError(
             f"{type(tokenizer).__name__} writes prompts without a chat template that could be read: pass "

@@ -42,9 +42,14 @@ def name_of_student(model) -> str:
     return model if isinstance(model, str) else get_config_model_id(model.config)
 
 
-def check_second_adapter(model, peft_config: PeftConfig | None):
-    """Raises `ValueError` for a new adapter on a model into which transformers has loaded one: PEFT would begin that anew, and say that there are two
+def check_new_adapter(model, peft_config: PeftConfig | None):
+    """Raises `TypeError` for what is no adapter's config, and `ValueError` for a new adapter on a model into which transformers has loaded one: PEFT would begin that anew, and say that there are two
     (findings/a_new_adapter_begins_the_old_one_anew.sh)."""
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        way = "LoraConfig(**peft_config)" if isinstance(peft_config, dict) else "LoraConfig(...)"
+        raise TypeError(
+            f"`peft_config` must be a PeftConfig, got {type(peft_config).__name__}: pass `{way}`, or another class of PEFT's."
+        )
     if peft_config is not None and getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"The student is a {type(model).__name__} into which transformers has loaded an adapter, and `peft_config` asks for another, which would "
@@ -55,7 +60,7 @@ def check_second_adapter(model, peft_config: PeftConfig | None):
 
 def check_student(model, args: CrossTokenizerGKDConfig, peft_config: PeftConfig | None):
     """Raises `ValueError` for a student, a model or the name of one, whose quantized weights or whose adapter cannot be trained."""
-    check_second_adapter(model, peft_config)
+    check_new_adapter(model, peft_config)
     check_goes_on("student", model, (args.model_init_kwargs or {}).get("revision"))
     if isinstance(model, nn.Module):
         forget_gguf(model)
