@@ -199,7 +199,7 @@ def check_losses(losses: Sequence[Callable], model: nn.Module, panel: Panel, voc
     teacher does not give what a loss needs, or an LM head cannot be read apart from its model.
     """
     for loss in losses:
-        check_signal(loss, panel.signals)
+        check_signal(loss, panel.signals, len(panel.seats))
         for structure in getattr(loss, "structures", ()):
             getattr(vocabulary(), structure)
     panel.ask_likeliest([loss.likeliest for loss in losses if getattr(loss, "likeliest", None) is not None])
@@ -214,7 +214,7 @@ def signal_of(loss: Callable) -> str:
     return getattr(loss, "signal", "logprobs")
 
 
-def check_signal(loss: Callable, signals: Sequence[str]):
+def check_signal(loss: Callable, signals: Sequence[str], teachers: int = 1):
     """Raises `ValueError` where `loss` asks for more than a teacher that gives `signals` can."""
     wanted = signal_of(loss)
     if wanted == "logits" and getattr(loss, "likeliest", None) is not None and "likeliest" in signals:
@@ -223,8 +223,10 @@ def check_signal(loss: Callable, signals: Sequence[str]):
         able = [name for name, known in LOSSES.items() if known.signal in ("none", *signals)]
         if "likeliest" in signals:
             able += ["reverse_kl with a `top_k`", "dpca with a `baseline_top_k`"]
+        name = next((name for name, known in LOSSES.items() if type(loss) is known), loss_name(loss))
+        who = f"one of {teachers} teachers" if teachers > 1 else "a teacher behind a server"
         raise ValueError(
-            f"{loss_name(loss)}{getattr(loss, 'reads_because', '')} needs the teacher's {wanted}, and a teacher behind a server, or one of several, gives "
+            f"{name}{getattr(loss, 'reads_because', '')} needs the teacher's {wanted}, and {who} gives "
             f"{', '.join(signal for signal in signals if signal != 'likeliest')} only. Choose one of {', '.join(able)}, or a single teacher in this process."
         )
 
