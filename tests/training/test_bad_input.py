@@ -167,6 +167,22 @@ def test_a_model_that_does_not_go_on_from_text_is_refused_before_anything_is_wri
     assert not output.exists()
 
 
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_folder_that_is_missing_or_without_a_tokenizer_is_named_with_its_side(build, tmp_path, side):
+    model, tokenizer = {
+        "student": ("model", "processing_class"),
+        "teacher": ("teacher_model", "teacher_processing_class"),
+    }[side]
+    folder = tmp_path / "own"
+    with pytest.raises(ValueError, match=f"The {side} '{folder}' is a folder that does not exist"):
+        build(**{model: str(folder)})
+    (student_model() if side == "student" else teacher_model()).save_pretrained(folder)
+    with pytest.raises(
+        ValueError, match=f"The {side}'s folder '{folder}' holds no tokenizer: .*pass it as `{tokenizer}`"
+    ):
+        build(**{model: str(folder), tokenizer: None})
+
+
 def test_the_student_cannot_teach_itself_in_place(build):
     model = student_model()
     with pytest.raises(ValueError, match="same module"):

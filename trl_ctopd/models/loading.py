@@ -75,6 +75,10 @@ def check_goes_on(side: str, model: str | PreTrainedModel | PeftModel, revision:
     """Raises `ValueError` for an encoder, an encoder-decoder and a model without the head that goes on from a text. Of a name the config.json
     says it, before anything is loaded."""
     if isinstance(model, str):
+        if (os.path.isabs(model) or model.startswith(("./", "../"))) and not os.path.exists(model):
+            raise ValueError(
+                f"The {side} {model!r} is a folder that does not exist: give the folder of a model, or its name on the hub."
+            )
         base = adapter_base(model, revision)
         name, config = model, saved_config(base or model, None if base else revision)
         kind, both = (config.get("architectures") or [""])[0], config.get("is_encoder_decoder")
@@ -255,9 +259,11 @@ def warn_of_cloned_tokens(source: str | None, tokenizer: PreTrainedTokenizerBase
         )
 
 
-def load_tokenizer(tokenizer, model_id, revision, trust_remote_code, gguf_file=None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    tokenizer, model_id, revision, trust_remote_code, gguf_file=None, side="student"
+) -> PreTrainedTokenizerBase:
     """`tokenizer`, or the one saved with the model where it is None. Raises `TypeError` for anything but a
-    tokenizer.
+    tokenizer, and `ValueError` for the folder of a model without the files of one.
     """
     if tokenizer is None and gguf_file is not None:
         return _tokenizer_beside(gguf_file, model_id, revision, trust_remote_code)
@@ -265,6 +271,12 @@ def load_tokenizer(tokenizer, model_id, revision, trust_remote_code, gguf_file=N
         base = adapter_base(model_id, revision)
         if base is not None and not _has_tokenizer(model_id, revision):
             model_id, revision = base, None
+        if os.path.isdir(model_id) and not any(map(_of_a_tokenizer, os.listdir(model_id))):
+            name = "processing_class" if side == "student" else "teacher_processing_class"
+            raise ValueError(
+                f"The {side}'s folder {model_id!r} holds no tokenizer: save its own there (`tokenizer.save_pretrained({model_id!r})`), or pass it as "
+                f"`{name}`."
+            )
         return _saved_tokenizer(model_id, revision=revision, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         way = (
@@ -447,6 +459,15 @@ def _tokenizer_beside(
         )
     tokenizer.backend_tokenizer.model.ignore_merges = split in _IGNORE_MERGES
     return tokenizer
+
+
+def _of_a_tokenizer(file: str) -> bool:
+    """Whether a file of that name is, as far as it tells, of a tokenizer."""
+    return (
+        "token" in file
+        or file.startswith(("vocab", "merges", "spiece", "tekken"))
+        or file.endswith((".model", ".tiktoken"))
+    )
 
 
 def _has_tokenizer(name: str, revision: str | None) -> bool:

@@ -80,7 +80,9 @@ class Seat:
             given = args.teacher_model_init_kwargs or {}
             revision, gguf_file = given.get("revision"), given.get("gguf_file")
             check_goes_on("teacher", model, revision)
-            self.tokenizer = load_tokenizer(tokenizer, self.name, revision, args.trust_remote_code, gguf_file)
+            self.tokenizer = load_tokenizer(
+                tokenizer, self.name, revision, args.trust_remote_code, gguf_file, "teacher"
+            )
         own = args.teacher_chat_template_kwargs
         kwargs = args.chat_template_kwargs if own is None else own
         self.side = Speaker(self.tokenizer, kwargs, own_kwargs_win=own is not None)
