@@ -92,7 +92,7 @@ def test_a_report_says_which_teacher_has_read_each_of_its_samples(run):
             "is 'maths', and the teachers are 'math', 'code'",
         ),
         ({"teacher_processing_class": teacher_tokenizer()}, "pass a dict with their names"),
-        ({"distillation_loss": "gold"}, "GOLD needs the teacher's logits.*dpca, strict_sampled, alm, gvpo, sft"),
+        ({"distillation_loss": "gold"}, "gold needs the teacher's logits.*dpca, strict_sampled, alm, gvpo, sft"),
         ({"lmbda": 0.5, "seq_kd": True}, "seq_kd: with several teachers"),
     ],
 )
