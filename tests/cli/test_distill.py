@@ -160,6 +160,17 @@ def test_a_cap_on_the_evaluation_leaves_all_rows_to_train_on(run, monkeypatch, s
     assert (given["eval_dataset"] and len(given["eval_dataset"])) == evaluated
 
 
+def test_mistakes_of_values_and_data_are_one_line(tmp_path):
+    for arguments, message in [
+        (["--dataset_name", tmp_path / "none.jsonl", "--use_cpu"], "none.jsonl cannot be read"),
+        (["--temperature", "0", "--use_cpu"], "temperature must be finite and positive, got 0.0"),
+    ]:
+        found = distill("--output_dir", tmp_path / "out", *arguments)
+        assert found.returncode == 2 and "Traceback" not in found.stderr
+        assert found.stderr.splitlines()[-1].startswith("ctopd distill: error: ") and message in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_cap_that_leaves_nothing_to_evaluate_on_is_refused(run):
     options = ["--config", str(run / "config.yaml"), "--max_eval_samples", "0"]
     with pytest.raises(ValueError, match="max_eval_samples must be at least 1, got 0"):

@@ -77,8 +77,18 @@ def run(
     parser = command.parser(prog=prog)
     if "--help-all" in arguments:
         parser.print_help()
-    else:
-        command.main(*parser.parse_args_and_config(arguments))
+        return
+    try:
+        script_args, *rest = parser.parse_args_and_config(arguments)
+        trainer = command.prepare(script_args, *rest)
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+    ) as error:  # mistakes of values and data; what fails in training keeps its traceback
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    command.finish(trainer, script_args)
 
 
 def short_help(prog: str, about: str, own: Sequence[tuple[str, str]]) -> argparse.ArgumentParser:

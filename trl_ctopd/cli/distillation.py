@@ -132,9 +132,16 @@ def named_reward(name: str) -> Callable | str:
 
 
 def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, model_args: ModelConfig):
+    finish(prepare(script_args, training_args, model_args), script_args)
+
+
+def prepare(
+    script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, model_args: ModelConfig
+) -> CrossTokenizerGKDTrainer:
+    """All that comes before training."""
     set_init_kwargs(training_args, model_args)
     splits = load_splits(script_args)
-    trainer = CrossTokenizerGKDTrainer(
+    return CrossTokenizerGKDTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=splits[script_args.dataset_train_split],
@@ -143,6 +150,9 @@ def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, 
         reward_funcs=[named_reward(name) for name in script_args.reward_funcs or []] or None,
         teacher_gate=named_function(script_args.teacher_gate) if script_args.teacher_gate else None,
     )
+
+
+def finish(trainer: CrossTokenizerGKDTrainer, script_args: DistillArguments):
     train_and_save(trainer, script_args)
     trainer.end()
     trainer.accelerator.end_training()

@@ -30,11 +30,18 @@ def parser(**options) -> TrlParser:
 
 
 def main(script_args: PreferArguments, training_args: CrossTokenizerDPOConfig, model_args: ModelConfig):
+    finish(prepare(script_args, training_args, model_args), script_args)
+
+
+def prepare(
+    script_args: PreferArguments, training_args: CrossTokenizerDPOConfig, model_args: ModelConfig
+) -> CrossTokenizerDPOTrainer:
+    """All that comes before training."""
     if script_args.teacher_model_name_or_path is None:
         raise ValueError("No teacher: pass `--teacher_model_name_or_path`.")
     set_init_kwargs(training_args, model_args)
     splits = splits_of(script_args)
-    trainer = CrossTokenizerDPOTrainer(
+    return CrossTokenizerDPOTrainer(
         model=model_args.model_name_or_path,
         teacher_model=script_args.teacher_model_name_or_path,
         args=training_args,
@@ -44,5 +51,8 @@ def main(script_args: PreferArguments, training_args: CrossTokenizerDPOConfig, m
         negative_teacher=script_args.negative_teacher,
         peft_config=get_peft_config(model_args),
     )
+
+
+def finish(trainer: CrossTokenizerDPOTrainer, script_args: PreferArguments):
     train_and_save(trainer, script_args)
     trainer.accelerator.end_training()
