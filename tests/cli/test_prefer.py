@@ -69,8 +69,10 @@ def test_a_run_goes_on_where_its_command_says_true(tmp_path):
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]
 
 
-def test_a_missing_teacher_is_told(tmp_path):
-    with pytest.raises(ValueError, match="pass `--teacher_model_name_or_path`"):
+def test_a_missing_teacher_is_told(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
         main(
             ["prefer", "--model_name_or_path", "student", "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path)]
         )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("ctopd prefer: error: No teacher: pass `--teacher_model_name_or_path`")

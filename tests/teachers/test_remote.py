@@ -606,9 +606,9 @@ def test_neither_key_nor_address_is_in_the_card_and_the_key_in_no_file(build, se
     [
         (
             {"distillation_loss": "gold"},
-            "GOLD needs the teacher's logits.*Choose one of dpca, strict_sampled, alm, gvpo, sft",
+            "gold needs the teacher's logits.*Choose one of dpca, strict_sampled, alm, gvpo, sft",
         ),
-        ({"lmbda": 0.5, "off_policy_loss": "uld"}, "ULD needs the teacher's logits"),
+        ({"lmbda": 0.5, "off_policy_loss": "uld"}, "uld needs the teacher's logits"),
         ({"temperature": 0.7}, "temperature=0.7.*at temperature 1"),
         ({"lmbda": 0.5, "seq_kd": True}, "seq_kd: a teacher behind a server reads and does not write"),
         ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "teacher_model_init_kwargs"),

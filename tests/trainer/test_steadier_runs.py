@@ -51,7 +51,7 @@ def test_micro_batches_and_tiles_give_the_whole_batchs_step(build):
 @pytest.mark.parametrize("credit", PREFIX_CREDITS)
 def test_a_teacher_behind_a_server_is_refused_with_the_setting_that_asks_for_more(build, credit, serve):
     with pytest.raises(
-        ValueError, match=f"DPCA with credit='{credit}' needs the teacher's logits.*a single teacher in this"
+        ValueError, match=f"dpca with credit='{credit}' needs the teacher's logits.*a single teacher in this"
     ):
         build(credit=credit, teacher=serve().url)
 
