@@ -674,6 +674,21 @@ def test_the_day_is_no_part_of_what_a_dataset_is_cached_by_where_no_template_wri
     assert dated[0].cache_key != dated[1].cache_key
 
 
+def test_what_changes_a_rendered_prompt_changes_what_a_dataset_is_cached_by():
+    speaker = Speaker(copy.deepcopy(real("qwen2.5")))
+    keys = [speaker.cache_key]
+    speaker.tokenizer.split_special_tokens = True
+    keys.append(speaker.cache_key)
+    speaker.tokenizer.chat_template = "{{ pad_token }}" + speaker.tokenizer.chat_template
+    keys.append(speaker.cache_key)
+    padded = Speaker(copy.deepcopy(speaker.tokenizer))
+    padded.tokenizer.pad_token = padded.tokenizer.eos_token
+    keys.append(padded.cache_key)
+    padded.tokenizer.add_tokens(["<réponse>"])
+    keys.append(padded.cache_key)
+    assert len(set(keys)) == 5
+
+
 @pytest.mark.parametrize("begun", ["", " "])
 @pytest.mark.parametrize(
     "name", ["llama3", "llama3_2", "gemma", "gemma3", "glm4moe", "qwen2_5", "qwen3", "qwen3_5_think", "phi3"]

@@ -162,6 +162,7 @@ def unbind_forward(model: PreTrainedModel):
 def forget_preparation(model: nn.Module):
     """Makes Accelerate prepare `model` as if no trainer had trained it: an earlier one leaves its autocast on the forward pass, in which a later one
     computes too, whatever its own precision, and a mark for which a later one's own autocast is left out (findings/the_first_precision_stays.sh).
+    The earlier one then evaluates without its autocast, until it trains again.
     """
     for part in (model, base_model(model)):
         part.__dict__.pop("_is_accelerate_prepared", None)

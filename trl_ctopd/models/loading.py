@@ -228,7 +228,9 @@ def warn_of_two_checkpoints(name: str):
     """Warns of a folder with weights in one file and in shards: transformers reads the file, and leaves it there when it saves shards
     beside it. Also of a whole model beside an adapter of another, which transformers puts on it (findings/merged_over_its_adapter.sh)."""
     adapter = Path(name) / "adapter_config.json"
-    if adapter.exists() and (Path(name) / "config.json").exists():
+    if adapter.exists() and any(
+        own for kind in ("model*.safetensors*", "pytorch_model*") for own in Path(name).glob(kind)
+    ):
         logger.warning(
             f"{name} holds a whole model and an adapter, which is put on it: a model that the adapter was merged into would have it twice. "
             "If it is such a one, remove the adapter's files."

@@ -117,7 +117,7 @@ def rendered_fingerprint(
     dataset: Dataset, student: Speaker, teachers: Mapping[str, Speaker], settings: Sequence | Mapping
 ) -> str:
     """What `Dataset.map` keeps the rendered rows of `dataset` under. Its own fingerprint knows this package's functions by their names
-    alone, so that rows which another version has rendered would be found again; and it pickles both tokenizers, a second for each."""
+    alone, so that rows which another release has rendered would be found again; and it pickles both tokenizers, a second for each."""
     versions = [__version__, version("transformers"), version("tokenizers")]
     sides = [student.cache_key, *((name, teacher.cache_key) for name, teacher in teachers.items())]
     return Hasher.hash((dataset._fingerprint, versions, sides, settings))

@@ -46,6 +46,11 @@ _DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcdHIj
 _OF_THE_LAST_CALL = ("truncation", "padding")  # what a tokenizer keeps of how it was called
 
 
+def _digest(state: object) -> str:
+    text = json.dumps(state, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
 class Template:
     """A tokenizer, its chat template, and the template's kwargs.
 
@@ -78,26 +83,31 @@ class Template:
     def __setstate__(self, state):
         self.__init__(**state)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """The same for tokenizers and templates that render every conversation alike."""
+        special = dict(self.tokenizer.special_tokens_map)
+        if "pad_token" not in self.template:
+            special.pop("pad_token", None)
+        options = [getattr(self.tokenizer, "split_special_tokens", False), len(self.tokenizer)]
+        template = [self.tokenizer.chat_template, self.chat_template_kwargs, self.own_kwargs_win]
+        return _digest([self._made_of, special, options, *template])
+
+    @cached_property
+    def _made_of(self) -> str:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
-            made_of = [type(self.tokenizer).__name__, self.tokenizer.get_vocab()]
-        else:
-            made_of = {
-                key: value for key, value in json.loads(backend.to_str()).items() if key not in _OF_THE_LAST_CALL
-            }
-        special = {name: token for name, token in self.tokenizer.special_tokens_map.items() if name != "pad_token"}
-        template = [self.tokenizer.chat_template, self.chat_template_kwargs, self.own_kwargs_win]
-        text = json.dumps([made_of, special, *template], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+            return _digest([type(self.tokenizer).__name__, self.tokenizer.get_vocab()])
+        state = json.loads(backend.to_str())
+        return _digest({key: value for key, value in state.items() if key not in _OF_THE_LAST_CALL})
 
     @property
     def cache_key(self) -> tuple:
-        """Equal where every conversation is rendered alike, on this day too."""
+        """Another one wherever a conversation is rendered otherwise, on another day too."""
+        kind = type(self.tokenizer)
         is_slow = getattr(self.tokenizer, "backend_tokenizer", None) is None  # has options of its own
-        return self.fingerprint, self.day if self.writes_day else None, self.tokenizer if is_slow else None
+        day = self.day if self.writes_day else None
+        return self.fingerprint, kind.__module__, kind.__qualname__, day, self.tokenizer if is_slow else None
 
     @cached_property
     def control_ids(self) -> set[int]:
