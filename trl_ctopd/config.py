@@ -46,9 +46,10 @@ class CrossTokenizerGKDConfig(GKDConfig):
     r"""
     Configuration of [`CrossTokenizerGKDTrainer`]. It lists only fields that are new or have another default than in
     [`~trl.experimental.gkd.GKDConfig`]; all others are inherited. The method is `distillation_loss`. `loss_type` belongs to
-    SFT and has no effect; `beta` belongs to GKD's own loss, and another than the default is refused. Without effect are also `completion_only_loss`, `dataset_kwargs`, `dataset_text_field`,
-    `eval_packing`, `packing_strategy` and `truncation_mode`, which say what SFT makes of a dataset's own text; and `label_names`,
-    `batch_eval_metrics` and `eval_accumulation_steps`, since an evaluation keeps no labels and no predictions.
+    SFT and has no effect; `beta` belongs to GKD's own loss, and another than the default is refused. Without effect are also
+    `completion_only_loss`, `dataset_kwargs`, `dataset_text_field`, `eval_packing`, `packing_strategy` and `truncation_mode`, which say what
+    SFT makes of a dataset's own text; and `label_names`, `batch_eval_metrics` and `eval_accumulation_steps`, since an evaluation keeps no
+    labels and no predictions.
 
     A prompt is never truncated. `per_device_train_batch_size` counts prompts: a micro-batch holds
     `per_device_train_batch_size * num_generations` completions.
@@ -701,11 +702,10 @@ class CrossTokenizerGKDConfig(GKDConfig):
         if self.beta == type(self).__dataclass_fields__["beta"].default:
             return
         able = [name for name, loss in LOSSES.items() if "beta" in {knob.name for knob in fields(loss)}]
-        names = {"distillation_loss": self.distillation_loss, "off_policy_loss": self.off_policy_loss}
-        own = [name for name, loss in names.items() if isinstance(loss, str) and loss in able]
+        own = [name for name in ("distillation_loss", "off_policy_loss") if getattr(self, name) in able]
         way = f"leave it out ({' and '.join(able)} have a beta of their own, in distillation_loss_kwargs)"
         if own:
-            way = f"give that of {names[own[0]]} as {own[0]}_kwargs={{'beta': {self.beta}}}"
+            way = f"give that of {getattr(self, own[0])} as {own[0]}_kwargs={{'beta': {self.beta}}}"
         raise ValueError(
             f"beta={self.beta} has no effect: it is a setting of GKD's own loss, which this trainer does not use. Instead, {way}."
         )

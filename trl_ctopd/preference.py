@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
@@ -158,8 +160,8 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
 
     Overrides of `DPOTrainer`: `_prepare_dataset` (two conversations), `_precompute_ref_logps` (the teacher's columns),
     `_prepare_input` (columns keep their precision), `_compute_loss` (a weight for each token), `prediction_step` (see
-    `without_backward`), `evaluation_loop` (see `left_unprepared`), `predict` (renders pairs), `ref_model` (there is none) and `train` (a resumed run keeps the day that its prompts write). All else is inherited
-    from there and from [`ResumedAdapters`].
+    `without_backward`), `evaluation_loop` (see `left_unprepared`), `predict` (renders pairs), `ref_model` (there is none) and `train` (a
+    resumed run keeps the day that its prompts write). All else is inherited from there and from [`ResumedAdapters`].
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): the student.
@@ -628,8 +630,10 @@ def _render_pair(example: dict, index: int, student: Speaker, teachers: dict[str
 def _warn_of_equal_answers(rendered: Dataset, dataset_name: str):
     """Warns of pairs whose answers the student writes with the same ids. The student's margin is 0 whatever it learns, so that
     the gradient is but rounding."""
-    pairs = zip(*(rendered[f"{side}_ids"] for side in _SIDES), strict=True)
-    if alike := [row for row, (chosen, rejected) in enumerate(pairs) if chosen == rejected]:
+    table = rendered.select_columns([f"{side}_ids" for side in _SIDES]).with_format("arrow")[:]
+    chosen, rejected = (table[f"{side}_ids"] for side in _SIDES)
+    of_one_length = pc.equal(*map(pc.list_value_length, (chosen, rejected))).to_numpy()
+    if alike := [row for row in np.flatnonzero(of_one_length).tolist() if chosen[row] == rejected[row]]:
         logger.warning(
             f"{len(alike)} of {len(rendered)} pairs of the {dataset_name} dataset have the same answer as `chosen` and as `rejected`, the first in row "
             f"{alike[0]}: they teach nothing. Filter them out (`dataset.filter(lambda row: row['chosen'] != row['rejected'])`)."

@@ -154,7 +154,8 @@ def test_a_cap_on_the_evaluation_leaves_all_rows_to_train_on(run, monkeypatch, s
     trainer = MagicMock()
     monkeypatch.setattr(distillation, "CrossTokenizerGKDTrainer", trainer)
     options = ["--eval_strategy", strategy, "--dataset_test_split", split, "--max_eval_samples", str(most)]
-    distillation.main(*parser().parse_args_and_config(["--config", str(run / "config.yaml"), *options]))
+    script_args, *rest = parser().parse_args_and_config(["--config", str(run / "config.yaml"), *options])
+    distillation.finish(distillation.prepare(script_args, *rest), script_args)
     given = trainer.call_args.kwargs
     assert len(given["train_dataset"]) == 8
     assert (given["eval_dataset"] and len(given["eval_dataset"])) == evaluated
@@ -174,7 +175,7 @@ def test_mistakes_of_values_and_data_are_one_line(tmp_path):
 def test_a_cap_that_leaves_nothing_to_evaluate_on_is_refused(run):
     options = ["--config", str(run / "config.yaml"), "--max_eval_samples", "0"]
     with pytest.raises(ValueError, match="max_eval_samples must be at least 1, got 0"):
-        distillation.main(*parser().parse_args_and_config(options))
+        distillation.prepare(*parser().parse_args_and_config(options))
 
 
 @pytest.fixture(scope="module")

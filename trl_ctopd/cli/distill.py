@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(
     prog: str, about: str, own: Sequence[tuple[str, str]], module: str, arguments: Sequence[str] | None = None
 ) -> None:
-    """A command of which `module`, beside this one, has the parser and `main`. For `--help` it is not imported."""
+    """A command of which `module`, beside this one, has `parser`, `prepare` and `finish`. For `--help` it is not imported."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & {*arguments}:
         short_help(prog, about, own).print_help()
@@ -78,14 +78,10 @@ def run(
     if "--help-all" in arguments:
         parser.print_help()
         return
-    try:
+    try:  # mistakes of values and data are one line; what fails in training keeps its traceback
         script_args, *rest = parser.parse_args_and_config(arguments)
         trainer = command.prepare(script_args, *rest)
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-    ) as error:  # mistakes of values and data; what fails in training keeps its traceback
+    except (ValueError, TypeError, OSError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     command.finish(trainer, script_args)

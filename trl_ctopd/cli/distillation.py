@@ -131,10 +131,6 @@ def named_reward(name: str) -> Callable | str:
     return name if "/" in name or Path(name).is_dir() else named_function(name)
 
 
-def main(script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, model_args: ModelConfig):
-    finish(prepare(script_args, training_args, model_args), script_args)
-
-
 def prepare(
     script_args: DistillArguments, training_args: CrossTokenizerGKDConfig, model_args: ModelConfig
 ) -> CrossTokenizerGKDTrainer:

@@ -29,10 +29,6 @@ def parser(**options) -> TrlParser:
     return TrlParser((PreferArguments, CrossTokenizerDPOConfig, ModelConfig), **options)
 
 
-def main(script_args: PreferArguments, training_args: CrossTokenizerDPOConfig, model_args: ModelConfig):
-    finish(prepare(script_args, training_args, model_args), script_args)
-
-
 def prepare(
     script_args: PreferArguments, training_args: CrossTokenizerDPOConfig, model_args: ModelConfig
 ) -> CrossTokenizerDPOTrainer:

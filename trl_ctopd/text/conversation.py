@@ -122,13 +122,11 @@ def _read(row: dict) -> Conversation:
     check_template_kwargs(kwargs)
     rest = {"tools": _tools(row.get("tools")), "chat_template_kwargs": kwargs}
     if "messages" in row:
-        *prompt, last = _messages(row["messages"], "messages")
+        *prompt, last = _asked(row["messages"], "messages")
         if last["role"] != "assistant":
-            _refuse_empty_question([*prompt, last], "messages")
             return Conversation([*prompt, last], **rest)
         if not prompt:
             raise ValueError("`messages` holds an assistant turn only: put the turn that it answers before it")
-        _refuse_empty_question(prompt, "messages")
         return Conversation(prompt, last, **rest)
     if isinstance(row["prompt"], str):
         completion = row.get("completion")
@@ -137,8 +135,7 @@ def _read(row: dict) -> Conversation:
                 f"`prompt` is text and `completion` is {type(completion).__name__}: make both the same kind"
             )
         return Conversation(row["prompt"], completion, **rest)
-    prompt = _messages(row["prompt"], "prompt")
-    _refuse_empty_question(prompt, "prompt")
+    prompt = _asked(row["prompt"], "prompt")
     if "completion" not in row:
         return Conversation(prompt, **rest)
     completion = _messages(row["completion"], "completion")
@@ -191,8 +188,7 @@ def _teacher_prompt(value, prompt: str | list[dict]) -> str | list[dict]:
         )
     if isinstance(value, str):
         return value
-    messages = _messages(value, "teacher_prompt")
-    _refuse_empty_question(messages, "teacher_prompt")
+    messages = _asked(value, "teacher_prompt")
     begun = [own[-1].get("content", "") if own[-1]["role"] == "assistant" else None for own in (prompt, messages)]
     if begun[0] != begun[1]:
         said = ["no begun answer" if answer is None else f"the begun answer {answer!r}" for answer in begun]
@@ -210,13 +206,15 @@ def _messages(value, column: str) -> list[dict]:
     return [_message(message, column) for message in value]
 
 
-def _refuse_empty_question(messages: list[dict], column: str):
-    """The answer that an assistant has begun may be empty; what it is asked may not."""
+def _asked(value, column: str) -> list[dict]:
+    """Messages of which the last one of a user is not empty. The answer that an assistant has begun may be."""
+    messages = _messages(value, column)
     asked = [message.get("content", "") for message in messages if message["role"] == "user"]
     if asked and not asked[-1].strip():
         raise ValueError(
             f"the last user message of `{column}` is empty ({asked[-1]!r}), so that nothing is asked: leave such rows out (`dataset.filter`)"
         )
+    return messages
 
 
 def _message(value, column: str) -> dict:

@@ -79,8 +79,8 @@ def chosen_losses(args: CrossTokenizerGKDConfig) -> tuple[Callable, Callable]:
 
 def distillation_loss(args: CrossTokenizerGKDConfig) -> Callable:
     """
-    The loss that `args` name. Warns of settings of sampling that a setting of the loss has the name of. Raises `ValueError` where it cannot learn from the text that `args.lmbda` gives it, or where
-    a setting would have no effect on it.
+    The loss that `args` name. Warns of settings of sampling that a setting of the loss has the name of. Raises `ValueError` where it cannot
+    learn from the text that `args.lmbda` gives it, or where a setting would have no effect on it.
     """
     name, kwargs = args.distillation_loss, dict(args.distillation_loss_kwargs or {})
     knobs = set() if callable(name) else {field.name for field in fields(LOSSES[name])}

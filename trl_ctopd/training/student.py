@@ -43,8 +43,8 @@ def name_of_student(model) -> str:
 
 
 def check_new_adapter(model, peft_config: PeftConfig | None):
-    """Raises `TypeError` for what is no adapter's config, and `ValueError` for a new adapter on a model into which transformers has loaded one: PEFT would begin that anew, and say that there are two
-    (findings/a_new_adapter_begins_the_old_one_anew.sh)."""
+    """Raises `TypeError` for what is no adapter's config, and `ValueError` for a new adapter on a model into which transformers has loaded
+    one: PEFT would begin that anew, and say that there are two (findings/a_new_adapter_begins_the_old_one_anew.sh)."""
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         way = "LoraConfig(**peft_config)" if isinstance(peft_config, dict) else "LoraConfig(...)"
         raise TypeError(
