@@ -44,11 +44,12 @@ from .looking.best_effort import best_effort
 from .looking.card import name_models
 from .losses.ctpd import chunk_sums, chunk_weights, columns
 from .models.activated import activation_of_rows, invocation_of, without_backward
-from .models.heads import base_model, context_of, forget_preparation, unbind_forward
+from .models.forwards import base_model, forget_preparation, left_unprepared, prepare_anew, unbind_forward
+from .models.heads import context_of
 from .models.loading import by_name, check_goes_on, check_vocabulary, disable_dropout, load_tokenizer, warn_of_experts
 from .models.products import faster_products
 from .models.quantized import prepare_quantized
-from .models.sharding import keep_scores_in_float32, left_unprepared
+from .models.sharding import keep_scores_in_float32
 from .models.trials import check_causal
 from .rollouts.pairing import Prompt, Rollout
 from .rollouts.prompts import COLUMNS, check_datasets, render_row, rendered_fingerprint, warn_of_plain_prompts
@@ -347,8 +348,7 @@ class CrossTokenizerDPOTrainer(EndedRun, ResumedAdapters, DPOTrainer):
                 elif dataset is not None:
                     dataset = self._with_columns(dataset, name)
                 setattr(self, f"{name}_dataset", dataset)
-        if not self.accelerator._models:  # another trainer may have trained it since
-            forget_preparation(self.model)
+        prepare_anew(self.model, self.accelerator)  # another trainer may have trained it since
         with faster_products(self.model, self.accelerator):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -26,12 +26,13 @@ from .looking.samples import Samples
 from .losses import Metrics, ScoredChunks
 from .losses.reference_kl import reference_kl
 from .models.activated import without_backward
-from .models.heads import base_model, forget_preparation, head_rows
+from .models.forwards import base_model, left_unprepared, prepare_anew
+from .models.heads import head_rows
 from .models.loading import by_name, ensure_pad_token, load_tokenizer, warn_of_cloned_tokens
 from .models.packing import packer_for
 from .models.products import faster_products
 from .models.reference import Reference, why_not_start
-from .models.sharding import keep_scores_in_float32, left_unprepared
+from .models.sharding import keep_scores_in_float32
 from .rollouts.generation import sampling_config
 from .rollouts.pairing import Prompt
 from .rollouts.prompts import BLEND, COLUMNS, PADDING, ROW, collate_prompts, render_dataset
@@ -271,8 +272,7 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
 
     def train(self, *args, **kwargs):
         checks.check_callbacks(self.callback_handler.callbacks)
-        if not self.accelerator._models:  # another trainer may have trained it since
-            forget_preparation(self.model)
+        prepare_anew(self.model, self.accelerator)  # another trainer may have trained it since
         with faster_products(self.model, self.accelerator):
             return super().train(*args, **kwargs)
 

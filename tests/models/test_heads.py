@@ -15,7 +15,8 @@ from toys import student_model, teacher_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trl_ctopd.models import heads
-from trl_ctopd.models.heads import TokenScores, add_token_scores, base_model, check_head, hidden_states, lm_head
+from trl_ctopd.models.forwards import base_model
+from trl_ctopd.models.heads import TokenScores, add_token_scores, check_head, hidden_states, lm_head
 
 
 VOCAB = 37

@@ -27,7 +27,7 @@ from trl.generation.vllm_client import VLLMClient
 from writing_late import write_late
 
 from trl_ctopd.losses import DPCA, StrictSampled
-from trl_ctopd.models.heads import base_model
+from trl_ctopd.models.forwards import base_model
 from trl_ctopd.rollouts import ahead, student_copy
 from trl_ctopd.rollouts import vllm as vllm_writing
 from trl_ctopd.rollouts.ahead import Ahead, Windows

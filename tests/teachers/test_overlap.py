@@ -10,7 +10,7 @@ from torch import nn
 from toys import SGD, fix_rollouts, prompts, step_of, student_model, student_tokenizer, teacher_model, teacher_tokenizer
 
 from trl_ctopd import CrossTokenizerGKDConfig
-from trl_ctopd.models.heads import base_model
+from trl_ctopd.models.forwards import base_model
 from trl_ctopd.models.sharding import is_on
 from trl_ctopd.teachers.local import LocalTeacher
 

@@ -20,7 +20,7 @@ from toys import SGD, fix_rollouts, step_of, student_model, student_tokenizer, w
 
 from trl_ctopd.losses import ScoredChunks
 from trl_ctopd.losses.reference_kl import reference_kl
-from trl_ctopd.models.heads import base_model
+from trl_ctopd.models.forwards import base_model
 from trl_ctopd.models.reference import Reference, adapter_off, why_not_start
 
 

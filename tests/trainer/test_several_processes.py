@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from trl_ctopd.models.sharding import left_unprepared
+from trl_ctopd.models.forwards import left_unprepared
 
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "cpu"

@@ -9,12 +9,13 @@ from peft import LoraConfig, get_peft_model
 from toys import SGD, fix_rollouts, step_of, trained_before
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_ctopd.models.heads import forget_preparation
+from trl_ctopd.models.forwards import forget_preparation
 
 
 # torch's sdpa on a CPU with AMX, told to do without vector instructions (ATEN_CPU_CAPABILITY), raises in bfloat16
 student_model = partial(toys.student_model, attn_implementation="eager")
 teacher_model = partial(toys.teacher_model, attn_implementation="eager")
+ROWS = toys.prompts(4)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
 
@@ -67,6 +68,36 @@ def test_two_trainers_of_one_student_train_it_each_in_its_own_precision(build, b
     alone.load_state_dict(student.state_dict())
     alone = fix_rollouts(build(model=alone, teacher=teacher_model(), bf16=bf16, **SGD))
     torch.testing.assert_close(step_of(second), step_of(alone), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainers_that_take_turns_on_one_student_compute_each_in_its_own_precision(build, bf16):
+    """Also one that evaluates before it trains, one that goes on after another was built or has evaluated, and one that trains again."""
+    student = student_model()
+
+    def made(precision, model):
+        return fix_rollouts(build(model=model, teacher=teacher_model(), bf16=precision, eval_dataset=ROWS, **SGD))
+
+    def measured(trainer):
+        figures = trainer.evaluate()
+        return [figures[name] for name in sorted(figures) if name.startswith(("eval_gap/", "eval_student/"))]
+
+    def alone(precision):
+        """Of a trainer that has had no other beside it."""
+        model = student_model()
+        model.load_state_dict(student.state_dict())
+        return made(precision, model)
+
+    first = made(not bf16, student)
+    first.train()
+    second = made(bf16, student)
+    assert measured(first) == pytest.approx(measured(alone(not bf16)), rel=1e-5)
+    assert measured(second) == pytest.approx(measured(alone(bf16)), rel=1e-5)
+    assert measured(first) == pytest.approx(measured(alone(not bf16)), rel=1e-5)
+    second.train()
+    expected = step_of(alone(not bf16))
+    torch.testing.assert_close(step_of(first), expected, rtol=1e-4, atol=1e-7)
+    assert measured(second) == pytest.approx(measured(alone(bf16)), rel=1e-5)
 
 
 def test_only_the_autocast_is_taken_off(tmp_path):

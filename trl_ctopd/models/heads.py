@@ -9,7 +9,6 @@ head. Under ZeRO-3 and FSDP2 its weight is gathered once for a micro-batch, not 
 """
 
 import functools
-import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -17,8 +16,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from accelerate.utils.operations import ConvertOutputsToFp32
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -27,6 +24,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .closing import ClosingLogProbFunction
+from .forwards import of_any
 from .products import linear
 
 
@@ -48,11 +46,6 @@ class TokenScores(NamedTuple):
     entropy: torch.Tensor | None
     imbalance: torch.Tensor | None = None
     close_log_probs: torch.Tensor | None = None
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside an adapter, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def context_of(config: PreTrainedConfig) -> int | None:
@@ -93,7 +86,7 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
 
     A call with `scored` may have a `temperature` and an `entropy` of its own: a model that two trainers share has been made ready twice.
     """
-    original = _of_any(model.forward)
+    original = of_any(model.forward)
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
     def forward(
@@ -151,55 +144,6 @@ def add_token_scores(model: PreTrainedModel, temperature: float = 1.0, entropy: 
             )
 
     model.forward = types.MethodType(forward, model)
-
-
-def unbind_forward(model: PreTrainedModel):
-    """Makes a deep copy of `model` compute with its own weights, after TRL has added its fused head, beneath which it keeps the forward pass of
-    `model` (findings/copies_compute_as_the_original.sh)."""
-    model.forward = types.MethodType(_of_any(model.forward), model)
-
-
-def forget_preparation(model: nn.Module):
-    """Makes Accelerate prepare `model` as if no trainer had trained it: an earlier one leaves its autocast on the forward pass, in which a later one
-    computes too, whatever its own precision, and a mark for which a later one's own autocast is left out (findings/the_first_precision_stays.sh).
-    The earlier one then evaluates without its autocast, until it trains again.
-    """
-    for part in (model, base_model(model)):
-        part.__dict__.pop("_is_accelerate_prepared", None)
-        part.__dict__.pop("_original_forward", None)  # by which Accelerate would take its autocast off
-        if "forward" not in part.__dict__:
-            continue
-        if hasattr(part.forward, "__func__"):
-            part.forward = types.MethodType(_of_any(part.forward), part)
-        else:
-            part.forward = _without_autocast(part.forward)
-
-
-def _without_autocast(forward: Callable) -> Callable:
-    """What Accelerate has put its autocast around, as often as it has. (Its own `unwrap_model` also takes off what others put beneath.)"""
-    while isinstance(outer := getattr(forward, "__wrapped__", None), ConvertOutputsToFp32):
-        forward = outer.model_forward.__wrapped__
-    return forward
-
-
-def _of_any(forward: Callable) -> Callable:
-    """A model's `forward` as a function of the model, and so that of a deep copy too; without the autocast of an earlier trainer."""
-    if not hasattr(forward, "__func__"):  # a hook of Accelerate's
-        hooked = _without_autocast(forward)
-        return lambda _, *args, **kwargs: hooked(*args, **kwargs)
-    function = _without_autocast(forward.__func__)
-    beneath = inspect.getclosurevars(function).nonlocals.get("original_forward")
-    if beneath is None:
-        return function
-    plain = _of_any(beneath)
-
-    @functools.wraps(function)
-    def own(self, *args, fused_lm_head=False, **kwargs):
-        if fused_lm_head:
-            return function(self, *args, fused_lm_head=True, **kwargs)
-        return plain(self, *args, **kwargs)
-
-    return own
 
 
 def attention_mask_of(ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

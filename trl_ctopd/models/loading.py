@@ -37,7 +37,7 @@ from transformers.utils import cached_file, is_sentencepiece_available, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
 
-from .heads import base_model
+from .forwards import base_model
 from .quantized import saved_config, saved_quantization, with_quantization_config
 
 

@@ -28,7 +28,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .activated import is_activated
 from .beginnings import begin_alike
-from .heads import base_model, hidden_states
+from .forwards import base_model
+from .heads import hidden_states
 from .sharding import SHARDING
 from .trials import stirred, tokens_read
 

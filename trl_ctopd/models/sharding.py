@@ -114,31 +114,6 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def left_unprepared(model: nn.Module, accelerator):
-    """
-    An evaluation inside this block leaves a `model` that has not been trained yet as it was. For an evaluation, Trainer has
-    Accelerate prepare the model without training; Accelerate would then return the same model for training, unwrapped, and
-    its gradients would not be synchronised.
-
-    Raises `ValueError` for a model that will be sharded, since that can be prepared only together with its optimizer.
-    """
-    first = not accelerator._models
-    if first and accelerator.distributed_type in SHARDING:
-        raise ValueError(
-            f"Under {accelerator.distributed_type.value} the student is prepared together with its optimizer, when training begins: "
-            "evaluate or predict after `train()`, or set eval_on_start=True for figures from before the first step."
-        )
-    try:
-        yield
-    finally:
-        if first and model in accelerator._models:
-            accelerator._models.remove(model)
-            model._is_accelerate_prepared = False
-            if "_original_forward" in model.__dict__:  # remove autocast, which would be added a second time
-                model.forward = model.__dict__.pop("_original_forward")
-
-
-@contextmanager
 def gathered_under_fsdp(model: nn.Module):
     """Gathers all weights of `model` that FSDP2 has sharded, so that each process can run it apart from the others."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]

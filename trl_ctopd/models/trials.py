@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .activated import invocation_of, without_backward
-from .heads import base_model, hidden_states
+from .forwards import base_model
+from .heads import hidden_states
 
 
 _STEP = 0.05  # by which weights are moved at most

@@ -39,7 +39,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer, StaticSlidingWin
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..config import CrossTokenizerGKDConfig
-from ..models.heads import base_model
+from ..models.forwards import base_model
 from ..models.sharding import shards_student
 from .cache import CACHE, has_virtual_tokens
 

@@ -43,7 +43,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..config import CrossTokenizerGKDConfig
 from ..models.activated import activation, invocation_of
-from ..models.heads import base_model
+from ..models.forwards import base_model
 from ..models.merging import mergeable, merged
 from ..models.products import packed, packing_is_faster
 from ..models.sharding import gathered_under_fsdp, is_sharded

@@ -9,7 +9,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from ..models.activated import is_activated
 from ..models.beginnings import families
-from ..models.heads import base_model
+from ..models.forwards import base_model
 from ..models.packing import turning_length
 from .cache import CACHE, can_join, continued, growing_cache, joined, selected
 from .pairing import of_like_length

@@ -20,7 +20,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..config import CrossTokenizerGKDConfig
-from ..models.heads import AUTOCAST, base_model
+from ..models.forwards import base_model
+from ..models.heads import AUTOCAST
 from ..models.products import use_faster_products
 from ..models.sharding import shards_student
 from .ahead import Cancelled

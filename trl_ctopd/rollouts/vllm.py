@@ -29,7 +29,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Metrics, ScoredChunks
 from ..models.activated import invocation_of
-from ..models.heads import base_model
+from ..models.forwards import base_model
 from ..models.merging import adapted_where_tied, bases_kept
 from .cache import has_virtual_tokens
 from .generation import Written, up_to_stop

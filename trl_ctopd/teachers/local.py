@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ..models.activated import activation, invocation_of
 from ..models.closing import in_tile_order
-from ..models.heads import add_token_scores, base_model, forget_preparation, hidden_states
+from ..models.forwards import base_model, forget_preparation
+from ..models.heads import add_token_scores, hidden_states
 from ..models.loading import load_model, slow_weights, switch_router_logits_off, widen_for_cpu
 from ..models.packing import Packed, packed_inputs, packer_for, turning_length
 from ..models.products import use_faster_products

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from trl import LogCompletionsCallback, WeaveCallback
 
 from ..config import CrossTokenizerGKDConfig
-from ..models.heads import base_model
+from ..models.forwards import base_model
 from ..models.loading import check_saves, check_vocabulary, warn_of_experts
 from ..models.quantized import prepare_quantized
 from ..models.sharding import shards_student

@@ -11,7 +11,8 @@ from torch import nn
 from ..config import CrossTokenizerGKDConfig
 from ..losses import AUTO, LOSSES, Metrics, build_loss, loss_name
 from ..losses.compass import Compass
-from ..models.heads import base_model, check_head
+from ..models.forwards import base_model
+from ..models.heads import check_head
 from ..teachers.panel import Panel
 from ..teachers.servers import is_url
 from ..text.vocabulary import VocabularyPair

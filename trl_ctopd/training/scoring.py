@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from ..config import CrossTokenizerGKDConfig
 from ..losses import Distributions, Metrics, ScoredChunks
 from ..models.activated import activation_of_rows, invocation_of
-from ..models.heads import AUTOCAST, add_token_scores, base_model, hidden_states, lm_head
+from ..models.forwards import base_model
+from ..models.heads import AUTOCAST, add_token_scores, hidden_states, lm_head
 from ..models.loading import disable_dropout, switch_router_logits_off
 from ..models.packing import packed_inputs, unpacked
 from ..models.reference import Reference

@@ -12,7 +12,8 @@ from trl.trainer.utils import get_config_model_id
 
 from ..config import CrossTokenizerGKDConfig
 from ..models.activated import active_tokens, invocation_of
-from ..models.heads import AUTOCAST, base_model, context_of, forget_preparation, has_imbalance
+from ..models.forwards import base_model, forget_preparation
+from ..models.heads import AUTOCAST, context_of, has_imbalance
 from ..models.loading import (
     adapter_base,
     check_goes_on,

@@ -17,7 +17,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ...config import CrossTokenizerGKDConfig
 from ...losses import DPCA, Loss, loss_name
-from ...models.heads import base_model
+from ...models.forwards import base_model
 from ...redact import redacted
 from ...rollouts.pairing import Rollout
 from ...text.altered_text import REASONS
