@@ -221,6 +221,20 @@ def test_an_answer_that_is_no_list_of_rewards_is_told(build, answer, message):
         trainer.train()
 
 
+@pytest.mark.parametrize("setting", ["reward_funcs", "teacher_gate"])
+@pytest.mark.parametrize(
+    ("func", "message"),
+    [
+        (lambda completions, solution, **_: [True] * len(completions), "needs solution, which no row has. .*answer"),
+        (lambda completions, answer: [True] * len(completions), r"does not take completion_ids, .*\*\*kwargs too"),
+    ],
+)
+def test_a_function_that_cannot_take_the_columns_is_told_which_there_are(build, setting, func, message):
+    trainer = varied(build(dataset=numbered(), **{setting: func}, **ORDER))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("verdict", "message"),
     [

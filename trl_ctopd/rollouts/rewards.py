@@ -155,7 +155,7 @@ class Judges:
             return list(rollouts)
         asked = self._asked([rollout.prompt for rollout in rollouts], [rollout.student_ids for rollout in rollouts])
         name = _name(self._gate)
-        verdicts = _one_each(_called(self._gate, {**asked, "trainer_state": state}), len(rollouts), name)
+        verdicts = _one_each(_called(self._gate, {**asked, "trainer_state": state}, name), len(rollouts), name)
         kept = [self._without(rollout, verdict, name) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
         real = [row for row, rollout in enumerate(rollouts) if not rollout.prompt.is_padding]
         before = sum(int((rollouts[row].student_chunks >= 0).sum()) for row in real)
@@ -257,7 +257,7 @@ class Judges:
         }
 
     def _of_function(self, func: Callable, name: str, asked: dict) -> list[float]:
-        found = _one_each(_called(func, asked), len(asked["prompts"]), name)
+        found = _one_each(_called(func, asked, name), len(asked["prompts"]), name)
         try:
             numbers = [math.nan if value is None else float(value) for value in found]
         except (TypeError, ValueError):
@@ -345,7 +345,8 @@ def _name(func: Any) -> str:
     return getattr(func, "__name__", None) or type(func).__name__
 
 
-def _called(func: Callable, asked: dict) -> Any:
+def _called(func: Callable, asked: dict, name: str) -> Any:
+    _check_arguments(func, asked, name)
     found = func(**asked)
     if not inspect.isawaitable(found):
         return found
@@ -355,6 +356,26 @@ def _called(func: Callable, asked: dict) -> Any:
 
     with ThreadPoolExecutor(1) as pool:  # a notebook's own thread has a loop that runs already
         return result_of(pool.submit(asyncio.run, waited()))
+
+
+def _check_arguments(func: Callable, asked: dict, name: str) -> None:
+    try:
+        taken = inspect.signature(func).parameters.values()
+    except (TypeError, ValueError):
+        return  # written in C, which may not say what it takes
+    given = f"It is called with {', '.join(asked)}: the prompts, what was written to them, and the dataset's columns"
+    needed = [
+        own.name
+        for own in taken
+        if own.default is own.empty and own.kind in (own.POSITIONAL_OR_KEYWORD, own.KEYWORD_ONLY)
+    ]
+    if missing := sorted({*needed} - {*asked}):
+        raise ValueError(
+            f"{name!r} needs {', '.join(missing)}, which no row has. {given}. Name the column so, or give the parameter a default."
+        )
+    refused = {*asked} - {own.name for own in taken}
+    if refused and all(own.kind is not own.VAR_KEYWORD for own in taken):
+        raise ValueError(f"{name!r} does not take {', '.join(sorted(refused))}. {given}. Let it take **kwargs too.")
 
 
 def _one_each(found: Any, count: int, name: str) -> list:
