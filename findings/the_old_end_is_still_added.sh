@@ -15,7 +15,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -qq transformers==5.23.0 tokenizers==0.23.3
+"$folder/venv/bin/pip" install -qq --no-compile transformers==5.23.0 tokenizers==0.23.3
 cat > "$folder/look.py" <<'PY'
 import sys
 

@@ -14,9 +14,9 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/before"
-"$folder/before/bin/pip" install -qq transformers==4.57.3
+"$folder/before/bin/pip" install -qq --no-compile transformers==4.57.3
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -qq transformers==5.23.0
+"$folder/venv/bin/pip" install -qq --no-compile transformers==5.23.0
 cat > "$folder/look.py" <<'PY'
 import sys
 

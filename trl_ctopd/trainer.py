@@ -273,12 +273,21 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
     def train(self, *args, **kwargs):
         checks.check_callbacks(self.callback_handler.callbacks)
         prepare_anew(self.model, self.accelerator)  # another trainer may have trained it since
+        self._tries = 0  # by `auto_find_batch_size`
         with faster_products(self.model, self.accelerator):
             return super().train(*args, **kwargs)
 
     def _init_training_state(self, *args, **kwargs):
-        """Nothing of what was interrupted is left: an earlier run, or this one, which an out-of-memory error begins anew with smaller
-        micro-batches (`auto_find_batch_size`)."""
+        """Of what was interrupted no figures and no text are left: an earlier run, or this one, which an out-of-memory error begins anew with
+        smaller micro-batches (`auto_find_batch_size`)."""
+        taken = self.state.global_step - self._initial_global_step if self._tries else 0
+        if taken:
+            logger.warning(
+                f"The run begins anew with smaller micro-batches, after an out-of-memory error. Its weights and its optimizer are those of the "
+                f"{taken} steps that it has taken by then. For a run as if it had begun so, start it again with "
+                f"per_device_train_batch_size={self._train_batch_size}."
+            )
+        self._tries += 1
         self._meters["train"].clear()
         self._samples.clear()
         self._pending.clear()

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
@@ -57,6 +58,23 @@ def test_the_whole_window_is_written_in_one_call_with_every_generation(build):
     trainer.model.generate = counted
     trainer.train()
     assert calls == [2 * 3 * 2]
+
+
+@pytest.mark.parametrize("fails_at", [0, 2])
+def test_steps_that_stay_after_an_out_of_memory_error_are_told(build, caplog, fails_at):
+    trainer = fix_rollouts(build(auto_find_batch_size=True, per_device_train_batch_size=4, max_steps=3))
+    step = trainer.training_step
+
+    def training_step(model, inputs, *args):
+        if len(inputs["input_ids"]) == 4 and trainer.state.global_step == fails_at:
+            raise RuntimeError("CUDA out of memory. ")
+        return step(model, inputs, *args)
+
+    trainer.training_step = training_step
+    trainer.train()
+    told = "those of the 2 steps that it has taken by then. .* per_device_train_batch_size=3"
+    assert bool(re.search(told, caplog.text)) == (fails_at == 2)
+    assert trainer.state.global_step == 3
 
 
 @pytest.mark.parametrize("teacher_rows", [None, 3])
