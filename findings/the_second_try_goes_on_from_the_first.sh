@@ -10,13 +10,13 @@
 # 4.51. 12 rows were learned more than once, in that run none. Where the first batch does not fit, the weights are those of that run.
 #
 # Why it matters: where a student writes its own texts, memory is exceeded when they grow long, which is in the middle of a run. The weights are then
-# those of more steps than are logged, the learning rate has begun from above twice, and a comparison step by step with another run is off.
+# those of more steps than are logged, the learning rate's schedule has begun twice, and a comparison step by step with another run is off.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -qq torch==2.13.0
-"$folder/venv/bin/pip" install -qq transformers==5.23.0 accelerate==1.15.0
+"$folder/venv/bin/pip" install -qq --no-compile torch==2.13.0
+"$folder/venv/bin/pip" install -qq --no-compile transformers==5.23.0 accelerate==1.15.0
 cat > "$folder/look.py" <<'PY'
 import sys
 import tempfile

@@ -2,8 +2,8 @@
 # trl 1.16.0 with peft 0.21.2 and transformers 5.23.0
 #
 # GRPOTrainer, RLOOTrainer and DistillationTrainer write the student's completions in training mode and leave dropout on unless `disable_dropout=True`
-# is set: with `lora_dropout`, the text is that of a model with holes in it. RLOO always, GRPO where several steps learn from one generation, compute the
-# old log-probs under other holes than the new ones, so that the ratio of the two is not 1 where no weight has changed, and completions are clipped.
+# is set: with `lora_dropout`, the text is not that of the model that is saved. RLOO always, GRPO where several steps learn from one generation, compute the
+# old log-probs under another draw of it than the new ones, so that the ratio of the two is not 1 where no weight has changed, and completions are clipped.
 # No error, no warning.
 #
 # Seen: eight rows of one prompt, an adapter with random weights on all linear layers, learning rate 0. With top_k=1 the eight completions are one text
@@ -16,8 +16,8 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -qq torch==2.13.0
-"$folder/venv/bin/pip" install -qq trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 peft==0.21.2
+"$folder/venv/bin/pip" install -qq --no-compile torch==2.13.0
+"$folder/venv/bin/pip" install -qq --no-compile trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 peft==0.21.2
 cat > "$folder/look.py" <<'PY'
 import sys
 import tempfile
