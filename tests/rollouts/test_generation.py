@@ -22,6 +22,7 @@ from trl_ctopd.rollouts.generation import (
     _generate_continuously,
     _SampledLogProbs,
     check_padding,
+    check_window,
     check_prompt_learning,
     check_virtual_tokens,
 )
@@ -186,6 +187,19 @@ def test_a_student_with_an_adapter_that_writes_alike_after_padding_passes(name, 
     options = {"target_modules": ["q_proj", "v_proj"], **options}
     config = needs.adapter(kind, **{option: value for option, value in options.items() if value is not None})
     check_padding(get_peft_model(wild("Llama", dtype), config), writing())
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "attention_chunk_size"])
+def test_a_window_that_the_model_does_not_know_of_is_refused(key):
+    model = student_model()
+    check_window(model)
+    setattr(model.config, key, 16)
+    with pytest.raises(ValueError, match=f"{key}=16, which LlamaForCausalLM does not know of"):
+        check_window(get_peft_model(model, needs.adapter("Lora", target_modules=["q_proj"])))
+
+
+def test_a_window_that_the_model_has_passes():
+    check_window(AutoModelForCausalLM.from_config(transformers.MistralConfig(**SHAPE, sliding_window=16)))
 
 
 def test_logits_that_are_not_finite_are_not_told_of_as_padding():

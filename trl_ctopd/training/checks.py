@@ -21,7 +21,7 @@ from ..redact import redact
 from ..rollouts.ahead import check_ahead
 from ..rollouts.compiled import check_compiled
 from ..rollouts.early_stop import check_early_stop, check_pieces
-from ..rollouts.generation import check_continuous, check_padding, check_virtual_tokens
+from ..rollouts.generation import check_continuous, check_padding, check_virtual_tokens, check_window
 from ..rollouts.prompts import check_datasets
 from ..teachers.servers import is_url, is_url_without_scheme
 from .identity import dataset_digest
@@ -210,6 +210,7 @@ def check_run(
         check_continuous(model)
     check_vocabulary("student", base_model(model), tokenizer)
     check_causal("student", model)
+    check_window(model)
     check_padding(model, args)
     check_virtual_tokens(model, args, shards_student(accelerator))
     warn_of_experts(model)
