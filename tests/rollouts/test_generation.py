@@ -22,9 +22,9 @@ from trl_ctopd.rollouts.generation import (
     _generate_continuously,
     _SampledLogProbs,
     check_padding,
-    check_window,
     check_prompt_learning,
     check_virtual_tokens,
+    check_window,
 )
 from trl_ctopd.rollouts.pairing import Prompt
 
