@@ -10,8 +10,8 @@
 # drawn and those of a forward pass over what was written differ by 0.3 to 8 nats in eight families, without the key or without the cache by less
 # than 1e-3; in Qwen2 with use_sliding_window=False by less than 1e-3.
 #
-# Why it matters: a student that is converted to Llama's layout from a model whose config has the key (Qwen2's, Mistral's) keeps it, and writes a
-# text by other probabilities than it is scored with from the window's length on. Remove the key.
+# Why it matters: configs of Qwen2 and Mistral have the key. Where it is carried over into that of a model in another layout, a student writes its
+# text by other probabilities than it is scored with, from the window's length on. Remove the key.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
