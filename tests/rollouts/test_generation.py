@@ -1,5 +1,6 @@
 """Writing: the same text whoever leaves the batch, in whatever order and by whichever backend."""
 
+import math
 import random
 import warnings
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from toys import student_model
+from toys import student_model, student_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trl_ctopd.rollouts import generation
@@ -25,6 +26,7 @@ from trl_ctopd.rollouts.generation import (
     check_prompt_learning,
     check_virtual_tokens,
     check_window,
+    off_by_its_cache,
 )
 from trl_ctopd.rollouts.pairing import Prompt
 
@@ -198,8 +200,55 @@ def test_a_window_that_the_model_does_not_know_of_is_refused(key):
         check_window(get_peft_model(model, needs.adapter("Lora", target_modules=["q_proj"])))
 
 
+@pytest.mark.parametrize("key", ["sliding_window", "attention_chunk_size"])
+def test_a_window_as_long_as_the_context_passes(key):
+    model = student_model()
+    setattr(model.config, key, model.config.max_position_embeddings)
+    check_window(model)
+
+
 def test_a_window_that_the_model_has_passes():
     check_window(AutoModelForCausalLM.from_config(transformers.MistralConfig(**SHAPE, sliding_window=16)))
+
+
+NEMOTRON_H = {
+    "layers_block_type": ["mamba", "attention", "mamba", "mlp"],
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 1,
+    "ssm_state_size": 16,
+    "initializer_range": 0.5,
+    "time_step_min": 0.1,  # which reading takes for the least time step, and writing does not
+    "num_hidden_layers": 4,
+}
+
+
+def writes_with_other_time_steps():
+    torch.manual_seed(0)
+    config = transformers.NemotronHConfig(**{**SHAPE, **NEMOTRON_H, "vocab_size": len(student_tokenizer())})
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_state_that_is_written_with_otherwise_than_it_is_read_is_found():
+    model = writes_with_other_time_steps()
+    assert off_by_its_cache(model) > 0.02
+    for layer in model.modules():
+        if hasattr(layer, "time_step_limit"):
+            layer.time_step_limit = (0.0, math.inf)  # as the step with the cache has it
+    assert off_by_its_cache(model) < 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_caches_pass(family):
+    assert off_by_its_cache(model_of(family)) < 1e-4
+
+
+@pytest.mark.parametrize("top_k", [0, 8])
+def test_a_student_whose_cache_is_off_is_told_of_and_its_draws_are_recorded_where_they_can_be(build, caplog, top_k):
+    trainer = build(model=writes_with_other_time_steps(), generation_batch_size=1, top_k=top_k, max_steps=1)
+    assert "writes with its cache otherwise than it reads a whole text" in caplog.text
+    trainer.train()
+    assert ("sampling/log_prob_difference" in trainer.state.log_history[0]) == (top_k == 0)
 
 
 def test_logits_that_are_not_finite_are_not_told_of_as_padding():

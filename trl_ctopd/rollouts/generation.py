@@ -18,6 +18,7 @@ Decisions
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Container, Sequence
 from contextlib import contextmanager, nullcontext
@@ -44,11 +45,12 @@ from trl.models.utils import unwrap_model_for_generation
 from ..config import CrossTokenizerGKDConfig
 from ..models.activated import activation, invocation_of
 from ..models.forwards import base_model
+from ..models.heads import context_of
 from ..models.merging import mergeable, merged
 from ..models.products import packed, packing_is_faster
 from ..models.sharding import gathered_under_fsdp, is_sharded
 from ..models.trials import can_run
-from .cache import CACHE, embeds_virtual_tokens, has_virtual_tokens, selected
+from .cache import CACHE, embeds_virtual_tokens, growing_cache, has_virtual_tokens, selected
 from .pairing import Prompt, pad_rows
 from .reading import begun, greedy
 
@@ -247,9 +249,13 @@ def _merging(model, config: GenerationConfig, accelerator, args: CrossTokenizerG
     full = (torch.float32, torch.float64)
     if accelerator.mixed_precision == "no" and all(own.get_base_layer().weight.dtype in full for own in layers):
         return layers, False
-    plain = config.do_sample and not any((args.generation_kwargs, args.top_k, args.min_p)) and args.top_p == 1
-    recorded = bool(layers) and plain and backend != "transformers_continuous"
+    recorded = bool(layers) and by_temperature_alone(config, args) and backend != "transformers_continuous"
     return layers if recorded or wanted else [], recorded
+
+
+def by_temperature_alone(config: GenerationConfig, args: CrossTokenizerGKDConfig) -> bool:
+    """Whether nothing else shapes the distribution that is sampled from."""
+    return config.do_sample and not any((args.generation_kwargs, args.top_k, args.min_p)) and args.top_p == 1
 
 
 @contextmanager
@@ -500,7 +506,7 @@ def check_window(model: nn.Module):
     stray = [
         key
         for key in ("sliding_window", "attention_chunk_size")
-        if getattr(config, key, None) and not hasattr(type(config), key)
+        if not hasattr(type(config), key) and 0 < (getattr(config, key, None) or 0) < (context_of(config) or math.inf)
     ]
     if stray and type(config).__module__.startswith("transformers.") and not getattr(config, "layer_types", None):
         raise ValueError(
@@ -542,6 +548,31 @@ def check_padding(model: nn.Module, args: CrossTokenizerGKDConfig):
             f"The student's {type(base).__name__} reads the padding of shorter prompts or counts it in its positions, whatever the attention mask "
             "says, so that what it writes depends on the others of its batch: set generation_batch_size=1."
         )
+
+
+@torch.no_grad()
+def off_by_its_cache(model: nn.Module) -> float:
+    """
+    By how many nats the log-prob of a written token differs from that of a forward pass over the text, where a model keeps other states than keys
+    and values of each token (findings/written_with_other_time_steps.sh): the largest difference in a trial of a few tokens, in whichever of two
+    texts it is the smaller, since rounding may send a token to other experts. 0 for all other models, and where the model cannot be tried.
+    """
+    base = base_model(model)
+    if not can_run(base) or growing_cache(model) is not None:
+        return 0.0
+    embeddings = base.get_input_embeddings().weight
+    ids = torch.arange(16, device=embeddings.device).view(2, 8) * 7919 % len(embeddings)
+    config = GenerationConfig(max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    with _ready_to_generate(base, config):
+        found = base.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, synced_gpus=False
+        )
+        read = base(input_ids=found.sequences, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    tokens = found.sequences[:, ids.shape[1] :, None]
+    drawn, read = (
+        own.float().log_softmax(-1).gather(2, tokens.to(own.device)) for own in (torch.stack(found.logits, 1), read)
+    )
+    return (drawn - read).abs().amax((1, 2)).min().item()
 
 
 def _all_differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..config import CrossTokenizerGKDConfig
+from ..models.forwards import base_model
 from ..models.packing import Packer
 from ..models.sharding import own_rows
 from ..text.chat import Speaker
@@ -30,7 +31,16 @@ from .ahead import Ahead
 from .closing import Tables, add_going_on, unclosed, without, without_undecided
 from .compiled import COMPILED, CompiledDecode, chosen_backend, while_compiling
 from .early_stop import EarlyStop
-from .generation import TransformersWriter, Writer, Written, sampling_config, step_seed, write
+from .generation import (
+    TransformersWriter,
+    Writer,
+    Written,
+    by_temperature_alone,
+    off_by_its_cache,
+    sampling_config,
+    step_seed,
+    write,
+)
 from .metrics import rollout_metrics
 from .pairing import Prompt, Rollout, collate, grouped_by_length, on_columns
 from .respelling import Respeller
@@ -43,6 +53,8 @@ from .vllm import VLLMWriter
 
 
 logger = get_logger(__name__)
+
+_OFF, _OFF_IN_HALF = 0.01, 0.3  # nats by which a written token's log-prob is off beyond rounding
 
 
 class Readings(Protocol):
@@ -115,7 +127,21 @@ def student_writer(
     decode = None
     if chosen_backend(model, args, accelerator) == COMPILED:
         decode = CompiledDecode(falls_back=args.generation_backend == "auto")
-    return TransformersWriter(config, accelerator, args, args.early_stop in ("kat", "random"), decode)
+    record = args.early_stop in ("kat", "random")
+    off = off_by_its_cache(model)
+    if off > (_OFF_IN_HALF if base_model(model).dtype in (torch.float16, torch.bfloat16) else _OFF):
+        can_record = by_temperature_alone(config, args)
+        record |= can_record
+        logger.warning(
+            f"The student's {type(base_model(model)).__name__} writes with its cache otherwise than it reads a whole text: in a trial log-probs are off "
+            f"by {off:.2f} nats. "
+            + (
+                "The ratio of the two weighs the advantages (sampling/log_prob_difference, docs/speed.md)."
+                if can_record
+                else "Sample by a temperature alone, so that the ratio of the two can weigh the advantages."
+            )
+        )
+    return TransformersWriter(config, accelerator, args, record, decode)
 
 
 def ahead_of(
