@@ -585,14 +585,21 @@ def test_a_run_of_epochs_that_is_resumed_with_more_rows_a_step_says_that_nothing
     assert caplog.text.count("Nothing is left to train") == 1
 
 
-def test_with_data_loaders_that_keep_their_processes_a_resumed_run_ends_with_the_same_weights(tmp_path):
-    settings = {"max_steps": 8, "per_device_train_batch_size": 4, "save_total_limit": None}
-    settings |= {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+LOADERS = {
+    "processes that stay": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+    "torch's own order": {"accelerator_config": {"use_seedable_sampler": False}},
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize("step", [2, 4])
+def test_with_any_data_loader_a_run_that_is_resumed_in_any_epoch_ends_with_the_same_weights(tmp_path, loader, step):
+    settings = {"max_steps": 8, "per_device_train_batch_size": 4, "save_total_limit": None, **loader}
     whole = resume_run.build(tmp_path / "whole", **settings)
     whole.train()
-    assert whole.state.epoch > 2, "the processes of the first epoch serve others"
+    assert whole.state.epoch > 2, "the first epoch is followed by others, in the second of which is step 4"
     late = resume_run.build(tmp_path / "late", **settings)
-    late.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    late.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     torch.testing.assert_close(toys.weights(late), toys.weights(whole), rtol=0, atol=0)
 
 

@@ -64,6 +64,8 @@ class ResumableTrainer(EndedRun, ResumedAdapters, GKDTrainer):
         if args.rollout_reuse == 1:
             # otherwise Accelerate's sampler takes each process's own seed, and each would split the rows in another order
             self.accelerator.dataloader_config.data_seed = seed
+            # torch's own draws an epoch's order from the random state, which is set back only once the rows were passed by
+            self.accelerator.dataloader_config.use_seedable_sampler = True
             return super()._get_train_sampler(train_dataset)
         rows = len(self.train_dataset if train_dataset is None else train_dataset)
         seed = None if args.train_sampling_strategy == "sequential" else seed
