@@ -128,7 +128,7 @@ def student_writer(
     if chosen_backend(model, args, accelerator) == COMPILED:
         decode = CompiledDecode(falls_back=args.generation_backend == "auto")
     record = args.early_stop in ("kat", "random")
-    off = off_by_its_cache(model)
+    off = 0.0 if args.generation_backend == "transformers_continuous" else off_by_its_cache(model)
     if off > (_OFF_IN_HALF if base_model(model).dtype in (torch.float16, torch.bfloat16) else _OFF):
         can_record = by_temperature_alone(config, args)
         record |= can_record
