@@ -33,7 +33,7 @@ from .models.packing import packer_for
 from .models.products import faster_products
 from .models.reference import Reference, why_not_start
 from .models.sharding import keep_scores_in_float32
-from .rollouts.generation import sampling_config
+from .rollouts.generation import check_window, sampling_config
 from .rollouts.pairing import Prompt
 from .rollouts.prompts import BLEND, COLUMNS, PADDING, ROW, collate_prompts, render_dataset
 from .rollouts.rewards import Judges
@@ -173,6 +173,8 @@ class CrossTokenizerGKDTrainer(ResumableTrainer):
         write = student_writer(self.model, self.accelerator, self.student_side, self.generation_config, args)
         ahead = ahead_of(write, self.model, self.accelerator, self.generation_config, args)
         self.panel.sit(self.accelerator, self.student_side, self.stop_ids)
+        if args.seq_kd:
+            check_window("teacher", self.teacher.base_model)
         sides = self.student_side, self.panel.sides
         loop = ToolLoop(tools, *sides, self.stop_ids, args, self.student_context) if tools else None
         reads = self._reads_distributions, self._tables_for

@@ -194,21 +194,29 @@ def test_a_student_with_an_adapter_that_writes_alike_after_padding_passes(name, 
 @pytest.mark.parametrize("key", ["sliding_window", "attention_chunk_size"])
 def test_a_window_that_the_model_does_not_know_of_is_refused(key):
     model = student_model()
-    check_window(model)
+    check_window("student", model)
     setattr(model.config, key, 16)
     with pytest.raises(ValueError, match=f"{key}=16, which LlamaForCausalLM does not know of"):
-        check_window(get_peft_model(model, needs.adapter("Lora", target_modules=["q_proj"])))
+        check_window("student", get_peft_model(model, needs.adapter("Lora", target_modules=["q_proj"])))
 
 
 @pytest.mark.parametrize("key", ["sliding_window", "attention_chunk_size"])
 def test_a_window_as_long_as_the_context_passes(key):
     model = student_model()
     setattr(model.config, key, model.config.max_position_embeddings)
-    check_window(model)
+    check_window("student", model)
+
+
+def test_a_teacher_that_writes_is_asked_for_its_window_too(build):
+    teacher = {"teacher": student_model(), "teacher_processing_class": student_tokenizer()}
+    teacher["teacher"].config.sliding_window = 16
+    build(**teacher)
+    with pytest.raises(ValueError, match="The config of the teacher has sliding_window=16"):
+        build(**teacher, seq_kd=True, lmbda=0.0)
 
 
 def test_a_window_that_the_model_has_passes():
-    check_window(AutoModelForCausalLM.from_config(transformers.MistralConfig(**SHAPE, sliding_window=16)))
+    check_window("student", AutoModelForCausalLM.from_config(transformers.MistralConfig(**SHAPE, sliding_window=16)))
 
 
 NEMOTRON_H = {

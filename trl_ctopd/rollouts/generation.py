@@ -499,9 +499,9 @@ def check_prompt_learning(config: PeftConfig):
         )
 
 
-def check_window(model: nn.Module):
-    """Raises `ValueError` where the config has a window that the model does not know of: transformers would cut the cache by it, and attend to all
-    that comes before in a forward pass (findings/a_stray_window_cuts_the_cache.sh)."""
+def check_window(side: str, model: nn.Module):
+    """Raises `ValueError` where the config of the `model` that writes ("student" or "teacher") has a window that the model does not know of:
+    transformers would cut the cache by it, and attend to all that comes before in a forward pass (findings/a_stray_window_cuts_the_cache.sh)."""
     config = base_model(model).config.get_text_config()
     stray = [
         key
@@ -510,7 +510,7 @@ def check_window(model: nn.Module):
     ]
     if stray and type(config).__module__.startswith("transformers.") and not getattr(config, "layer_types", None):
         raise ValueError(
-            f"The config of the student has {stray[0]}={getattr(config, stray[0])}, which {type(base_model(model)).__name__} does not know of: it would "
+            f"The config of the {side} has {stray[0]}={getattr(config, stray[0])}, which {type(base_model(model)).__name__} does not know of: it would "
             "write with so many tokens in its cache, and be scored with all of them. Remove the key from its config.json."
         )
 

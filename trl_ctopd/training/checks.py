@@ -210,7 +210,7 @@ def check_run(
         check_continuous(model)
     check_vocabulary("student", base_model(model), tokenizer)
     check_causal("student", model)
-    check_window(model)
+    check_window("student", model)
     check_padding(model, args)
     check_virtual_tokens(model, args, shards_student(accelerator))
     warn_of_experts(model)
