@@ -92,10 +92,15 @@ def can_run(model: nn.Module) -> bool:
     )
 
 
+def trial_ids(model: nn.Module, rows: int, length: int) -> torch.Tensor:
+    """(`rows`, `length`) ids of unlike rows, where the embeddings of `model` are."""
+    embeddings = base_model(model).get_input_embeddings().weight
+    return torch.arange(rows * length, device=embeddings.device).view(rows, length) * 7919 % len(embeddings)
+
+
 def trial_inputs(model: nn.Module) -> dict:
     """Two unlike rows, with an adapter that is on throughout."""
-    embeddings = base_model(model).get_input_embeddings().weight
-    ids = torch.arange(_ROWS * _LENGTH, device=embeddings.device).view(_ROWS, _LENGTH) * 7919 % len(embeddings)
+    ids = trial_ids(model, _ROWS, _LENGTH)
     begins = {} if invocation_of(model) is None else {"alora_offsets": [_LENGTH] * _ROWS}
     return {"input_ids": ids, "use_cache": False, **begins}
 

@@ -29,6 +29,7 @@ from typing import Protocol
 import peft
 import torch
 import transformers
+from accelerate.logging import get_logger
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
@@ -49,17 +50,20 @@ from ..models.heads import context_of
 from ..models.merging import mergeable, merged
 from ..models.products import packed, packing_is_faster
 from ..models.sharding import gathered_under_fsdp, is_sharded
-from ..models.trials import can_run
+from ..models.trials import can_run, trial_ids
 from .cache import CACHE, embeds_virtual_tokens, growing_cache, has_virtual_tokens, selected
 from .pairing import Prompt, pad_rows
 from .reading import begun, greedy
 
+
+logger = get_logger(__name__)
 
 Written = tuple[list[int], list[float] | None]
 Choose = Callable[[torch.Tensor], torch.Tensor]
 Ended = Callable[[int, list[int]], None]
 # of logits, relative: pretrained models round by 0.02 in half precision, by less with TF32, and positions that count padding change 0.4 and more
 _ROUNDED, _ROUNDED_HALF = 0.05, 0.2
+_OFF, _OFF_HALF = 0.01, 0.3  # nats by which a written token's log-prob is off beyond rounding
 _STRIDE = 1_000_003  # between the seeds of two steps; processes take the seeds between
 
 
@@ -249,11 +253,11 @@ def _merging(model, config: GenerationConfig, accelerator, args: CrossTokenizerG
     full = (torch.float32, torch.float64)
     if accelerator.mixed_precision == "no" and all(own.get_base_layer().weight.dtype in full for own in layers):
         return layers, False
-    recorded = bool(layers) and by_temperature_alone(config, args) and backend != "transformers_continuous"
+    recorded = bool(layers) and _by_temperature_alone(config, args) and backend != "transformers_continuous"
     return layers if recorded or wanted else [], recorded
 
 
-def by_temperature_alone(config: GenerationConfig, args: CrossTokenizerGKDConfig) -> bool:
+def _by_temperature_alone(config: GenerationConfig, args: CrossTokenizerGKDConfig) -> bool:
     """Whether nothing else shapes the distribution that is sampled from."""
     return config.do_sample and not any((args.generation_kwargs, args.top_k, args.min_p)) and args.top_p == 1
 
@@ -528,8 +532,7 @@ def check_padding(model: nn.Module, args: CrossTokenizerGKDConfig):
     )
     if not padded or not can_run(base):
         return
-    embeddings = base.get_input_embeddings().weight
-    ids = torch.arange(64, device=embeddings.device).view(4, 16) * 7919 % len(embeddings)
+    ids = trial_ids(base, 4, 16)
     ids[2:, 12:] = ids[:2, 12:]  # two texts, each after two paddings
     mask = (torch.arange(16, device=ids.device) >= 12).long().repeat(4, 1)
     config = GenerationConfig(max_new_tokens=1, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
@@ -538,7 +541,7 @@ def check_padding(model: nn.Module, args: CrossTokenizerGKDConfig):
         [alone] = call(input_ids=ids[:2, 12:], attention_mask=mask[:2, 12:]).logits
         [padded] = call(input_ids=ids, attention_mask=mask).logits
     alone, one, other = alone.float(), *padded.float().split(2)
-    is_half = embeddings.dtype not in (torch.float32, torch.float64)
+    is_half = _is_half(base)
     # rows of the same width round alike, so that reading is seen at less; both texts, since rounding may send one to other experts
     is_read = _all_differ(one, other, 0.02 if is_half else 1e-3)
     is_counted = _all_differ(one, alone, _ROUNDED_HALF if is_half else _ROUNDED)
@@ -560,8 +563,7 @@ def off_by_its_cache(model: nn.Module) -> float:
     base = base_model(model)
     if not can_run(base) or growing_cache(model) is not None:
         return 0.0
-    embeddings = base.get_input_embeddings().weight
-    ids = torch.arange(16, device=embeddings.device).view(2, 8) * 7919 % len(embeddings)
+    ids = trial_ids(base, 2, 8)
     config = GenerationConfig(max_new_tokens=8, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
     with _ready_to_generate(base, config):
         found = base.generate(
@@ -573,6 +575,29 @@ def off_by_its_cache(model: nn.Module) -> float:
         own.float().log_softmax(-1).gather(2, tokens.to(own.device)) for own in (torch.stack(found.logits, 1), read)
     )
     return (drawn - read).abs().amax((1, 2)).min().item()
+
+
+def recorded_for_its_cache(model: nn.Module, config: GenerationConfig, args: CrossTokenizerGKDConfig) -> bool:
+    """Whether the log-probs that a student draws with are recorded because its cache changes them ([`off_by_its_cache`]), which it warns of. They
+    can be where only a temperature shapes the sampling."""
+    if args.generation_backend == "transformers_continuous":
+        return False
+    off, base = off_by_its_cache(model), base_model(model)
+    if not off > _OFF or (_is_half(base) and off <= _OFF_HALF):
+        return False
+    can_record = _by_temperature_alone(config, args)
+    done = "Sample by a temperature alone, so that the ratio of the two can weigh the advantages."
+    if can_record:
+        done = "The ratio of the two weighs the advantages (sampling/log_prob_difference, docs/speed.md)."
+    logger.warning(
+        f"The student's {type(base).__name__} writes with its cache otherwise than it reads a whole text: in a trial log-probs are off by {off:.2f} "
+        f"nats. {done}"
+    )
+    return can_record
+
+
+def _is_half(base: PreTrainedModel) -> bool:
+    return base.get_input_embeddings().weight.dtype not in (torch.float32, torch.float64)
 
 
 def _all_differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:

@@ -155,7 +155,7 @@ class Judges:
             return list(rollouts)
         asked = self._asked([rollout.prompt for rollout in rollouts], [rollout.student_ids for rollout in rollouts])
         name = _name(self._gate)
-        verdicts = _one_each(_called(self._gate, {**asked, "trainer_state": state}, name), len(rollouts), name)
+        verdicts = _answers(self._gate, {**asked, "trainer_state": state}, name)
         kept = [self._without(rollout, verdict, name) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
         real = [row for row, rollout in enumerate(rollouts) if not rollout.prompt.is_padding]
         before = sum(int((rollouts[row].student_chunks >= 0).sum()) for row in real)
@@ -257,7 +257,7 @@ class Judges:
         }
 
     def _of_function(self, func: Callable, name: str, asked: dict) -> list[float]:
-        found = _one_each(_called(func, asked, name), len(asked["prompts"]), name)
+        found = _answers(func, asked, name)
         try:
             numbers = [math.nan if value is None else float(value) for value in found]
         except (TypeError, ValueError):
@@ -345,8 +345,13 @@ def _name(func: Any) -> str:
     return getattr(func, "__name__", None) or type(func).__name__
 
 
-def _called(func: Callable, asked: dict, name: str) -> Any:
+def _answers(func: Callable, asked: dict, name: str) -> list:
+    """What `func` says of each completion."""
     _check_arguments(func, asked, name)
+    return _one_each(_called(func, asked), len(asked["prompts"]), name)
+
+
+def _called(func: Callable, asked: dict) -> Any:
     found = func(**asked)
     if not inspect.isawaitable(found):
         return found

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..config import CrossTokenizerGKDConfig
-from ..models.forwards import base_model
 from ..models.packing import Packer
 from ..models.sharding import own_rows
 from ..text.chat import Speaker
@@ -35,8 +34,7 @@ from .generation import (
     TransformersWriter,
     Writer,
     Written,
-    by_temperature_alone,
-    off_by_its_cache,
+    recorded_for_its_cache,
     sampling_config,
     step_seed,
     write,
@@ -53,8 +51,6 @@ from .vllm import VLLMWriter
 
 
 logger = get_logger(__name__)
-
-_OFF, _OFF_IN_HALF = 0.01, 0.3  # nats by which a written token's log-prob is off beyond rounding
 
 
 class Readings(Protocol):
@@ -127,20 +123,7 @@ def student_writer(
     decode = None
     if chosen_backend(model, args, accelerator) == COMPILED:
         decode = CompiledDecode(falls_back=args.generation_backend == "auto")
-    record = args.early_stop in ("kat", "random")
-    off = 0.0 if args.generation_backend == "transformers_continuous" else off_by_its_cache(model)
-    if off > (_OFF_IN_HALF if base_model(model).dtype in (torch.float16, torch.bfloat16) else _OFF):
-        can_record = by_temperature_alone(config, args)
-        record |= can_record
-        logger.warning(
-            f"The student's {type(base_model(model)).__name__} writes with its cache otherwise than it reads a whole text: in a trial log-probs are off "
-            f"by {off:.2f} nats. "
-            + (
-                "The ratio of the two weighs the advantages (sampling/log_prob_difference, docs/speed.md)."
-                if can_record
-                else "Sample by a temperature alone, so that the ratio of the two can weigh the advantages."
-            )
-        )
+    record = recorded_for_its_cache(model, config, args) or args.early_stop in ("kat", "random")
     return TransformersWriter(config, accelerator, args, record, decode)
 
 
